@@ -1,0 +1,34 @@
+"""Settings of the whole suite: fake devices, cached compilation, exact matrix products."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHARED = pathlib.Path(os.environ.get("DEEPLAB_JAX_TEST_DATA", ROOT.parent / "shared"))
+
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
+if jax.config.jax_platforms == "cpu":
+    jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """The folder of real test data; tests that need it are skipped where it is absent."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip(f"real test data is not at {folder}; set DEEPLAB_JAX_TEST_DATA to its parent")
+    return folder
+
+
+@pytest.fixture
+def x64():
+    """Switches 64-bit arrays on for one test."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
