@@ -1,0 +1,368 @@
+"""Reads and writes files of weights: PyTorch's `.pth`, without PyTorch, and `.safetensors`.
+
+A `.pth` is a zip archive (since PyTorch 1.6) of a pickle, which says what array is where, and of
+the arrays' bytes as they are; before that it was a sequence of pickles followed by the bytes.
+Either is mapped into memory, the pickle is read as data (`state_dict`), and each array is a
+read-only view of the mapped bytes: there is no copy. Nothing in a file is executed.
+
+Layout: `torch/serialization.py` of PyTorch 2.13, functions `_save` and `_legacy_save`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import mmap
+import os
+import pathlib
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from deeplab_jax.convert import pickle_writer, state_dict
+from deeplab_jax.convert.pickle_reader import Unreadable
+from deeplab_jax.convert.state_dict import Storage
+from deeplab_jax.errors import UserError
+
+_SAFETENSORS_TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+_ALIGNMENT = 64  # bytes, of an array's place in a written file; PyTorch's own
+_LOCAL_HEADER = 30  # bytes of a zip entry's own header, without its name and extra field
+
+# How files that are mistaken for weights begin, and what they are.
+_IMPOSTORS = {
+    b"<": "is a web page, not weights: the download led to a login or an error",
+    b"version https://git-lfs": "is a Git LFS pointer, not the weights: run `git lfs pull`",
+    b"\x89HDF": "is an HDF5 file, not one of PyTorch or safetensors",
+    b"\x1f\x8b": "is compressed by gzip: unpack it with `gunzip` first",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFile:
+    """What a file of weights holds.
+
+    Attributes:
+      arrays: by their names in the state dict, in its order; read-only. Those of a PyTorch file
+        are views of it: it may be replaced while they live, but not changed in place.
+      format: "PyTorch zip", "PyTorch legacy" or "safetensors".
+      entry: that the state dict was under in the checkpoint's dictionary; empty: it was the whole.
+      left: the other entries of that dictionary, which are not read.
+    """
+
+    arrays: dict[str, np.ndarray]
+    format: str
+    entry: str = ""
+    left: tuple[str, ...] = ()
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays of a file of weights, by name: `read_file(path).arrays`."""
+    return read_file(path).arrays
+
+
+def read_file(path: str | os.PathLike[str]) -> WeightFile:
+    """Reads a state dict from a `.pth`, `.pt` or `.safetensors` file; its content tells which.
+
+    A checkpoint of a training script, a dictionary with the state dict under "model",
+    "state_dict" or "model_state_dict", will do as well. Checksums are compared where the format
+    has them (PyTorch's zip).
+
+    Args:
+      path: of the file.
+
+    Returns:
+      Arrays of the file's own types; bfloat16 is `ml_dtypes.bfloat16`.
+
+    Raises:
+      UserError: naming the file: there is none, it is damaged, holds no state dict, holds
+        complex, quantised or sparse tensors, or its pickle asks for anything but arrays.
+    """
+    path = pathlib.Path(path)
+    try:
+        return _read_file(path)
+    except Unreadable as error:
+        raise UserError(f"{path} {error}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _read_file(path: pathlib.Path) -> WeightFile:
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise Unreadable("is empty")
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    start = bytes(data[:512])
+    if start.startswith(b"PK"):
+        return _read_zip(path, data)
+    if start.startswith(pickle.PROTO):
+        return _read_legacy(data)
+    if start[8:9] == b"{":
+        return _read_safetensors(path)
+    if start[257:262] == b"ustar":
+        raise Unreadable(
+            "is a tar archive, as PyTorch wrote before 0.1.10; it is not read here: load it with "
+            "PyTorch and save its state dict again"
+        )
+    for beginning, what in _IMPOSTORS.items():
+        if start.lstrip().startswith(beginning):
+            raise Unreadable(what)
+    raise Unreadable(
+        f"is no file of PyTorch or safetensors: it begins with the bytes {start[:8].hex(' ')}"
+    )
+
+
+def _weight_file(
+    file_format: str, root: Any, load_storage: Callable[[Storage], np.ndarray]
+) -> WeightFile:
+    entry, tensors = state_dict.find(root)
+    left = tuple(str(name)[:200] for name in root if name != entry) if entry else ()
+    return WeightFile(state_dict.arrays(tensors, load_storage), file_format, entry, left)
+
+
+def _elements(raw: memoryview, dtype: np.dtype[Any], little_endian: bool) -> np.ndarray:
+    if little_endian:
+        return np.frombuffer(raw, dtype)
+    swapped = np.frombuffer(raw, f">u{dtype.itemsize}").astype(f"<u{dtype.itemsize}")
+    swapped.flags.writeable = False
+    return swapped.view(dtype)
+
+
+# PyTorch's zip format
+
+
+def _read_zip(path: pathlib.Path, data: memoryview) -> WeightFile:
+    entries = _zip_entries(path, len(data))
+    order = bytes(_zip_entry(data, entries, "byteorder")) if "byteorder" in entries else b"little"
+    if order not in (b"little", b"big"):
+        raise Unreadable(f"is damaged: its byte order is {order[:20]!r}")
+    loaded: dict[Storage, np.ndarray] = {}
+
+    def load_storage(storage: Storage) -> np.ndarray:
+        if storage not in loaded:
+            raw = _zip_entry(data, entries, f"data/{storage.key}")
+            if len(raw) != storage.numel * storage.dtype.itemsize:
+                raise Unreadable(f"has {len(raw)} bytes stored for {storage.numel} elements")
+            loaded[storage] = _elements(raw, storage.dtype, order == b"little")
+        return loaded[storage]
+
+    root, _ = state_dict.parse(_zip_entry(data, entries, "data.pkl"), 0, state_dict.storage)
+    return _weight_file("PyTorch zip", root, load_storage)
+
+
+def _zip_entries(path: pathlib.Path, file_size: int) -> dict[str, zipfile.ZipInfo]:
+    """The archive's directory, by the names inside its one folder."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+    # A damaged directory makes `zipfile` raise more than its own exception.
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise Unreadable(f"is a damaged or truncated zip archive ({error})") from error
+    entries = {info.filename.partition("/")[2]: info for info in infos}
+    if "data.pkl" not in entries:
+        raise Unreadable("is a zip archive but not of PyTorch: it has no entry data.pkl")
+    if "constants.pkl" in entries:
+        raise Unreadable(
+            "is a TorchScript program: load it with `torch.jit.load` and save its state dict"
+        )
+    if len(entries) != len(infos):
+        raise Unreadable("is damaged: two entries of the archive have one name")
+    if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+        raise Unreadable(
+            "was compressed after PyTorch wrote it: unpack it and pack it again without "
+            "compression (`zip -0 -r`)"
+        )
+    if any(info.file_size != info.compress_size or info.flag_bits & 1 for info in infos):
+        raise Unreadable("is damaged or encrypted")
+    # Entries that overlap would make comparing checksums cost the square of the file's size.
+    if sum(info.file_size for info in infos) > file_size:
+        raise Unreadable("is damaged: its entries are larger than the file")
+    return entries
+
+
+def _zip_entry(data: memoryview, entries: dict[str, zipfile.ZipInfo], name: str) -> memoryview:
+    """The bytes of an entry, in place, once their checksum has been compared."""
+    if name not in entries:
+        raise Unreadable(f"misses the entry {name[:200]} of its archive")
+    info = entries[name]
+    # How long an entry's own header is, only that header says.
+    header = data[info.header_offset :][:_LOCAL_HEADER] if info.header_offset >= 0 else b""
+    if len(header) < _LOCAL_HEADER or header[:4] != b"PK\x03\x04":
+        raise Unreadable(f"is damaged: no header where the entry {name[:200]} should be")
+    start = info.header_offset + _LOCAL_HEADER + sum(struct.unpack("<HH", header[26:30]))
+    content = data[start : start + info.file_size]
+    if len(content) < info.file_size or zlib.crc32(content) != info.CRC:
+        raise Unreadable(
+            f"is damaged: the checksum of its entry {name[:200]} is wrong. Fetch the file again"
+        )
+    return content
+
+
+# PyTorch's format before 1.6
+
+
+def _read_legacy(data: memoryview) -> WeightFile:
+    position = 0
+    header = []
+    for _ in range(3):
+        value, position = state_dict.parse(data, position, _no_persistent)
+        header.append(value)
+        if header[0] != _LEGACY_MAGIC:
+            raise Unreadable(
+                "is a pickle, but not a file of PyTorch: its first value is not theirs"
+            )
+    _, protocol, system = header
+    if protocol != _LEGACY_PROTOCOL or not isinstance(system, dict):
+        raise Unreadable("is of a version of PyTorch's format that is not known")
+
+    roots: dict[str, Storage] = {}
+
+    def load_persistent(persistent_id: Any) -> Storage:
+        storage = state_dict.storage(persistent_id)
+        root = dataclasses.replace(storage, view=None)
+        if roots.setdefault(storage.key, root) != root:
+            raise Unreadable("is damaged: a storage has two types or sizes")
+        return storage
+
+    root, position = state_dict.parse(data, position, load_persistent)
+    keys, position = state_dict.parse(data, position, _no_persistent)
+    contents = _legacy_contents(data, position, keys, roots)
+    little_endian = system.get("little_endian", True) is not False
+
+    def load_storage(storage: Storage) -> np.ndarray:
+        if storage.key not in contents:
+            raise Unreadable("has no bytes stored for it")
+        elements = _elements(contents[storage.key], storage.dtype, little_endian)
+        if storage.view is None:
+            return elements
+        start, length = storage.view
+        if start + length > elements.size:
+            raise Unreadable(f"reaches past the end of the {elements.size} elements stored for it")
+        return elements[start : start + length]
+
+    return _weight_file("PyTorch legacy", root, load_storage)
+
+
+def _legacy_contents(
+    data: memoryview, position: int, keys: Any, storages: dict[str, Storage]
+) -> dict[str, memoryview]:
+    """The bytes of each storage: they follow the pickles, each with its number of elements."""
+    contents: dict[str, memoryview] = {}
+    for key in keys if isinstance(keys, list) else [None]:
+        if not isinstance(key, str) or key not in storages or key in contents:
+            raise Unreadable("is damaged: its list of storages is not that of its tensors")
+        storage = storages[key]
+        size = storage.numel * storage.dtype.itemsize
+        if position + 8 + size > len(data):
+            raise Unreadable("is truncated: it ends before its arrays do")
+        if struct.unpack_from("<q", data, position)[0] != storage.numel:
+            raise Unreadable("is damaged: a storage is not as long as its tensors say")
+        contents[key] = data[position + 8 : position + 8 + size]
+        position += 8 + size
+    return contents
+
+
+def _no_persistent(persistent_id: Any) -> Any:
+    raise TypeError
+
+
+# safetensors
+
+
+def _read_safetensors(path: pathlib.Path) -> WeightFile:
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            names = list(file.keys())
+            types = {name: file.get_slice(name).get_dtype() for name in names}
+            refused = [
+                f"{name} is {kind}"
+                for name, kind in types.items()
+                if kind not in _SAFETENSORS_TYPES
+            ]
+            if refused:
+                raise Unreadable(
+                    f"holds what cannot become an array: {state_dict.listed(refused, '; ')}"
+                )
+            arrays = {name: file.get_tensor(name) for name in names}
+    except safetensors.SafetensorError as error:
+        raise Unreadable(f"is a damaged safetensors file ({error})") from error
+    if not arrays:
+        raise Unreadable("holds no arrays")
+    for array in arrays.values():
+        array.flags.writeable = False
+    return WeightFile(arrays, "safetensors")
+
+
+# Writing
+
+
+def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a state dict for PyTorch, to load with `torch.load(path, weights_only=True)`.
+
+    The file appears under its name only when it is whole. The same arrays give the same bytes.
+
+    Args:
+      path: ends in `.pth`, `.pt` (PyTorch's zip format) or `.safetensors`.
+      arrays: by name, of the types that `read` gives.
+
+    Raises:
+      UserError: the name ends in something else, or the file cannot be written.
+      ValueError: an array has another type.
+    """
+    path = pathlib.Path(path)
+    writers = {".pth": _write_zip, ".pt": _write_zip, ".safetensors": _write_safetensors}
+    if path.suffix not in writers:
+        raise UserError(f"cannot write {path}: its name must end in {', '.join(writers)}")
+    # `np.ascontiguousarray` would give a scalar a dimension.
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    for name, array in contiguous.items():
+        if array.dtype not in pickle_writer.STORAGE_TYPE_OF:
+            raise ValueError(f"{name} is {array.dtype}, which PyTorch has no storage class for")
+    try:
+        with _aside(path) as temporary:
+            writers[path.suffix](temporary, contiguous)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+@contextlib.contextmanager
+def _aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A name beside `path` to write under; it becomes `path` at the end, or vanishes."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_safetensors(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    safetensors.numpy.save_file(arrays, path)
+
+
+def _write_zip(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    contents: dict[str, Any] = {
+        "data.pkl": pickle_writer.state_dict(arrays),
+        "byteorder": b"little",
+        **{
+            f"data/{key}": array.reshape(-1).view(np.uint8).data
+            for key, array in enumerate(arrays.values())
+        },
+        "version": b"3\n",
+    }
+    with path.open("xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in contents.items():
+            info = zipfile.ZipInfo(f"archive/{name}")
+            start = file.tell() + _LOCAL_HEADER + len(info.filename) + 4
+            padding = -start % _ALIGNMENT
+            info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+            archive.writestr(info, content)

@@ -1,0 +1,76 @@
+"""torchvision's models as references: the one place where tests import PyTorch and torchvision."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="install the `test` extra")
+
+
+def _import_torchvision() -> Any:
+    """torchvision, also beside a PyTorch that its compiled operators do not load with.
+
+    The wheel on the package registry is built for CUDA. Beside a CPU build of PyTorch its
+    operators are missing, and the import fails where one of them is given a fake kernel. The
+    models need none of them: a declaration alone lets the import pass.
+    """
+    with contextlib.suppress(ImportError, RuntimeError):
+        import torchvision.models.segmentation
+
+        return torchvision
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _import_torchvision.library = library  # type: ignore[attr-defined]  # it undoes itself when freed
+    import torchvision.models.segmentation
+
+    return torchvision
+
+
+torchvision = _import_torchvision()
+
+
+def segmentation_model(
+    architecture: str, *, seed: int = 0, aux: bool = False, num_classes: int = 21
+) -> Any:
+    """A model of `torchvision.models.segmentation`, such as "deeplabv3_resnet50", in eval mode."""
+    build = getattr(torchvision.models.segmentation, architecture)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build(weights=None, weights_backbone=None, aux_loss=aux, num_classes=num_classes)
+    return randomise(model, seed)
+
+
+def classifier(architecture: str, *, seed: int = 0, num_classes: int = 10) -> Any:
+    """A model of `torchvision.models`, such as "resnet18", in eval mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(torchvision.models, architecture)(weights=None, num_classes=num_classes)
+    return randomise(model, seed)
+
+
+def randomise(model: Any, seed: int) -> Any:
+    """Gives batch norm statistics and affine parameters that a mistake cannot hide behind.
+
+    Fresh ones are zeros and ones: a converter that swapped mean with bias would go unnoticed.
+    Scales lie near 1 so that the signal neither dies nor explodes over a hundred layers; biases
+    of the last layers, which start at zero, are drawn too.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def uniform(tensor: Any, low: float, high: float) -> None:
+        tensor.uniform_(low, high, generator=generator)
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                uniform(module.weight, 0.5, 1.5)
+                uniform(module.bias, -0.5, 0.5)
+                uniform(module.running_mean, -0.5, 0.5)
+                uniform(module.running_var, 0.5, 2.0)
+            elif isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) and module.bias is not None:
+                uniform(module.bias, -0.5, 0.5)
+    return model.eval()
