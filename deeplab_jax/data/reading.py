@@ -1,0 +1,257 @@
+"""Reading images and masks: fast decoding for training, and the checks that come before it.
+
+Training decodes with OpenCV, which is fast and says little. So each file is checked once, when a
+data set is prepared, and every problem is told together: training never meets a bad file.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import io
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import cv2
+import numpy as np
+import scipy.io
+from jaxtyping import Integer, UInt8
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from deeplab_jax.errors import UserError
+from deeplab_jax.labels import IGNORE
+
+MAX_PROBLEMS_TOLD = 10
+
+# Pillow spreads the ids of a grey PNG of 2 or 4 bits a pixel over 0..255, by these factors.
+_PNG_GREY_SPREAD = {2: 85, 4: 17}
+_EXIF_ORIENTATION = 0x0112
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The files of one example.
+
+    Attributes:
+      name: what the example is called.
+      image: a JPEG, PNG or other image file.
+      mask: a file of class ids: a grey or palette image, or SBD's `.mat`.
+    """
+
+    name: str
+    image: pathlib.Path
+    mask: pathlib.Path
+
+
+def decode_image(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    """The RGB image in the bytes of an image file; grey becomes RGB, an alpha channel is dropped.
+
+    Pixels are in the order in which they are stored: an EXIF orientation is not applied, as masks
+    have none.
+
+    Raises:
+      ValueError: the bytes are no image.
+    """
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    if image is None:
+        raise ValueError("not an image that OpenCV can decode")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def encode_label(label: UInt8[np.ndarray, "h w"]) -> bytes:
+    """Grey 8-bit PNG, lossless, which `decode_label` reads."""
+    return cv2.imencode(".png", label)[1].tobytes()
+
+
+def decode_label(data: bytes) -> UInt8[np.ndarray, "h w"]:
+    """The ids in a grey 8-bit PNG. Not for masks from elsewhere, for which see `read_ids`."""
+    label = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE) if data else None
+    if label is None:
+        raise ValueError("not a label that encode_label wrote")
+    return label
+
+
+def check_image(path: pathlib.Path) -> tuple[int, int]:
+    """Decodes an image file and sees that it is whole.
+
+    Pillow notices a truncated file, which some versions of OpenCV fill with grey and call read.
+
+    Returns:
+      Its height and width, pixels, as stored.
+
+    Raises:
+      UserError: the file is missing, truncated or no image.
+    """
+    data = _read(path)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            # Lets libjpeg decode an eighth of the size: all bytes are read, in half the time.
+            image.draft(None, (image.width // 8, image.height // 8))
+            image.load()
+        return decode_image(data).shape[:2]
+    except Exception as error:  # Pillow raises what its many decoders raise
+        raise UserError(
+            f"{path}: cannot be read as an image ({error}). Replace the file."
+        ) from None
+
+
+def read_ids(path: pathlib.Path) -> Integer[np.ndarray, "h w"]:
+    """The class ids of a mask file: a grey or palette image, or a `.mat` of SBD.
+
+    Raises:
+      UserError: the file is missing, truncated, or holds colours rather than ids.
+    """
+    return _read_sbd_ids(path) if path.suffix == ".mat" else _read_image_ids(path)
+
+
+def _read_image_ids(path: pathlib.Path) -> np.ndarray:
+    data = _read(path)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read as a mask ({error}). Replace the file.") from None
+    if image.mode in ("1", "P") or image.mode.startswith("I"):
+        return np.asarray(image).astype(np.int32)
+    if image.mode == "L":
+        bits, color_type = data[24:26] if image.format == "PNG" else (8, 0)
+        return np.asarray(image) // (_PNG_GREY_SPREAD.get(bits, 1) if color_type == 0 else 1)
+    raise UserError(
+        f"{path}: holds colours (mode {image.mode}), not class ids. "
+        "Save the ids as a grey or palette PNG."
+    )
+
+
+def _read_sbd_ids(path: pathlib.Path) -> np.ndarray:
+    """`GTcls.Segmentation` of a file in `benchmark_RELEASE/dataset/cls`."""
+    data = _read(path)
+    try:
+        variables = scipy.io.loadmat(io.BytesIO(data), variable_names=["GTcls"])
+    except Exception as error:  # SciPy lets through what its parser stumbles on
+        raise UserError(
+            f"{path}: cannot be read as a MATLAB file ({error}). Replace the file."
+        ) from None
+    ground_truth = variables.get("GTcls")
+    fields = getattr(getattr(ground_truth, "dtype", None), "names", None) or ()
+    if ground_truth is None or "Segmentation" not in fields:
+        raise UserError(
+            f"{path}: has no GTcls.Segmentation. SBD's class masks are in benchmark_RELEASE/"
+            "dataset/cls; those in dataset/inst hold instances."
+        )
+    return ground_truth["Segmentation"][0, 0]
+
+
+def to_label(
+    ids: Integer[np.ndarray, "h w"], num_classes: int, ignore_label: int, path: pathlib.Path
+) -> UInt8[np.ndarray, "h w"]:
+    """Class ids with the ignore label mapped to `labels.IGNORE`.
+
+    Args:
+      ids: of a mask, in its file's own convention.
+      num_classes: ids 0 to num_classes - 1 are classes.
+      ignore_label: id of the pixels that do not count; it may be one of the classes.
+      path: of the mask, for the error.
+
+    Raises:
+      UserError: an id is neither a class nor the ignore label.
+    """
+    ignored = ids == ignore_label
+    foreign = ~ignored & ((ids < 0) | (ids >= num_classes))
+    if foreign.any():
+        values, counts = np.unique(ids[foreign], return_counts=True)
+        told = ", ".join(
+            f"id {v} ({n} pixels)" for v, n in zip(values[:5], counts[:5], strict=True)
+        )
+        more = f" and {len(values) - 5} other ids" if len(values) > 5 else ""
+        raise UserError(
+            f"{path}: {told}{more}: neither a class (0 to {num_classes - 1}) nor the ignore label "
+            f"{ignore_label}. Mend the mask, or set config.data.ignore_label if these do not count."
+        )
+    return np.where(ignored, IGNORE, ids).astype(np.uint8)
+
+
+def read_label(pair: Pair, num_classes: int, ignore_label: int) -> UInt8[np.ndarray, "h w"]:
+    """The label of a pair, after all checks of its image and mask; see `to_label`.
+
+    Raises:
+      UserError: a file is missing or broken, sizes differ, or an id is no class.
+    """
+    image_size = check_image(pair.image)
+    label = to_label(read_ids(pair.mask), num_classes, ignore_label, pair.mask)
+    if label.shape != image_size:
+        height, width = label.shape
+        raise UserError(
+            f"{pair.mask}: is {width} x {height} pixels (width x height), but its image "
+            f"{pair.image} is {image_size[1]} x {image_size[0]}{_rotation_hint(pair.image)}. "
+            "A mask must have its image's size."
+        )
+    return label
+
+
+def _rotation_hint(path: pathlib.Path) -> str:
+    with Image.open(path) as image:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    return "" if orientation == 1 else f" as stored (to be shown turned: EXIF {orientation})"
+
+
+def check_all(
+    check: Callable[[_Item], _Result], items: Sequence[_Item], headline: str
+) -> list[_Result]:
+    """`check(item)` for each item, on all cores, with a progress bar on stderr.
+
+    Args:
+      check: raises UserError where an item has a problem. Runs in threads.
+      items: what to check.
+      headline: first line of the error, and title of the bar.
+
+    Returns:
+      The results, in order.
+
+    Raises:
+      UserError: with the first `MAX_PROBLEMS_TOLD` problems of all items, and how many more.
+    """
+
+    def attempt(item: _Item) -> tuple[_Result | None, str]:
+        try:
+            return check(item), ""
+        except UserError as error:
+            return None, str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        outcomes = list(watch(pool.map(attempt, items), headline, len(items)))
+    raise_together(headline, [problem for _, problem in outcomes if problem])
+    return [result for result, _ in outcomes]  # type: ignore[misc]  # none is left out
+
+
+def watch(items: Iterable[_Item], title: str, total: int | None = None) -> Iterable[_Item]:
+    """The items, with a progress bar on stderr."""
+    return track(items, description=title, total=total, console=Console(stderr=True))
+
+
+def raise_together(headline: str, problems: Iterable[str]) -> None:
+    """Raises one UserError that lists the problems, if there are any."""
+    problems = list(problems)
+    if not problems:
+        return
+    told = [f"- {problem}" for problem in problems[:MAX_PROBLEMS_TOLD]]
+    if len(problems) > MAX_PROBLEMS_TOLD:
+        told.append(f"- and {len(problems) - MAX_PROBLEMS_TOLD} more")
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    raise UserError("\n".join([f"{headline}: {count}", *told]))
+
+
+def _read(path: pathlib.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing.") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None

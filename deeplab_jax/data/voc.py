@@ -1,0 +1,366 @@
+"""PASCAL VOC 2012 segmentation, with SBD's extra labels as the split trainaug.
+
+| split | images | VOC's own labels | SBD's |
+|---|---|---|---|
+| train | VOC train | 1464 | |
+| val | VOC val | 1449 | |
+| trainval | both | 2913 | |
+| trainaug | (VOC train + SBD train + SBD val) - VOC val | 1464 | 9118 |
+
+Where an image has both labels, VOC's own wins. SBD's have no ignored borders. Sources: Everingham
+et al. 2010 (VOC), Hariharan et al. 2011 (SBD), Chen et al. 2017 section 4 (trainaug: 10 582).
+
+Each image is stored once, as it came, by a TFDS builder in ArrayRecord files, below `TFDS_DATA_DIR`
+(else `~/tensorflow_datasets`): at `voc_segmentation/` for the official archives, which are
+downloaded, and at `voc_roots/KEY/voc_segmentation/` for a root of the user's. KEY is a hash of the
+names, sizes and modification times of the root's files: a changed root is prepared anew, and
+nothing is written to the root. All files are checked before the first is written.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import fcntl
+import hashlib
+import io
+import itertools
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+from rich.console import Console
+
+from deeplab_jax import labels
+from deeplab_jax.config import DataConfig
+from deeplab_jax.data import archives, reading
+from deeplab_jax.data.dataset import Dataset, Example
+from deeplab_jax.data.reading import Pair
+from deeplab_jax.errors import UserError
+
+VOC_ARCHIVE = archives.Archive(
+    file_name="VOCtrainval_11-May-2012.tar",
+    urls=(
+        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+        "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+        "http://pjreddie.com/media/files/VOCtrainval_11-May-2012.tar",
+    ),
+    md5="6cd6e144f989b92b3379bac3b3de84fd",
+    num_bytes=1_999_639_040,
+    folder="VOCdevkit/VOC2012",
+    marker="ImageSets/Segmentation/train.txt",
+)
+SBD_ARCHIVE = archives.Archive(
+    file_name="benchmark.tgz",
+    urls=(
+        "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
+        "benchmark.tgz",
+        "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
+        "benchmark.tgz",
+    ),
+    md5="82b4d87ceb2ed10f6038a1cba92111cb",
+    num_bytes=1_419_539_633,
+    folder="benchmark_RELEASE/dataset",
+    marker="train.txt",
+)
+_VOC_LISTS = "ImageSets/Segmentation"
+
+# What each part, prepared by itself, needs of each archive: its folders.
+_PARTS: dict[str, dict[archives.Archive, tuple[str, ...]]] = {
+    "voc2012": {VOC_ARCHIVE: (_VOC_LISTS, "JPEGImages", "SegmentationClass")},
+    "sbd": {VOC_ARCHIVE: (_VOC_LISTS,), SBD_ARCHIVE: (".", "img", "cls")},
+}
+# The parts of each split, with the TFDS split of the part.
+SPLITS = {
+    "train": (("voc2012", "train"),),
+    "val": (("voc2012", "val"),),
+    "trainval": (("voc2012", "train+val"),),
+    "trainaug": (("voc2012", "train"), ("sbd", "train")),
+}
+
+
+def load(config: DataConfig, split: str) -> Dataset:
+    """A split of VOC, prepared at the first call; see the module for where and how.
+
+    Args:
+      config: its `root` is empty, for the official archives; or a folder that holds `VOCdevkit/`
+        and, for trainaug, `benchmark_RELEASE/`, or in their place the archives as published. With
+        a root, nothing is downloaded.
+      split: train, val, trainval or trainaug.
+
+    Returns:
+      The split, in the order of VOC's list, then of SBD's.
+
+    Raises:
+      UserError: data is missing, or is found unusable when it is prepared; lists all problems.
+    """
+    if split not in SPLITS:
+        raise UserError(f"VOC has the splits {', '.join(SPLITS)}; got {split!r}")
+    if config.ignore_label != labels.IGNORE:
+        raise UserError(
+            f"VOC's ignored pixels have id {labels.IGNORE}: "
+            f"config.data.ignore_label must be {labels.IGNORE}, got {config.ignore_label}"
+        )
+    # All that a split needs is looked for before any of it is prepared.
+    places = {part: _places(part, config.root) for part, _ in SPLITS[split]}
+    folders = [(_prepared(part, places[part]), tfds_split) for part, tfds_split in SPLITS[split]]
+    return Dataset(RecordSource(folders), labels.VOC)
+
+
+class RecordSource:
+    """Examples of several prepared TFDS folders, one after the other.
+
+    It pickles, and opens its files at first use in each process.
+    """
+
+    def __init__(self, parts: Sequence[tuple[pathlib.Path, str]]) -> None:
+        """Args: parts: TFDS's folder and split, for each."""
+        skip = tfds.decode.SkipDecoding()  # OpenCV decodes twice as fast as TFDS does
+        self._readers = [
+            tfds.builder_from_directory(folder).as_data_source(
+                split, decoders={"image": skip, "label": skip}
+            )
+            for folder, split in parts
+        ]
+        self._ends = list(itertools.accumulate(len(reader) for reader in self._readers))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} of {len(self)} examples")
+        part = bisect.bisect_right(self._ends, index)
+        record = self._readers[part][index - (self._ends[part - 1] if part else 0)]
+        return Example(
+            image=reading.decode_image(record["image"]),
+            label=reading.decode_label(record["label"]),
+            name=record["name"].decode(),
+        )
+
+
+class VocSegmentation(tfds.core.GeneratorBasedBuilder):
+    """Writes VOC's pairs (config voc2012: train, val) or those that SBD adds (sbd: train)."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in _PARTS]  # noqa: RUF012
+
+    def __init__(self, *, folders: Mapping[archives.Archive, pathlib.Path], **kwargs: Any) -> None:
+        """Args: folders: where each archive that the config needs lies unpacked."""
+        super().__init__(file_format="array_record", **kwargs)
+        self._folders = folders
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        image = tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")
+        label = tfds.features.Image(shape=(None, None, 1), encoding_format="png")
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="PASCAL VOC 2012 segmentation, and the images that SBD adds to it.",
+            features=tfds.features.FeaturesDict(
+                {"image": image, "label": label, "name": tfds.features.Text()}
+            ),
+            disable_shuffling=True,  # the order of the lists is kept
+        )
+
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+        del dl_manager  # the archives are here already
+        splits = _pairs(self.builder_config.name, self._folders)
+        pairs = [pair for split in splits.values() for pair in split]
+        masks = dict(
+            zip(pairs, reading.check_all(_encoded_mask, pairs, "Checking VOC"), strict=True)
+        )
+        return {name: self._generate_examples(split, masks) for name, split in splits.items()}
+
+    def _generate_examples(
+        self, pairs: Sequence[Pair], masks: Mapping[Pair, bytes]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, pair in enumerate(reading.watch(pairs, "Writing VOC")):
+            image = pair.image.read_bytes()
+            yield index, {"image": image, "label": masks[pair], "name": pair.name}
+
+
+def _encoded_mask(pair: Pair) -> bytes:
+    label = reading.read_label(pair, labels.VOC.num_classes, labels.IGNORE)
+    return reading.encode_label(label)
+
+
+def _pairs(part: str, folders: Mapping[archives.Archive, pathlib.Path]) -> dict[str, list[Pair]]:
+    """The pairs of each TFDS split of a part."""
+    voc = _voc_pairs(folders[VOC_ARCHIVE])
+    if part == "voc2012":
+        return voc
+    own = {pair.name for split in voc.values() for pair in split}
+    added = [pair for pair in _sbd_pairs(folders[SBD_ARCHIVE]) if pair.name not in own]
+    if not added:
+        raise UserError(f"{folders[SBD_ARCHIVE]}: SBD's lists name no image that VOC's do not")
+    return {"train": added}
+
+
+def _voc_pairs(devkit: pathlib.Path) -> dict[str, list[Pair]]:
+    lists = devkit / _VOC_LISTS
+    names = {split: _read_list(lists / f"{split}.txt") for split in ("train", "val")}
+    both = sorted(set(names["train"]) & set(names["val"]))
+    if both:
+        raise UserError(
+            f"{lists}: train.txt and val.txt share {len(both)} images, as {both[0]}: "
+            "what a model is trained on cannot measure it"
+        )
+    images, masks = devkit / "JPEGImages", devkit / "SegmentationClass"
+    return {
+        split: [Pair(name, images / f"{name}.jpg", masks / f"{name}.png") for name in split_names]
+        for split, split_names in names.items()
+    }
+
+
+def _sbd_pairs(dataset: pathlib.Path) -> list[Pair]:
+    names = [name for split in ("train", "val") for name in _read_list(dataset / f"{split}.txt")]
+    return [
+        Pair(name, dataset / "img" / f"{name}.jpg", dataset / "cls" / f"{name}.mat")
+        for name in dict.fromkeys(names)
+    ]
+
+
+def _read_list(path: pathlib.Path) -> list[str]:
+    try:
+        names = path.read_text().split()
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; it lists the images of a split") from None
+    if not names:
+        raise UserError(f"{path}: names no image")
+    return list(dict.fromkeys(names))
+
+
+def _places(part: str, root: str) -> list[archives.Place] | None:
+    """Where the archives of a part are in the user's root; None without one.
+
+    Raises:
+      UserError: the root does not hold them.
+    """
+    if not root:
+        return None
+    folder = pathlib.Path(root).expanduser()
+    found = {archive: archives.find(archive, folder) for archive in _PARTS[part]}
+    missing = [archive for archive, place in found.items() if place is None]
+    if missing:
+        raise UserError(_missing(folder, missing))
+    return [place for place in found.values() if place is not None]
+
+
+def _missing(root: pathlib.Path, missing: Sequence[archives.Archive]) -> str:
+    state = "does not hold what this split needs" if root.exists() else "does not exist"
+    looked_for = [
+        f"- {archive.folder}/{archive.marker}, or {archive.file_name} from {archive.urls[0]}"
+        for archive in missing
+    ]
+    mend = "Lay one or the other there, or leave config.data.root empty to download the archives."
+    if VOC_ARCHIVE not in missing:
+        mend += " Without SBD there are the splits train, val and trainval, but not trainaug."
+    if (root / "VOC2012").is_dir():
+        mend += (
+            f" This looks like VOCdevkit itself: the root is the folder it is in, {root.parent}."
+        )
+    return "\n".join([f"config.data.root: {root} {state}. Looked for", *looked_for, mend])
+
+
+def _prepared(part: str, places: Sequence[archives.Place] | None) -> pathlib.Path:
+    """The folder in which TFDS has a part, prepared if it is not there yet."""
+    base = _tfds_data_dir()
+    data_dir = base if places is None else base / "voc_roots" / _key(places)
+    folder = data_dir / VocSegmentation.name / part / str(VocSegmentation.VERSION)
+    if folder.is_dir():
+        return folder
+    try:
+        with _locked(folder.parent):
+            if not folder.is_dir():  # or another process was faster
+                if places is None:
+                    downloads = base / "downloads" / VocSegmentation.name
+                    places = [archives.download(archive, downloads) for archive in _PARTS[part]]
+                _prepare(part, places, data_dir)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: could not be prepared ({error}). Free space there, or set the environment "
+            "variable TFDS_DATA_DIR to another folder. Nothing half-written is left in its place."
+        ) from error
+    return folder
+
+
+def _prepare(part: str, places: Sequence[archives.Place], data_dir: pathlib.Path) -> None:
+    folder = data_dir / VocSegmentation.name / part
+    # Left by a process that was killed: the lock is ours, so nobody else writes here.
+    for stale in folder.glob("incomplete.*"):
+        shutil.rmtree(stale)
+    Console(stderr=True).print(f"Preparing {part} from {places[-1].path} in {folder}")
+    with (
+        tempfile.TemporaryDirectory(prefix="incomplete.", dir=folder) as scratch,
+        _quiet_tfds(),
+    ):
+        folders = {
+            place.archive: archives.unpack(
+                place, _PARTS[part][place.archive], pathlib.Path(scratch)
+            )
+            for place in places
+        }
+        builder = VocSegmentation(folders=folders, config=part, data_dir=data_dir)
+        builder.download_and_prepare(  # writes aside, then renames
+            download_dir=scratch,
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+        )
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Keeps TFDS from writing to stdout, and from drawing bars besides ours."""
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+
+
+def _key(places: Sequence[archives.Place]) -> str:
+    """Hash of the names, sizes and modification times of the files that matter."""
+    digest = hashlib.sha256()
+    for place in places:
+        for path in _files(place):
+            try:
+                status = path.stat()
+                state = f"{status.st_size} {status.st_mtime_ns}"
+            except OSError:
+                state = "missing"  # the check will tell of it
+            digest.update(f"{path.relative_to(place.path.parent)} {state}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _files(place: archives.Place) -> list[pathlib.Path]:
+    if not place.unpacked:
+        return [place.path]
+    if place.archive is VOC_ARCHIVE:
+        lists = [place.path / _VOC_LISTS / f"{split}.txt" for split in ("train", "val")]
+        pairs = [pair for split in _voc_pairs(place.path).values() for pair in split]
+    else:
+        lists = [place.path / f"{split}.txt" for split in ("train", "val")]
+        pairs = _sbd_pairs(place.path)
+    return [*lists, *(path for pair in pairs for path in (pair.image, pair.mask))]
+
+
+def _tfds_data_dir() -> pathlib.Path:
+    folder = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    if "://" in folder:
+        raise UserError(f"TFDS_DATA_DIR must be a folder of this machine, got {folder}")
+    return pathlib.Path(folder).expanduser().absolute()
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    """Holds a folder for this process; others wait. A killed process lets go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
