@@ -1,0 +1,56 @@
+"""Data on the host: data sets by name, augmentation, batches. NumPy arrays throughout."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from deeplab_jax.config import DataConfig
+from deeplab_jax.data.dataset import Dataset
+from deeplab_jax.errors import UserError
+
+
+def load(config: DataConfig, split: str) -> Dataset:
+    """A split of the data set that the config names.
+
+    Args:
+      config: its `name`, `root` and the fields of that data set decide.
+      split: as `config.split` or `config.eval_split`.
+
+    Raises:
+      UserError: there is no data set or split of that name, or its files are absent or damaged.
+    """
+    if config.name not in _LOADERS:
+        raise UserError(_unknown("config.data.name", config.name, _LOADERS))
+    loader, splits = _LOADERS[config.name]
+    if split not in splits:
+        raise UserError(_unknown(f"split of data set {config.name}", split, splits))
+    return loader(config, split)
+
+
+# A loader imports its module when called: the generated data set does not pay for TFDS.
+
+
+def _load_voc(config: DataConfig, split: str) -> Dataset:
+    from deeplab_jax.data import voc
+
+    return voc.load(config, split)
+
+
+def _load_shapes(config: DataConfig, split: str) -> Dataset:
+    from deeplab_jax.data import shapes
+
+    return shapes.load(config, split)
+
+
+# Name: what loads it, its splits.
+_LOADERS: dict[str, tuple[Callable[[DataConfig, str], Dataset], tuple[str, ...]]] = {
+    "voc": (_load_voc, ("train", "trainaug", "trainval", "val")),
+    "shapes": (_load_shapes, ("train", "val")),
+}
+
+
+def _unknown(what: str, name: str, known: dict | tuple[str, ...]) -> str:
+    closest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {closest[0]!r}?" if closest else ""
+    return f"{what} must be one of {', '.join(known)}, got {name!r}{hint}"
