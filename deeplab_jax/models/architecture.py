@@ -1,0 +1,186 @@
+"""What a DeepLabv3 is made of: the resolved description of a model, and the named ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from deeplab_jax.errors import UserError
+
+# What each field that names a variant may be.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "output_stride": (8, 16, 32),
+    "dilation_rule": ("paper", "torchvision"),
+    "residual": ("post", "pre"),
+    "stem": ("conv7x7", "deep"),
+    "stride_place": ("conv2", "conv1"),
+    "decoder": ("bilinear", "transposed"),
+    "dtype": ("float32", "bfloat16", "float64"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A DeepLabv3, each choice made.
+
+    Attributes:
+      name: of the entry in `ARCHITECTURES` that it comes from.
+      backbone: a name in `models.deeplab.BACKBONES`.
+      num_classes: number of logits a pixel.
+      output_stride: pixels of the image a pixel of the last stage's features: 8, 16 or 32.
+      multi_grid: unit rates of the last stage, multiplied with the stage's own rate. Its first
+        entries are taken where the stage has fewer units (ResNet-18 has 2); it starts over where
+        the stage has more.
+      atrous_rates: of ASPP's 3x3 convolutions, at this output stride.
+      dilation_rule: which rates the stages get whose strides are removed; see `models.resnet`.
+      residual: "post" (conv, norm, relu) or "pre" (norm, relu, conv: He et al. 2016).
+      stem: "conv7x7" or "deep" (three 3x3).
+      stride_place: the convolution of a bottleneck that is strided: its 3x3 "conv2" (v1.5) or the
+        first 1x1 "conv1" (v1). A basic unit's is its first.
+      width: multiplies all numbers of channels, which stay at least 8.
+      aux_head: whether there is a second head, on the features of the last stage but one.
+      dropout: probability before the logits, in [0, 1). In the auxiliary head it is at most 0.1,
+        as torchvision has it.
+      head_conv: whether a 3x3 convolution follows ASPP, as in torchvision and not in the paper.
+      decoder: how logits come to the image's size: "bilinear" or "transposed" (learned).
+      bn_momentum: decay of batch norm's running statistics; torch's 0.1 is 0.9 here.
+      bn_epsilon: added to batch norm's variance.
+      in_channels: of the images.
+      dtype: of the computation; parameters, statistics and logits are float32 under "bfloat16",
+        and float64 under "float64", which needs `jax_enable_x64`.
+    """
+
+    name: str
+    backbone: str
+    num_classes: int
+    output_stride: int
+    multi_grid: tuple[int, ...]
+    atrous_rates: tuple[int, ...]
+    dilation_rule: str
+    aux_head: bool
+    head_conv: bool
+    dropout: float
+    bn_momentum: float
+    bn_epsilon: float = 1e-5
+    in_channels: int = 3
+    residual: str = "post"
+    stem: str = "conv7x7"
+    stride_place: str = "conv2"
+    width: float = 1.0
+    decoder: str = "bilinear"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for field in ("multi_grid", "atrous_rates"):  # JSON gives lists, which do not hash
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        problems = [
+            f"{field} must be {expected}, got {getattr(self, field)!r}"
+            for field, expected, ok in self._rules()
+            if not ok
+        ]
+        if problems:
+            raise UserError(f"architecture {self.name}: " + "; ".join(problems))
+
+    def _rules(self) -> Iterable[tuple[str, str, bool]]:
+        """(field, what it must be, whether it is)."""
+        for field, choices in CHOICES.items():
+            expected = "one of " + ", ".join(map(str, choices))
+            yield field, expected, getattr(self, field) in choices
+        for field in ("num_classes", "in_channels"):
+            yield field, "1 or more", getattr(self, field) >= 1
+        for field in ("multi_grid", "atrous_rates"):
+            rates = getattr(self, field)
+            whole = all(isinstance(rate, int) and rate >= 1 for rate in rates)
+            yield field, "one or more whole rates of 1 or more", bool(rates) and whole
+        yield "width", "above 0", 0 < self.width < math.inf
+        yield "dropout", "in [0, 1)", 0 <= self.dropout < 1
+        yield "bn_momentum", "in [0, 1]", 0 <= self.bn_momentum <= 1
+        yield "bn_epsilon", "above 0", self.bn_epsilon > 0
+
+    def at_output_stride(self, output_stride: int) -> Architecture:
+        """The same parameters used at another output stride: ASPP's rates scale with features.
+
+        Raises:
+          UserError: a rate would not be whole, as 6 at output stride 16 for 64; or there is no
+            such output stride.
+        """
+        numerators = [rate * self.output_stride for rate in self.atrous_rates]
+        if output_stride in CHOICES["output_stride"] and any(n % output_stride for n in numerators):
+            rates = ", ".join(f"{n / output_stride:g}" for n in numerators)
+            raise UserError(
+                f"atrous_rates {self.atrous_rates} at output stride {self.output_stride} would be "
+                f"({rates}) at {output_stride}, which are not whole: give atrous_rates for "
+                f"output stride {output_stride}"
+            )
+        scaled = tuple(n // max(output_stride, 1) for n in numerators)
+        return dataclasses.replace(self, output_stride=output_stride, atrous_rates=scaled)
+
+
+# What each family sets; the rest are the defaults of `Architecture`.
+_FAMILIES: dict[str, dict[str, Any]] = {
+    # arXiv 1706.05587, section 4; batch norm's momentum: its section 4.1.
+    "paper": {
+        "output_stride": 16,
+        "multi_grid": (1, 2, 4),
+        "atrous_rates": (6, 12, 18),
+        "dilation_rule": "paper",
+        "aux_head": False,
+        "head_conv": False,
+        "dropout": 0.1,
+        "bn_momentum": 0.9997,
+    },
+    # torchvision.models.segmentation.deeplabv3.
+    "torchvision": {
+        "output_stride": 8,
+        "multi_grid": (1, 1, 1),
+        "atrous_rates": (12, 24, 36),
+        "dilation_rule": "torchvision",
+        "aux_head": True,
+        "head_conv": True,
+        "dropout": 0.5,
+        "bn_momentum": 0.9,
+    },
+}
+
+ARCHITECTURES: dict[str, Architecture] = {
+    f"{family}_resnet{depth}": Architecture(
+        name=f"{family}_resnet{depth}", backbone=f"resnet{depth}", num_classes=21, **fields
+    )
+    for family, fields in _FAMILIES.items()
+    for depth in (18, 34, 50, 101, 152)
+}
+
+
+def architecture(name: str, *, num_classes: int, **overrides: Any) -> Architecture:
+    """A named architecture with some choices made otherwise.
+
+    Args:
+      name: a key of `ARCHITECTURES`.
+      num_classes: number of logits a pixel.
+      **overrides: fields of `Architecture`; None means the named one's own. Another
+        `output_stride` without `atrous_rates` scales the rates, as `at_output_stride` does.
+
+    Raises:
+      UserError: an unknown name or field, or a value that cannot be.
+    """
+    if name not in ARCHITECTURES:
+        raise UserError(_unknown("architecture", name, ARCHITECTURES))
+    fields = [field.name for field in dataclasses.fields(Architecture)]
+    for field in overrides:
+        if field not in fields or field == "name":
+            raise UserError(_unknown("field of an architecture", field, fields[1:]))
+    chosen = {field: value for field, value in overrides.items() if value is not None}
+    base = ARCHITECTURES[name]
+    if "output_stride" in chosen and "atrous_rates" not in chosen:
+        base = base.at_output_stride(chosen.pop("output_stride"))
+    return dataclasses.replace(base, num_classes=num_classes, **chosen)
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    closest = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {closest[0]!r}?" if closest else ""
+    return f"unknown {what} {name!r}{hint} Known: {', '.join(known)}"

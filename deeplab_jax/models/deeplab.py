@@ -1,0 +1,202 @@
+"""DeepLabv3 (Chen et al. 2017, arXiv 1706.05587): backbone, ASPP head, auxiliary head, decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax.nn import relu
+from jaxtyping import Array, Float
+
+from deeplab_jax.models.architecture import ARCHITECTURES, Architecture, architecture
+from deeplab_jax.models.aspp import ASPP
+from deeplab_jax.models.layers import (
+    Conv,
+    LayerMaker,
+    TransposedDecoder,
+    dropout,
+    resize_bilinear,
+    scaled_channels,
+)
+from deeplab_jax.models.resnet import SPECS, ResNet
+
+__all__ = [
+    "ARCHITECTURES",
+    "BACKBONES",
+    "Architecture",
+    "ConvolutionRate",
+    "DeepLabV3",
+    "architecture",
+    "effective_rates",
+]
+
+# A backbone gives features by name, of which it says in `out_feature`, `aux_feature` which the
+# heads read, and in `out_channels`, `aux_channels` how many channels these have.
+BACKBONES: dict[str, Callable[..., Any]] = dict.fromkeys(SPECS, ResNet)
+
+AUX_DROPOUT = 0.1
+
+
+class DeepLabHead(nnx.List):
+    """ASPP `[0]` and logits `[4]`; between them, if `head_conv`, a 3x3 `[1]` and its norm `[2]`.
+
+    The places are those of torchvision's `DeepLabHead`, also where they are empty.
+    """
+
+    def __init__(self, in_channels: int, architecture: Architecture, make: LayerMaker) -> None:
+        aspp = ASPP(in_channels, architecture, make)
+        channels = aspp.out_channels
+        layers: list[Any] = [None, None]
+        if architecture.head_conv:
+            layers = [make.conv(channels, channels, 3), make.norm(channels)]
+        super().__init__([aspp, *layers, None, make.logits(channels, architecture.num_classes)])
+
+    def __call__(
+        self,
+        features: Float[Array, "n h w c"],
+        *,
+        update_bn: bool = False,
+        key: jax.Array | None = None,
+    ) -> Float[Array, "n h w classes"]:
+        aspp, conv, norm, _, logits = self
+        x = aspp(features, update_bn=update_bn, key=key)
+        if conv is not None:
+            x = relu(norm(conv(x), update_bn=update_bn))
+        return logits(x)
+
+
+class FCNHead(nnx.List):
+    """Auxiliary head: 3x3 convolution `[0]`, batch norm `[1]`, dropout, logits `[4]`.
+
+    The places are those of torchvision's `FCNHead`.
+    """
+
+    def __init__(self, in_channels: int, architecture: Architecture, make: LayerMaker) -> None:
+        # in_channels carries the width already.
+        channels = scaled_channels(in_channels, 1 / 4)
+        conv, norm = make.conv(in_channels, channels, 3), make.norm(channels)
+        super().__init__([conv, norm, None, None, make.logits(channels, architecture.num_classes)])
+        self.dropout = min(AUX_DROPOUT, architecture.dropout)
+
+    def __call__(
+        self,
+        features: Float[Array, "n h w c"],
+        *,
+        update_bn: bool = False,
+        key: jax.Array | None = None,
+    ) -> Float[Array, "n h w classes"]:
+        conv, norm, _, _, logits = self
+        x = relu(norm(conv(features), update_bn=update_bn))
+        return logits(dropout(x, self.dropout, key))
+
+
+class DeepLabV3(nnx.Module):
+    """DeepLabv3. Its variables are `nnx.Param` and `nnx.BatchStat`, named as torchvision's modules.
+
+    Attributes:
+      architecture: what it is made of.
+      backbone: see `BACKBONES`.
+      classifier: the head of the "out" logits.
+      aux_classifier: the head of the "aux" logits, or None.
+      decoder: of the "out" logits if learned, or None if bilinear.
+    """
+
+    def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs) -> None:
+        make = LayerMaker(
+            architecture.dtype, architecture.bn_momentum, architecture.bn_epsilon, rngs
+        )
+        self.architecture = architecture
+        self.backbone = BACKBONES[architecture.backbone](architecture, rngs=rngs)
+        self.classifier = DeepLabHead(self.backbone.out_channels, architecture, make)
+        self.aux_classifier = (
+            FCNHead(self.backbone.aux_channels, architecture, make)
+            if architecture.aux_head
+            else None
+        )
+        self.decoder = (
+            TransposedDecoder(
+                architecture.num_classes, architecture.output_stride, dtype=architecture.dtype
+            )
+            if architecture.decoder == "transposed"
+            else None
+        )
+
+    def __call__(
+        self,
+        images: Float[Array, "n h w c"],
+        train: bool = False,
+        key: jax.Array | None = None,
+        *,
+        freeze_bn: bool = False,
+        remat: bool = False,
+    ) -> dict[str, Float[Array, "n h w classes"]]:
+        """Logits "out", and "aux" where there is that head, float32, at the images' size.
+
+        Args:
+          images: normalised pixels, of any height and width.
+          train: whether batch norm uses the batch's statistics and moves the running ones, and
+            dropout acts.
+          key: of dropout; needed when `train`, unless the architecture's dropout is 0.
+          freeze_bn: whether batch norm keeps to its running statistics although `train`.
+          remat: whether each residual unit is computed again in the backward pass: less memory
+            for about a third more arithmetic.
+
+        Raises:
+          ValueError: the images' channels are not the architecture's, or the key is missing.
+        """
+        self._check(images, train, key)
+        out_key, aux_key = (None, None)
+        if train and key is not None:
+            out_key, aux_key = jax.random.split(key)
+        update_bn = train and not freeze_bn
+        features = self.backbone(images, update_bn=update_bn, remat=remat)
+        height, width = images.shape[1:3]
+
+        out = features[self.backbone.out_feature]
+        out = self.classifier(out, update_bn=update_bn, key=out_key)
+        decode = self.decoder or resize_bilinear
+        outputs = {"out": decode(out, height, width)}
+        if self.aux_classifier is not None:
+            aux = features[self.backbone.aux_feature]
+            aux = self.aux_classifier(aux, update_bn=update_bn, key=aux_key)
+            outputs["aux"] = resize_bilinear(aux, height, width)
+        return outputs
+
+    def _check(self, images: Array, train: bool, key: jax.Array | None) -> None:
+        in_channels = self.architecture.in_channels
+        if images.ndim != 4 or images.shape[3] != in_channels:
+            raise ValueError(f"images must be [n, h, w, {in_channels}], got {list(images.shape)}")
+        if train and key is None and self.architecture.dropout > 0:
+            raise ValueError(
+                f"train=True needs a key: dropout is {self.architecture.dropout}, not 0"
+            )
+
+
+class ConvolutionRate(NamedTuple):
+    """A convolution of a model.
+
+    Attributes:
+      name: its attribute path, as in `backbone.layer4.0.conv2`.
+      kernel_size: side of its kernel.
+      stride: pixels of its input.
+      rate: pixels of its input between the taps.
+    """
+
+    name: str
+    kernel_size: int
+    stride: int
+    rate: int
+
+
+def effective_rates(architecture: Architecture) -> list[ConvolutionRate]:
+    """Each convolution of the model, read from the model itself, built without arrays."""
+    model = nnx.eval_shape(lambda: DeepLabV3(architecture, rngs=nnx.Rngs(0)))
+    return [
+        ConvolutionRate(
+            ".".join(map(str, path)), module.kernel.shape[0], module.stride, module.rate
+        )
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Conv)
+    ]
