@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import http.client
 import logging
 import os
 import pathlib
@@ -82,7 +83,7 @@ def download(archive: Archive, folder: pathlib.Path) -> Place:
             _require_md5(archive, partial)
             partial.replace(target)
             return Place(archive, target)
-        except (OSError, UserError) as error:  # of the network, HTTP, disk, or a damaged file
+        except (OSError, http.client.HTTPException, UserError) as error:
             failures.append(f"- {url}: {error}")
         finally:
             partial.unlink(missing_ok=True)

@@ -43,11 +43,13 @@ class Pair:
       name: what the example is called.
       image: a JPEG, PNG or other image file.
       mask: a file of class ids: a grey or palette image, or SBD's `.mat`.
+      listed_in: the file or folder that says that there is this example.
     """
 
     name: str
     image: pathlib.Path
     mask: pathlib.Path
+    listed_in: pathlib.Path
 
 
 def decode_image(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
@@ -94,13 +96,11 @@ def check_image(path: pathlib.Path) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             # Lets libjpeg decode an eighth of the size: all bytes are read, in half the time.
-            image.draft(None, (image.width // 8, image.height // 8))
+            image.draft(None, (image.width // 8 or 1, image.height // 8 or 1))
             image.load()
         return decode_image(data).shape[:2]
     except Exception as error:  # Pillow raises what its many decoders raise
-        raise UserError(
-            f"{path}: cannot be read as an image ({error}). Replace the file."
-        ) from None
+        raise UserError(f"{path}: truncated, or no image ({error}). Replace the file.") from None
 
 
 def read_ids(path: pathlib.Path) -> Integer[np.ndarray, "h w"]:
@@ -118,14 +118,14 @@ def _read_image_ids(path: pathlib.Path) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
     except Exception as error:
-        raise UserError(f"{path}: cannot be read as a mask ({error}). Replace the file.") from None
+        raise UserError(f"{path}: truncated, or no image ({error}). Replace the file.") from None
     if image.mode in ("1", "P") or image.mode.startswith("I"):
         return np.asarray(image).astype(np.int32)
     if image.mode == "L":
-        bits, color_type = data[24:26] if image.format == "PNG" else (8, 0)
-        return np.asarray(image) // (_PNG_GREY_SPREAD.get(bits, 1) if color_type == 0 else 1)
+        bits = data[24] if image.format == "PNG" else 8  # the bit depth is byte 24 of a PNG
+        return np.asarray(image) // _PNG_GREY_SPREAD.get(bits, 1)
     raise UserError(
-        f"{path}: holds colours (mode {image.mode}), not class ids. "
+        f"{path}: holds colours (an image of mode {image.mode}), not class ids. "
         "Save the ids as a grey or palette PNG."
     )
 
@@ -137,7 +137,7 @@ def _read_sbd_ids(path: pathlib.Path) -> np.ndarray:
         variables = scipy.io.loadmat(io.BytesIO(data), variable_names=["GTcls"])
     except Exception as error:  # SciPy lets through what its parser stumbles on
         raise UserError(
-            f"{path}: cannot be read as a MATLAB file ({error}). Replace the file."
+            f"{path}: truncated, or no MATLAB file ({error}). Replace the file."
         ) from None
     ground_truth = variables.get("GTcls")
     fields = getattr(getattr(ground_truth, "dtype", None), "names", None) or ()
@@ -146,7 +146,10 @@ def _read_sbd_ids(path: pathlib.Path) -> np.ndarray:
             f"{path}: has no GTcls.Segmentation. SBD's class masks are in benchmark_RELEASE/"
             "dataset/cls; those in dataset/inst hold instances."
         )
-    return ground_truth["Segmentation"][0, 0]
+    ids = ground_truth["Segmentation"].flat[0]
+    if ids.ndim != 2 or not np.array_equal(ids, ids.astype(np.int32)):
+        raise UserError(f"{path}: GTcls.Segmentation is not a matrix of class ids")
+    return ids.astype(np.int32)
 
 
 def to_label(
@@ -184,6 +187,9 @@ def read_label(pair: Pair, num_classes: int, ignore_label: int) -> UInt8[np.ndar
     Raises:
       UserError: a file is missing or broken, sizes differ, or an id is no class.
     """
+    for path in (pair.image, pair.mask):
+        if not path.is_file():
+            raise UserError(f"{path}: is missing, yet {pair.listed_in} names {pair.name}.")
     image_size = check_image(pair.image)
     label = to_label(read_ids(pair.mask), num_classes, ignore_label, pair.mask)
     if label.shape != image_size:
@@ -251,7 +257,5 @@ def raise_together(headline: str, problems: Iterable[str]) -> None:
 def _read(path: pathlib.Path) -> bytes:
     try:
         return path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: is missing.") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None

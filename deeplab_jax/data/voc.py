@@ -28,12 +28,12 @@ import itertools
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
-from rich.console import Console
 
 from deeplab_jax import labels
 from deeplab_jax.config import DataConfig
@@ -105,20 +105,23 @@ def load(config: DataConfig, split: str) -> Dataset:
             f"VOC's ignored pixels have id {labels.IGNORE}: "
             f"config.data.ignore_label must be {labels.IGNORE}, got {config.ignore_label}"
         )
-    # All that a split needs is looked for before any of it is prepared.
-    places = {part: _places(part, config.root) for part, _ in SPLITS[split]}
-    folders = [(_prepared(part, places[part]), tfds_split) for part, tfds_split in SPLITS[split]]
+    parts = SPLITS[split]
+    # All that the split needs is looked for before any of it is prepared.
+    places = _places([part for part, _ in parts], config.root) if config.root else None
+    folders = [(_prepared(part, places), tfds_split) for part, tfds_split in parts]
     return Dataset(RecordSource(folders), labels.VOC)
 
 
 class RecordSource:
-    """Examples of several prepared TFDS folders, one after the other.
+    """Examples of prepared TFDS folders, one after the other.
 
     It pickles, and opens its files at first use in each process.
+
+    Args:
+      parts: a folder of TFDS and a split of it, for each.
     """
 
     def __init__(self, parts: Sequence[tuple[pathlib.Path, str]]) -> None:
-        """Args: parts: TFDS's folder and split, for each."""
         skip = tfds.decode.SkipDecoding()  # OpenCV decodes twice as fast as TFDS does
         self._readers = [
             tfds.builder_from_directory(folder).as_data_source(
@@ -144,13 +147,17 @@ class RecordSource:
 
 
 class VocSegmentation(tfds.core.GeneratorBasedBuilder):
-    """Writes VOC's pairs (config voc2012: train, val) or those that SBD adds (sbd: train)."""
+    """Writes VOC's pairs (config voc2012: train, val) or those that SBD adds (sbd: train).
+
+    Args:
+      folders: where each archive that the config needs lies unpacked.
+      **kwargs: those of the base class.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in _PARTS]  # noqa: RUF012
 
     def __init__(self, *, folders: Mapping[archives.Archive, pathlib.Path], **kwargs: Any) -> None:
-        """Args: folders: where each archive that the config needs lies unpacked."""
         super().__init__(file_format="array_record", **kwargs)
         self._folders = folders
 
@@ -203,53 +210,59 @@ def _pairs(part: str, folders: Mapping[archives.Archive, pathlib.Path]) -> dict[
 
 
 def _voc_pairs(devkit: pathlib.Path) -> dict[str, list[Pair]]:
-    lists = devkit / _VOC_LISTS
-    names = {split: _read_list(lists / f"{split}.txt") for split in ("train", "val")}
+    lists = {split: devkit / _VOC_LISTS / f"{split}.txt" for split in ("train", "val")}
+    names = {split: _read_list(path) for split, path in lists.items()}
     both = sorted(set(names["train"]) & set(names["val"]))
     if both:
         raise UserError(
-            f"{lists}: train.txt and val.txt share {len(both)} images, as {both[0]}: "
-            "what a model is trained on cannot measure it"
+            f"{lists['train']} and {lists['val']} share {len(both)} images, as {both[0]}: "
+            "what a model is trained on cannot measure it. Take them off one of the lists."
         )
     images, masks = devkit / "JPEGImages", devkit / "SegmentationClass"
     return {
-        split: [Pair(name, images / f"{name}.jpg", masks / f"{name}.png") for name in split_names]
-        for split, split_names in names.items()
+        split: [
+            Pair(name, images / f"{name}.jpg", masks / f"{name}.png", lists[split])
+            for name in names[split]
+        ]
+        for split in lists
     }
 
 
 def _sbd_pairs(dataset: pathlib.Path) -> list[Pair]:
-    names = [name for split in ("train", "val") for name in _read_list(dataset / f"{split}.txt")]
-    return [
-        Pair(name, dataset / "img" / f"{name}.jpg", dataset / "cls" / f"{name}.mat")
-        for name in dict.fromkeys(names)
-    ]
+    images, masks = dataset / "img", dataset / "cls"
+    pairs = {
+        name: Pair(name, images / f"{name}.jpg", masks / f"{name}.mat", path)
+        for path in (dataset / "train.txt", dataset / "val.txt")
+        for name in _read_list(path)
+    }
+    return list(pairs.values())
 
 
 def _read_list(path: pathlib.Path) -> list[str]:
     try:
-        names = path.read_text().split()
-    except FileNotFoundError:
-        raise UserError(f"{path}: is missing; it lists the images of a split") from None
+        names = path.read_text(errors="replace").split()
+    except OSError as error:
+        raise UserError(
+            f"{path}: the list of a split's images cannot be read ({error.strerror})"
+        ) from None
     if not names:
-        raise UserError(f"{path}: names no image")
+        raise UserError(f"{path}: names no image, expected one a line, as in 2007_000032")
     return list(dict.fromkeys(names))
 
 
-def _places(part: str, root: str) -> list[archives.Place] | None:
-    """Where the archives of a part are in the user's root; None without one.
+def _places(parts: Sequence[str], root: str) -> dict[archives.Archive, archives.Place]:
+    """Where the archives that the parts need are in the user's root.
 
     Raises:
-      UserError: the root does not hold them.
+      UserError: the root does not hold all of them.
     """
-    if not root:
-        return None
     folder = pathlib.Path(root).expanduser()
-    found = {archive: archives.find(archive, folder) for archive in _PARTS[part]}
+    needed = dict.fromkeys(archive for part in parts for archive in _PARTS[part])
+    found = {archive: archives.find(archive, folder) for archive in needed}
     missing = [archive for archive, place in found.items() if place is None]
     if missing:
         raise UserError(_missing(folder, missing))
-    return [place for place in found.values() if place is not None]
+    return {archive: place for archive, place in found.items() if place is not None}
 
 
 def _missing(root: pathlib.Path, missing: Sequence[archives.Archive]) -> str:
@@ -268,20 +281,26 @@ def _missing(root: pathlib.Path, missing: Sequence[archives.Archive]) -> str:
     return "\n".join([f"config.data.root: {root} {state}. Looked for", *looked_for, mend])
 
 
-def _prepared(part: str, places: Sequence[archives.Place] | None) -> pathlib.Path:
-    """The folder in which TFDS has a part, prepared if it is not there yet."""
+def _prepared(part: str, places: Mapping[archives.Archive, archives.Place] | None) -> pathlib.Path:
+    """The folder in which TFDS has a part, prepared if it is not there yet.
+
+    Args:
+      part: a key of `_PARTS`.
+      places: of its archives; None to download them.
+    """
     base = _tfds_data_dir()
-    data_dir = base if places is None else base / "voc_roots" / _key(places)
+    here = None if places is None else [places[archive] for archive in _PARTS[part]]
+    data_dir = base if here is None else base / "voc_roots" / _key(here)
     folder = data_dir / VocSegmentation.name / part / str(VocSegmentation.VERSION)
     if folder.is_dir():
         return folder
     try:
         with _locked(folder.parent):
             if not folder.is_dir():  # or another process was faster
-                if places is None:
+                if here is None:
                     downloads = base / "downloads" / VocSegmentation.name
-                    places = [archives.download(archive, downloads) for archive in _PARTS[part]]
-                _prepare(part, places, data_dir)
+                    here = [archives.download(archive, downloads) for archive in _PARTS[part]]
+                _prepare(part, here, data_dir)
     except OSError as error:
         raise UserError(
             f"{folder}: could not be prepared ({error}). Free space there, or set the environment "
@@ -295,7 +314,7 @@ def _prepare(part: str, places: Sequence[archives.Place], data_dir: pathlib.Path
     # Left by a process that was killed: the lock is ours, so nobody else writes here.
     for stale in folder.glob("incomplete.*"):
         shutil.rmtree(stale)
-    Console(stderr=True).print(f"Preparing {part} from {places[-1].path} in {folder}")
+    print(f"Preparing {part} from {places[-1].path} in {folder}", file=sys.stderr)
     with (
         tempfile.TemporaryDirectory(prefix="incomplete.", dir=folder) as scratch,
         _quiet_tfds(),
