@@ -16,7 +16,8 @@ def _philox(seed: int, stream: int, index: int) -> np.random.Philox:
 
     The index is the counter's highest word, so the draws of two indices do not overlap.
     """
-    return np.random.Philox(counter=[0, 0, 0, index], key=[seed % 2**64, stream])
+    counter = np.array([0, 0, 0, index], np.uint64)
+    return np.random.Philox(counter=counter, key=np.array([seed % 2**64, stream], np.uint64))
 
 
 def generator(seed: int, stream: int, index: int) -> np.random.Generator:
