@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import http.client
 import logging
-import os
 import pathlib
 import shutil
 import tarfile
@@ -68,6 +67,8 @@ def find(archive: Archive, root: pathlib.Path) -> Place | None:
 def download(archive: Archive, folder: pathlib.Path) -> Place:
     """The archive as a tar file in `folder`, downloaded if it is not there; verified at download.
 
+    Not for two processes at once: what one that was killed has left is overwritten.
+
     Raises:
       UserError: no URL could be read, naming each URL and why.
     """
@@ -75,7 +76,7 @@ def download(archive: Archive, folder: pathlib.Path) -> Place:
     if target.is_file():
         return Place(archive, target)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"incomplete.{os.getpid()}_{target.name}")
+    partial = target.with_name(f"incomplete.{target.name}")
     failures = []
     for url in archive.urls:
         try:

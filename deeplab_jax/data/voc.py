@@ -299,9 +299,10 @@ def _prepared(part: str, places: Mapping[archives.Archive, archives.Place] | Non
             if not folder.is_dir():  # or another process was faster
                 if here is None:
                     downloads = base / "downloads" / VocSegmentation.name
-                    here = [archives.download(archive, downloads) for archive in _PARTS[part]]
+                    with _locked(downloads):
+                        here = [archives.download(archive, downloads) for archive in _PARTS[part]]
                 _prepare(part, here, data_dir)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # ArrayRecord's writer raises RuntimeError
         raise UserError(
             f"{folder}: could not be prepared ({error}). Free space there, or set the environment "
             "variable TFDS_DATA_DIR to another folder. Nothing half-written is left in its place."

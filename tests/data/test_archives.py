@@ -94,7 +94,7 @@ def test_never_writes_outside(tmp_path):
     files = {"kit/data/lists/train.txt": b"a", "kit/data/images/../../../../evil": b"x"}
     pack(tmp_path / "kit.tar", files)
     place = archives.Place(archive_of(tmp_path / "kit.tar"), tmp_path / "kit.tar")
-    archives.unpack(place, ("lists", "images", "../../.."), tmp_path / "in/out")
+    archives.unpack(place, ("lists", "images/../../../.."), tmp_path / "in/out")
     assert sorted(files_below(tmp_path)) == ["in/out/kit/data/lists/train.txt", "kit.tar"]
 
 

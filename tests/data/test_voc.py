@@ -182,8 +182,9 @@ def test_the_root_is_left_alone(root, capsys):
 def test_a_changed_root_is_prepared_anew(root):
     assert load(root, "train")[0]["label"].max() == 255
     mask = root / "VOCdevkit/VOC2012/SegmentationClass/a1.png"
-    Image.fromarray(np.full(SIZES[0], 7, np.uint8)).save(mask)
-    assert np.unique(load(root, "train")[0]["label"]).tolist() == [7]
+    for value in (7, 9):  # files of one size
+        Image.fromarray(np.full(SIZES[0], value, np.uint8)).save(mask, compress_level=0)
+        assert np.unique(load(root, "train")[0]["label"]).tolist() == [value]
     (root / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt").write_text("a3\n")
     assert names(load(root, "train")) == ["a3"]
 
@@ -413,6 +414,23 @@ def die(*args):
 examples = voc.VocSegmentation._generate_examples
 voc.VocSegmentation._generate_examples = die
 """
+
+
+DISK_FULL = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+"""
+
+
+def test_no_space_while_preparing(root, data_dir):
+    command = [sys.executable, "-c", PREPARE.format(setup=DISK_FULL), str(root)]
+    full = subprocess.run(command, capture_output=True, text=True)
+    assert full.returncode == 1
+    assert re.search(r"UserError: .*1\.0\.0: could not be prepared .*File too large", full.stderr)
+    assert not list(data_dir.rglob("1.0.0"))
+    assert not list(data_dir.rglob("incomplete*"))
+    assert len(load(root, "trainaug")) == 7
 
 
 def test_killed_while_preparing(root, data_dir):
