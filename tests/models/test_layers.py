@@ -1,0 +1,287 @@
+"""Layers against torch, NumPy and closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from deeplab_jax.models.layers import (
+    BatchNorm,
+    Conv,
+    TransposedDecoder,
+    dropout,
+    max_pool,
+    resize_bilinear,
+    scaled_channels,
+)
+
+
+def to_torch(x):
+    return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))
+
+
+def from_torch(x):
+    return x.detach().numpy().transpose(0, 2, 3, 1)
+
+
+def norm_with_values(channels, *, momentum=0.9, epsilon=1e-5, dtype="float64", seed=0):
+    """A batch norm none of whose variables is 0 or 1."""
+    rng = np.random.default_rng(seed)
+    norm = BatchNorm(channels, momentum=momentum, epsilon=epsilon, dtype=dtype)
+    norm.scale[...] = jnp.asarray(rng.uniform(0.5, 2, channels), norm.scale.dtype)
+    norm.bias[...] = jnp.asarray(rng.normal(size=channels), norm.bias.dtype)
+    norm.mean[...] = jnp.asarray(rng.normal(size=channels), norm.mean.dtype)
+    norm.var[...] = jnp.asarray(rng.uniform(0.5, 2, channels), norm.var.dtype)
+    return norm
+
+
+def torch_norm(norm):
+    theirs = torch.nn.BatchNorm2d(norm.scale.shape[0], eps=norm.epsilon, momentum=0.1).double()
+    with torch.no_grad():
+        theirs.weight[:] = torch.tensor(np.asarray(norm.scale[...]))
+        theirs.bias[:] = torch.tensor(np.asarray(norm.bias[...]))
+        theirs.running_mean[:] = torch.tensor(np.asarray(norm.mean[...]))
+        theirs.running_var[:] = torch.tensor(np.asarray(norm.var[...]))
+    return theirs
+
+
+def apply_norm(norm, x):
+    """Output and running statistics after a training batch, as functions of the parameters."""
+    graph, params, stats = nnx.split(norm, nnx.Param, nnx.BatchStat)
+
+    def run(params, x):
+        module = nnx.merge(graph, params, stats, copy=True)
+        return module(x, update_bn=True), nnx.state(module, nnx.BatchStat)
+
+    return run, params
+
+
+class TestBatchNorm:
+    @pytest.mark.parametrize("train", [True, False])
+    def test_equals_torch(self, x64, train):
+        x = np.random.default_rng(1).normal(3, 2, size=(3, 4, 5, 6))
+        ours = norm_with_values(6)
+        theirs = torch_norm(ours).train(train)
+        old_var = np.asarray(ours.var[...])
+        y = ours(jnp.asarray(x), update_bn=train)
+        np.testing.assert_allclose(y, from_torch(theirs(to_torch(x))), atol=1e-12)
+        np.testing.assert_allclose(ours.mean[...], theirs.running_mean, atol=1e-12)
+        # The variance that torch adds is the unbiased one, n / (n - 1) of ours, of n = 60 values.
+        ours_added, theirs_added = ours.var[...] - 0.9 * old_var, theirs.running_var - 0.9 * old_var
+        ratio = 60 / 59 if train else 1
+        np.testing.assert_allclose(ours_added * ratio, theirs_added, atol=1e-12)
+
+    def test_gradients_equal_torch(self, x64):
+        rng = np.random.default_rng(2)
+        x, cotangent = rng.normal(1, 2, size=(2, 3, 4, 5)), rng.normal(size=(2, 3, 4, 5))
+        norm = norm_with_values(5)
+        theirs = torch_norm(norm).train()
+        run, params = apply_norm(norm, x)
+        grads, x_grad = jax.vjp(lambda p, x: run(p, x)[0], params, jnp.asarray(x))[1](
+            jnp.asarray(cotangent)
+        )
+        torch_x = to_torch(x).requires_grad_()
+        theirs(torch_x).backward(to_torch(cotangent))
+        np.testing.assert_allclose(x_grad, from_torch(torch_x.grad), atol=1e-12)
+        np.testing.assert_allclose(grads["scale"].get_value(), theirs.weight.grad, atol=1e-12)
+        np.testing.assert_allclose(grads["bias"].get_value(), theirs.bias.grad, atol=1e-12)
+
+    @pytest.mark.parametrize("momentum", [0.9, 0.9997])
+    def test_running_statistics_follow_the_recurrence(self, momentum):
+        norm = BatchNorm(4, momentum=momentum, epsilon=1e-3)
+        mean, var = np.zeros(4), np.ones(4)
+        for seed in range(3):
+            x = np.random.default_rng(seed).normal(seed, 1 + seed, size=(2, 5, 5, 4))
+            norm(jnp.asarray(x, jnp.float32), update_bn=True)
+            mean = momentum * mean + (1 - momentum) * x.mean((0, 1, 2))
+            var = momentum * var + (1 - momentum) * x.var((0, 1, 2))
+        np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(norm.var[...], var, rtol=1e-5)
+
+    def test_frozen_uses_and_keeps_the_running_statistics(self):
+        norm = norm_with_values(4, epsilon=1e-3, dtype="float32")
+        before = {name: np.asarray(getattr(norm, name)[...]) for name in ("mean", "var")}
+        x = np.random.default_rng(1).normal(5, 3, size=(2, 3, 3, 4)).astype(np.float32)
+        y = norm(jnp.asarray(x), update_bn=False)
+        expected = (x - before["mean"]) / np.sqrt(before["var"] + 1e-3)
+        expected = expected * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+        for name, value in before.items():
+            np.testing.assert_array_equal(getattr(norm, name)[...], value)
+
+    def test_statistics_are_float32_under_bfloat16(self):
+        norm = BatchNorm(3, momentum=0.9, epsilon=1e-5, dtype=jnp.bfloat16)
+        x = np.random.default_rng(1).normal(1, 2, size=(4, 9, 9, 3)).astype(jnp.bfloat16)
+        y = norm(jnp.asarray(x), update_bn=True)
+        assert y.dtype == jnp.bfloat16
+        exact = x.astype(np.float64)
+        assert norm.mean.dtype == norm.var.dtype == norm.scale.dtype == jnp.float32
+        np.testing.assert_allclose(norm.mean[...], 0.1 * exact.mean((0, 1, 2)), rtol=1e-5)
+        np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * exact.var((0, 1, 2)), rtol=1e-5)
+        rounded = np.asarray(norm.mean[...]).astype(jnp.bfloat16).astype(np.float32)
+        assert not np.array_equal(rounded, norm.mean[...])  # bfloat16 could not have held them
+
+    def test_one_value_a_channel_gives_the_bias_and_no_nan(self):
+        norm = norm_with_values(5, dtype="float32")
+        x = jnp.asarray(np.random.default_rng(1).normal(7, 9, size=(1, 1, 1, 5)), jnp.float32)
+        run, params = apply_norm(norm, x)
+        y, stats = jax.jit(run)(params, x)
+        np.testing.assert_allclose(y[0, 0, 0], norm.bias[...], atol=1e-6)
+        np.testing.assert_allclose(
+            stats["var"].get_value(), 0.9 * norm.var[...], rtol=1e-4, atol=1e-5
+        )
+        grads, x_grad = jax.jit(jax.grad(lambda p, x: run(p, x)[0].sum(), argnums=(0, 1)))(
+            params, x
+        )
+        np.testing.assert_allclose(x_grad, 0, atol=1e-6)
+        np.testing.assert_allclose(grads["bias"].get_value(), 1)
+        np.testing.assert_allclose(grads["scale"].get_value(), 0, atol=1e-6)
+
+    @pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices")
+    def test_statistics_are_of_the_whole_batch_when_it_is_divided(self):
+        x = np.random.default_rng(1).normal(size=(4, 3, 3, 2)) + np.arange(4)[:, None, None, None]
+        x = x.astype(np.float32)
+        run, params = apply_norm(BatchNorm(2, momentum=0.5, epsilon=1e-5), x)
+        mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+        divided = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        y, stats = jax.jit(run)(params, divided)
+        np.testing.assert_allclose(stats["mean"].get_value(), x.mean((0, 1, 2)) / 2, rtol=1e-5)
+        np.testing.assert_allclose(stats["var"].get_value(), 0.5 + x.var((0, 1, 2)) / 2, rtol=1e-5)
+        expected = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
+        np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+class TestConv:
+    def test_equals_torch_with_bias(self, x64):
+        conv = Conv(6, 8, 3, stride=2, rate=2, use_bias=True, dtype="float64", rngs=nnx.Rngs(0))
+        conv.bias[...] = jnp.arange(8.0)
+        x = np.random.default_rng(0).normal(size=(2, 7, 9, 6))
+        kernel = torch.tensor(np.asarray(conv.kernel[...]).transpose(3, 2, 0, 1))
+        theirs = torch.nn.functional.conv2d(
+            to_torch(x), kernel, torch.arange(8.0).double(), stride=2, padding=2, dilation=2
+        )
+        np.testing.assert_allclose(conv(jnp.asarray(x)), from_torch(theirs), atol=1e-12)
+
+    def test_starts_from_he_fan_out(self):
+        conv = Conv(64, 128, 3, rngs=nnx.Rngs(0))
+        kernel = np.asarray(conv.kernel[...])
+        assert kernel.mean() == pytest.approx(0, abs=1e-3)
+        assert kernel.std() == pytest.approx(np.sqrt(2 / (9 * 128)), rel=0.01)
+
+    def test_computes_in_its_dtype_from_float32_parameters(self):
+        conv = Conv(4, 4, 3, use_bias=True, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        assert conv.kernel.dtype == conv.bias.dtype == jnp.float32
+        assert conv(jnp.ones((1, 5, 5, 4))).dtype == jnp.bfloat16
+
+
+class TestMaxPool:
+    @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 8), (9, 1)])
+    def test_equals_torch(self, size):
+        x = np.random.default_rng(0).normal(-3, 1, size=(2, *size, 3)).astype(np.float32)
+        theirs = torch.nn.functional.max_pool2d(to_torch(x), 3, stride=2, padding=1)
+        np.testing.assert_array_equal(max_pool(jnp.asarray(x)), from_torch(theirs))
+
+    def test_gradient_equals_torch(self):
+        x = np.random.default_rng(0).normal(size=(1, 7, 8, 2)).astype(np.float32)
+        ours = jax.grad(lambda x: jnp.square(max_pool(x)).sum())(jnp.asarray(x))
+        torch_x = to_torch(x).requires_grad_()
+        torch.nn.functional.max_pool2d(torch_x, 3, stride=2, padding=1).square().sum().backward()
+        np.testing.assert_allclose(ours, from_torch(torch_x.grad), rtol=1e-6)
+
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    def test_padding_is_finite_and_never_wins(self, dtype):
+        x = jnp.full((1, 3, 3, 1), jnp.finfo(dtype).min, dtype)
+        assert (max_pool(x) == jnp.finfo(dtype).min).all()
+
+
+class TestResize:
+    @pytest.mark.parametrize(
+        ("source", "target"),
+        [
+            ((1, 1), (5, 7)),
+            ((3, 5), (17, 33)),
+            ((5, 3), (65, 64)),
+            ((9, 13), (4, 7)),
+            ((33, 2), (33, 9)),
+            ((6, 7), (1, 1)),
+        ],
+    )
+    def test_equals_torch_with_its_gradient(self, x64, source, target):
+        rng = np.random.default_rng(0)
+        x, cotangent = rng.normal(size=(2, *source, 3)), rng.normal(size=(2, *target, 3))
+
+        @jax.jit
+        def ours(x):
+            y, pull = jax.vjp(lambda x: resize_bilinear(x, *target), x)
+            return y, pull(jnp.asarray(cotangent))[0]
+
+        torch_x = to_torch(x).requires_grad_()
+        theirs = torch.nn.functional.interpolate(
+            torch_x, size=target, mode="bilinear", align_corners=False
+        )
+        theirs.backward(to_torch(cotangent))
+        y, gradient = ours(x)
+        np.testing.assert_allclose(y, from_torch(theirs), atol=1e-12)
+        np.testing.assert_allclose(gradient, from_torch(torch_x.grad), atol=1e-11)
+
+    def test_same_size_is_unchanged(self):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 6, 2)), jnp.float32)
+        np.testing.assert_array_equal(resize_bilinear(x, 4, 6), x)
+
+
+class TestTransposedDecoder:
+    @pytest.mark.parametrize("stride", [8, 16, 32])
+    def test_starts_as_bilinear_at_each_output_stride(self, stride):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 2)), jnp.float32)
+        decode = TransposedDecoder(2, stride)
+        assert decode.kernel.shape == (64, 64, 2)
+        ours = decode(x, 3 * stride, 4 * stride)
+        expected = resize_bilinear(x, 3 * stride, 4 * stride)
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+    @pytest.mark.parametrize(("height", "width"), [(1, 32), (17, 24), (32, 31)])
+    def test_is_the_middle_of_a_transposed_convolution(self, x64, height, width):
+        rng = np.random.default_rng(0)
+        decode = TransposedDecoder(3, 16, dtype="float64")
+        decode.kernel[...] = jnp.asarray(rng.normal(size=(64, 64, 3)))
+        h, w = -(-height // 16), -(-width // 16)
+        x = rng.normal(size=(2, h, w, 3))
+        kernel = np.asarray(decode.kernel[...]).reshape(32, 2, 32, 2, 3).mean((1, 3))
+        padded = torch.nn.functional.pad(to_torch(x), (1, 1, 1, 1), mode="replicate")
+        theirs = torch.nn.functional.conv_transpose2d(
+            padded, torch.tensor(kernel.transpose(2, 0, 1)[:, None]), stride=16, groups=3
+        )
+        # 8 outputs before the first map pixel's centre cell, and 16 of the padded pixel before.
+        top, left = 24 + (16 * h - height) // 2, 24 + (16 * w - width) // 2
+        theirs = from_torch(theirs)[:, top : top + height, left : left + width]
+        np.testing.assert_allclose(decode(jnp.asarray(x), height, width), theirs, atol=1e-12)
+
+
+class TestDropout:
+    def test_zeroes_a_share_and_keeps_the_mean(self):
+        x = jnp.full((4, 50, 50, 10), 3.0)
+        y = np.asarray(dropout(x, 0.3, jax.random.key(0)))
+        assert (y == 0).mean() == pytest.approx(0.3, abs=0.01)
+        np.testing.assert_allclose(y[y != 0], 3 / 0.7, rtol=1e-6)
+
+    def test_follows_the_key_alone(self):
+        x = jnp.ones((2, 5, 5, 4))
+        first, again = (dropout(x, 0.5, jax.random.key(1)) for _ in range(2))
+        np.testing.assert_array_equal(first, again)
+        assert not np.array_equal(first, dropout(x, 0.5, jax.random.key(2)))
+
+    @pytest.mark.parametrize(("probability", "key"), [(0.5, None), (0.0, 1)])
+    def test_off(self, probability, key):
+        x = jnp.ones((1, 3, 3, 2))
+        key = None if key is None else jax.random.key(key)
+        np.testing.assert_array_equal(dropout(x, probability, key), x)
+
+
+@pytest.mark.parametrize(
+    ("channels", "width", "expected"), [(64, 1, 64), (64, 0.25, 16), (64, 0.1, 8), (256, 1.5, 384)]
+)
+def test_scaled_channels(channels, width, expected):
+    assert scaled_channels(channels, width) == expected
