@@ -16,6 +16,7 @@ import pathlib
 import shutil
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any, Generic, Protocol, TypedDict, TypeVar
 
@@ -294,8 +295,8 @@ B = TypeVar("B", bound=Batch)
 class Batches(Iterator[B], Generic[B]):
     """Batches that worker processes, or threads of this process, make ahead of time.
 
-    Work begins at once. `close()`, the end of a `with` block, the end of the batches and any
-    error end it.
+    Work begins at once. `close()`, the end of a `with` block, the end of the batches, any error
+    and the end of the program end it.
     """
 
     def __init__(self, source: _Source, start_step: int, num_workers: int) -> None:
@@ -316,8 +317,9 @@ class Batches(Iterator[B], Generic[B]):
                 dataset, grain.experimental.DatasetOptions(min_shm_size=2**62)
             )
         self._iterator: Any = iter(dataset)
+        self._close = weakref.finalize(self, _close, self._iterator)
+        self._iterator.get_state()  # makes all workers: otherwise closing may miss some
         with _signals_blocked():
-            self._iterator.get_state()  # makes the workers: otherwise `close` may miss some
             self._iterator.start_prefetch()
 
     def __next__(self) -> B:
@@ -333,16 +335,19 @@ class Batches(Iterator[B], Generic[B]):
 
     def close(self) -> None:
         """Ends the workers and waits for them. There are no batches afterwards."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
-            gc.collect()  # Grain's threads leave batches in shared memory, held by cycles
+        self._iterator = None
+        self._close()
 
     def __enter__(self) -> Batches[B]:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _close(iterator: Any) -> None:
+    iterator.close()
+    gc.collect()  # Grain's threads leave batches in shared memory, held by reference cycles
 
 
 def _fits_shared_memory(nbytes: int) -> bool:
@@ -363,7 +368,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Threads and processes started within keep the signals blocked, from their first moment."""
+    """Threads and processes started within keep the signals blocked, from their first moment.
+
+    Python starts one process of its own for the first semaphore, and unblocks the signals then:
+    the semaphores must exist already.
+    """
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield

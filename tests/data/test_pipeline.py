@@ -1,0 +1,458 @@
+"""Batches as a function of (seed, step), whoever makes them, and workers that end."""
+
+import os
+import pathlib
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import numpy as np
+import pytest
+
+from deeplab_jax import data
+from deeplab_jax.config import DataConfig, ShapesConfig
+from deeplab_jax.data import pipeline, randomness
+from deeplab_jax.data.dataset import Dataset
+from deeplab_jax.errors import UserError
+from deeplab_jax.labels import IGNORE, named
+
+FILL = np.array([124, 116, 104], np.uint8)
+
+
+def shapes_config(**fields):
+    shapes = ShapesConfig(size=32, num_train=10, num_eval=10)
+    return DataConfig(name="shapes", crop_size=(24, 20), shapes=shapes, num_workers=0, **fields)
+
+
+def first_batches(count, config=None, **kwargs):
+    config = config or shapes_config()
+    kwargs = {"batch_size": 4, "seed": 3, "start_step": 0} | kwargs
+    with pipeline.train_batches(data.load(config, "train"), config, **kwargs) as batches:
+        return [next(batches) for _ in range(count)]
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+class Numbered:
+    """Images of given sizes, each filled with its index."""
+
+    def __init__(self, sizes, channels=3):
+        self._sizes, self._channels = sizes, channels
+
+    def __len__(self):
+        return len(self._sizes)
+
+    def __getitem__(self, index):
+        height, width = self._sizes[index]
+        return {
+            "image": np.full((height, width, self._channels), index, np.uint8),
+            "label": np.full((height, width), index, np.uint8),
+            "name": f"image {index}",
+        }
+
+
+def numbered(*sizes, channels=3):
+    return Dataset(Numbered(sizes, channels), named(*map(str, range(250))), channels)
+
+
+class Damaged(Numbered):
+    """The image of index 2 cannot be read."""
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise UserError("picture.jpg: the file is truncated")
+        return super().__getitem__(index)
+
+
+# The training sequence.
+
+
+def test_random_numbers_stay_what_they_are():
+    """A run resumed under another version of NumPy reads on where it stopped."""
+    assert randomness.permutation(10, 0, 0).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert randomness.permutation(10, 0, 1).tolist() == [8, 7, 4, 2, 6, 5, 9, 0, 1, 3]
+    assert randomness.permutation(10, 1, 0).tolist() == [3, 5, 2, 9, 7, 0, 8, 6, 1, 4]
+    draws = randomness.generator(7, randomness.AUGMENT, 123456789012).random(2)
+    assert draws.tolist() == [0.0388368663500297, 0.4823140315957598]
+
+
+def test_seeds_streams_and_indices_have_their_own_numbers():
+    draws = {
+        float(randomness.generator(seed, stream, index).random())
+        for seed in (0, 1, -1, 2**63 + 1, 2**63 + 2)
+        for stream in (randomness.ORDER, randomness.AUGMENT)
+        for index in (0, 1, 2**40)
+    }
+    assert len(draws) == 5 * 2 * 3
+
+
+@pytest.mark.parametrize("size", [1, 10, 1000])
+def test_an_epoch_shows_each_example_once(size):
+    orders = [randomness.permutation(size, 5, epoch) for epoch in range(3)]
+    for order in orders:
+        np.testing.assert_array_equal(np.sort(order), np.arange(size))
+    if size > 1:
+        assert (orders[0] != orders[1]).any()
+        assert (orders[1] != orders[2]).any()
+
+
+def test_batches_run_through_the_epochs():
+    """10 examples in batches of 4: rows 0..9, 10..19, ... are permutations of the examples."""
+    dataset = numbered(*[(24, 20)] * 10)
+    config = shapes_config(flip=False, scale_range=(1.0, 1.0))
+    with pipeline.train_batches(dataset, config, batch_size=4, seed=1, start_step=0) as batches:
+        shown = np.concatenate([next(batches)["label"][:, 0, 0] for _ in range(10)])
+    for epoch in range(4):
+        np.testing.assert_array_equal(
+            shown[10 * epoch : 10 * epoch + 10], randomness.permutation(10, 1, epoch)
+        )
+
+
+def test_batch_format():
+    (batch,) = first_batches(1)
+    assert batch["image"].shape == (4, 24, 20, 3)
+    assert batch["label"].shape == (4, 24, 20)
+    assert batch["image"].dtype == batch["label"].dtype == np.uint8
+    assert type(batch["image"]) is np.ndarray
+
+
+def test_a_run_resumes_at_any_step():
+    whole = first_batches(6)
+    assert_same(whole, first_batches(6))
+    for start in (1, 5):
+        assert_same(whole[start:], first_batches(6 - start, start_step=start))
+
+
+def test_seed_and_step_matter():
+    """10 examples are seen again every 2.5 steps, but never in the same crops."""
+    batches = [*first_batches(6), *first_batches(6, seed=4)]
+    crops = [crop.tobytes() for batch in batches for crop in batch["image"]]
+    assert len(set(crops)) == len(crops)
+
+
+@pytest.mark.parametrize("num_hosts", [2, 4])
+def test_hosts_share_the_global_batch(num_hosts):
+    share = 4 // num_hosts
+    parts = [
+        first_batches(3, rows=slice(host * share, (host + 1) * share)) for host in range(num_hosts)
+    ]
+    joined = [
+        {name: np.concatenate([part[step][name] for part in parts]) for name in parts[0][step]}
+        for step in range(3)
+    ]
+    assert_same(joined, first_batches(3))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(num_workers):
+    expected = first_batches(5, start_step=7)
+    config = shapes_config()
+    config.num_workers = num_workers
+    assert_same(expected, first_batches(5, config, start_step=7))
+
+
+def test_workers_pass_batches_through_pipes_where_shared_memory_is_short(monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(64, 64, 0))
+    config = shapes_config()
+    config.num_workers = 1
+    before = set(os.listdir("/dev/shm"))
+    with pipeline.train_batches(
+        data.load(config, "train"), config, batch_size=4, seed=3, start_step=0
+    ) as batches:
+        ours = [next(batches) for _ in range(3)]
+        time.sleep(0.3)  # further batches are queued by now
+        assert not {name for name in set(os.listdir("/dev/shm")) - before if "psm_" in name}
+    assert_same(ours, first_batches(3))
+
+
+# Evaluation.
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_hosts", "num_workers"), [(4, 1, 0), (4, 1, 2), (4, 2, 0), (16, 4, 0)]
+)
+def test_each_image_is_evaluated_once(batch_size, num_hosts, num_workers):
+    dataset = numbered(*[(5 + index, 20 - index) for index in range(10)])
+    share, seen = batch_size // num_hosts, []
+    for host in range(num_hosts):
+        batches = list(
+            pipeline.eval_batches(
+                dataset,
+                batch_size=batch_size,
+                size=24,
+                rows=slice(host * share, (host + 1) * share),
+                fill=FILL,
+                num_workers=num_workers,
+            )
+        )
+        assert len(batches) == pipeline.num_eval_batches(dataset, batch_size)
+        for batch in batches:
+            assert batch["image"].shape == (share, 24, 24, 3)
+            assert batch["label"].shape == (share, 24, 24)
+            assert batch["index"].dtype == np.int32
+            seen += batch["index"].tolist()
+            for row, index in enumerate(batch["index"]):
+                image, label = batch["image"][row], batch["label"][row]
+                inside = np.zeros((24, 24), bool)
+                if index >= 0:
+                    inside[: 5 + index, : 20 - index] = True
+                assert (image[inside] == index).all()
+                assert (label[inside] == index).all()
+                assert (image[~inside] == FILL).all()
+                assert (label[~inside] == IGNORE).all()
+    assert sorted(index for index in seen if index >= 0) == list(range(10))
+    if num_hosts == 1:
+        assert [index for index in seen if index >= 0] == list(range(10))
+
+
+def test_larger_images_get_the_next_side():
+    dataset = numbered((24, 10), (25, 10), (10, 257), (10, 258))
+    for rows in (None, slice(0, 1), slice(1, 2)):
+        sides = [
+            batch["image"].shape[1:3]
+            for batch in pipeline.eval_batches(
+                dataset, batch_size=2, size=24, rows=rows, fill=FILL, num_workers=0
+            )
+        ]
+        assert sides == [(257, 257), (513, 513)]
+    assert [pipeline.padded_side(side, 513) for side in (1, 513, 514, 769, 770)] == [
+        *(513, 513, 769, 769, 1025)
+    ]
+
+
+def test_last_batch_that_is_full():
+    assert pipeline.num_eval_batches(numbered(*[(4, 4)] * 8), 4) == 2
+    batches = pipeline.eval_batches(
+        numbered(*[(4, 4)] * 8), batch_size=4, size=8, fill=FILL, num_workers=0
+    )
+    assert [batch["index"].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_file_is_the_users_error(num_workers):
+    dataset = Dataset(Damaged([(4, 4)] * 4), named("a", "b", "c", "d"))
+    batches = pipeline.eval_batches(
+        dataset, batch_size=1, size=8, fill=FILL, num_workers=num_workers
+    )
+    assert next(batches)["index"] == [0]
+    assert next(batches)["index"] == [1]
+    with pytest.raises(UserError) as error:
+        next(batches)
+    assert str(error.value) == "picture.jpg: the file is truncated"
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+class Given:
+    def __init__(self, image, label):
+        self._example = {"image": image, "label": label, "name": "it"}
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return self._example
+
+
+@pytest.mark.parametrize(
+    ("image_shape", "label_shape", "label_id", "message"),
+    [
+        ((4, 6, 3), (4, 6), 3, "it: the label holds the id 3, but the classes are 0 to 2"),
+        ((4, 6, 3), (4, 6), 254, "it: the label holds the id 254"),
+        ((4, 6, 3), (6, 4), 0, "it: the label is 4 x 6 pixels, its image 6 x 4"),
+        ((4, 6, 4), (4, 6), 0, r"it: the image must be \[height, width, 3\], got \[4, 6, 4\]"),
+        ((4, 6), (4, 6), 0, r"it: the image must be \[height, width, 3\], got \[4, 6\]"),
+    ],
+)
+def test_examples_that_cannot_be_used(image_shape, label_shape, label_id, message):
+    label = np.zeros(label_shape, np.uint8)
+    label[-1, -1] = label_id
+    dataset = Dataset(Given(np.zeros(image_shape, np.uint8), label), named("a", "b", "c"))
+    with pytest.raises(UserError, match=message):
+        pipeline.read(dataset, 0)
+
+
+@pytest.mark.parametrize("label_id", [0, 2, IGNORE])
+def test_examples_that_can(label_id):
+    image, label = np.zeros((4, 6, 3), np.uint8), np.full((4, 6), label_id, np.uint8)
+    dataset = Dataset(Given(image, label), named("a", "b", "c"))
+    assert pipeline.read(dataset, 0)["label"] is label
+
+
+def test_empty_data_set():
+    for make in (
+        lambda dataset: pipeline.train_batches(
+            dataset, DataConfig(), batch_size=1, seed=0, start_step=0
+        ),
+        lambda dataset: pipeline.eval_batches(
+            dataset, batch_size=1, size=8, fill=FILL, num_workers=0
+        ),
+    ):
+        with pytest.raises(UserError, match="no images"):
+            make(numbered())
+        with pytest.raises(UserError, match=r"mean has 3 values, but the images have 4 channels"):
+            make(numbered((4, 4), channels=4))
+
+
+def test_mean_pixel():
+    assert pipeline.mean_pixel(DataConfig()).tolist() == [124, 116, 104]
+    assert pipeline.mean_pixel(DataConfig(mean=(0.0, 1.0))).tolist() == [0, 255]
+    assert pipeline.mean_pixel(DataConfig()).dtype == np.uint8
+
+
+# The life of workers, seen from another process.
+
+SCRIPT = """
+import os, signal, sys, time
+from deeplab_jax import data
+from deeplab_jax.config import DataConfig
+from deeplab_jax.data import pipeline
+
+def main(end):
+    config = DataConfig(name="shapes", crop_size=(32,), num_workers=2)
+    dataset = data.load(config, "train")
+    batches = pipeline.train_batches(dataset, config, batch_size=2, seed=0, start_step=0)
+    if end != "start":
+        for _ in range(3):
+            next(batches)
+    if end == "raise":
+        raise RuntimeError("the consumer failed")
+    if end == "wait":
+        stopped = []
+        signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+        print("ready", flush=True)
+        while not stopped:
+            time.sleep(0.05)
+        for _ in range(10):
+            next(batches)
+    if end == "sleep":
+        print("ready", flush=True)
+        time.sleep(60)
+    batches.close()
+    print("closed", flush=True)
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the script in a process group of its own; what is left of the group ends with it."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    processes = []
+
+    def run(end):
+        process = subprocess.Popen(
+            [sys.executable, str(script), end],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            cwd=pathlib.Path(data.__file__).parents[2],
+            env=os.environ | {"PYTHONPATH": str(pathlib.Path(data.__file__).parents[2])},
+        )
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        if group(process):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def group(process):
+    """Ids of the processes in its group that live."""
+    ids = []
+    for folder in pathlib.Path("/proc").iterdir():
+        try:
+            fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+        except (OSError, IndexError):  # not a process, or one that has just ended
+            continue
+        if folder.name.isdigit() and int(fields[2]) == process.pid and fields[0] != "Z":
+            ids.append(int(folder.name))
+    return ids
+
+
+def wait_until_empty(process, seconds=20):
+    deadline = time.monotonic() + seconds
+    while group(process):
+        assert time.monotonic() < deadline, f"processes left: {group(process)}"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("end", ["close", "start"])
+def test_close_ends_the_workers(start, end):
+    process = start(end)
+    out, err = process.communicate(timeout=40)
+    assert (process.returncode, out, err) == (0, "closed\n", "")
+    wait_until_empty(process)
+
+
+def test_an_error_of_the_consumer_ends_the_workers(start):
+    process = start("raise")
+    _, err = process.communicate(timeout=40)
+    assert process.returncode == 1
+    assert err.count("Traceback") == 1
+    assert err.endswith("RuntimeError: the consumer failed\n")
+    wait_until_empty(process)
+
+
+def test_sigterm_to_all_leaves_the_workers_at_work(start):
+    process = start("wait")
+    assert process.stdout.readline() == "ready\n"
+    assert len(group(process)) >= 3
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=40)
+    assert (process.returncode, out, err) == (0, "closed\n", "")
+    wait_until_empty(process)
+
+
+def test_control_c_gives_one_traceback(start):
+    process = start("sleep")
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=40)
+    assert process.returncode == -signal.SIGINT
+    assert err.count("Traceback") == 1
+    assert err.endswith("KeyboardInterrupt\n")
+    wait_until_empty(process)
+
+
+def test_workers_end_when_their_process_is_killed(start):
+    process = start("sleep")
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    process.wait()
+    wait_until_empty(process)
+
+
+def test_a_source_pickles():
+    """What workers get is small: the data set, not its batches."""
+    config = shapes_config()
+    source = pipeline._TrainSource(
+        dataset=data.load(config, "train"),
+        batch_size=2,
+        rows=slice(0, 1),
+        fill=FILL,
+        seed=0,
+        crop=(8, 8),
+        scale_range=(1.0, 1.0),
+        flip=False,
+    )
+    assert len(pickle.dumps(source)) < 2000
