@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
+import zipfile
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="install the `test` extra")
@@ -74,3 +78,43 @@ def randomise(model: Any, seed: int) -> Any:
             elif isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) and module.bias is not None:
                 uniform(module.bias, -0.5, 0.5)
     return model.eval()
+
+
+def bits(tensor: Any) -> tuple[str, tuple[int, ...], bytes]:
+    """A tensor's type, shape and bytes; NumPy has no bfloat16 to ask PyTorch for."""
+    tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return (
+        str(tensor.dtype),
+        tuple(tensor.shape),
+        tensor.reshape(-1).view(torch.uint8).numpy().tobytes(),
+    )
+
+
+def array_bits(array: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
+    """An array's type, shape and bytes, as `bits` gives them."""
+    return f"torch.{array.dtype}", array.shape, array.tobytes()
+
+
+def assert_same(arrays: Mapping[str, np.ndarray], tensors: Mapping[str, Any]) -> None:
+    """The same names in the same order, the same types, shapes and bits."""
+    assert list(arrays) == list(tensors)
+    for name, tensor in tensors.items():
+        assert array_bits(arrays[name]) == bits(tensor), name
+
+
+def write_zip(
+    path: pathlib.Path, entries: Mapping[str, bytes], compression: int = zipfile.ZIP_STORED
+) -> pathlib.Path:
+    """An archive of these entries."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return path
+
+
+def torch_zip(
+    path: pathlib.Path, pickled: bytes, contents: Mapping[str, bytes] | None = None
+) -> pathlib.Path:
+    """An archive like PyTorch's, of a pickle and the bytes of its storages."""
+    data = {f"a/data/{key}": content for key, content in (contents or {}).items()}
+    return write_zip(path, {"a/data.pkl": pickled, "a/byteorder": b"little", **data})

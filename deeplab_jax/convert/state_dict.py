@@ -39,7 +39,7 @@ _REFUSED_STORAGE_TYPES: dict[str, np.dtype[Any]] = {
     "QInt8Storage": np.dtype("i1"),
     "QUInt8Storage": np.dtype("u1"),
     "QInt32Storage": np.dtype("<i4"),
-    "UntypedStorage": np.dtype("u1"),
+    "storage.UntypedStorage": np.dtype("u1"),
 }
 
 # Where training scripts keep the state dict among other things; torchvision's own under "model".
@@ -309,7 +309,9 @@ def _view(elements: np.ndarray, tensor: Tensor) -> np.ndarray:
     steps = tuple(
         step * itemsize if n > 1 else itemsize for n, step in zip(size, stride, strict=True)
     )
-    return np.ndarray(size, elements.dtype, elements.data, tensor.offset * itemsize, steps)
+    # As bytes, because bfloat16 has no buffer of its own.
+    content = elements.view(np.uint8)
+    return np.ndarray(size, elements.dtype, content, tensor.offset * itemsize, steps)
 
 
 def listed(names: list[str], separator: str = ", ") -> str:

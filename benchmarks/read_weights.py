@@ -1,0 +1,122 @@
+"""Time and memory of reading torchvision's DeepLabv3 with ResNet-101, against `torch.load`.
+
+Each reading is a process of its own, in turns, on a file in the page cache. A reading ends when
+each array's bytes have been summed: a memory map alone would have read nothing. Memory is how far
+the process's peak (pages of the file that it maps included) rises over what it was with all
+modules imported. Needs the `test` extra:
+
+    python benchmarks/read_weights.py
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "read_weights.json"
+REPEATS = 7
+MIB = 2**20
+
+
+def read_with_ours(path: str) -> tuple[float, float]:
+    """Seconds to read the arrays, and to read and sum them."""
+    import numpy as np
+
+    from deeplab_jax.convert import torch_file
+
+    reset_peak()
+    start = time.perf_counter()
+    arrays = torch_file.read(path)
+    read = time.perf_counter() - start
+    sum(int(np.ravel(array, "K").view(np.uint8)[::64].sum()) for array in arrays.values())
+    return read, time.perf_counter() - start
+
+
+def read_with_torch(path: str) -> tuple[float, float]:
+    import torch
+
+    torch.set_num_threads(1)
+    reset_peak()
+    start = time.perf_counter()
+    arrays = torch.load(path, weights_only=True)
+    read = time.perf_counter() - start
+    sum(int(array.reshape(-1).view(torch.uint8).numpy()[::64].sum()) for array in arrays.values())
+    return read, time.perf_counter() - start
+
+
+READERS = {"deeplab_jax": read_with_ours, "torch.load": read_with_torch}
+
+
+def reset_peak() -> None:
+    """Makes the peak of the resident memory what it is now; leaves it in `reset_peak.before`."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    reset_peak.before = peak()  # type: ignore[attr-defined]
+
+
+def peak() -> float:
+    """Peak of the resident memory, bytes."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return float(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(reader: str, path: str) -> dict[str, float]:
+    """One reading in this process."""
+    read, summed = READERS[reader](path)
+    used = peak() - reset_peak.before  # type: ignore[attr-defined]
+    return {
+        "read_seconds": read,
+        "read_and_sum_seconds": summed,
+        "memory_per_file_size": used / pathlib.Path(path).stat().st_size,
+    }
+
+
+def write_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    sys.path.insert(0, str(ROOT / "tests"))
+    from torch_reference import segmentation_model, torch
+
+    state_dict = segmentation_model("deeplabv3_resnet101", aux=True).state_dict()
+    paths = {"zip": folder / "zip.pth", "legacy": folder / "legacy.pth"}
+    torch.save(state_dict, paths["zip"])
+    torch.save(state_dict, paths["legacy"], _use_new_zipfile_serialization=False)
+    return paths
+
+
+def run(reader: str, path: pathlib.Path) -> dict[str, float]:
+    command = [sys.executable, __file__, reader, str(path)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    return json.loads(output)
+
+
+def main() -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in write_files(pathlib.Path(folder)).items():
+            for reader in READERS:  # once unmeasured: the file and the modules come into the cache
+                run(reader, path)
+            turns = [{reader: run(reader, path) for reader in READERS} for _ in range(REPEATS)]
+            for reader in READERS:
+                medians = {
+                    key: round(statistics.median(turn[reader][key] for turn in turns), 4)
+                    for key in turns[0][reader]
+                }
+                size = round(path.stat().st_size / MIB, 1)
+                rows.append({"format": name, "mib": size, "reader": reader, **medians})
+                print(json.dumps(rows[-1]))
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps({"repeats": REPEATS, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        print(json.dumps(measure(sys.argv[1], sys.argv[2])))
+    else:
+        main()

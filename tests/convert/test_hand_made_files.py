@@ -1,0 +1,305 @@
+"""Files that no PyTorch at hand writes, made by hand: of old versions, damaged, made to do harm."""
+
+import collections
+import io
+import os
+import pickle
+import struct
+import subprocess
+import zipfile
+
+import numpy as np
+import pytest
+
+from deeplab_jax.convert import pickle_reader, torch_file
+from deeplab_jax.errors import UserError
+from torch_reference import assert_same, torch, torch_zip, write_zip
+
+# Old versions and other machines
+
+
+def test_big_endian_file(tmp_path):
+    tensors = {"a": torch.arange(5.0), "b": torch.ones(2, 2, dtype=torch.bfloat16) * 3}
+    torch.save(tensors, tmp_path / "little.pth")
+    with zipfile.ZipFile(tmp_path / "little.pth") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    for name, itemsize in (("little/data/0", 4), ("little/data/1", 2)):
+        entries[name] = np.frombuffer(entries[name], f"u{itemsize}").byteswap().tobytes()
+    entries["little/byteorder"] = b"big"
+    path = write_zip(tmp_path / "big.pth", entries)
+    assert_same(torch_file.read(path), tensors)
+    assert_same(torch_file.read(path), torch.load(path))
+
+
+class _OldPickler(pickle._Pickler):
+    """Pickles tuples that begin with "storage" as persistent ids, and `Name` as a global."""
+
+    def persistent_id(self, value):
+        return value.id if isinstance(value, Persistent) else None
+
+
+class Persistent:
+    def __init__(self, *identifier):
+        self.id = identifier
+
+
+def old_file(path, value, contents, little_endian=True):
+    buffer = io.BytesIO()
+    system = {"protocol_version": 1001, "little_endian": little_endian, "type_sizes": {}}
+    for header in (0x1950A86A20F9469CFC6C, 1001, system):
+        pickle.dump(header, buffer, protocol=2)
+    _OldPickler(buffer, protocol=2).dump(value)
+    pickle.dump(sorted(contents), buffer, protocol=2)
+    for key in sorted(contents):
+        buffer.write(struct.pack("<q", contents[key].size) + contents[key].tobytes())
+    path.write_bytes(buffer.getvalue())
+    return path
+
+
+class Rebuilt:
+    """Pickles as a call of `torch._utils._rebuild_tensor` with these arguments."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor, self.arguments
+
+
+def test_storage_views_of_old_files(tmp_path):
+    elements = np.arange(10, dtype=np.float32)
+    whole = Persistent("storage", torch.FloatStorage, "k", "cpu", 10, None)
+    part = Persistent("storage", torch.FloatStorage, "k", "cpu", 10, ("v", 4, 3))
+    value = {"whole": Rebuilt(whole, 1, (2, 3), (3, 1)), "part": Rebuilt(part, 1, (2,), (1,))}
+    path = old_file(tmp_path / "old.pth", value, {"k": elements})
+    arrays = torch_file.read(path)
+    assert arrays["whole"].tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert arrays["part"].tolist() == [5, 6]
+    assert_same(arrays, torch.load(path))
+
+
+def test_old_file_with_view_past_its_storage(tmp_path):
+    part = Persistent("storage", torch.FloatStorage, "k", "cpu", 10, ("v", 8, 3))
+    value = {"part": Rebuilt(part, 0, (3,), (1,))}
+    path = old_file(tmp_path / "old.pth", value, {"k": np.zeros(10, np.float32)})
+    with pytest.raises(UserError, match=r"old\.pth cannot give part.* past the end of the 10"):
+        torch_file.read(path)
+
+
+@pytest.mark.parametrize(
+    ("numel", "other", "message"),
+    [
+        (10, (torch.FloatStorage, 9), "two types or sizes"),
+        (10, (torch.IntStorage, 10), "two types or sizes"),
+        (9, None, "not as long as its tensors"),
+    ],
+)
+def test_old_file_that_contradicts_itself(tmp_path, numel, other, message):
+    value = [Persistent("storage", torch.FloatStorage, "k", "cpu", numel, None)]
+    if other:
+        value.append(Persistent("storage", other[0], "k", "cpu", other[1], None))
+    path = old_file(tmp_path / "old.pth", value, {"k": np.zeros(10, np.float32)})
+    with pytest.raises(UserError, match=rf"old\.pth is damaged: .*{message}"):
+        torch_file.read(path)
+
+
+def test_big_endian_old_file(tmp_path):
+    storage = Persistent("storage", torch.ShortStorage, "k", "cpu", 3, None)
+    value = {"a": Rebuilt(storage, 0, (3,), (1,))}
+    elements = np.array([1, 2, -3], ">i2")
+    path = old_file(tmp_path / "old.pth", value, {"k": elements}, little_endian=False)
+    assert torch_file.read(path)["a"].tolist() == [1, 2, -3]
+
+
+def test_python_2_strings_and_parameters_of_2017(tmp_path):
+    # PyTorch 0.1.12 under Python 2: byte strings, `OrderedDict` from a list of pairs, parameters
+    # made by NEWOBJ with a state to BUILD.
+    def string(text):
+        return pickle.SHORT_BINSTRING + bytes([len(text)]) + text.encode()
+
+    def name(module, attribute):
+        return pickle.GLOBAL + f"{module}\n{attribute}\n".encode()
+
+    tensor = (
+        name("torch._utils", "_rebuild_tensor")
+        + b"(("
+        + string("storage")
+        + name("torch", "FloatStorage")
+        + string("77")
+        + string("cpu")
+        + b"K\x03NtQK\x00K\x03\x85K\x01\x85tR"
+    )
+    parameter = name("torch.nn.parameter", "Parameter") + tensor + b"\x85\x81(\x88\x89}tb"
+    pairs = b"](](" + string("conv1.weight") + parameter + b"ee"
+    root = b"\x80\x02" + name("collections", "OrderedDict") + pairs + b"\x85R."
+    path = old_file(tmp_path / "old.pth", {}, {"77": np.array([1, 2, 3], np.float32)})
+    path.write_bytes(path.read_bytes().replace(pickle.dumps({}, protocol=2), root, 1))
+    assert torch_file.read(path)["conv1.weight"].tolist() == [1, 2, 3]
+
+
+# What is refused
+
+
+class Calls:
+    """Pickles as a call, as an attacker's object does."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+ATTACKS = {
+    "system": lambda marker: Calls(os.system, f"touch {marker}"),
+    "eval": lambda marker: Calls(eval, f"open({str(marker)!r}, 'w')"),
+    "getattr": lambda marker: Calls(getattr, Calls(open, str(marker), "w"), "close"),
+    "open": lambda marker: Calls(open, str(marker), "w"),
+    "Popen": lambda marker: Calls(subprocess.Popen, ["touch", str(marker)]),
+    "partial": lambda marker: Calls(__import__("functools").partial, open, str(marker), "w"),
+    "load": lambda marker: Calls(torch.load, str(marker)),
+    "_reconstruct": lambda marker: np.zeros(3),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("place", ["root", "value", "key", "state", "argument"])
+def test_calls_are_refused_by_name(tmp_path, attack, protocol, place):
+    marker = tmp_path / "marker"
+    call = ATTACKS[attack](marker)
+    stateful = collections.OrderedDict()
+    stateful.harm = call
+    value = {
+        "root": call,
+        "value": {"conv": call},
+        "key": [call],
+        "state": stateful,
+        "argument": Calls(collections.OrderedDict, [["a", call]]),
+    }[place]
+    path = torch_zip(tmp_path / "attack.pth", pickle.dumps(value, protocol=protocol))
+    with pytest.raises(UserError, match=rf"attack\.pth asks for \S*{attack}\b.*refused"):
+        torch_file.read(path)
+    assert not marker.exists()
+
+
+def test_calls_in_an_old_file_are_refused(tmp_path):
+    marker = tmp_path / "marker"
+    path = old_file(tmp_path / "attack.pth", {"a": Calls(os.system, f"touch {marker}")}, {})
+    with pytest.raises(UserError, match=r"asks for \w+\.system.*refused"):
+        torch_file.read(path)
+    path.write_bytes(pickle.dumps(Calls(os.system, f"touch {marker}")))
+    with pytest.raises(UserError, match=r"asks for \w+\.system.*refused"):
+        torch_file.read(path)
+    assert not marker.exists()
+
+
+def test_a_model_beside_a_call_does_not_hide_it(tmp_path):
+    value = {"harm": Calls(os.system, "true"), "model": torch.nn.Sequential(torch.nn.ReLU())}
+    path = tmp_path / "both.pth"
+    torch.save(value, path)
+    with pytest.raises(UserError, match=r"asks for \w+\.system.*refused"):
+        torch_file.read(path)
+
+
+def instructions(*parts):
+    return b"\x80\x02" + b"".join(parts) + b"."
+
+
+# Pickles that Python's own reader answers with gigabytes, a crash of the process, or an
+# exception of some other type.
+TRAPS = {
+    "memo index of 4 billion": b"}r\xff\xff\xff\xff0",
+    "memo index taken": b"}r\xff\xff\xff\xff" * 3,
+    "a text of 4 gigabytes": b"X\xff\xff\xff\xffabc",
+    "a byte array of 2^62 bytes": b"\x96" + b"\xff" * 7 + b"\x3f",
+    "nested tuples as a key": b"})" + b"\x85" * 300_000 + b"Ns",
+    "nested lists": b"]" * 300_000 + b"a" * 299_999,
+    "a list in itself": b"]q\x00h\x00a",
+    "a dictionary in itself": b"}q\x00X\x05\x00\x00\x00modelh\x00s",
+    "an unhashable key": b"}]Ns",
+    "an empty stack": b"t",
+    "too short a stack": b"N\x86",
+    "memo never set": b"h\x07",
+    "no mark": b"NNu",
+    "odd items": b"}(Nu",
+    "append to a dictionary": b"}Na",
+    "items of a list": b"](NNu",
+    "call of a number": b"K\x01)R",
+    "call with no tuple": b"ccollections\nOrderedDict\n]R",
+    "call of a storage class": b"ctorch\nFloatStorage\n)R",
+    "state of a number": b"K\x01}b",
+    "state of a storage class": b"ctorch\nFloatStorage\n}b",
+    "pairs that are none": b"ccollections\nOrderedDict\n](K\x01K\x02e\x85R",
+    "too many arguments": b"ccollections\nOrderedDict\n(]]]tR",
+    "persistent number": b"K\x01Q",
+    "persistent tuple": b"(X\x07\x00\x00\x00storageNNNNtQ",
+    "persistent module": b"(X\x06\x00\x00\x00modulectorch\nFloatStorage\nNNNtQ",
+    "extension registry": b"\x82\x01",
+    "global without an end": b"c" + b"a" * 5000,
+    "global that is no text": b"c\xff\xfe\na\n",
+    "attribute of an attribute": b"X\x0b\x00\x00\x00collectionsX\x0c\x00\x00\x00abc.__dict__\x93",
+    "no end": b"N" * 10,
+    "too many steps": b"N0" + b"N" * (pickle_reader.MAX_STEPS + 1),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_traps_in_a_pickle(tmp_path, trap):
+    path = torch_zip(tmp_path / "trap.pth", instructions(TRAPS[trap]))
+    with pytest.raises(UserError, match=r"trap\.pth \w+"):
+        torch_file.read(path)
+
+
+def test_a_list_copied_over_and_over(tmp_path):
+    pairs = b"](" + b"NN\x86" * 3000 + b"eq\x00"
+    copies = b"(" + b"ccollections\nOrderedDict\nh\x00\x85R" * 3000 + b"t"
+    path = torch_zip(tmp_path / "trap.pth", instructions(pairs, copies))
+    with pytest.raises(UserError, match=r"trap\.pth holds a pickle of more than"):
+        torch_file.read(path)
+
+
+def tensor_zip(path, offset, size, stride, numel=6, content=bytes(24), storage="FloatStorage"):
+    persistent = Persistent("storage", getattr(torch, storage), "0", "cpu", numel)
+    tensor = Calls(torch._utils._rebuild_tensor_v2, persistent, offset, size, stride, False, {})
+    buffer = io.BytesIO()
+    _OldPickler(buffer, protocol=2).dump({"conv.weight": tensor})
+    return torch_zip(path, buffer.getvalue(), {"0": content})
+
+
+def test_hand_made_tensor_is_well_formed(tmp_path):
+    content = np.arange(6, dtype=np.float32).tobytes()
+    path = tensor_zip(tmp_path / "good.pth", 1, (2, 2), (3, 1), content=content)
+    assert torch_file.read(path)["conv.weight"].tolist() == [[1, 2], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ({"offset": -1}, "negative or absurd"),
+        ({"offset": 1}, "past the end of the 6 elements"),
+        ({"offset": 2**63}, "negative or absurd"),
+        ({"size": (-2, -3)}, "negative or absurd"),
+        ({"stride": (-3, 1)}, "negative or absurd"),
+        ({"stride": (3, 2**61)}, "past the end"),
+        ({"size": (2**61, 3), "stride": (0, 1)}, "repeats 6 stored elements"),
+        ({"size": (2**61, 0, 2**61)}, "absurd shape"),
+        ({"size": (2, 3, 1)}, "another number of sizes"),
+        ({"size": (1,) * 65, "stride": (1,) * 65}, "another number of sizes"),
+        ({"size": [2, 3]}, "makes no sense"),
+        ({"size": (2.0, 3)}, "negative or absurd"),
+        ({"size": (True, 3)}, "negative or absurd"),
+        ({"numel": 7}, "24 bytes stored for 7"),
+        ({"numel": -6}, "negative or absurd"),
+        ({"content": b""}, "0 bytes stored for 6"),
+        ({"storage": "DoubleStorage"}, "24 bytes stored for 6"),
+    ],
+)
+def test_tensors_outside_their_storage(tmp_path, tensor, message):
+    if tensor.get("size") == (2**61, 0, 2**61):
+        tensor = {**tensor, "stride": (0, 1, 1)}
+    path = tensor_zip(
+        tmp_path / "bad.pth", **{"offset": 0, "size": (2, 3), "stride": (3, 1), **tensor}
+    )
+    with pytest.raises(UserError, match=rf"bad\.pth .*{message}"):
+        torch_file.read(path)
