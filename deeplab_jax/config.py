@@ -5,7 +5,7 @@ here. Every field is reachable on the command line, as in `--config.train.steps=
 given as `--config.model.multi_grid=1,2,4`.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: the command line reads the types of the fields.
 
 import dataclasses
 import json

@@ -1,0 +1,350 @@
+"""The main job: `train(config, workdir)`, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from deeplab_jax import config as config_lib
+from deeplab_jax import data as data_lib
+from deeplab_jax.config import Config
+from deeplab_jax.data import pipeline
+from deeplab_jax.data.dataset import Dataset
+from deeplab_jax.errors import UserError
+from deeplab_jax.evaluation.evaluate import Evaluation, Evaluator
+from deeplab_jax.models.deeplab import Architecture, architecture
+from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.parallel import mesh as mesh_lib
+from deeplab_jax.training import initialize
+from deeplab_jax.training.checkpoint import FORMAT, Checkpoints
+from deeplab_jax.training.optimizer import make_optimizer, poly_schedule
+from deeplab_jax.training.progress import Progress
+from deeplab_jax.training.signals import StopRequest
+from deeplab_jax.training.state import TrainState, start_state
+from deeplab_jax.training.step import Metrics, make_train_step
+from deeplab_jax.training.writer import Writer, write_bytes
+from deeplab_jax.visualize import prediction_sheet
+
+PICTURE = "predictions"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What `train` ends with.
+
+    Attributes:
+      step: steps made.
+      miou: of the evaluation at that step, None if it was stopped before.
+      picture: the last picture of predictions, if one was made.
+      stopped: whether a signal ended the run before its last step.
+    """
+
+    step: int
+    miou: float | None
+    picture: pathlib.Path | None
+    stopped: bool
+
+
+def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
+    """Trains, evaluates and saves; goes on where an earlier attempt in the workdir stopped.
+
+    At each step, in this order: evaluate, save, next batch, step, log. What happens at a step
+    follows from (config, seed, step, arrays) alone, so that a run that was killed ends with the
+    arrays of one that was not.
+
+    Args:
+      config: the run.
+      workdir: folder of its checkpoints, metrics and pictures; made if absent.
+
+    Raises:
+      UserError: if the config, the data or the workdir is wrong; if the loss is not finite.
+    """
+    config_lib.validate(config)
+    folder = pathlib.Path(workdir).absolute()
+    is_writer = jax.process_index() == 0
+    use_compilation_cache()
+
+    mesh = mesh_lib.make_mesh(config.mesh)
+    parts = mesh.size * config.optimizer.accumulate
+    mesh_lib.check_batch("config.train.batch_size", config.train.batch_size, parts)
+    train_set = data_lib.load(config.data, config.data.split)
+    eval_set = data_lib.load(config.data, config.data.eval_split)
+    model = FunctionalModel(resolve_architecture(config, train_set))
+    claim_workdir(folder, config, write=is_writer)
+
+    schedule = poly_schedule(config.optimizer, config.train.steps)
+    tx = make_optimizer(config.optimizer, schedule, model.abstract.params)
+    train_step = make_train_step(model, tx, schedule, config, mesh)
+    evaluator = Evaluator(model, eval_set, config, mesh)
+    info = describe(config, model.architecture, train_set)
+
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(config.train, enabled=is_writer))
+        checkpoints = Checkpoints(
+            folder / "checkpoints", keep=config.train.keep, log=progress.message
+        )
+        stack.callback(checkpoints.close)  # waits for a save under way, whatever ends the run
+        state, start, miou = restore_or_start(config, model, tx, mesh, checkpoints, progress)
+        progress.describe(config, model, train_set, eval_set, mesh, start)
+        writer = stack.enter_context(Writer(folder, start_step=start, enabled=is_writer))
+        stop = stack.enter_context(StopRequest())
+        batches: Iterator[pipeline.Batch] = stack.enter_context(
+            pipeline.train_batches(
+                train_set,
+                config.data,
+                batch_size=config.train.batch_size,
+                seed=config.seed,
+                start_step=start,
+                rows=mesh_lib.host_rows(config.train.batch_size),
+            )
+            if start < config.train.steps
+            else contextlib.nullcontext(iter(()))
+        )
+        log = StepLog(config, writer, progress)
+        step, picture = start, None
+        while True:
+            if step > start:
+                miou = None
+            if miou is None and due(step, config.train.eval_every, config) and not stop.requested:
+                log.flush()
+                evaluation = progress.evaluate(evaluator, state.eval_variables, step, stop)
+                if evaluation is not None:
+                    miou = evaluation.scores.miou
+                    picture = report(evaluation, eval_set, step, writer, progress)
+                log.restart_clock()
+
+            last = step == config.train.steps or stop.requested
+            if step > start and (
+                last or miou is not None or due(step, config.train.save_every, config)
+            ):
+                log.flush()  # a state whose loss was not finite is never saved
+                checkpoints.save(state, step, info, miou, wait=last)
+            if last:
+                break
+
+            with log.waiting_for_data():
+                batch = mesh_lib.to_global(next(batches), mesh_lib.batch_sharding(mesh))
+            with jax.transfer_guard("disallow"):
+                state, metrics = train_step(state, batch)
+            step += 1
+            log.add(step, metrics)
+        if stop.requested and step < config.train.steps:
+            progress.message(f"stopped by {stop.name} at step {step}; saved. Run again to go on.")
+        if picture is None:  # a finished run that was run again
+            earlier = writer.picture_path(step, PICTURE)
+            picture = earlier if earlier.exists() else None
+    return Result(step, miou, picture, stop.requested and step < config.train.steps)
+
+
+def due(step: int, every: int, config: Config) -> bool:
+    """Whether something done each `every` steps, and at the last, is to be done after `step`."""
+    return step == config.train.steps or (every > 0 and step > 0 and step % every == 0)
+
+
+def resolve_architecture(config: Config, dataset: Dataset) -> Architecture:
+    """The config's architecture for a data set's classes and channels."""
+    fields = dataclasses.asdict(config.model)
+    name = fields.pop("architecture")
+    classes = fields.pop("num_classes")
+    if classes is not None and classes != dataset.labels.num_classes:
+        raise UserError(
+            f"config.model.num_classes = {classes}, but the data set has "
+            f"{dataset.labels.num_classes} classes; leave it None to take the data set's"
+        )
+    if len(config.data.mean) != dataset.num_channels:
+        raise UserError(
+            f"config.data.mean has {len(config.data.mean)} numbers, but images have "
+            f"{dataset.num_channels} channels"
+        )
+    weights = config.loss.class_weights
+    if weights is not None and len(weights) != dataset.labels.num_classes:
+        raise UserError(
+            f"config.loss.class_weights has {len(weights)} numbers, but the data set has "
+            f"{dataset.labels.num_classes} classes"
+        )
+    try:
+        return architecture(
+            name,
+            num_classes=dataset.labels.num_classes,
+            in_channels=dataset.num_channels,
+            **fields,
+        )
+    except ValueError as error:
+        raise UserError(f"config.model: {error}") from error
+
+
+def claim_workdir(folder: pathlib.Path, config: Config, *, write: bool) -> None:
+    """Writes the config into a new workdir, or checks that it is the one that lies there.
+
+    Raises:
+      UserError: if the folder holds another run, naming the fields that differ.
+    """
+    path = folder / "config.json"
+    if path.exists():
+        try:
+            theirs = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not JSON ({error}); choose another --workdir") from error
+        differing = config_lib.differences(config, theirs)
+        if differing:
+            lines = "\n".join(f"  config.{line}" for line in differing)
+            raise UserError(
+                f"{folder} holds a run with another config:\n{lines}\n"
+                "Choose another --workdir, or run with the config that lies there."
+            )
+    elif (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
+        raise UserError(f"{folder} holds checkpoints but no config.json; choose another --workdir")
+    if write:
+        try:
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_bytes(path, config_lib.to_json(config).encode())
+        except OSError as error:
+            raise UserError(f"cannot write to --workdir {folder}: {error.strerror}") from error
+
+
+def describe(config: Config, model: Architecture, dataset: Dataset) -> dict[str, Any]:
+    """What a checkpoint says of its model; with it nothing else is needed to use it."""
+    return {
+        "format": FORMAT,
+        "architecture": dataclasses.asdict(model),
+        "classes": list(dataset.labels.names),
+        "palette": [list(color) for color in dataset.labels.colors],
+        "mean": list(config.data.mean),
+        "std": list(config.data.std),
+        "resize": "bilinear, half-pixel centres",
+        "crop_size": list(config_lib.crop_shape(config.data)),
+        "eval_size": config.eval.size,
+    }
+
+
+def restore_or_start(
+    config: Config,
+    model: FunctionalModel,
+    tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    checkpoints: Checkpoints,
+    progress: Progress,
+) -> tuple[TrainState, int, float | None]:
+    """The newest whole checkpoint's state, step and mIoU; or a new state, 0 and None."""
+    ema = config.optimizer.ema_decay > 0
+    sharding = mesh_lib.replicated(mesh)
+    abstract = jax.eval_shape(lambda v: start_state(tx, v, ema=ema), model.abstract)
+    placed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
+    )
+    restored = checkpoints.restore(placed)
+    if restored is not None:
+        return restored.state, restored.step, restored.miou
+    variables = initialize.variables(config, model, log=progress.message)
+    # Born with its sharding, so that the first step compiles for what all later ones are given.
+    start = jax.jit(lambda v: start_state(tx, v, ema=ema), out_shardings=sharding)
+    return start(jax.device_put(variables, sharding)), 0, None
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that a second start of the same run is quick."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "deeplab_jax", "xla"))
+
+
+class StepLog:
+    """Gathers the metrics of steps without waiting for the device, and writes them in turn."""
+
+    def __init__(self, config: Config, writer: Writer, progress: Progress) -> None:
+        self._config = config
+        self._writer = writer
+        self._progress = progress
+        self._pending: list[tuple[int, dict[str, Any]]] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts the time of its body as waiting, if the device had run out of work at its end."""
+        begin = time.perf_counter()
+        yield
+        if all(metrics["loss"].is_ready() for _, metrics in self._pending[-1:]):
+            self._waited += time.perf_counter() - begin
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        self._pending.append((step, metrics))
+        self._steps += 1
+        # One step runs while the next is prepared; more would only fill the memory with batches.
+        jax.block_until_ready([metrics for _, metrics in self._pending[-2:-1]])
+        if step % self._config.train.log_every == 0 or step == 1:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is pending.
+
+        Raises:
+          UserError: if a loss or gradient is not finite, naming the step.
+        """
+        if not self._pending:
+            return
+        fetched = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
+        self._pending = []
+        for step, metrics in fetched:
+            if not all(np.isfinite(value) for value in metrics.values()):
+                raise UserError(_not_finite(step, metrics))
+        elapsed = time.perf_counter() - self._since
+        images = self._steps * self._config.train.batch_size
+        step = fetched[-1][0]
+        values = {
+            name: float(np.mean([metrics[name] for _, metrics in fetched]))
+            for name in fetched[-1][1]
+        }
+        values["learning_rate"] = float(fetched[-1][1]["learning_rate"])
+        values["images_per_second"] = images / elapsed
+        values["data_wait_share"] = self._waited / elapsed
+        self._writer.scalars(step, values)
+        self._progress.step(step, values)
+        self.restart_clock()
+
+
+def _not_finite(step: int, metrics: dict[str, Any]) -> str:
+    values = ", ".join(f"{name} {float(value):g}" for name, value in metrics.items())
+    return (
+        f"step {step} is not finite: {values}. Nothing after the last good checkpoint was saved. "
+        "Lower config.optimizer.learning_rate, add config.optimizer.warmup_steps or "
+        "config.optimizer.clip_norm, and use another --workdir."
+    )
+
+
+def report(
+    evaluation: Evaluation, dataset: Dataset, step: int, writer: Writer, progress: Progress
+) -> pathlib.Path | None:
+    """Writes an evaluation's scores and its picture; the path of the picture."""
+    scores = evaluation.scores
+    names = dataset.labels.names
+    writer.scalars(
+        step,
+        {
+            "eval/miou": scores.miou,
+            "eval/pixel_accuracy": scores.pixel_accuracy,
+            "eval/mean_accuracy": scores.mean_accuracy,
+            "eval/images": evaluation.images,
+        }
+        | {f"eval/iou/{n}": float(v) for n, v in zip(names, scores.per_class_iou, strict=True)},
+    )
+    picture = None
+    if evaluation.predictions:
+        rows = [(p.name, p.image, p.label, p.ids) for p in evaluation.predictions]
+        picture = writer.picture(step, PICTURE, prediction_sheet(rows, dataset.labels))
+    absent = [n for n, v in zip(names, scores.per_class_iou, strict=True) if math.isnan(v)]
+    progress.evaluated(step, scores, evaluation.images, absent, picture)
+    return picture

@@ -1,0 +1,133 @@
+"""The training step: one jitted function over a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from deeplab_jax.config import Config
+from deeplab_jax.models.functional import Arrays, FunctionalModel, Variables, normalize
+from deeplab_jax.parallel.mesh import batch_sharding, replicated
+from deeplab_jax.training import losses
+from deeplab_jax.training.state import TrainState
+
+Metrics = dict[str, Float[Array, ""]]
+TrainStep = Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    model: FunctionalModel,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: Config,
+    mesh: Mesh,
+) -> TrainStep:
+    """Compiles `(state, batch) -> (state, metrics)`; the state's buffers are donated.
+
+    The batch is `image` uint8 `[n, h, w, c]` and `label` uint8 `[n, h, w]`, divided over the mesh
+    axis `data`; the state is replicated. Metrics: `loss` (of the main head), `aux_loss` if there is
+    an auxiliary head, `grad_norm` before clipping, `learning_rate`.
+    """
+    ema_decay = config.optimizer.ema_decay
+
+    def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
+        grads, batch_stats, metrics = gradients(model, config, state, batch)
+        updates, opt_state = tx.update(grads, state.opt_state, state.variables.params)
+        params = optax.apply_updates(state.variables.params, updates)
+        ema_params = state.ema_params
+        if ema_params is not None:
+            ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+        new_state = TrainState(
+            step=state.step + 1,
+            variables=Variables(params, batch_stats),
+            opt_state=opt_state,
+            ema_params=ema_params,
+        )
+        return new_state, metrics
+
+    whole, rows = replicated(mesh), batch_sharding(mesh)
+    return jax.jit(step, in_shardings=(whole, rows), out_shardings=(whole, whole), donate_argnums=0)
+
+
+def gradients(
+    model: FunctionalModel, config: Config, state: TrainState, batch: dict[str, Array]
+) -> tuple[Arrays, Arrays, Metrics]:
+    """Gradient of the mean loss, running statistics after the batch, and losses.
+
+    With `optimizer.accumulate = k` the batch is computed in k parts one after the other. The loss
+    is still the mean over the pixels of the whole batch; batch norm sees a part at a time.
+    """
+    parts = config.optimizer.accumulate
+    weights = losses.pixel_weights(batch["label"], config.loss.class_weights)
+    count = losses.cross_entropy_count(weights, config.loss.hard_pixel_fraction)
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+    def part_gradient(batch_stats: Arrays, part: dict[str, Array], index: Array) -> Any:
+        def objective(params: Arrays) -> tuple[Array, tuple[Metrics, Arrays]]:
+            outputs, new_stats = model.apply(
+                Variables(params, batch_stats),
+                normalize(part["image"], config.data.mean, config.data.std),
+                train=True,
+                key=jax.random.fold_in(key, index),
+                freeze_bn=config.train.freeze_bn,
+                remat=config.train.remat,
+            )
+            means = {
+                head: losses.mean(
+                    losses.cross_entropy_sum(
+                        logits, part["label"], part["weight"], config.loss.hard_pixel_fraction
+                    ),
+                    count,
+                )
+                for head, logits in outputs.items()
+            }
+            total = means["out"] + config.loss.aux_weight * means.get("aux", 0.0)
+            return total, (means, new_stats)
+
+        (_, (means, new_stats)), grads = jax.value_and_grad(objective, has_aux=True)(
+            state.variables.params
+        )
+        return grads, means, new_stats
+
+    batch = batch | {"weight": weights}
+    if parts == 1:
+        grads, means, batch_stats = part_gradient(
+            state.variables.batch_stats, batch, jnp.zeros((), jnp.int32)
+        )
+        return grads, batch_stats, _names(means)
+
+    # Row r goes to part r % parts, so that each device keeps the rows that it holds.
+    stacked = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
+    )
+
+    def add_part(carry: Any, part_and_index: Any) -> tuple[Any, None]:
+        grads, means, batch_stats = carry
+        part, index = part_and_index
+        more_grads, more_means, batch_stats = part_gradient(batch_stats, part, index)
+        add = jax.tree.map(jnp.add, (grads, means), (more_grads, more_means))
+        return (*add, batch_stats), None
+
+    first = jax.tree.map(lambda x: x[0], stacked)
+    shapes = jax.eval_shape(
+        part_gradient, state.variables.batch_stats, first, jnp.zeros((), jnp.int32)
+    )
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[:2])
+    carry, _ = lax.scan(
+        add_part, (*zeros, state.variables.batch_stats), (stacked, jnp.arange(parts))
+    )
+    grads, means, batch_stats = carry
+    return grads, batch_stats, _names(means)
+
+
+def _names(means: Metrics) -> Metrics:
+    return {{"out": "loss", "aux": "aux_loss"}[head]: value for head, value in means.items()}

@@ -1,0 +1,93 @@
+"""The smallest real run: what tests of training share."""
+
+import jax
+import numpy as np
+
+from deeplab_jax import data as data_lib
+from deeplab_jax.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ShapesConfig,
+    TrainConfig,
+)
+from deeplab_jax.data import pipeline
+from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.parallel import mesh as mesh_lib
+from deeplab_jax.training.loop import resolve_architecture
+from deeplab_jax.training.optimizer import make_optimizer, poly_schedule
+from deeplab_jax.training.state import start_state
+from deeplab_jax.training.step import make_train_step
+
+
+def get_config() -> Config:
+    """A run of seconds."""
+    return Config(
+        model=ModelConfig(architecture="paper_resnet18", width=0.125, bn_momentum=0.9),
+        data=DataConfig(
+            name="shapes",
+            split="train",
+            crop_size=(33,),
+            num_workers=0,
+            shapes=ShapesConfig(size=32, num_train=24, num_eval=5),
+        ),
+        optimizer=OptimizerConfig(learning_rate=0.05),
+        train=TrainConfig(steps=8, batch_size=8, log_every=2, eval_every=4, save_every=2),
+        eval=EvalConfig(batch_size=3, size=33, num_pictures=2),
+        mesh=MeshConfig(data=1),
+    )
+
+
+class Run:
+    """The parts of a run, for tests that make single steps."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.mesh = mesh_lib.make_mesh(config.mesh)
+        self.dataset = data_lib.load(config.data, config.data.split)
+        self.model = FunctionalModel(resolve_architecture(config, self.dataset))
+        schedule = poly_schedule(config.optimizer, config.train.steps)
+        self.tx = make_optimizer(config.optimizer, schedule, self.model.abstract.params)
+        self.step = make_train_step(self.model, self.tx, schedule, config, self.mesh)
+
+    def start(self):
+        variables = self.model.init(jax.random.key(self.config.seed))
+        state = start_state(self.tx, variables, ema=self.config.optimizer.ema_decay > 0)
+        return jax.device_put(state, mesh_lib.replicated(self.mesh))
+
+    def batches(self, steps: int):
+        batches = pipeline.train_batches(
+            self.dataset,
+            self.config.data,
+            batch_size=self.config.train.batch_size,
+            seed=self.config.seed,
+            start_step=0,
+        )
+        sharding = mesh_lib.batch_sharding(self.mesh)
+        return [mesh_lib.to_global(next(batches), sharding) for _ in range(steps)]
+
+    def train(self, steps: int):
+        """State and metrics after each of the first steps."""
+        state, history = self.start(), []
+        for batch in self.batches(steps):
+            state, metrics = self.step(state, batch)
+            history.append({name: float(value) for name, value in metrics.items()})
+        return state, history
+
+
+def saved_state(workdir):
+    """Everything that a workdir's newest checkpoint holds, as NumPy arrays by name."""
+    from orbax.checkpoint import v1 as ocp
+
+    folder = workdir / "checkpoints"
+    newest = max((child for child in folder.iterdir() if child.name.isdigit()), key=_number)
+    trees = ocp.load_checkpointables(newest)
+    leaves = jax.tree_util.tree_leaves_with_path({k: trees[k] for k in ("model", "training")})
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _number(path) -> int:
+    return int(path.name)

@@ -1,0 +1,237 @@
+"""Whole runs: repeated, killed, stopped, resumed, started from others; and bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import tiny
+from conftest import ROOT
+from deeplab_jax.errors import UserError
+from deeplab_jax.training import checkpoint
+from deeplab_jax.training.loop import train
+
+
+def overridden(**fields):
+    config = tiny.get_config()
+    for name, value in fields.items():
+        branch, field = name.split("__")
+        setattr(getattr(config, branch), field, value)
+    return config
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def best_model(workdir):
+    """Arrays of the checkpoint that a workdir stands for, named as `tiny.saved_state` does."""
+    saved = checkpoint.read(workdir).variables
+    return {f"['model']['params']['{k}']": v for k, v in saved.params.items()} | {
+        f"['model']['batch_stats']['{k}']": v for k, v in saved.batch_stats.items()
+    }
+
+
+COMMAND = [sys.executable, "train.py", "--config", "tests/tiny.py"]
+
+
+def start_command(workdir, *flags):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    return subprocess.Popen(
+        [*COMMAND, "--workdir", str(workdir), *flags],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return out, err
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    out, err = finish(start_command(workdir))
+    return workdir, out, err
+
+
+def test_a_run_says_and_leaves_what_it_should(unbroken):
+    workdir, out, err = unbroken
+    entries = metrics(workdir)
+    evaluations = [entry for entry in entries if "eval/miou" in entry]
+    assert [entry["step"] for entry in evaluations] == [4, 8]
+    assert all(entry["eval/images"] == 5 for entry in evaluations)
+    logged = [entry for entry in entries if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [1, 2, 4, 6, 8]
+    assert {"learning_rate", "grad_norm", "images_per_second", "data_wait_share"} <= set(logged[0])
+    assert f"mIoU {evaluations[-1]['eval/miou']:.4f} at step 8" in out
+    picture = workdir / "pictures" / "predictions_000008.png"
+    assert picture.exists()
+    assert str(picture) in out
+    assert "step 8/8" in err
+    assert "images/s" in err
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 8
+
+
+def test_the_same_command_twice_gives_the_same_bits(unbroken, tmp_path):
+    finish(start_command(tmp_path))
+    assert_same(tiny.saved_state(tmp_path), tiny.saved_state(unbroken[0]))
+
+
+def test_killed_again_and_again_it_ends_as_if_never_killed(unbroken, tmp_path):
+    rng = np.random.default_rng(0)
+    for kill_at in (1, 5):
+        process = start_command(tmp_path)
+        while True:  # let it come to a step, then some moment of the next ones
+            line = process.stderr.readline()
+            assert line, "it ended before it could be killed"
+            if line.startswith("step ") and int(line.split()[1].split("/")[0]) >= kill_at:
+                break
+        time.sleep(rng.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    _, err = finish(start_command(tmp_path))
+    assert "from step" in err
+    assert_same(tiny.saved_state(tmp_path), tiny.saved_state(unbroken[0]))
+    steps = [entry["step"] for entry in metrics(tmp_path) if "loss" in entry]
+    assert steps == sorted(set(steps))
+
+
+def test_sigterm_saves_and_exits_with_0_and_the_run_goes_on(unbroken, tmp_path):
+    process = start_command(tmp_path, "--config.train.save_every=0")
+    while not process.stderr.readline().startswith("step 2/"):
+        pass
+    sent = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, err = finish(process)
+    assert time.monotonic() - sent < 10
+    assert "stopped by SIGTERM at step" in err
+    assert "mIoU" not in out
+    _, err = finish(start_command(tmp_path, "--config.train.save_every=0"))
+    assert "from step" in err
+    assert_same(tiny.saved_state(tmp_path), tiny.saved_state(unbroken[0]))
+
+
+def test_a_finished_run_costs_nothing_and_shows_its_result(unbroken):
+    workdir, out, _ = unbroken
+    before = (workdir / "metrics.jsonl").read_text()
+    again, _ = finish(start_command(workdir))
+    assert again == out
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_it_resumes_on_another_number_of_devices(unbroken, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "8")
+    assert train(overridden(mesh__data=4), workdir).step == 8
+    before, after = (
+        {entry["step"]: entry["loss"] for entry in metrics(folder) if "loss" in entry}
+        for folder in (unbroken[0], workdir)
+    )
+    assert before.keys() == after.keys()
+    assert after[4] == before[4]
+    np.testing.assert_allclose([after[6], after[8]], [before[6], before[8]], rtol=1e-3)
+
+
+def test_fine_tuning_at_another_output_stride_with_frozen_batch_norm(unbroken, tmp_path):
+    config = overridden(
+        init__path=str(unbroken[0]),
+        model__output_stride=8,
+        train__freeze_bn=True,
+        train__steps=2,
+        optimizer__learning_rate=0.001,
+    )
+    result = train(config, tmp_path)
+    assert result.step == 2
+    start, end = best_model(unbroken[0]), tiny.saved_state(tmp_path)
+    for name in filter(lambda name: "batch_stats" in name, start):
+        np.testing.assert_array_equal(end[name], start[name], err_msg=name)
+    assert sum(np.any(end[name] != start[name]) for name in start) > 10
+
+
+def test_a_backbone_alone_is_taken(unbroken, tmp_path, capfd):
+    config = overridden(
+        init__backbone=str(unbroken[0]), train__steps=1, optimizer__learning_rate=1e-12
+    )
+    train(config, tmp_path)
+    end, source = tiny.saved_state(tmp_path), best_model(unbroken[0])
+    name = "['model']['params']['backbone.layer1.0.conv1.kernel']"
+    np.testing.assert_allclose(end[name], source[name], atol=1e-6)
+    head = "['model']['params']['classifier.0.convs.0.0.kernel']"
+    assert np.any(end[head] != source[head])
+    assert "backbone from" in capfd.readouterr().err
+
+
+def test_evaluation_at_another_output_stride_counts_every_image(tmp_path):
+    config = overridden(eval__output_stride=8, train__steps=1, eval__batch_size=4)
+    train(config, tmp_path)
+    (entry,) = [entry for entry in metrics(tmp_path) if "eval/miou" in entry]
+    assert entry["eval/images"] == 5
+
+
+def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path):
+    config = overridden(optimizer__learning_rate=1e30, train__save_every=1)
+    with pytest.raises(UserError, match=r"step \d is not finite: .*learning_rate"):
+        train(config, tmp_path)
+    state = tiny.saved_state(tmp_path)
+    assert all(np.all(np.isfinite(value)) for value in state.values())
+
+
+def test_a_workdir_of_another_run_is_refused(unbroken):
+    config = overridden(optimizer__learning_rate=0.1, train__steps=9)
+    with pytest.raises(
+        UserError, match=r"(?s)optimizer.learning_rate: 0.1 here, 0.05 there.*train.steps: 9 here"
+    ):
+        train(config, unbroken[0])
+
+
+def test_a_workdir_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to --workdir"):
+        train(tiny.get_config(), tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train__batch_size": 7, "mesh__data": 8}, r"not divisible by 8 .*works: 8"),
+        ({"model__num_classes": 3}, "num_classes = 3, but the data set has"),
+        ({"loss__class_weights": (1.0, 2.0)}, "class_weights has 2 numbers"),
+        ({"data__mean": (0.5,), "data__std": (0.5,)}, "images have 3 channels"),
+        ({"init__path": "nowhere"}, "no checkpoint at nowhere"),
+        ({"data__name": "shapez"}, "shapes"),
+        ({"model__architecture": "paper_resnet19"}, "paper_resnet18"),
+    ],
+)
+def test_what_does_not_fit_is_said_at_once(tmp_path, fields, message):
+    with pytest.raises(UserError, match=message):
+        train(overridden(**fields), tmp_path)
+    assert not (tmp_path / "checkpoints").exists() or not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_what_differs(unbroken, tmp_path):
+    config = overridden(init__path=str(unbroken[0]), model__architecture="paper_resnet34")
+    with pytest.raises(UserError, match=r"(?s)does not fit .*paper_resnet34.*layer1.2.*missing"):
+        train(config, tmp_path)

@@ -1,0 +1,130 @@
+"""The training step: its parts, alone and on several devices."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import tiny
+from deeplab_jax.config import MeshConfig
+from deeplab_jax.errors import UserError
+from deeplab_jax.models.functional import Variables
+from deeplab_jax.parallel.mesh import check_batch, make_mesh
+from deeplab_jax.training.step import gradients
+
+
+def config_with(**branches):
+    config = tiny.get_config()
+    for branch, fields in branches.items():
+        setattr(config, branch, dataclasses.replace(getattr(config, branch), **fields))
+    return config
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def test_the_loss_falls():
+    _, history = tiny.Run(config_with()).train(8)
+    assert np.mean([h["loss"] for h in history[-2:]]) < 0.9 * history[0]["loss"]
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_the_curve_does_not_depend_on_the_number_of_devices(devices):
+    one, curve = tiny.Run(config_with()).train(4)
+    many, same_curve = tiny.Run(config_with(mesh={"data": devices})).train(4)
+    np.testing.assert_allclose(
+        [h["loss"] for h in same_curve], [h["loss"] for h in curve], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        flat(many.variables.batch_stats), flat(one.variables.batch_stats), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_rematerialisation_changes_nothing():
+    plain, curve = tiny.Run(config_with()).train(3)
+    remat, same_curve = tiny.Run(config_with(train={"remat": True})).train(3)
+    np.testing.assert_allclose(
+        [h["loss"] for h in same_curve], [h["loss"] for h in curve], rtol=1e-5
+    )
+    np.testing.assert_allclose(flat(remat.variables), flat(plain.variables), rtol=1e-3, atol=1e-4)
+
+
+def test_frozen_batch_norm_keeps_its_statistics_and_trains_the_rest():
+    run = tiny.Run(config_with(train={"freeze_bn": True}))
+    before = jax.device_get(run.start().variables)
+    state, _ = run.train(2)
+    after = jax.device_get(state.variables)
+    jax.tree.map(np.testing.assert_array_equal, after.batch_stats, before.batch_stats)
+    moved = [name for name in before.params if np.any(after.params[name] != before.params[name])]
+    assert "backbone.conv1.kernel" in moved
+
+    moving, _ = tiny.Run(config_with()).train(2)
+    assert np.any(flat(moving.variables.batch_stats) != flat(before.batch_stats))
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole():
+    """Parts with unequal numbers of valid pixels: a mean of means would differ."""
+    config = config_with(train={"freeze_bn": True}, model={"dropout": 0.0})
+    run = tiny.Run(config)
+    batch = run.batches(1)[0]
+    label = np.array(batch["label"])
+    label[::4, :20] = 255
+    batch["label"] = jax.numpy.asarray(label)
+    state = run.start()
+    whole, _, loss = jax.jit(lambda s, b: gradients(run.model, config, s, b))(state, batch)
+    in_parts = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, accumulate=4)
+    )
+    parts, _, same_loss = jax.jit(lambda s, b: gradients(run.model, in_parts, s, b))(state, batch)
+    np.testing.assert_allclose(same_loss["loss"], loss["loss"], rtol=1e-5)
+    np.testing.assert_allclose(flat(parts), flat(whole), rtol=1e-3, atol=1e-5)
+
+
+def test_averaged_parameters_follow_the_formula():
+    run = tiny.Run(config_with(optimizer={"ema_decay": 0.75}))
+    state = run.start()
+    expected = jax.device_get(state.ema_params)
+    for batch in run.batches(3):
+        state, _ = run.step(state, batch)
+        params = jax.device_get(state.variables.params)
+        expected = {name: 0.75 * expected[name] + 0.25 * params[name] for name in expected}
+    for name, value in expected.items():
+        np.testing.assert_allclose(state.ema_params[name], value, rtol=1e-5, atol=1e-7)
+    assert state.eval_variables.params is state.ema_params
+    assert isinstance(state.eval_variables, Variables)
+
+
+def test_dropout_follows_the_step_and_the_seed():
+    config = config_with(model={"dropout": 0.5}, train={"freeze_bn": True})
+    run = tiny.Run(config)
+    batch = run.batches(1)[0]
+    loss = jax.jit(lambda s, b: gradients(run.model, config, s, b)[2]["loss"])
+    state = run.start()
+    later = dataclasses.replace(state, step=state.step + 1)
+    assert loss(state, batch) == loss(state, batch)
+    assert loss(state, batch) != loss(later, batch)
+
+
+def test_metrics_of_a_step():
+    run = tiny.Run(config_with(model={"architecture": "torchvision_resnet18", "aux_head": True}))
+    _, history = run.train(1)
+    assert set(history[0]) == {"loss", "aux_loss", "grad_norm", "learning_rate"}
+    assert history[0]["learning_rate"] == pytest.approx(0.05)
+
+
+def test_bfloat16_follows_float32():
+    _, curve = tiny.Run(config_with()).train(3)
+    state, close = tiny.Run(config_with(model={"dtype": "bfloat16"})).train(3)
+    np.testing.assert_allclose([h["loss"] for h in close], [h["loss"] for h in curve], rtol=0.05)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.variables)} == {"float32"}
+
+
+def test_batches_that_devices_do_not_divide_are_refused():
+    with pytest.raises(UserError, match=r"10 is not divisible by 4 .*works: 8 or 12"):
+        check_batch("config.train.batch_size", 10, 4)
+    with pytest.raises(UserError, match=r"works: 8$"):
+        check_batch("config.train.batch_size", 3, 8)
+    with pytest.raises(UserError, match=r"mesh.data = 99, but there are 8 devices"):
+        make_mesh(MeshConfig(data=99))
