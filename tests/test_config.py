@@ -1,0 +1,127 @@
+"""The config tree, its checks, and what the command line makes of it."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+from deeplab_jax import config as config_lib
+from deeplab_jax.config import Config
+from deeplab_jax.errors import UserError
+
+CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_configs_are_valid_and_say_what_they_are(path):
+    module: dict = {}
+    source = (ROOT / path).read_text()
+    exec(compile(source, str(path), "exec"), module)
+    config_lib.validate(module["get_config"]())
+    assert f"--config {path}" in module["__doc__"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model.output_stride", 12, r"8, 16 or 32 \(nearest: 8\), got 12"),
+        ("model.output_stride", 30, r"nearest: 32"),
+        ("model.multi_grid", ("a",), "must be whole numbers"),
+        ("model.dtype", "float16", "float32 or bfloat16"),
+        ("data.crop_size", (0,), "1 pixel or more"),
+        ("data.crop_size", (1, 2, 3), "one side or height,width"),
+        ("data.scale_range", (2.0, 0.5), "the smaller first"),
+        ("data.std", (1.0,), "as many numbers above 0 as data.mean"),
+        ("optimizer.accumulate", 3, "must divide train.batch_size = 16"),
+        ("optimizer.warmup_steps", 30_000, "below train.steps = 30000"),
+        ("optimizer.learning_rate", "0.1", "must be a number, got '0.1'"),
+        ("train.steps", 1.5, "must be a whole number"),
+        ("train.freeze_bn", 1, "must be true or false"),
+        ("loss.hard_pixel_fraction", 0.0, "above 0 and at most 1"),
+        ("loss.class_weights", (0.0, 0.0), "not all 0"),
+        ("mesh.data", 0, "-1 or 1 or more"),
+    ],
+)
+def test_a_wrong_value_is_named(field, value, message):
+    config = Config()
+    branch, name = field.split(".")
+    setattr(getattr(config, branch), name, value)
+    with pytest.raises(UserError, match=f"config.{field} .*{message}"):
+        config_lib.validate(config)
+
+
+def test_all_wrong_values_are_named_together():
+    config = Config()
+    config.train.steps = 0
+    config.eval.size = 0
+    with pytest.raises(UserError, match=r"(?s)train\.steps.*eval\.size"):
+        config_lib.validate(config)
+
+
+def test_differences_name_fields_and_skip_those_that_may_change():
+    ours, theirs = Config(), Config()
+    theirs.optimizer.learning_rate = 0.1
+    theirs.train.log_every = 7
+    theirs.mesh.data = 4
+    stored = json.loads(config_lib.to_json(theirs))
+    assert config_lib.differences(ours, stored) == [
+        "optimizer.learning_rate: 0.007 here, 0.1 there"
+    ]
+    ours.optimizer.learning_rate = 0.1
+    assert config_lib.differences(ours, stored) == []
+
+
+def test_fields_that_may_change_exist():
+    assert set(config_lib.flatten(Config())) >= config_lib.RESUMABLE
+
+
+def test_crop_shape():
+    data = Config().data
+    assert config_lib.crop_shape(data) == (513, 513)
+    assert config_lib.crop_shape(dataclasses.replace(data, crop_size=(360, 480))) == (360, 480)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.train.stepz=3"], "no field 'train.stepz'; nearest: train.steps"),
+        (["--config.trian.steps=3"], "no field 'trian.steps'; nearest: train.steps"),
+        (["--config.train.steps=many"], "many"),
+        (["--config.model.output_stride=12"], "nearest: 8"),
+        (["--config.model.architecture=resnet50"], "torchvision_resnet50"),
+        (["--config.data.name=shapez"], "shapes"),
+        (["3"], "unexpected '3'"),
+        (["--confg=x"], "confg"),
+    ],
+)
+def test_mistakes_on_the_command_line_exit_with_2_and_no_traceback(tmp_path, arguments, message):
+    workdir = tmp_path / "run"
+    done = command("--config", "configs/shapes.py", "--workdir", str(workdir), *arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not workdir.exists()
+
+
+def test_a_missing_config_file_or_workdir_is_said():
+    done = command("--config", "configs/none.py", "--workdir", "x")
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert "configs/none.py" in done.stderr
+    done = command("--config", "configs/shapes.py")
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert "workdir" in done.stderr
+
+
+def test_help_shows_examples():
+    done = command("--help")
+    assert "python train.py --config configs/voc_os16.py --workdir runs/voc" in done.stdout
+    assert "--workdir" in done.stdout
