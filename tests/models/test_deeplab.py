@@ -1,0 +1,326 @@
+"""DeepLabv3 as a whole, and its heads against torch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_modules import random_module
+
+from deeplab_jax.models.deeplab import DeepLabV3, architecture
+
+VARIANTS = {
+    "paper": {},
+    "pre": {"residual": "pre", "stem": "deep", "decoder": "transposed"},
+    "os8": {"output_stride": 8, "aux_head": True, "head_conv": True},
+}
+
+
+def narrow(**overrides):
+    options = {"num_classes": 5, "width": 0.125, **overrides}
+    return architecture(options.pop("name", "paper_resnet18"), **options)
+
+
+@functools.cache
+def split_model(ours):
+    """(graph, parameters, running statistics), random."""
+    model = random_module(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0)))
+    return nnx.split(model, nnx.Param, nnx.BatchStat)
+
+
+def graph_of(ours):
+    return nnx.split(nnx.eval_shape(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0))))[0]
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "train", "freeze_bn"))
+def run(graph, params, stats, images, key=None, *, train=False, freeze_bn=False):
+    """Logits and the running statistics afterwards."""
+    model = nnx.merge(graph, params, stats)
+    outputs = model(images, train, key, freeze_bn=freeze_bn)
+    return outputs, nnx.state(model, nnx.BatchStat)
+
+
+def random_images(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def same(a, b):
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+# --- Parameters --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("torchvision_resnet50", 42_004_074), ("torchvision_resnet101", 60_996_202)]
+)
+def test_parameter_counts_are_torchvisions_with_the_auxiliary_head(name, count):
+    ours = architecture(name, num_classes=21)
+    model = nnx.eval_shape(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0)))
+    _, params, _ = nnx.split(model, nnx.Param, nnx.BatchStat)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
+def test_names_are_torchvisions():
+    ours = narrow(name="torchvision_resnet50")
+    model = nnx.eval_shape(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0)))
+    names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))}
+    assert names >= {
+        "backbone.conv1.kernel",
+        "backbone.bn1.mean",
+        "backbone.layer1.0.downsample.0.kernel",
+        "backbone.layer1.0.downsample.1.var",
+        "backbone.layer4.2.conv3.kernel",
+        "backbone.layer4.2.bn3.scale",
+        "classifier.0.convs.0.0.kernel",
+        "classifier.0.convs.3.1.bias",
+        "classifier.0.convs.4.1.kernel",
+        "classifier.0.convs.4.2.scale",
+        "classifier.0.project.0.kernel",
+        "classifier.0.project.1.mean",
+        "classifier.1.kernel",
+        "classifier.2.scale",
+        "classifier.4.kernel",
+        "classifier.4.bias",
+        "aux_classifier.0.kernel",
+        "aux_classifier.1.scale",
+        "aux_classifier.4.bias",
+    }
+    paper = nnx.eval_shape(lambda: DeepLabV3(narrow(), rngs=nnx.Rngs(0)))
+    paper_names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(paper))}
+    heads = {name for name in paper_names if not name.startswith(("backbone", "classifier.0"))}
+    assert heads == {"classifier.4.kernel", "classifier.4.bias"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_are_the_same_at_every_output_stride(variant):
+    ours = narrow(**VARIANTS[variant])
+    shapes = [
+        jax.tree.map(
+            lambda leaf: (leaf.shape, leaf.dtype),
+            nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda o=o: DeepLabV3(o, rngs=nnx.Rngs(0))))),
+        )
+        for o in map(ours.at_output_stride, (8, 16, 32))
+    ]
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_parameters_serve_another_output_stride():
+    ours = narrow(**VARIANTS["pre"])
+    _, params, stats = split_model(ours)
+    images = random_images(1, 65, 49, 3)
+    logits = {
+        stride: run(graph_of(ours.at_output_stride(stride)), params, stats, images)[0]["out"]
+        for stride in (8, 16)
+    }
+    assert logits[8].shape == logits[16].shape == (1, 65, 49, 5)
+    assert np.isfinite(logits[8]).all()
+    assert not np.allclose(logits[8], logits[16], atol=1e-3)
+
+
+def test_starts_from_nearly_equal_probabilities_decided_by_the_seed():
+    first, again, other = (
+        nnx.split(DeepLabV3(narrow(num_classes=21), rngs=nnx.Rngs(seed)), nnx.Param, nnx.BatchStat)
+        for seed in (0, 0, 1)
+    )
+    assert same(first[1], again[1])
+    assert not same(first[1], other[1])
+    logits = run(*first, random_images(1, 33, 33, 3))[0]["out"]
+    entropy = -(jax.nn.softmax(logits) * jax.nn.log_softmax(logits)).sum(-1)
+    assert float(entropy.min()) > 0.9 * np.log(21)
+
+
+# --- Shapes ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 2), st.integers(1, 150), st.integers(1, 150)),
+    variant=st.sampled_from(sorted(VARIANTS)),
+    in_channels=st.integers(1, 5),
+)
+def test_logits_have_the_images_size(size, variant, in_channels):
+    ours = narrow(in_channels=in_channels, **VARIANTS[variant])
+    images = jax.ShapeDtypeStruct((*size, in_channels), jnp.float32)
+    outputs = nnx.eval_shape(lambda x: DeepLabV3(ours, rngs=nnx.Rngs(0))(x), images)
+    assert set(outputs) == ({"out", "aux"} if ours.aux_head else {"out"})
+    for logits in outputs.values():
+        assert logits.shape == (*size, 5)
+        assert logits.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("variant", "size"), [("paper", (1, 1)), ("pre", (3, 40)), ("os8", (1, 1))]
+)
+def test_small_images_give_finite_logits(variant, size):
+    ours = narrow(**VARIANTS[variant])
+    for logits in run(*split_model(ours), random_images(1, *size, 3))[0].values():
+        assert logits.shape == (1, *size, 5)
+        assert np.isfinite(logits).all()
+
+
+# --- Training ----------------------------------------------------------------------------------
+
+
+def test_training_moves_the_running_statistics_and_freezing_keeps_them():
+    ours = narrow(dropout=0.0, aux_head=True)
+    graph, params, stats = split_model(ours)
+    images = random_images(2, 33, 33, 3)
+    trained, moved = run(graph, params, stats, images, train=True)
+    frozen, kept = run(graph, params, stats, images, train=True, freeze_bn=True)
+    evaluated, kept_too = run(graph, params, stats, images)
+    assert same(kept, stats)
+    assert same(kept_too, stats)
+    for path, variable in nnx.to_flat_state(moved):
+        before = dict(nnx.to_flat_state(stats))[path]
+        assert not np.array_equal(variable[...], before[...]), path  # not one is forgotten
+    for name, logits in evaluated.items():
+        np.testing.assert_array_equal(frozen[name], logits)
+        assert not np.allclose(trained[name], logits, atol=1e-3)
+
+
+def test_dropout_acts_by_the_key_in_training_alone():
+    ours = narrow(dropout=0.5, aux_head=True)
+    graph, params, stats = split_model(ours)
+    images, key = random_images(2, 33, 33, 3), jax.random.key
+    outputs = {
+        "key 0": run(graph, params, stats, images, key(0), train=True, freeze_bn=True)[0],
+        "key 0 again": run(graph, params, stats, images, key(0), train=True, freeze_bn=True)[0],
+        "key 1": run(graph, params, stats, images, key(1), train=True, freeze_bn=True)[0],
+        "evaluated": run(graph, params, stats, images, key(1))[0],
+        "without a key": run(graph, params, stats, images)[0],
+    }
+    for head in ("out", "aux"):
+        logits = {name: np.asarray(output[head]) for name, output in outputs.items()}
+        np.testing.assert_array_equal(logits["key 0"], logits["key 0 again"])
+        np.testing.assert_array_equal(logits["evaluated"], logits["without a key"])
+        assert not np.array_equal(logits["key 0"], logits["key 1"])
+        assert not np.array_equal(logits["key 1"], logits["evaluated"])
+
+
+def test_one_small_image_trains_without_nan():
+    """Image pooling then normalises one value a channel, and the last stage has one pixel."""
+    ours = narrow(dropout=0.0, aux_head=True, decoder="transposed")
+    graph, params, stats = split_model(ours)
+    images = random_images(1, 5, 7, 3)
+
+    @jax.jit
+    def gradients(params):
+        def loss(params):
+            outputs = nnx.merge(graph, params, stats, copy=True)(images, train=True)
+            return sum(jnp.square(logits - 1).mean() for logits in outputs.values())
+
+        return jax.grad(loss)(params)
+
+    leaves = jax.tree.leaves(gradients(params))
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+    assert any(np.abs(leaf).max() > 0 for leaf in leaves)
+
+
+def test_bfloat16_is_close_to_float32():
+    ours = narrow(name="torchvision_resnet18")
+    graph, params, stats = split_model(ours)
+    images = random_images(1, 65, 65, 3)
+    exact = run(graph, params, stats, images)[0]["out"]
+    half = narrow(name="torchvision_resnet18", dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(split_model(half)[1:])} == {jnp.dtype("float32")}
+    rounded = run(graph_of(half), params, stats, images)[0]["out"]
+    assert rounded.dtype == jnp.float32
+    error = float(jnp.abs(rounded - exact).max() / jnp.std(exact))
+    assert 1e-4 < error < 0.2  # it was computed in bfloat16, and well
+
+
+# --- Heads -------------------------------------------------------------------------------------
+
+
+def torch_conv_norm(x, conv, norm):
+    kernel, bias = (
+        None if v is None else torch.tensor(np.asarray(v[...])) for v in (conv.kernel, conv.bias)
+    )
+    padding = conv.rate * (kernel.shape[0] - 1) // 2
+    x = torch.nn.functional.conv2d(
+        x, kernel.permute(3, 2, 0, 1), bias, padding=padding, dilation=conv.rate
+    )
+    if norm is None:
+        return x
+    statistics = [torch.tensor(np.asarray(v[...])) for v in (norm.mean, norm.var)]
+    affine = [torch.tensor(np.asarray(v[...])) for v in (norm.scale, norm.bias)]
+    return torch.nn.functional.batch_norm(x, *statistics, *affine, eps=norm.epsilon).relu()
+
+
+def torch_aspp_branches(x, aspp):
+    *convs, pooling = aspp.convs
+    pooled = torch_conv_norm(x.mean((2, 3), keepdim=True), pooling[1], pooling[2])
+    pooled = torch.nn.functional.interpolate(pooled, size=x.shape[2:], mode="bilinear")
+    return [*(torch_conv_norm(x, *conv) for conv in convs), pooled]
+
+
+@pytest.fixture
+def float64_model(x64):
+    ours = narrow(name="torchvision_resnet18", dtype="float64", atrous_rates=(2, 4, 9))
+    return random_module(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0)))
+
+
+def test_heads_equal_torch(float64_model):
+    model = float64_model
+    rng = np.random.default_rng(1)
+    out = rng.normal(size=(2, 7, 6, model.backbone.out_channels))
+    aux = rng.normal(size=(2, 7, 6, model.backbone.aux_channels))
+    head, fcn = model.classifier, model.aux_classifier
+
+    theirs = torch_aspp_branches(torch.tensor(out.transpose(0, 3, 1, 2)), head[0])
+    ours = jax.jit(lambda x: head[0].branches(x))(out)
+    assert len(ours) == len(theirs) == 5
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert float(jnp.abs(a).max()) > 0
+        np.testing.assert_allclose(
+            a, b.numpy().transpose(0, 2, 3, 1), atol=1e-11, err_msg=f"branch {index}"
+        )
+    x = torch_conv_norm(torch.cat(theirs, 1), *head[0].project)
+    x = torch_conv_norm(torch_conv_norm(x, head[1], head[2]), head[4], None)
+    np.testing.assert_allclose(
+        jax.jit(lambda x: head(x))(out), x.numpy().transpose(0, 2, 3, 1), atol=1e-11
+    )
+
+    x = torch_conv_norm(torch.tensor(aux.transpose(0, 3, 1, 2)), fcn[0], fcn[1])
+    x = torch_conv_norm(x, fcn[4], None)
+    np.testing.assert_allclose(
+        jax.jit(lambda x: fcn(x))(aux), x.numpy().transpose(0, 2, 3, 1), atol=1e-11
+    )
+
+
+def test_logits_are_the_heads_resized_by_torch(float64_model):
+    images = np.random.default_rng(0).normal(size=(1, 41, 30, 3))
+    outputs = jax.jit(lambda x: float64_model(x))(images)
+    features = jax.jit(lambda x: float64_model.backbone(x))(images)
+    for name, head, stage in (
+        ("out", float64_model.classifier, "layer4"),
+        ("aux", float64_model.aux_classifier, "layer3"),
+    ):
+        low = np.asarray(head(features[stage])).transpose(0, 3, 1, 2)
+        theirs = torch.nn.functional.interpolate(
+            torch.tensor(low), size=(41, 30), mode="bilinear", align_corners=False
+        )
+        np.testing.assert_allclose(outputs[name], theirs.numpy().transpose(0, 2, 3, 1), atol=1e-11)
+
+
+# --- Mistakes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((1, 9, 9, 4), {}, r"images must be \[n, h, w, 3\], got \[1, 9, 9, 4\]"),
+        ((9, 9, 3), {}, r"images must be \[n, h, w, 3\], got \[9, 9, 3\]"),
+        ((1, 9, 9, 3), {"train": True}, "train=True needs a key: dropout is 0.1"),
+    ],
+)
+def test_refuses(shape, options, message):
+    model = nnx.merge(*split_model(narrow()))
+    with pytest.raises(ValueError, match=message):
+        model(jnp.ones(shape), **options)
