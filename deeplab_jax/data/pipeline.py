@@ -16,6 +16,7 @@ import pathlib
 import shutil
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Any, Generic, Protocol, TypedDict, TypeVar
@@ -327,11 +328,17 @@ class Batches(Iterator[B], Generic[B]):
             raise StopIteration
         try:
             batch: Any = next(self._iterator)
+        except (UserError, StopIteration) as error:
+            # The traceback leads to frames of Grain's that hold a batch in shared memory.
+            end = error.with_traceback(None)
         except BaseException:
             self.close()
             raise
-        # A worker's arrays lie in shared memory, which is to be free again soon.
-        return {name: np.array(array) for name, array in batch.items()}  # type: ignore
+        else:
+            # A worker's arrays lie in shared memory, which is to be free again soon.
+            return {name: np.array(array) for name, array in batch.items()}  # type: ignore
+        self.close()
+        raise end
 
     def close(self) -> None:
         """Ends the workers and waits for them. There are no batches afterwards."""
@@ -347,7 +354,10 @@ class Batches(Iterator[B], Generic[B]):
 
 def _close(iterator: Any) -> None:
     iterator.close()
-    gc.collect()  # Grain's threads leave batches in shared memory, held by reference cycles
+    # Grain leaves batches in shared memory, held by reference cycles, and frees them in a thread.
+    # A program that ends before that is told of a leak.
+    gc.collect()
+    time.sleep(0.05)
 
 
 def _fits_shared_memory(nbytes: int) -> bool:

@@ -242,12 +242,9 @@ def test_last_batch_that_is_full():
 # Mistakes.
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_damaged_file_is_the_users_error(num_workers):
+def test_a_damaged_file_is_the_users_error():
     dataset = Dataset(Damaged([(4, 4)] * 4), named("a", "b", "c", "d"))
-    batches = pipeline.eval_batches(
-        dataset, batch_size=1, size=8, fill=FILL, num_workers=num_workers
-    )
+    batches = pipeline.eval_batches(dataset, batch_size=1, size=8, fill=FILL, num_workers=0)
     assert next(batches)["index"] == [0]
     assert next(batches)["index"] == [1]
     with pytest.raises(UserError) as error:
@@ -321,6 +318,20 @@ import multiprocessing, os, signal, sys, time
 from deeplab_jax import data
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data import pipeline
+from deeplab_jax.data.dataset import Dataset
+from deeplab_jax.errors import UserError
+
+class Damaged:
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise UserError("picture.jpg: the file is truncated")
+        return self.source[index]
 
 def main(end):
     config = DataConfig(name="shapes", crop_size=(32,), num_workers=2)
@@ -330,6 +341,13 @@ def main(end):
         next(batches)
     if end == "raise":
         raise RuntimeError("the consumer failed")
+    if end == "damage":
+        damaged = Dataset(Damaged(dataset.source), dataset.labels)
+        fill = pipeline.mean_pixel(config)
+        try:
+            list(pipeline.eval_batches(damaged, batch_size=1, size=96, fill=fill, num_workers=1))
+        except UserError as error:
+            print(error)
     if end == "wait":
         stopped = []
         signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
@@ -395,7 +413,7 @@ def wait_until_empty(process, seconds=20):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("end", ["start", "first", "close"])
+@pytest.mark.parametrize("end", ["start", "first"])
 def test_close_ends_the_workers(start, end):
     process = start(end)
     out, err = process.communicate(timeout=40)
@@ -409,6 +427,14 @@ def test_an_error_of_the_consumer_ends_the_workers(start):
     assert process.returncode == 1
     assert err.count("Traceback") == 1
     assert err.endswith("RuntimeError: the consumer failed\n")
+    wait_until_empty(process)
+
+
+def test_a_damaged_file_ends_the_workers(start):
+    process = start("damage")
+    out, err = process.communicate(timeout=40)
+    message = "picture.jpg: the file is truncated\n"
+    assert (process.returncode, out, err) == (0, message + "alive: 0\n", "")
     wait_until_empty(process)
 
 
