@@ -29,7 +29,10 @@ LABELS = LabelSet(
 
 # Of the side of an image: at 96 pixels, diameters of 27 to 58, wide against an output stride of 16.
 _RADIUS_RANGE = (0.14, 0.30)
-_SPREAD = (0.12, 0.88)  # of centres over the sides, and of colours over 0..1
+_SPREAD = (0.12, 0.88)  # of centres over the sides, and of colours over their range
+# Shapes are lighter than the ground, so that a short training need not first learn to see them.
+_GROUND_COLORS = (0, 110)
+_SHAPE_COLORS = (110, 255)
 _MAX_SHAPES = 4  # in an image
 _NOISE = 10  # at most, of 255
 _SUBPIXEL_BITS = 6  # of the vertices that OpenCV draws
@@ -105,14 +108,16 @@ def draw(
     that covers at least half of it; a border around each shape is `labels.IGNORE`, as in VOC.
     """
     num_shapes = int(rng.integers(1, _MAX_SHAPES + 1))
-    colors = _far_apart(rng, num_shapes + 1, 3) * 255
+    ground, *colors = _far_apart(rng, num_shapes + 1, 3)
     centers = _far_apart(rng, num_shapes, 2) * size
-    image = _texture(rng, size, colors[0])  # channels first: NumPy's loops then run along rows
+    # Channels first: NumPy's loops then run along rows.
+    image = _texture(rng, size, np.interp(ground, (0, 1), _GROUND_COLORS))
     label = np.zeros((size, size), np.uint8)
-    for center, color in zip(centers, colors[1:], strict=True):
+    for center, color in zip(centers, colors, strict=True):
         class_id = int(rng.integers(1, LABELS.num_classes))
         coverage = _coverage(rng, size, class_id, center)
-        image += (coverage / np.float32(255)) * (_texture(rng, size, color) - image)
+        texture = _texture(rng, size, np.interp(color, (0, 1), _SHAPE_COLORS))
+        image += (coverage / np.float32(255)) * (texture - image)
         inside = (coverage > 127).astype(np.uint8)
         label[inside == 1] = class_id
         label[cv2.morphologyEx(inside, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) == 1] = IGNORE
