@@ -1,1 +1,32 @@
-"""DeepLabv3 in JAX and Flax."""
+"""DeepLabv3 (arXiv 1706.05587) in JAX and Flax: models, training, conversion of weights."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deeplab_jax.config import Config
+    from deeplab_jax.errors import UserError
+    from deeplab_jax.models.deeplab import Architecture, DeepLabV3, architecture
+    from deeplab_jax.training.loop import train
+
+# Imported when they are asked for: the models need no data library, and workers no JAX.
+_HOMES = {
+    "Architecture": "models.deeplab",
+    "Config": "config",
+    "DeepLabV3": "models.deeplab",
+    "UserError": "errors",
+    "architecture": "models.deeplab",
+    "train": "training.loop",
+}
+
+__all__ = ["Architecture", "Config", "DeepLabV3", "UserError", "architecture", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'deeplab_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"deeplab_jax.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

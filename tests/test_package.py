@@ -1,0 +1,41 @@
+"""The public names, and what importing a part brings along."""
+
+import subprocess
+import sys
+
+import pytest
+
+import deeplab_jax
+
+
+@pytest.mark.parametrize("name", deeplab_jax.__all__)
+def test_public_names_are_there(name):
+    assert getattr(deeplab_jax, name).__module__.startswith("deeplab_jax.")
+    assert name in dir(deeplab_jax)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        _ = deeplab_jax.nope
+
+
+def imported(statement: str, modules: list[str]) -> set[str]:
+    code = f"{statement}\nimport sys\nprint(*[m for m in {modules!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+HEAVY = ["tensorflow", "tensorflow_datasets", "grain", "cv2", "torch", "ml_collections"]
+
+
+def test_models_need_jax_flax_and_numpy_alone():
+    assert imported("import deeplab_jax.models.deeplab", ["jax", *HEAVY]) == {"jax"}
+    assert imported("from deeplab_jax import DeepLabV3, architecture", HEAVY) == set()
+
+
+def test_training_needs_no_tensorflow():
+    assert imported("import deeplab_jax.training.loop", ["tensorflow", "grain"]) == {"grain"}
+
+
+def test_data_workers_need_no_jax():
+    assert imported("import deeplab_jax.data.pipeline", ["flax", "optax"]) == set()
