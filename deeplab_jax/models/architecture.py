@@ -48,6 +48,8 @@ class Architecture:
       decoder: how logits come to the image's size: "bilinear" or "transposed" (learned).
       bn_momentum: decay of batch norm's running statistics; torch's 0.1 is 0.9 here.
       bn_epsilon: added to batch norm's variance.
+      backbone_bn_momentum, backbone_bn_epsilon: those of the backbone, where they are not the
+        heads'; None: the same.
       in_channels: of the images.
       dtype: of the computation; parameters, statistics and logits are float32 under "bfloat16",
         and float64 under "float64", which needs `jax_enable_x64`.
@@ -65,6 +67,8 @@ class Architecture:
     dropout: float
     bn_momentum: float
     bn_epsilon: float = 1e-5
+    backbone_bn_momentum: float | None = None
+    backbone_bn_epsilon: float | None = None
     in_channels: int = 3
     residual: str = "post"
     stem: str = "conv7x7"
@@ -97,8 +101,21 @@ class Architecture:
             yield field, "one or more whole rates of 1 or more", bool(rates) and whole
         yield "width", "above 0", 0 < self.width < math.inf
         yield "dropout", "in [0, 1)", 0 <= self.dropout < 1
-        yield "bn_momentum", "in [0, 1]", 0 <= self.bn_momentum <= 1
-        yield "bn_epsilon", "above 0", self.bn_epsilon > 0
+        for field in ("bn_momentum", "backbone_bn_momentum"):
+            momentum = getattr(self, field)
+            yield field, "in [0, 1]", momentum is None or 0 <= momentum <= 1
+        for field in ("bn_epsilon", "backbone_bn_epsilon"):
+            epsilon = getattr(self, field)
+            yield field, "above 0", epsilon is None or epsilon > 0
+
+    @property
+    def backbone_bn(self) -> tuple[float, float]:
+        """Momentum and epsilon of the backbone's batch norm."""
+        momentum, epsilon = self.backbone_bn_momentum, self.backbone_bn_epsilon
+        return (
+            self.bn_momentum if momentum is None else momentum,
+            self.bn_epsilon if epsilon is None else epsilon,
+        )
 
     def at_output_stride(self, output_stride: int) -> Architecture:
         """The same parameters used at another output stride: ASPP's rates scale with features.
@@ -152,6 +169,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     for family, fields in _FAMILIES.items()
     for depth in (18, 34, 50, 101, 152)
 }
+ARCHITECTURES["torchvision_mobilenet_v3_large"] = dataclasses.replace(
+    ARCHITECTURES["torchvision_resnet50"],
+    name="torchvision_mobilenet_v3_large",
+    backbone="mobilenet_v3_large",
+    output_stride=16,  # with the rates of ASPP that the ResNets have at 8
+    dilation_rule="paper",  # torchvision treats its ResNets otherwise
+    backbone_bn_momentum=0.99,
+    backbone_bn_epsilon=1e-3,
+)
 
 
 def architecture(name: str, *, num_classes: int, **overrides: Any) -> Architecture:
@@ -162,6 +188,8 @@ def architecture(name: str, *, num_classes: int, **overrides: Any) -> Architectu
       num_classes: number of logits a pixel.
       **overrides: fields of `Architecture`; None means the named one's own. Another
         `output_stride` without `atrous_rates` scales the rates, as `at_output_stride` does.
+        Another `bn_momentum` or `bn_epsilon` holds for the backbone too, unless it is given its
+        own.
 
     Raises:
       UserError: an unknown name or field, or a value that cannot be.
@@ -176,6 +204,9 @@ def architecture(name: str, *, num_classes: int, **overrides: Any) -> Architectu
     base = ARCHITECTURES[name]
     if "output_stride" in chosen and "atrous_rates" not in chosen:
         base = base.at_output_stride(chosen.pop("output_stride"))
+    for field in ("bn_momentum", "bn_epsilon"):
+        if field in chosen:
+            chosen.setdefault(f"backbone_{field}", None)
     return dataclasses.replace(base, num_classes=num_classes, **chosen)
 
 

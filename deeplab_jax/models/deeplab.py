@@ -20,6 +20,7 @@ from deeplab_jax.models.layers import (
     resize_bilinear,
     scaled_channels,
 )
+from deeplab_jax.models.mobilenet_v3 import MobileNetV3
 from deeplab_jax.models.resnet import SPECS, ResNet
 
 __all__ = [
@@ -34,7 +35,10 @@ __all__ = [
 
 # A backbone gives features by name, of which it says in `out_feature`, `aux_feature` which the
 # heads read, and in `out_channels`, `aux_channels` how many channels these have.
-BACKBONES: dict[str, Callable[..., Any]] = dict.fromkeys(SPECS, ResNet)
+BACKBONES: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(SPECS, ResNet),
+    "mobilenet_v3_large": MobileNetV3,
+}
 
 AUX_DROPOUT = 0.1
 

@@ -215,9 +215,7 @@ class ResNet(nnx.Module):
     aux_feature = "layer3"
 
     def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs) -> None:
-        make = LayerMaker(
-            architecture.dtype, architecture.bn_momentum, architecture.bn_epsilon, rngs
-        )
+        make = LayerMaker(architecture.dtype, *architecture.backbone_bn, rngs)
         pre_activation = architecture.residual == "pre"
         stem_channels = scaled_channels(STEM_CHANNELS, architecture.width)
         self.conv1 = _stem(architecture, stem_channels, make)

@@ -1,0 +1,426 @@
+"""MobileNetV3-Large: torchvision's, stage by stage; its rates against hand-made tables."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from random_modules import random_module
+
+import torch_reference
+from deeplab_jax.errors import UserError
+from deeplab_jax.models.deeplab import ARCHITECTURES, DeepLabV3, architecture, effective_rates
+from deeplab_jax.models.layers import LayerMaker, recompute
+from deeplab_jax.models.mobilenet_v3 import (
+    InvertedResidual,
+    MobileNetV3,
+    SqueezeExcite,
+    divisible_channels,
+    plan_blocks,
+)
+
+NAME = "torchvision_mobilenet_v3_large"
+NUM_BLOCKS = 15
+
+
+def small(**overrides):
+    return architecture(NAME, num_classes=2, **{"width": 0.125, **overrides})
+
+
+def make_block(plan, ours):
+    return InvertedResidual(plan, LayerMaker(ours.dtype, *ours.backbone_bn, nnx.Rngs(0)))
+
+
+def abstract(make):
+    return nnx.split(nnx.eval_shape(make), nnx.Param, nnx.BatchStat)
+
+
+def to_torch(images):
+    return torch.tensor(np.asarray(images).transpose(0, 3, 1, 2))
+
+
+def from_torch(tensor):
+    return tensor.detach().numpy().transpose(0, 2, 3, 1)
+
+
+def assert_close(ours, theirs, tolerance, name=""):
+    """The largest difference, relative to the largest value."""
+    theirs = np.asarray(theirs)
+    assert ours.shape == theirs.shape, name
+    scale = np.abs(theirs).max()
+    assert scale > 0, name
+    assert np.abs(np.asarray(ours) - theirs).max() <= tolerance * scale, name
+
+
+# --- torchvision's -----------------------------------------------------------------------------
+
+
+def filled(make, reference):
+    """(graph, parameters, running statistics) of our module, with the arrays of torchvision's.
+
+    Ours are named as theirs; each of theirs must be used, and have the very shape.
+    """
+    graph, params, stats = abstract(make)
+    theirs = {
+        name: tensor.numpy()
+        for name, tensor in reference.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    leaves = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+
+    def fill(state):
+        arrays = {}
+        for path, variable in nnx.to_flat_state(state):
+            array = theirs.pop(".".join(map(str, (*path[:-1], leaves.get(path[-1], path[-1])))))
+            array = array.transpose(2, 3, 1, 0) if path[-1] == "kernel" else array
+            assert array.shape == variable.shape, path
+            arrays[path] = type(variable)(jnp.array(array, variable.dtype))  # a copy
+        return nnx.from_flat_state(arrays)
+
+    params, stats = fill(params), fill(stats)
+    assert not theirs
+    return graph, params, stats
+
+
+@functools.cache
+def torchvision_model():
+    return torch_reference.segmentation_model("deeplabv3_mobilenet_v3_large", aux=True).double()
+
+
+def stage_by_stage(backbone, x):
+    stages = {}
+    for name, module in backbone.named_children():
+        x = stages[name] = module(x)
+    return stages
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def run(graph, params, stats, images):
+    model = nnx.merge(graph, params, stats)
+    return model.backbone(images), model(images)
+
+
+# Odd and even sizes; the last features of the smallest are one pixel.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "size"),
+    [
+        ("float64", 1e-9, (2, 75, 64)),
+        ("float64", 1e-9, (1, 9, 14)),
+        ("float32", 1e-4, (2, 75, 64)),
+        ("float32", 1e-4, (1, 129, 97)),
+    ],
+)
+def test_equals_torchvision_stage_by_stage(x64, dtype, tolerance, size):
+    theirs = torchvision_model()
+    ours = architecture(NAME, num_classes=21, dtype=dtype)
+    model = filled(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0)), theirs)
+    images = np.random.default_rng(0).normal(size=(*size, 3))
+    features, outputs = run(*model, jnp.asarray(images, dtype))
+    with torch.no_grad():
+        expected = stage_by_stage(theirs.backbone, to_torch(images))
+        logits = theirs(to_torch(images))
+    assert set(features) == set(expected) == {str(i) for i in range(NUM_BLOCKS + 2)}
+    for name, stage in expected.items():
+        assert_close(features[name], from_torch(stage), tolerance, f"stage {name}")
+    for head in ("out", "aux"):
+        assert outputs[head].shape == (*size, 21)
+        assert outputs[head].dtype == dtype
+        assert_close(outputs[head], from_torch(logits[head]), tolerance, head)
+
+
+@pytest.mark.parametrize(("width", "dilated"), [(0.5, True), (0.35, False), (1.4, False)])
+def test_other_widths_and_the_published_strides_equal_torchvision(x64, width, dilated):
+    module = torch_reference.torchvision.models.mobilenetv3
+    conf, last = module._mobilenet_v3_conf("mobilenet_v3_large", width_mult=width, dilated=dilated)
+    theirs = torch_reference.randomise(module.MobileNetV3(conf, last, num_classes=2), 3).double()
+    ours = small(width=width, output_stride=16 if dilated else 32, dtype="float64")
+    graph, params, stats = filled(lambda: MobileNetV3(ours, rngs=nnx.Rngs(0)), theirs.features)
+    images = np.random.default_rng(0).normal(size=(1, 67, 50, 3))
+    features = jax.jit(lambda p, s, x: nnx.merge(graph, p, s)(x))(params, stats, images)
+    with torch.no_grad():
+        expected = stage_by_stage(theirs.features, to_torch(images))
+    for name, stage in expected.items():
+        assert_close(features[name], from_torch(stage), 1e-9, f"stage {name}")
+
+
+def test_training_normalises_by_the_batch_and_moves_running_statistics_as_torchvision(x64):
+    """torch's running variance is the unbiased one, ours is not."""
+    theirs = torch_reference.segmentation_model("deeplabv3_mobilenet_v3_large").double().backbone
+    before = {name: tensor.clone().numpy() for name, tensor in theirs.state_dict().items()}
+    ours = architecture(NAME, num_classes=21, dtype="float64")
+    graph, params, stats = filled(lambda: MobileNetV3(ours, rngs=nnx.Rngs(0)), theirs)
+    images = np.random.default_rng(0).normal(size=(2, 65, 50, 3))
+
+    @jax.jit
+    def train(params, stats, images):
+        module = nnx.merge(graph, params, stats)
+        return module(images, update_bn=True), nnx.state(module, nnx.BatchStat)
+
+    features, moved = train(params, stats, images)
+    counts = {}
+    for name, module in theirs.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_pre_hook(
+                lambda _, x, name=name: counts.update({name: x[0].numel() // x[0].shape[1]})
+            )
+    with torch.no_grad():
+        expected = stage_by_stage(theirs.train(), to_torch(images))
+    for name, stage in expected.items():
+        assert_close(features[name], from_torch(stage), 1e-9, f"stage {name}")
+
+    after = theirs.state_dict()
+    flat = {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(moved)}
+    assert len(flat) == 2 * len(counts) == 2 * 46
+    for name, count in counts.items():
+        mean, var = (after[f"{name}.running_{kind}"].numpy() for kind in ("mean", "var"))
+        assert_close(flat[f"{name}.mean"], mean, 1e-9, name)
+        old = before[f"{name}.running_var"]
+        biased = 0.99 * old + (var - 0.99 * old) * (count - 1) / count
+        assert_close(flat[f"{name}.var"], biased, 1e-9, name)
+
+
+@pytest.mark.parametrize("index", [0, 3, 4, 12])  # no expansion; stride; shortcut; hard-swish, rate
+def test_a_block_and_its_gradients_equal_torchvision(x64, index):
+    theirs = torchvision_model().backbone[str(index + 1)]
+    ours = architecture(NAME, num_classes=2, dtype="float64")
+    plan = plan_blocks(ours)[index]
+    graph, params, stats = filled(lambda: make_block(plan, ours), theirs)
+    x = np.random.default_rng(0).normal(0, 3, size=(2, 7, 10, plan.in_channels))
+    graph_in = to_torch(x).requires_grad_()
+    expected = theirs(graph_in)
+    weights = np.random.default_rng(1).normal(size=from_torch(expected).shape)
+    theirs.zero_grad()
+    (expected * to_torch(weights)).sum().backward()
+
+    @jax.jit
+    def gradients(params, x):
+        def loss(params, x):
+            y = nnx.merge(graph, params, stats)(x)
+            return (y * weights).sum(), y
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+    (of_params, of_x), y = gradients(params, x)
+    assert_close(y, from_torch(expected), 1e-12)
+    # torch's gradient of the hard sigmoid is the float32 1/6 in float64 too: 3e-8 off.
+    tolerance = 3e-8 if plan.spec.squeeze_excite else 1e-11
+    assert_close(of_x, from_torch(graph_in.grad), tolerance)
+    of_theirs = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
+    leaves = {"kernel": "weight", "scale": "weight"}
+    for path, gradient in nnx.to_flat_state(of_params):
+        name = ".".join(map(str, (*path[:-1], leaves.get(path[-1], path[-1]))))
+        other = of_theirs.pop(name)
+        other = other.transpose(2, 3, 1, 0) if path[-1] == "kernel" else other
+        assert_close(gradient[...], other, tolerance, name)
+    assert not of_theirs
+
+
+def test_squeeze_excite_equals_torchvision(x64):
+    theirs = torch_reference.torchvision.ops.SqueezeExcitation(
+        24, 8, scale_activation=torch.nn.Hardsigmoid
+    ).double()
+    module = nnx.merge(
+        *filled(lambda: SqueezeExcite(24, 8, LayerMaker("float64", 0.9, 1, nnx.Rngs(0))), theirs)
+    )
+    x = np.random.default_rng(0).normal(1, 2, size=(3, 5, 4, 24))
+    x[1] *= 30  # saturates the hard sigmoid on both sides
+    with torch.no_grad():
+        expected = from_torch(theirs(to_torch(x)))
+    ratio = expected / x
+    assert 0 < np.mean(ratio == 0) < 0.5  # some channels are closed
+    assert np.mean(ratio > 1 - 1e-12) > 0  # some are open
+    np.testing.assert_allclose(jax.jit(module)(x), expected, rtol=0, atol=1e-12)
+
+
+# --- Strides and rates -------------------------------------------------------------------------
+
+S2, R1, R2, R4 = (2, 1), (1, 1), (1, 2), (1, 4)
+# (stride, rate) of the depthwise convolution of each block, written out by hand.
+DEPTHWISE = {
+    32: [R1, S2, R1, S2, R1, R1, S2, R1, R1, R1, R1, R1, S2, R1, R1],
+    16: [R1, S2, R1, S2, R1, R1, S2, R1, R1, R1, R1, R1, R2, R2, R2],
+    8: [R1, S2, R1, S2, R1, R1, R2, R2, R2, R2, R2, R2, R4, R4, R4],
+}
+KERNEL_SIZES = [3, 3, 3, 5, 5, 5, 3, 3, 3, 3, 3, 3, 5, 5, 5]
+
+
+@pytest.mark.parametrize("output_stride", DEPTHWISE)
+def test_effective_rates(output_stride):
+    ours = architecture(NAME, num_classes=2, output_stride=output_stride)
+    convs = {conv.name: conv for conv in effective_rates(ours)}
+    # Behind the expansion, which the first block does without.
+    names = [f"backbone.{i}.block.{int(i > 1)}.0" for i in range(1, NUM_BLOCKS + 1)]
+    depthwise = [convs.pop(name) for name in names]
+    assert [(conv.stride, conv.rate) for conv in depthwise] == DEPTHWISE[output_stride]
+    assert [conv.kernel_size for conv in depthwise] == KERNEL_SIZES
+    stem = convs.pop("backbone.0.0")
+    assert (stem.kernel_size, stem.stride, stem.rate) == (3, 2, 1)
+    others = [conv for name, conv in convs.items() if name.startswith("backbone")]
+    assert {(conv.kernel_size, conv.stride, conv.rate) for conv in others} == {(1, 1, 1)}
+    heads = {c.name: c.rate for c in convs.values() if c.rate > 1}
+    scale = 16 / output_stride  # torchvision's rates belong to its output stride, 16
+    assert heads == {f"classifier.0.convs.{i}.0": scale * 12 * i for i in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("width", [1 / 16, 1])  # at 1/16 the channels of blocks meet at 8
+def test_parameters_are_the_same_at_every_output_stride(width):
+    def shapes(output_stride):
+        ours = small(width=width, output_stride=output_stride)
+        state = nnx.state(nnx.eval_shape(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0))))
+        return [(path, variable.shape) for path, variable in nnx.to_flat_state(state)]
+
+    assert shapes(8) == shapes(16) == shapes(32)
+
+
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+def test_features_have_the_output_stride_for_any_size_and_width(output_stride):
+    ours = small(width=1 / 16, output_stride=output_stride, in_channels=5)
+    for height, width in ((1, 1), (33, 64), (129, 50)):
+        images = jax.ShapeDtypeStruct((2, height, width, 5), jnp.float32)
+        features = nnx.eval_shape(lambda x: MobileNetV3(ours, rngs=nnx.Rngs(0))(x), images)
+        for name, stride in (
+            (MobileNetV3.out_feature, output_stride),
+            (MobileNetV3.aux_feature, 8),
+        ):
+            assert features[name].shape[:3] == (2, -(-height // stride), -(-width // stride))
+        logits = nnx.eval_shape(lambda x: DeepLabV3(ours, rngs=nnx.Rngs(0))(x), images)
+        assert {head: x.shape for head, x in logits.items()} == {
+            "out": (2, height, width, 2),
+            "aux": (2, height, width, 2),
+        }
+
+
+# --- Parameters, names, settings ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("aux_head", "count"), [(True, 11_029_328), (False, 11_025_477)])
+def test_parameter_count_is_torchvisions(aux_head, count):
+    ours = architecture(NAME, num_classes=21, aux_head=aux_head)
+    _, params, _ = abstract(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
+def norms(ours):
+    model = nnx.eval_shape(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0)))
+    return {
+        (path[0], module.momentum, module.epsilon)
+        for path, module in nnx.iter_modules(model)
+        if hasattr(module, "epsilon")
+    }
+
+
+def test_batch_norm_of_backbone_and_heads():
+    heads = ("classifier", "aux_classifier")
+    own = {("backbone", 0.99, 1e-3), *((head, 0.9, 1e-5) for head in heads)}
+    assert norms(small()) == own
+    assert norms(small(backbone_bn_momentum=0.5)) == {*own, ("backbone", 0.5, 1e-3)} - {
+        ("backbone", 0.99, 1e-3)
+    }
+    # What is asked for the whole network holds for all of it.
+    assert norms(small(bn_momentum=0.7, bn_epsilon=0.1)) == {
+        (part, 0.7, 0.1) for part in ("backbone", *heads)
+    }
+
+
+def test_a_resnet_may_have_its_own_batch_norm_too():
+    ours = architecture("paper_resnet18", num_classes=2, width=1 / 8, backbone_bn_momentum=0.5)
+    assert norms(ours) == {("backbone", 0.5, 1e-5), ("classifier", 0.9997, 1e-5)}
+    with pytest.raises(UserError, match=r"backbone_bn_momentum must be in \[0, 1\], got 2"):
+        architecture("paper_resnet18", num_classes=2, backbone_bn_momentum=2)
+
+
+def test_channels_are_divisible_by_8_as_torchvisions():
+    theirs = torch_reference.torchvision.models._utils._make_divisible
+    for channels in np.arange(1, 400, 0.7):
+        assert divisible_channels(channels) == theirs(channels, 8)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("multi_grid", (1, 2, 4)),
+        ("dilation_rule", "torchvision"),
+        ("residual", "pre"),
+        ("stem", "deep"),
+        ("stride_place", "conv1"),
+    ],
+)
+def test_choices_of_resnets_are_refused(field, value):
+    ours = small(**{field: value})
+    with pytest.raises(UserError, match=rf"{field} must stay .*, got .*has no such choice") as info:
+        DeepLabV3(ours, rngs=nnx.Rngs(0))
+    assert repr(value) in str(info.value)
+    assert len([f for f in ("multi_grid", "residual", "stem") if f in str(info.value)]) <= 1
+
+
+# --- Training ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update_bn", [True, False])
+def test_recomputing_a_block_changes_neither_gradients_nor_running_statistics(x64, update_bn):
+    ours = small(dtype="float64")
+    plan = plan_blocks(ours)[4]
+    block = random_module(lambda: make_block(plan, ours))
+    graph, params, stats = nnx.split(block, nnx.Param, nnx.BatchStat)
+    x = np.random.default_rng(0).normal(size=(2, 7, 6, plan.in_channels))
+
+    def gradients(call):
+        def loss(params, x):
+            module = nnx.merge(graph, params, stats, copy=True)
+            return jnp.square(call(module, x)).mean(), nnx.state(module, nnx.BatchStat)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+
+    recomputed = gradients(lambda module, x: recompute(module, x, update_bn=update_bn))
+    plain = gradients(lambda module, x: module(x, update_bn=update_bn))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), recomputed, plain)
+
+
+def test_remat_recomputes_each_block():
+    ours = small(width=1 / 16)
+    graph, params, stats = abstract(lambda: MobileNetV3(ours, rngs=nnx.Rngs(0)))
+    images = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
+
+    def num_recomputed(remat):
+        def forward(params, stats, x):
+            return nnx.merge(graph, params, stats)(x, remat=remat)
+
+        equations = jax.make_jaxpr(forward)(params, stats, images).eqns
+        return sum(equation.primitive.name.startswith("remat") for equation in equations)
+
+    assert (num_recomputed(True), num_recomputed(False)) == (NUM_BLOCKS, 0)
+
+
+def test_freezing_keeps_running_statistics_and_bfloat16_is_close():
+    ours = small(dropout=0.0)
+    graph, params, stats = nnx.split(
+        random_module(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0))), nnx.Param, nnx.BatchStat
+    )
+    half = abstract(lambda: DeepLabV3(small(dropout=0.0, dtype="bfloat16"), rngs=nnx.Rngs(0)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(half[1:])} == {jnp.dtype("float32")}
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 65, 49, 3)), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnames=("graph", "train", "freeze_bn"))
+    def run(graph, train=False, freeze_bn=False):
+        model = nnx.merge(graph, params, stats, copy=True)
+        return model(images, train, freeze_bn=freeze_bn)["out"], nnx.state(model, nnx.BatchStat)
+
+    exact, kept = run(graph)
+    frozen, kept_too = run(graph, train=True, freeze_bn=True)
+    _, moved = run(graph, train=True)
+    np.testing.assert_array_equal(exact, frozen)
+    for state, equal in ((kept, True), (kept_too, True), (moved, False)):
+        same = jax.tree.map(np.array_equal, state, stats)
+        assert set(jax.tree.leaves(same)) == {equal}
+    rounded, _ = run(half[0])
+    assert rounded.dtype == jnp.float32
+    error = float(jnp.abs(rounded - exact).max() / jnp.std(exact))
+    assert 1e-4 < error < 0.2  # it was computed in bfloat16, and well
+
+
+def test_is_called_as_its_backbone():
+    assert ARCHITECTURES[NAME].backbone == "mobilenet_v3_large"
+    assert ARCHITECTURES[NAME].atrous_rates == (12, 24, 36)
