@@ -58,17 +58,17 @@ class Files:
         return {"image": image, "label": label, "name": name}
 
 
-def median_seconds(function: Callable[[int], object], count: int) -> float:
+def median_cpu_seconds(function: Callable[[int], object], count: int) -> float:
     seconds = []
     for index in range(count):
-        start = time.perf_counter()
+        start = time.thread_time()
         function(index)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.thread_time() - start)
     return float(np.median(seconds))
 
 
 def stage_milliseconds(dataset: Dataset, config: DataConfig) -> dict[str, float]:
-    """Cost of each stage for one image, on one thread."""
+    """CPU time of each stage for one image, whatever else the machine does."""
     cv2.setNumThreads(0)
     count = min(len(dataset.source), _NUM_IMAGES)
     examples = [dataset.source[index] for index in range(count)]
@@ -84,12 +84,12 @@ def stage_milliseconds(dataset: Dataset, config: DataConfig) -> dict[str, float]
             fill=pipeline.mean_pixel(config),
         )
 
-    decode = median_seconds(lambda index: dataset.source[index], count)
-    checked = median_seconds(lambda index: pipeline.read(dataset, index), count)
+    decode = median_cpu_seconds(lambda index: dataset.source[index], count)
+    checked = median_cpu_seconds(lambda index: pipeline.read(dataset, index), count)
     return {
         "decode": 1e3 * decode,
         "check": 1e3 * max(checked - decode, 0),
-        "augment": 1e3 * median_seconds(warp, count),
+        "augment": 1e3 * median_cpu_seconds(warp, count),
     }
 
 
@@ -134,6 +134,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    load_before = os.getloadavg()[0]
     config = DataConfig(root=args.root or "")
     with tempfile.TemporaryDirectory() as folder:
         if args.root:
@@ -146,7 +147,7 @@ def main() -> None:
             for workers in args.workers
         ]
     console = Console()
-    table = Table("stage", "ms an image")
+    table = Table("stage", "CPU ms an image")
     for stage, milliseconds in stages.items():
         table.add_row(stage, f"{milliseconds:.2f}")
     console.print(table)
@@ -158,6 +159,7 @@ def main() -> None:
         result = {
             "date": time.strftime("%Y-%m-%d"),
             "machine": args.machine,
+            "load_average_before": load_before,  # of other programs: they share the cores
             "versions": {"python": platform.python_version()}
             | {
                 package: importlib.metadata.version(package)
@@ -166,7 +168,7 @@ def main() -> None:
             "images": f"VOC {args.split}" if args.root else "generated, 500 x 375, JPEG",
             "crop": list(crop_shape(config)),
             "batch_size": args.batch_size,
-            "milliseconds_an_image": stages,
+            "cpu_milliseconds_an_image": stages,
             "rows": rows,
         }
         args.json.write_text(json.dumps(result, indent=2) + "\n")
