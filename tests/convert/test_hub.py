@@ -1,0 +1,295 @@
+"""Published weights: torchvision's own URLs, caches, and downloads that go wrong."""
+
+import hashlib
+import http.server
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from deeplab_jax.convert import hub
+from deeplab_jax.errors import UserError
+
+CONTENT = bytes(range(256)) * 1000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+FILE_NAME = f"tiny-{SHA256[:8]}.pth"
+
+
+class Web:
+    """A web server on this machine that gives one answer and counts the requests."""
+
+    def __init__(self):
+        self.body = CONTENT
+        self.declared = len(CONTENT)  # the length that it promises
+        self.status = 200
+        self.paths = []
+        self.half_sent = threading.Event()
+        self.go_on = threading.Event()
+        self.go_on.set()
+        web = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                web.paths.append(self.path)
+                self.send_response(web.status)
+                self.send_header("Content-Length", str(web.declared))
+                self.end_headers()
+                half = len(web.body) // 2
+                self.wfile.write(web.body[:half])
+                self.wfile.flush()
+                web.half_sent.set()
+                web.go_on.wait(30)
+                self.wfile.write(web.body[half:])
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/models/"
+
+
+@pytest.fixture
+def web():
+    web = Web()
+    threading.Thread(target=web.server.serve_forever, args=(0.01,), daemon=True).start()
+    yield web
+    web.go_on.set()
+    web.server.shutdown()
+    web.server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path, monkeypatch):
+    """Empty caches, and one small file among the published ones."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TORCH_HOME", raising=False)
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setitem(hub.FILES, "tiny", FILE_NAME)
+    return tmp_path
+
+
+def files_below(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+# --- Names -------------------------------------------------------------------------------------
+
+
+def test_names_and_urls_are_torchvisions():
+    import torch_reference
+
+    models = torch_reference.torchvision.models
+    expected = {}
+    for model in (
+        *("deeplabv3_resnet50", "deeplabv3_resnet101", "deeplabv3_mobilenet_v3_large"),
+        *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenet_v3_large"),
+    ):
+        versions = {weights.name: weights.url for weights in models.get_model_weights(model)}
+        first = "COCO_WITH_VOC_LABELS_V1" if model.startswith("deeplab") else "IMAGENET1K_V1"
+        expected[model] = versions[first]
+        expected |= {f"{model}.{version}": url for version, url in versions.items()}
+    published = {name: hub.BASE_URL + file for name, file in hub.FILES.items() if name != "tiny"}
+    assert published == expected
+
+
+def test_is_name():
+    assert hub.is_name("deeplabv3_resnet50")
+    assert hub.is_name("resnet50.IMAGENET1K_V2")
+    assert not hub.is_name("resnet50.pth")
+    assert not hub.is_name("runs/resnet50")
+    assert not hub.is_name("")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("deeplab_resnet50", "did you mean 'deeplabv3_resnet50'"),
+        ("resnet18.IMAGENET1K_V2", "did you mean 'resnet18.IMAGENET1K_V1'"),
+        ("vgg", "Known: .*resnet34"),
+    ],
+)
+def test_an_unknown_name_is_told_the_closest(name, hint):
+    with pytest.raises(UserError, match=rf"unknown weights '{name}'.*{hint}"):
+        hub.fetch(name)
+
+
+# --- Caches ------------------------------------------------------------------------------------
+
+
+def test_folders(caches, monkeypatch):
+    assert hub.cache_folder() == caches / "cache/deeplab_jax/weights"
+    assert hub.torch_cache_folder() == caches / "cache/torch/hub/checkpoints"
+    monkeypatch.setenv("TORCH_HOME", str(caches / "elsewhere"))
+    assert hub.torch_cache_folder() == caches / "elsewhere/hub/checkpoints"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert hub.cache_folder() == pathlib.Path.home() / ".cache/deeplab_jax/weights"
+
+
+def test_downloads_once(web, caches, capsys):
+    path = hub.fetch("tiny", base_url=web.url)
+    assert path == hub.cache_folder() / FILE_NAME
+    assert path.read_bytes() == CONTENT
+    assert web.paths == [f"/models/{FILE_NAME}"]
+    assert hub.fetch("tiny", base_url=web.url) == path
+    assert len(web.paths) == 1
+    assert files_below(caches) == [path]
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Downloading" in captured.err
+
+
+def test_uses_what_pytorch_downloaded(web):
+    path = hub.torch_cache_folder() / FILE_NAME
+    path.parent.mkdir(parents=True)
+    path.write_bytes(CONTENT)
+    assert hub.fetch("tiny", base_url=web.url) == path
+    assert web.paths == []
+
+
+def test_a_damaged_file_is_fetched_anew_and_pytorchs_left_alone(web, caplog):
+    folders = hub.cache_folder(), hub.torch_cache_folder()
+    ours, theirs = (folder / FILE_NAME for folder in folders)
+    for path in (ours, theirs):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(CONTENT[:-1])
+    assert hub.fetch("tiny", base_url=web.url) == ours
+    assert ours.read_bytes() == CONTENT
+    assert theirs.read_bytes() == CONTENT[:-1]
+    assert [str(path) in caplog.text for path in (ours, theirs)] == [True, True]
+
+
+def test_an_unreadable_file_is_not_used(web, caplog, monkeypatch):
+    path = hub.torch_cache_folder() / FILE_NAME
+    path.parent.mkdir(parents=True)
+    path.write_bytes(CONTENT)
+    real_open = pathlib.Path.open
+
+    def open_denied(opened, mode="r"):
+        if opened == path:
+            raise PermissionError(13, "Permission denied")
+        return real_open(opened, mode)
+
+    monkeypatch.setattr(pathlib.Path, "open", open_denied)
+    assert hub.fetch("tiny", base_url=web.url) == hub.cache_folder() / FILE_NAME
+    assert f"{path} cannot be read (Permission denied)" in caplog.text
+
+
+# --- Failures ----------------------------------------------------------------------------------
+
+
+def failure(web):
+    with pytest.raises(UserError) as info:
+        hub.fetch("tiny", base_url=web.url)
+    return str(info.value)
+
+
+def assert_says_what_to_do(message, url):
+    place = hub.cache_folder() / FILE_NAME
+    assert f"Fetch {url}{FILE_NAME} by other means and put it there as {place}" in message
+
+
+def test_offline(caches):
+    web = Web()
+    web.server.server_close()  # nobody listens on its port now
+    message = failure(web)
+    assert f"{web.url}{FILE_NAME} could not be downloaded" in message
+    assert "refused" in message
+    assert_says_what_to_do(message, web.url)
+    assert files_below(caches) == []
+    # Following the advice works.
+    (hub.cache_folder() / FILE_NAME).write_bytes(CONTENT)
+    assert hub.fetch("tiny", base_url=web.url).read_bytes() == CONTENT
+
+
+def test_a_missing_page(web, caches):
+    web.status = 404
+    message = failure(web)
+    assert "HTTP Error 404" in message
+    assert_says_what_to_do(message, web.url)
+    assert files_below(caches) == []
+
+
+def test_a_truncated_download(web, caches):
+    web.body = CONTENT[:1000]
+    message = failure(web)
+    assert f"broke off after 1000 of {len(CONTENT)} bytes" in message
+    assert_says_what_to_do(message, web.url)
+    assert files_below(caches) == []
+
+
+def test_another_file_than_was_published(web, caches):
+    web.body = CONTENT[::-1]
+    message = failure(web)
+    begins = hashlib.sha256(web.body).hexdigest()[:8]
+    assert f"begins with {begins}, expected {SHA256[:8]}" in message
+    assert_says_what_to_do(message, web.url)
+    assert files_below(caches) == []
+
+
+def test_a_cache_that_cannot_be_written(web, caches):
+    (caches / "cache").write_bytes(b"a file where a folder should be")
+    message = failure(web)
+    assert f"{hub.cache_folder()} cannot be written" in message
+    assert "set XDG_CACHE_HOME" in message
+    assert web.paths == []
+
+
+def test_a_full_disk(web, caches, monkeypatch):
+    if not pathlib.Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    (caches / "full").symlink_to("/dev/full")
+    real_open = pathlib.Path.open
+
+    def open_full(path, mode="r"):
+        return real_open(caches / "full" if path.suffix == ".partial" else path, mode)
+
+    monkeypatch.setattr(pathlib.Path, "open", open_full)
+    message = failure(web)
+    assert "No space left on device" in message
+    assert files_below(caches / "cache") == []
+
+
+def test_interrupted_midway_leaves_nothing(web, caches):
+    web.go_on.clear()
+    # The handler is set because a shell's background jobs inherit that SIGINT is ignored.
+    script = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from deeplab_jax.convert import hub; hub.FILES['tiny'] = sys.argv[1]\n"
+        "hub.fetch('tiny', base_url=sys.argv[2])"
+    )
+    root = pathlib.Path(__file__).resolve().parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, FILE_NAME, web.url],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert web.half_sent.wait(60)
+    folder = hub.cache_folder()
+    assert [path.suffix for path in files_below(folder)] == [".partial"]
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in errors
+    assert files_below(folder) == []
+
+
+def test_two_at_once_both_get_it(web, caches):
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(hub.fetch("tiny", base_url=web.url)))
+        for _ in range(2)
+    ]
+    web.go_on.clear()
+    for thread in threads:
+        thread.start()
+    assert web.half_sent.wait(60)
+    web.go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert results == [hub.cache_folder() / FILE_NAME] * 2
+    assert files_below(caches) == results[:1]
+    assert results[0].read_bytes() == CONTENT
