@@ -124,8 +124,10 @@ def test_parameters_serve_another_output_stride():
 
 
 def test_starts_from_nearly_equal_probabilities_decided_by_the_seed():
+    # At the least width most kernels have one shape, and share one compiled initialiser.
+    ours = narrow(num_classes=21, width=1 / 64)
     first, again, other = (
-        nnx.split(DeepLabV3(narrow(num_classes=21), rngs=nnx.Rngs(seed)), nnx.Param, nnx.BatchStat)
+        nnx.split(DeepLabV3(ours, rngs=nnx.Rngs(seed)), nnx.Param, nnx.BatchStat)
         for seed in (0, 0, 1)
     )
     assert same(first[1], again[1])
