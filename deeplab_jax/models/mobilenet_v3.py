@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from deeplab_jax.errors import UserError
 from deeplab_jax.models.architecture import Architecture
+from deeplab_jax.models.depthwise import DepthwiseConv
 from deeplab_jax.models.layers import (
     BatchNorm,
     Conv,
@@ -158,7 +159,10 @@ class InvertedResidual(nnx.Module):
 
     def __init__(self, plan: BlockPlan, make: LayerMaker) -> None:
         spec, c_in, c = plan.spec, plan.in_channels, plan.expanded_channels
-        depthwise = make.conv(c, c, spec.kernel_size, stride=plan.stride, rate=plan.rate, groups=c)
+        options: dict[str, Any] = {"stride": plan.stride, "rate": plan.rate, "groups": c}
+        depthwise = DepthwiseConv(
+            c, c, spec.kernel_size, **options, dtype=make.dtype, rngs=make.rngs
+        )
         layers: list[nnx.Module] = [ConvNormActivation(depthwise, make.norm(c), spec.activation)]
         if c != c_in:
             layers.insert(0, ConvNormActivation(make.conv(c_in, c), make.norm(c), spec.activation))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from random_modules import random_module
 
 import torch_reference
 from deeplab_jax.errors import UserError
@@ -21,6 +20,7 @@ from deeplab_jax.models.mobilenet_v3 import (
     divisible_channels,
     plan_blocks,
 )
+from random_modules import random_module
 
 NAME = "torchvision_mobilenet_v3_large"
 NUM_BLOCKS = 15
@@ -131,7 +131,8 @@ def test_equals_torchvision_stage_by_stage(x64, dtype, tolerance, size):
         assert_close(outputs[head], from_torch(logits[head]), tolerance, head)
 
 
-@pytest.mark.parametrize(("width", "dilated"), [(0.5, True), (0.35, False), (1.4, False)])
+# At 0.05 channels meet at 8: expansions go, and a removed stride must not add a shortcut.
+@pytest.mark.parametrize(("width", "dilated"), [(0.05, True), (0.35, False)])
 def test_other_widths_and_the_published_strides_equal_torchvision(x64, width, dilated):
     module = torch_reference.torchvision.models.mobilenetv3
     conf, last = module._mobilenet_v3_conf("mobilenet_v3_large", width_mult=width, dilated=dilated)

@@ -1,0 +1,88 @@
+"""Depthwise convolution: one kernel a channel, in two exact implementations, chosen per platform.
+
+XLA:CPU has no fast path for as many groups as channels; a sum of shifted products, which it fuses
+into one loop, is many times faster there. Milliseconds, two cores, float32, one image:
+
+| kernel, channels, map, stride, rate | forward: convolution, products | both gradients |
+|-------------------------------------|--------------------------------|----------------|
+| 3x3, 16, 257x257, 1, 1              | 104, 0.4                       | 269, 60        |
+| 3x3, 64, 257x257, 2, 1              | 35, 3.6                        | 985, 131       |
+| 5x5, 120, 65x65, 1, 1               | 31, 0.7                        | 124, 100       |
+| 3x3, 672, 33x33, 1, 1               | 36, 0.6                        | 210, 9         |
+| 5x5, 960, 33x33, 1, 2               | 54, 2.9                        | 942, 149       |
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from deeplab_jax.models.atrous import Method, atrous_conv
+from deeplab_jax.models.layers import Conv
+
+
+def depthwise_conv(
+    x: Float[Array, "n h w c"],
+    kernel: Float[Array, "k k 1 c"],
+    *,
+    stride: int = 1,
+    rate: int = 1,
+    method: str | None = None,
+) -> Float[Array, "n ho wo c"]:
+    """What `atrous_conv` gives for as many groups as channels.
+
+    Args:
+      x: features.
+      kernel: of an odd side `k`.
+      stride: pixels between the outputs' centres.
+      rate: pixels between the taps; may be larger than the map.
+      method: a name in `METHODS`, or None: what is fastest on the platform that this is compiled
+        for.
+
+    Raises:
+      ValueError: the kernel is not one a channel, or is none that `atrous_conv` takes.
+    """
+    if kernel.shape[2:] != (1, x.shape[3]):
+        raise ValueError(f"kernel must be [k, k, 1, {x.shape[3]}], got {list(kernel.shape)}")
+    if method is not None:
+        return METHODS[method](x, kernel, stride=stride, rate=rate)
+    native, products = (
+        functools.partial(METHODS[name], stride=stride, rate=rate)
+        for name in ("native", "products")
+    )
+    return lax.platform_dependent(x, kernel, cpu=products, default=native)
+
+
+def _products(x: Array, kernel: Array, *, stride: int, rate: int) -> Array:
+    """The sum over the taps of the shifted map times the tap's weights."""
+    _, height, width, _ = x.shape
+    side = kernel.shape[0]
+    padding = rate * (side // 2)
+    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    around = (padding, padding)
+    padded = jnp.pad(x, ((0, 0), around, around, (0, 0))).astype(accumulator)
+    windows = (
+        padded[:, top : top + height : stride, left : left + width : stride]
+        for top in range(0, side * rate, rate)
+        for left in range(0, side * rate, rate)
+    )
+    weights = kernel.astype(accumulator).reshape(side * side, -1)
+    out = functools.reduce(jnp.add, (window * weights[tap] for tap, window in enumerate(windows)))
+    return out.astype(x.dtype)
+
+
+METHODS: dict[str, Method] = {
+    "native": functools.partial(atrous_conv, method="native"),
+    "products": _products,
+}
+
+
+class DepthwiseConv(Conv):
+    """A `Conv` without bias whose groups are its channels, and whose kernel is `[k, k, 1, c]`."""
+
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n ho wo c"]:
+        kernel = self.kernel[...].astype(self.dtype)
+        return depthwise_conv(x.astype(self.dtype), kernel, stride=self.stride, rate=self.rate)
