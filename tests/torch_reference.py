@@ -48,6 +48,18 @@ def segmentation_model(
     return randomise(model, seed)
 
 
+def shallow_segmentation_model(num_units: tuple[int, ...], *, seed: int = 0) -> Any:
+    """torchvision's DeepLabv3 with an auxiliary head on a bottleneck ResNet of these stages."""
+    resnet, deeplabv3 = torchvision.models.resnet, torchvision.models.segmentation.deeplabv3
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        backbone = resnet.ResNet(
+            resnet.Bottleneck, list(num_units), replace_stride_with_dilation=[False, True, True]
+        )
+        model = deeplabv3._deeplabv3_resnet(backbone, 21, True)
+    return randomise(model, seed)
+
+
 def classifier(architecture: str, *, seed: int = 0, num_classes: int = 10) -> Any:
     """A model of `torchvision.models`, such as "resnet18", in eval mode."""
     with torch.random.fork_rng():

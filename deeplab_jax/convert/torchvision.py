@@ -118,11 +118,10 @@ def to_model(
     fit = _fit(candidates, wanted, _pattern(allow_missing))
     if fit.problems:
         raise UserError(_misfit(fit.problems, named, model, backbone_only))
+    # Copies, also where an array could be used as it is: it may be a view of the file.
     converted = {
-        wanted[theirs].ours: np.ascontiguousarray(
-            np.transpose(named[theirs], wanted[theirs].leaf.axes), wanted[theirs].dtype
-        )
-        for theirs in fit.used
+        want.ours: np.array(np.transpose(named[theirs], want.leaf.axes), want.dtype, order="C")
+        for theirs, want in ((theirs, wanted[theirs]) for theirs in fit.used)
     }
     report = Report(
         used=tuple((file_names[theirs], wanted[theirs].ours) for theirs in fit.used),

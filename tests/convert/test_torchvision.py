@@ -114,6 +114,13 @@ def test_axes_of_a_kernel(small):
         assert kernel[row, column, into, out] == arrays[name][place]
 
 
+def test_variables_do_not_share_memory_with_the_file(small):
+    model, _, arrays = small
+    params, batch_stats, report = torchvision.to_model(arrays, model)
+    for theirs, ours in report.used:
+        assert not np.shares_memory(arrays[theirs], (params | batch_stats)[ours]), ours
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_round_trip_is_bit_exact(tmp_path, small, suffix):
     model, variables, arrays = small
