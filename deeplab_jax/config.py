@@ -42,7 +42,7 @@ class ModelConfig:
 class ShapesConfig:
     """The generated data set."""
 
-    size: int = 96  # side of an image, pixels
+    size: int = 64  # side of an image, pixels
     num_train: int = 4000  # images
     num_eval: int = 200  # images
     seed: int = 0  # of the images, apart from the run's
@@ -70,8 +70,10 @@ class DataConfig:
 class InitConfig:
     """What parameters start from."""
 
-    path: str = ""  # workdir or checkpoint folder of a whole model; its head goes if classes differ
-    backbone: str = ""  # checkpoint whose backbone alone is taken; empty: random
+    # A workdir, a checkpoint's folder, a `.pth` or `.safetensors` file, or a name of torchvision's.
+    path: str = ""  # of a whole model; layers that give logits start anew if the classes differ
+    backbone: str = ""  # of a model whose backbone alone is taken; both empty: random
+    allow_missing: str = ""  # regular expression: names of variables that it may lack
 
 
 @dataclasses.dataclass

@@ -53,7 +53,11 @@ _COUNTER = "num_batches_tracked"
 _WRAPPERS = ("module.", "_orig_mod.")
 
 _BACKBONE = "backbone."
-_CLASSIFIER_HEAD = "fc."  # of torchvision's ResNet classifiers
+
+# How torchvision's classifiers differ: ResNets put nothing before the names of the backbone.
+_CLASSIFIER_BACKBONE = "features."  # of MobileNets
+_CLASSIFIER_HEADS = ("fc.", "classifier.")  # of ResNets, of MobileNets
+
 _AUX = "aux_classifier."
 _LOGITS = ("classifier.4.", "aux_classifier.4.")  # the last layers: one output a class
 
@@ -274,17 +278,20 @@ def _as_segmentation(
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The arrays under the names of a segmentation model, and the names they had.
 
-    A classifier of torchvision is a backbone with `fc` behind it, and nothing before its names.
+    A classifier of torchvision is a backbone with a head of its own behind it.
     """
     if any(name.startswith(_BACKBONE) for name in named):
         return named, {name: name for name in named}
-    if not backbone_only and any(name.startswith(_CLASSIFIER_HEAD) for name in named):
+    if not backbone_only and any(name.startswith(_CLASSIFIER_HEADS) for name in named):
         raise UserError(
             "the file holds a classifier, which has a backbone and no segmentation head: give it "
             "as `--config.init.backbone`"
         )
     theirs = {
-        name if name.startswith(_CLASSIFIER_HEAD) else _BACKBONE + name: name for name in named
+        name
+        if name.startswith(_CLASSIFIER_HEADS)
+        else _BACKBONE + name.removeprefix(_CLASSIFIER_BACKBONE): name
+        for name in named
     }
     return {name: named[old] for name, old in theirs.items()}, theirs
 
@@ -376,7 +383,9 @@ def _misfit(
     lines = [f"the file does not fit {name}{' (its backbone)' if backbone_only else ''}:"]
     lines += [f"  {kind}: {listed(sorted(what), '; ')}" for kind, what in problems.items()]
     best, share = nearest(named, backbone_only=backbone_only)
-    if best != name:
+    # Of a backbone alone the families cannot be told apart, nor does it matter.
+    same_backbone = ARCHITECTURES[best].backbone == model.architecture.backbone
+    if best != name and not (backbone_only and same_backbone):
         lines.append(
             f"  it is nearest to {best} ({share:.0%} of the arrays agree): "
             f"`--config.model.architecture={best}`"

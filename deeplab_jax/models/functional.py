@@ -98,4 +98,5 @@ def _flatten(state: Any) -> Arrays:
 
 
 def _unflatten(arrays: Arrays, paths: dict[str, tuple[Any, ...]], kind: type) -> Any:
-    return nnx.from_flat_state({path: kind(arrays[name]) for name, path in paths.items()})
+    # NumPy arrays too become JAX's: batch norm assigns to its statistics.
+    return nnx.from_flat_state({p: kind(jnp.asarray(arrays[n])) for n, p in paths.items()})

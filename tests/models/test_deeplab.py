@@ -10,9 +10,9 @@ import torch
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_modules import random_module
 
 from deeplab_jax.models.deeplab import DeepLabV3, architecture
+from random_modules import random_module
 
 VARIANTS = {
     "paper": {},

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from random_modules import random_module
 
 from deeplab_jax.models.deeplab import architecture, effective_rates
 from deeplab_jax.models.layers import LayerMaker, recompute
 from deeplab_jax.models.resnet import BasicUnit, BottleneckUnit, ResNet, UnitPlan
+from random_modules import random_module
 
 
 def make_resnet(ours):
