@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import sys
@@ -40,6 +41,12 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
         main(argv)
     except UserError as error:
         return _fail(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _fail(
+            f"the disk is full ({error.filename or 'while writing'}); make room and run again"
+        )
     return 0
 
 

@@ -1,6 +1,7 @@
 """The config tree, its checks, and what the command line makes of it."""
 
 import dataclasses
+import errno
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from conftest import ROOT
 from deeplab_jax import config as config_lib
+from deeplab_jax import flags
 from deeplab_jax.config import Config
 from deeplab_jax.errors import UserError
 
@@ -119,6 +121,20 @@ def test_a_missing_config_file_or_workdir_is_said():
     done = command("--config", "configs/shapes.py")
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
     assert "workdir" in done.stderr
+
+
+def test_a_full_disk_is_said_without_a_traceback(capsys):
+    def write(argv):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    assert flags.run(write, []) == 2
+    assert "the disk is full (metrics.jsonl)" in capsys.readouterr().err
+
+    def fail(argv):
+        raise OSError(errno.EIO, "broken")
+
+    with pytest.raises(OSError, match="broken"):
+        flags.run(fail, [])
 
 
 def test_help_shows_examples():
