@@ -30,6 +30,6 @@ def get_config() -> Config:
             name="shapes", split="train", crop_size=(64,), scale_range=(1.0, 1.0), num_workers=0
         ),
         optimizer=OptimizerConfig(learning_rate=0.3, warmup_steps=50, clip_norm=1.0),
-        train=TrainConfig(steps=1000, log_every=50, eval_every=250, save_every=250),
+        train=TrainConfig(steps=800, log_every=40, eval_every=400, save_every=200),
         eval=EvalConfig(batch_size=20, size=64),
     )

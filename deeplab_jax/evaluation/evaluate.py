@@ -104,7 +104,7 @@ class Evaluator:
             size=self._config.eval.size,
             rows=host_rows(self._batch_size),
             fill=pipeline.mean_pixel(self._config.data),
-            num_workers=self._config.data.num_workers,
+            num_workers=0,  # threads: an evaluation is over before processes would pay
         ) as batches:
             for batch in batches:
                 if should_stop():
