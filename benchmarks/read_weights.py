@@ -29,7 +29,7 @@ def read_with_ours(path: str) -> tuple[float, float]:
     """Seconds to read the arrays, and to read and sum them."""
     import numpy as np
 
-    from deeplab_jax.convert import torch_file
+    from deeplab_jax.weights import torch_file
 
     reset_peak()
     start = time.perf_counter()

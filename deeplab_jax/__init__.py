@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deeplab_jax.config import Config
+    from deeplab_jax.conversion import convert
     from deeplab_jax.errors import UserError
     from deeplab_jax.models.deeplab import Architecture, DeepLabV3, architecture
     from deeplab_jax.training.loop import train
@@ -16,10 +17,19 @@ _HOMES = {
     "DeepLabV3": "models.deeplab",
     "UserError": "errors",
     "architecture": "models.deeplab",
+    "convert": "conversion",
     "train": "training.loop",
 }
 
-__all__ = ["Architecture", "Config", "DeepLabV3", "UserError", "architecture", "train"]
+__all__ = [
+    "Architecture",
+    "Config",
+    "DeepLabV3",
+    "UserError",
+    "architecture",
+    "convert",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ import os
 import pathlib
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from deeplab_jax.errors import UserError
+from deeplab_jax.labels import LabelSet
+from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import Variables
 from deeplab_jax.training.state import TrainState
 
@@ -179,6 +181,58 @@ class SavedModel:
     path: pathlib.Path
     variables: Variables  # the averaged parameters where the run kept them
     info: dict[str, Any]
+
+
+def describe(
+    architecture: Architecture,
+    labels: LabelSet,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    resize: str,
+    size: Sequence[int],
+) -> dict[str, Any]:
+    """What a checkpoint says of its model; with it nothing else is needed to use it.
+
+    Args:
+      architecture: of the model.
+      labels: names and colours of its classes.
+      mean: of the channels, 0..1.
+      std: of the channels, 0..1.
+      resize: how images were resized in training and at which convention of coordinates.
+      size: height and width of the images or crops that it was trained on, pixels.
+    """
+    return {
+        "format": FORMAT,
+        "architecture": dataclasses.asdict(architecture),
+        "classes": list(labels.names),
+        "palette": [list(color) for color in labels.colors],
+        "mean": list(mean),
+        "std": list(std),
+        "resize": resize,
+        "input_size": list(size),
+    }
+
+
+def write_model(
+    path: str | os.PathLike[str], variables: Variables, info: dict[str, Any]
+) -> pathlib.Path:
+    """Writes a model alone as a checkpoint's folder, which `read` takes; whole or not at all.
+
+    Raises:
+      UserError: if there is something at the path, or it cannot be written.
+    """
+    folder = pathlib.Path(path).absolute()
+    if folder.exists():
+        raise UserError(f"{path} exists already; choose another place, or remove it first")
+    model = {"params": variables.params, "batch_stats": variables.batch_stats}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _context():
+            ocp.save_checkpointables(folder, {"model": model, "info": info})
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    return folder
 
 
 def find(path: str | os.PathLike[str]) -> pathlib.Path:

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from deeplab_jax.config import Config
-from deeplab_jax.convert import hub, torch_file, torchvision
 from deeplab_jax.errors import UserError
 from deeplab_jax.models.functional import Arrays, FunctionalModel, Variables
 from deeplab_jax.training import checkpoint
+from deeplab_jax.weights import hub, torch_file, torchvision
 
 Log = Callable[[str], None]
 

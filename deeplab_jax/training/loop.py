@@ -27,7 +27,7 @@ from deeplab_jax.models.deeplab import Architecture, architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.parallel import mesh as mesh_lib
 from deeplab_jax.training import initialize
-from deeplab_jax.training.checkpoint import FORMAT, Checkpoints
+from deeplab_jax.training.checkpoint import Checkpoints, describe
 from deeplab_jax.training.optimizer import make_optimizer, poly_schedule
 from deeplab_jax.training.progress import Progress
 from deeplab_jax.training.signals import StopRequest
@@ -87,7 +87,14 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
     tx = make_optimizer(config.optimizer, schedule, model.abstract.params)
     train_step = make_train_step(model, tx, schedule, config, mesh)
     evaluator = Evaluator(model, eval_set, config, mesh)
-    info = describe(config, model.architecture, train_set)
+    info = describe(
+        model.architecture,
+        train_set.labels,
+        mean=config.data.mean,
+        std=config.data.std,
+        resize="random scale, bilinear, half-pixel centres",
+        size=config_lib.crop_shape(config.data),
+    )
 
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(config.train, enabled=is_writer))
@@ -211,21 +218,6 @@ def claim_workdir(folder: pathlib.Path, config: Config, *, write: bool) -> None:
             write_bytes(path, config_lib.to_json(config).encode())
         except OSError as error:
             raise UserError(f"cannot write to --workdir {folder}: {error.strerror}") from error
-
-
-def describe(config: Config, model: Architecture, dataset: Dataset) -> dict[str, Any]:
-    """What a checkpoint says of its model; with it nothing else is needed to use it."""
-    return {
-        "format": FORMAT,
-        "architecture": dataclasses.asdict(model),
-        "classes": list(dataset.labels.names),
-        "palette": [list(color) for color in dataset.labels.colors],
-        "mean": list(config.data.mean),
-        "std": list(config.data.std),
-        "resize": "bilinear, half-pixel centres",
-        "crop_size": list(config_lib.crop_shape(config.data)),
-        "eval_size": config.eval.size,
-    }
 
 
 def restore_or_start(

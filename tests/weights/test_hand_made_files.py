@@ -11,8 +11,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from deeplab_jax.convert import pickle_reader, torch_file
 from deeplab_jax.errors import UserError
+from deeplab_jax.weights import pickle_reader, torch_file
 from torch_reference import assert_same, torch, torch_zip, write_zip
 
 # Old versions and other machines

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import torch_reference
-from deeplab_jax.convert import torch_file, torchvision
 from deeplab_jax.errors import UserError
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
+from deeplab_jax.weights import torch_file, torchvision
 from torch_reference import torch
 
 

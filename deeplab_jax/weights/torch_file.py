@@ -26,10 +26,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from deeplab_jax.convert import pickle_writer, state_dict
-from deeplab_jax.convert.pickle_reader import Unreadable
-from deeplab_jax.convert.state_dict import Storage
 from deeplab_jax.errors import UserError
+from deeplab_jax.weights import pickle_writer, state_dict
+from deeplab_jax.weights.pickle_reader import Unreadable
+from deeplab_jax.weights.state_dict import Storage
 
 _SAFETENSORS_TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 

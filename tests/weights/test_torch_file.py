@@ -13,8 +13,8 @@ import pytest
 import safetensors.torch
 
 import torch_reference
-from deeplab_jax.convert import torch_file
 from deeplab_jax.errors import UserError
+from deeplab_jax.weights import torch_file
 from torch_reference import array_bits, assert_same, bits, torch
 
 FORMATS = {"zip": True, "legacy": False}
@@ -301,7 +301,7 @@ def test_without_pytorch(tmp_path):
     program = f"""
 import sys
 sys.modules["torch"] = None
-from deeplab_jax.convert import torch_file
+from deeplab_jax.weights import torch_file
 arrays = torch_file.read({str(tmp_path / "a.pth")!r})
 torch_file.write({str(tmp_path / "b.pth")!r}, arrays)
 """

@@ -16,8 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from deeplab_jax.convert import pickle_reader
-from deeplab_jax.convert.pickle_reader import Global, Opaque, Unreadable
+from deeplab_jax.weights import pickle_reader
+from deeplab_jax.weights.pickle_reader import Global, Opaque, Unreadable
 
 # PyTorch's storage classes and the element type each holds.
 STORAGE_TYPES: dict[str, np.dtype[Any]] = {

@@ -14,7 +14,6 @@ from flax import nnx
 
 import torch_reference
 from deeplab_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig
-from deeplab_jax.convert import torchvision
 from deeplab_jax.models.architecture import ARCHITECTURES, architecture
 from deeplab_jax.models.deeplab import BACKBONES, DeepLabV3
 from deeplab_jax.models.functional import FunctionalModel, Variables
@@ -23,6 +22,7 @@ from deeplab_jax.parallel.mesh import make_mesh
 from deeplab_jax.training.optimizer import is_decayed, make_optimizer
 from deeplab_jax.training.state import start_state
 from deeplab_jax.training.step import make_train_step
+from deeplab_jax.weights import torchvision
 from torch_reference import torch
 
 LIMITS = {"float64": 1e-9, "float32": 1e-4}

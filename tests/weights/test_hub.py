@@ -11,8 +11,8 @@ import threading
 
 import pytest
 
-from deeplab_jax.convert import hub
 from deeplab_jax.errors import UserError
+from deeplab_jax.weights import hub
 
 CONTENT = bytes(range(256)) * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -258,7 +258,7 @@ def test_interrupted_midway_leaves_nothing(web, caches):
     # The handler is set because a shell's background jobs inherit that SIGINT is ignored.
     script = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from deeplab_jax.convert import hub; hub.FILES['tiny'] = sys.argv[1]\n"
+        "from deeplab_jax.weights import hub; hub.FILES['tiny'] = sys.argv[1]\n"
         "hub.fetch('tiny', base_url=sys.argv[2])"
     )
     root = pathlib.Path(__file__).resolve().parents[2]

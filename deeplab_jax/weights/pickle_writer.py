@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from deeplab_jax.convert.state_dict import STORAGE_TYPES
+from deeplab_jax.weights.state_dict import STORAGE_TYPES
 
 STORAGE_TYPE_OF = {dtype: name for name, dtype in STORAGE_TYPES.items()}
 

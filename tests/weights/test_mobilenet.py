@@ -6,11 +6,11 @@ import pytest
 from flax import nnx
 
 import torch_reference
-from deeplab_jax.convert import torchvision
 from deeplab_jax.errors import UserError
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.models.mobilenet_v3 import MobileNetV3
+from deeplab_jax.weights import torchvision
 from torch_reference import torch
 
 NAME = "torchvision_mobilenet_v3_large"

@@ -1,0 +1,123 @@
+"""The command line: `deeplab-jax convert`, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import deeplab_jax
+from deeplab_jax.errors import UserError
+from deeplab_jax.models.deeplab import architecture
+from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.training import checkpoint
+from deeplab_jax.weights import torch_file, torchvision
+
+
+def command(*arguments, block=(), cwd=None) -> subprocess.CompletedProcess:
+    code = (
+        f"import sys\nfor name in {list(block)!r}: sys.modules[name] = None\n"
+        "from deeplab_jax.cli import main\nmain()"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=cwd,
+    )
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file as torchvision's ResNet-18 DeepLabv3 with 21 classes would be, and its arrays."""
+    model = FunctionalModel(architecture("torchvision_resnet18", num_classes=21))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), model.abstract
+    )
+    path = tmp_path_factory.mktemp("weights") / "some.pth"
+    arrays = torchvision.from_model(variables)
+    torch_file.write(path, arrays)
+    return path, variables, arrays
+
+
+def test_there_and_back_is_bit_exact_and_needs_no_torch(weights, tmp_path):
+    path, variables, arrays = weights
+    done = command("convert", path, tmp_path / "model", block=["torch", "torchvision"])
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any(
+        "backbone.layer1.0.conv1.weight" in line and "backbone.layer1.0.conv1.kernel" in line
+        for line in lines
+    )
+    assert "torchvision_resnet18, 21 classes, auxiliary head: yes" in done.stdout
+    saved = checkpoint.read(tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, saved.variables, variables)
+    assert saved.info["classes"][15] == "person"
+    assert saved.info["architecture"]["name"] == "torchvision_resnet18"
+    json.dumps(saved.info)
+
+    for name in ("back.pth", "back.safetensors"):
+        back = deeplab_jax.convert(tmp_path / "model", tmp_path / name)
+        again = torch_file.read(back.destination)
+        assert again.keys() == arrays.keys()
+        for key, value in arrays.items():
+            np.testing.assert_array_equal(again[key], value, err_msg=key)
+    # Named pairs are of arrays with the same numbers.
+    theirs = torch_file.read(tmp_path / "back.pth")
+    ours = saved.variables.params | saved.variables.batch_stats
+    for mine, their in back.used:
+        assert np.sort(ours[mine], axis=None)[0] == np.sort(theirs[their], axis=None)[0]
+
+
+def test_quiet_prints_the_result_alone(weights, tmp_path):
+    done = command("convert", weights[0], tmp_path / "model", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "model")
+    assert len(done.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "message"),
+    [
+        ("missing.pth", "model", "neither a file of weights"),
+        ("deeplabv3_resnet5", "model", "deeplabv3_resnet50"),
+        ("WEIGHTS", "out.pth", "is converted to a folder"),
+        ("WEIGHTS", ".", "exists already"),
+        (".", "model", "no checkpoint at"),
+        (".", "out.pth", "no checkpoint at"),
+        ("garbage.pth", "model", "garbage.pth"),
+    ],
+)
+def test_mistakes_exit_with_2_and_leave_nothing(weights, tmp_path, source, destination, message):
+    (tmp_path / "garbage.pth").write_bytes(b"PK\x03\x04 not a zip")
+    before = sorted(tmp_path.iterdir())
+    source = weights[0] if source == "WEIGHTS" else source
+    done = command("convert", source, destination, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_model_torchvision_does_not_have_is_refused(tmp_path):
+    model = FunctionalModel(
+        architecture("paper_resnet18", num_classes=2, width=0.125, decoder="transposed")
+    )
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.abstract)
+    info = {"format": checkpoint.FORMAT, "architecture": {}}
+    checkpoint.write_model(tmp_path / "model", variables, info)
+    with pytest.raises(UserError, match="decoder"):
+        deeplab_jax.convert(tmp_path / "model", tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_help_has_examples():
+    done = command("convert", "--help")
+    assert "deeplab-jax convert deeplabv3_resnet50_coco-cd0a2569.pth runs/coco" in done.stdout
+    assert "convert" in command("--help").stdout
