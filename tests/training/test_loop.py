@@ -220,7 +220,7 @@ def test_a_workdir_that_cannot_be_written_is_said(tmp_path):
         ({"model__num_classes": 3}, "num_classes = 3, but the data set has"),
         ({"loss__class_weights": (1.0, 2.0)}, "class_weights has 2 numbers"),
         ({"data__mean": (0.5,), "data__std": (0.5,)}, "images have 3 channels"),
-        ({"init__path": "nowhere"}, "no checkpoint at nowhere"),
+        ({"init__path": "nowhere"}, "init.path = 'nowhere' is neither"),
         ({"data__name": "shapez"}, "shapes"),
         ({"model__architecture": "paper_resnet19"}, "paper_resnet18"),
     ],
