@@ -5,6 +5,13 @@ import pathlib
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# Before the package is imported: shapes that stand in signatures are checked at every call.
+install_import_hook(
+    ["deeplab_jax.evaluation.confusion", "deeplab_jax.models", "deeplab_jax.training.losses"],
+    "shape_checks.check",
+)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = pathlib.Path(os.environ.get("DEEPLAB_JAX_TEST_DATA", ROOT.parent / "shared"))

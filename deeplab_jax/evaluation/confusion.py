@@ -7,11 +7,11 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int, Integer, UInt8
 
 
 def confusion_matrix(
-    labels: UInt8[Array, "n h w"], ids: Int[Array, "n h w"], num_classes: int
+    labels: UInt8[Array, "n h w"], ids: Integer[Array, "n h w"], num_classes: int
 ) -> Int[Array, "classes classes"]:
     """Counts of pixels by (true class, predicted class), int32; ignored pixels count nowhere.
 

@@ -14,7 +14,7 @@ Method = Callable[..., Float[Array, "n ho wo cout"]]
 
 def atrous_conv(
     x: Float[Array, "n h w cin"],
-    kernel: Float[Array, "k k cin_per_group cout"],
+    kernel: Float[Array, "k kw cin_per_group cout"],
     *,
     stride: int = 1,
     rate: int = 1,
@@ -27,7 +27,7 @@ def atrous_conv(
 
     Args:
       x: features.
-      kernel: of an odd side `k`.
+      kernel: of an odd side `k`, and `kw = k`.
       stride: pixels between the outputs' centres.
       rate: pixels between the taps; may be larger than the map.
       method: a name in `METHODS`, or None: what is fastest on the platform that this is compiled

@@ -26,7 +26,7 @@ from deeplab_jax.models.layers import Conv
 
 def depthwise_conv(
     x: Float[Array, "n h w c"],
-    kernel: Float[Array, "k k 1 c"],
+    kernel: Float[Array, "k kw cin_per_group cout"],
     *,
     stride: int = 1,
     rate: int = 1,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import pathlib
-from types import TracebackType
 
 import jax
 import rich.console
@@ -43,12 +42,7 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def message(self, text: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from types import TracebackType
 
 import cv2
 import numpy as np
@@ -53,12 +52,7 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._enabled:
             self._jsonl.close()
             self._tensorboard.close()

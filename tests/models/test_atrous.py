@@ -127,7 +127,7 @@ def test_gradients_equal_torch(x64, method, h, w, k, stride, rate):
 def test_bfloat16_is_rounded_once(method):
     """Sums are kept in float32: an error of one rounding, not of one a tap."""
     x, kernel = (a.astype(jnp.bfloat16) for a in random_case(9, 9, 3, in_channels=256))
-    ours = atrous_conv(x, kernel, rate=3, method=method)
+    ours = atrous_conv(jnp.asarray(x), jnp.asarray(kernel), rate=3, method=method)
     assert ours.dtype == jnp.bfloat16
     expected = loop_reference(x.astype(np.float64), kernel.astype(np.float64), rate=3)
     np.testing.assert_allclose(np.asarray(ours, np.float64), expected, rtol=2**-8, atol=1e-3)

@@ -281,7 +281,8 @@ class TestDropout:
 
 
 @pytest.mark.parametrize(
-    ("channels", "width", "expected"), [(64, 1, 64), (64, 0.25, 16), (64, 0.1, 8), (256, 1.5, 384)]
+    ("channels", "width", "expected"),
+    [(64, 1.0, 64), (64, 0.25, 16), (64, 0.1, 8), (256, 1.5, 384)],
 )
 def test_scaled_channels(channels, width, expected):
     assert scaled_channels(channels, width) == expected

@@ -19,6 +19,7 @@ def batch(seed, shape=(2, 7, 5), classes=4, ignored=0.3):
 
 
 def mean_loss(logits, labels, class_weights=None, fraction=1.0):
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     weights = losses.pixel_weights(labels, class_weights)
     total = losses.cross_entropy_sum(logits, labels, weights, fraction)
     return losses.mean(total, losses.cross_entropy_count(weights, fraction))
