@@ -75,6 +75,21 @@ def test_there_and_back_is_bit_exact_and_needs_no_torch(weights, tmp_path):
         assert np.sort(ours[mine], axis=None)[0] == np.sort(theirs[their], axis=None)[0]
 
 
+def test_what_was_done_beside_is_said(weights, tmp_path):
+    arrays = {
+        f"module.{name}": array.astype(np.float16) if array.dtype == np.float32 else array
+        for name, array in weights[2].items()
+    }
+    torch_file.write(tmp_path / "half.pth", arrays)
+    done = command("convert", tmp_path / "half.pth", tmp_path / "model", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert 'All names began with "module."' in done.stdout
+    assert "arrays were float16 and became float32." in done.stdout
+    name = "backbone.conv1.kernel"
+    half = weights[1].params[name].astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(checkpoint.read(tmp_path / "model").variables.params[name], half)
+
+
 def test_quiet_prints_the_result_alone(weights, tmp_path):
     done = command("convert", weights[0], tmp_path / "model", "--quiet")
     assert done.returncode == 0, done.stderr
