@@ -198,7 +198,11 @@ def claim_workdir(folder: pathlib.Path, config: Config, *, write: bool) -> None:
       UserError: if the folder holds another run, naming the fields that differ.
     """
     path = folder / "config.json"
-    if path.exists():
+    saved = folder / "checkpoints"
+    has_run = saved.is_dir() and any(child.name.isdigit() for child in saved.iterdir())
+    if has_run and not path.exists():
+        raise UserError(f"{folder} holds checkpoints but no config.json; choose another --workdir")
+    if has_run:  # a run that came to no checkpoint, for a mistake in its config say, binds nobody
         try:
             theirs = json.loads(path.read_text())
         except json.JSONDecodeError as error:
@@ -210,11 +214,9 @@ def claim_workdir(folder: pathlib.Path, config: Config, *, write: bool) -> None:
                 f"{folder} holds a run with another config:\n{lines}\n"
                 "Choose another --workdir, or run with the config that lies there."
             )
-    elif (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
-        raise UserError(f"{folder} holds checkpoints but no config.json; choose another --workdir")
     if write:
         try:
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            saved.mkdir(parents=True, exist_ok=True)
             write_bytes(path, config_lib.to_json(config).encode())
         except OSError as error:
             raise UserError(f"cannot write to --workdir {folder}: {error.strerror}") from error

@@ -33,8 +33,9 @@ class Writer:
             return
         clean = {name: value if np.isfinite(value) else None for name, value in values.items()}
         self._jsonl.write(json.dumps({"step": step} | clean) + "\n")
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        for name, value in clean.items():
+            if value is not None:
+                self._tensorboard.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> pathlib.Path | None:
         """Writes a uint8 RGB picture to `picture_path` and into TensorBoard."""

@@ -207,6 +207,19 @@ def test_a_workdir_of_another_run_is_refused(unbroken):
         train(config, unbroken[0])
 
 
+def test_a_run_that_could_not_start_does_not_bind_its_workdir(tmp_path):
+    with pytest.raises(UserError, match="neither"):
+        train(overridden(init__path="nowhere", train__steps=1), tmp_path)
+    assert train(overridden(train__steps=1), tmp_path).step == 1
+
+
+def test_checkpoints_without_a_config_are_refused(unbroken, tmp_path):
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"holds checkpoints but no config\.json"):
+        train(tiny.get_config(), tmp_path / "run")
+
+
 def test_a_workdir_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to --workdir"):

@@ -1,0 +1,67 @@
+"""What README.md tells to type works."""
+
+import re
+import shlex
+import subprocess
+
+import jax.numpy as jnp
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from conftest import ROOT
+from deeplab_jax import config as config_lib
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = [
+    (kind, text.replace("\\\n", " "))
+    for kind, text in re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+]
+COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line]
+TRAINING = [line for line in COMMANDS if line.startswith("python train.py")]
+
+
+@pytest.mark.parametrize("line", TRAINING)
+def test_training_commands_give_valid_configs(line):
+    argv = [a.replace("configs/", f"{ROOT}/configs/") for a in shlex.split(line)[1:]]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    assert values(argv) == ["train.py"]
+    assert values.workdir
+    config_lib.validate(values.config)
+
+
+def test_there_are_training_commands():
+    assert len(TRAINING) >= 5
+
+
+@pytest.mark.parametrize("target", ["quickstart", "test", "lint"])
+def test_make_knows_its_targets(target):
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert target == "lint" or f"make {target}" in README
+
+
+def test_links_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    files = [link for link in links if not link.startswith("#")]
+    assert files
+    for link in files:
+        assert (ROOT / link).exists(), link
+    headings = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings_of(README)}
+    for link in set(links) - set(files):
+        assert link[1:] in headings, link
+
+
+def headings_of(text):
+    return re.findall(r"^#+ (.*)$", text, re.M)
+
+
+def test_the_python_example_runs():
+    (code,) = [text for kind, text in BLOCKS if kind == "python"]
+    narrow = code.replace("num_classes=21", "num_classes=21, width=0.03125")
+    assert narrow != code
+    names = {"images": jnp.zeros((1, 17, 33, 3))}
+    exec(narrow, names)
+    assert names["logits"].shape == (1, 17, 33, 21)
