@@ -119,7 +119,8 @@ def test_gradients_in_training(x64):
     @jax.jit
     def gradients(variables):
         def loss(params):
-            apply = model.apply(variables._replace(params=params), images, train=True)
+            inputs = jax.numpy.asarray(images)
+            apply = model.apply(variables._replace(params=params), inputs, train=True)
             return sum((apply[0][head] * weights[head]).mean() for head in weights)
 
         return jax.grad(loss)(variables.params)
