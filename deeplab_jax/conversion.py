@@ -99,7 +99,7 @@ def _to_file(path: pathlib.Path, target: pathlib.Path) -> Conversion:
     saved = checkpoint.read(path)
     arrays = torchvision.from_model(saved.variables)
     torch_file.write(target, arrays)
-    architecture = Architecture.from_json(saved.info["architecture"])
+    architecture = Architecture(**saved.info["architecture"])
     theirs = [name for name in arrays if not name.endswith("num_batches_tracked")]
     ours = [*saved.variables.params, *saved.variables.batch_stats]
     used = tuple(zip(ours, theirs, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from deeplab_jax.errors import UserError
@@ -77,13 +77,8 @@ class Architecture:
     decoder: str = "bilinear"
     dtype: str = "float32"
 
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Architecture:
-        """The architecture that `dataclasses.asdict` made these fields of, also by way of JSON."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-
     def __post_init__(self) -> None:
-        for field in ("multi_grid", "atrous_rates"):  # lists do not hash
+        for field in ("multi_grid", "atrous_rates"):  # JSON gives lists, which do not hash
             object.__setattr__(self, field, tuple(getattr(self, field)))
         problems = [
             f"{field} must be {expected}, got {getattr(self, field)!r}"

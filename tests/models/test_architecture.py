@@ -102,7 +102,7 @@ def test_mistakes_are_named(name, overrides, message):
 
 def test_hashes_and_returns_from_json():
     ours = ARCHITECTURES["paper_resnet50"]
-    again = Architecture.from_json(json.loads(json.dumps(dataclasses.asdict(ours))))
+    again = Architecture(**json.loads(json.dumps(dataclasses.asdict(ours))))
     assert again == ours
     assert hash(again) == hash(ours)
 

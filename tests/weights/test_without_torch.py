@@ -27,7 +27,7 @@ from deeplab_jax.training import checkpoint
 source, folder, images, logits = sys.argv[1:]
 deeplab_jax.convert(source, folder)
 saved = checkpoint.read(folder)
-model = FunctionalModel(Architecture.from_json(saved.info["architecture"]))
+model = FunctionalModel(Architecture(**saved.info["architecture"]))
 outputs, _ = jax.jit(model.apply)(saved.variables, np.load(images))
 np.savez(logits, **outputs)
 """
