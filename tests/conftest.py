@@ -8,13 +8,12 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Before the package is imported: shapes that stand in signatures are checked at every call.
-# (`models.architecture` is left out: what it is given is checked by itself, with better words.)
+# (`models.architecture` and `models.deeplab` check what they are given themselves, in better words.)
 install_import_hook(
     [
         "deeplab_jax.evaluation.confusion",
         "deeplab_jax.models.aspp",
         "deeplab_jax.models.atrous",
-        "deeplab_jax.models.deeplab",
         "deeplab_jax.models.depthwise",
         "deeplab_jax.models.functional",
         "deeplab_jax.models.layers",

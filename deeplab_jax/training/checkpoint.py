@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -134,7 +135,8 @@ class Checkpoints:
         if step not in [found.step for found in self._checkpointer.checkpoints]:
             self._check_space(state)
             trees = _to_trees(state) | {"info": info}
-            metrics = None if miou is None else {METRIC: miou}
+            # Without a valid pixel there is no mIoU, and none is better or worse than a number.
+            metrics = None if miou is None or math.isnan(miou) else {METRIC: miou}
             self._guard(
                 lambda: self._checkpointer.save_checkpointables_async(
                     step, trees, force=True, metrics=metrics

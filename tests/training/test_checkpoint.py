@@ -70,7 +70,7 @@ def test_round_trip_is_exact_on_another_number_of_devices(tmp_path, ema):
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     checkpoints = open_at(tmp_path, keep=2)
-    for step, miou in [(1, 0.3), (2, 0.9), (3, None), (4, 0.4), (5, None)]:
+    for step, miou in [(1, 0.3), (2, 0.9), (3, np.nan), (4, 0.4), (5, None)]:
         checkpoints.save(state_of(step), step, INFO, miou, wait=step == 5)
     checkpoints.close()
     assert steps_in(tmp_path) == {2, 4, 5}
