@@ -8,7 +8,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Before the package is imported: shapes that stand in signatures are checked at every call.
-# (`models.architecture` and `models.deeplab` check what they are given themselves, in better words.)
+# (`models.architecture` and `models.deeplab` have checks of their own, in better words.)
 install_import_hook(
     [
         "deeplab_jax.evaluation.confusion",
