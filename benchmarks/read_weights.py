@@ -5,13 +5,17 @@ each array's bytes have been summed: a memory map alone would have read nothing.
 the process's peak (pages of the file that it maps included) rises over what it was with all
 modules imported. Needs the `test` extra:
 
-    python benchmarks/read_weights.py
+    python benchmarks/read_weights.py --machine "2 cores ..." --json results.json
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import importlib.metadata
 import json
 import pathlib
+import platform
 import resource
 import statistics
 import subprocess
@@ -20,7 +24,6 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "read_weights.json"
 REPEATS = 7
 MIB = 2**20
 
@@ -97,6 +100,12 @@ def run(reader: str, path: pathlib.Path) -> dict[str, float]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--machine", default="", help="what to call this machine in the file")
+    parser.add_argument("--json", type=pathlib.Path, help="file to write the results to")
+    arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, path in write_files(pathlib.Path(folder)).items():
@@ -111,12 +120,20 @@ def main() -> None:
                 size = round(path.stat().st_size / MIB, 1)
                 rows.append({"format": name, "mib": size, "reader": reader, **medians})
                 print(json.dumps(rows[-1]))
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({"repeats": REPEATS, "rows": rows}, indent=2) + "\n")
+    if arguments.json:
+        versions = {name: importlib.metadata.version(name) for name in ("numpy", "torch")}
+        result = {
+            "date": datetime.date.today().isoformat(),
+            "machine": arguments.machine,
+            "versions": {"python": platform.python_version(), **versions},
+            "repeats": REPEATS,
+            "rows": rows,
+        }
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
+    if sys.argv[1:2] in [[reader] for reader in READERS]:  # one reading, in a process of its own
         print(json.dumps(measure(sys.argv[1], sys.argv[2])))
     else:
         main()
