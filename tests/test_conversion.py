@@ -34,7 +34,18 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def other_model(name, path):
+    """torchvision's other segmentation models: an FCN has a `classifier.4` too."""
+    build = getattr(torch_reference.torchvision.models.segmentation, name)
+    torch.save(build(weights=None, weights_backbone=None).state_dict(), path)
+
+
 FILES = {
+    "an FCN": (lambda path: other_model("fcn_resnet50", path), r"holds no DeepLabv3.*backbone"),
+    "an LR-ASPP": (
+        lambda path: other_model("lraspp_mobilenet_v3_large", path),
+        r"holds no DeepLabv3.*backbone",
+    ),
     "a call": (attack, r"asks for \w+\.system.*refused"),
     "a truncated file": (truncated, "damaged or truncated"),
     "a whole model": (lambda path: torch.save(classifier(), path), r"state_dict\(\)"),

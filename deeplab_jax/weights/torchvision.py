@@ -59,6 +59,7 @@ _CLASSIFIER_BACKBONE = "features."  # of MobileNets
 _CLASSIFIER_HEADS = ("fc.", "classifier.")  # of ResNets, of MobileNets
 
 _AUX = "aux_classifier."
+_ASPP = "classifier.0.convs."
 _LOGITS = ("classifier.4.", "aux_classifier.4.")  # the last layers: one output a class
 
 
@@ -201,10 +202,10 @@ def architecture_of(arrays: Mapping[str, np.ndarray]) -> Architecture:
     """
     named, _ = _unwrapped(arrays)
     logits = named.get(f"{_LOGITS[0]}weight")
-    if logits is None or logits.ndim != 4:
+    if logits is None or logits.ndim != 4 or not any(map(_starts(_ASPP), named)):
         raise UserError(
-            f"the file holds no DeepLabv3: it has no {_LOGITS[0]}weight. A classifier can be given "
-            "as `--config.init.backbone`"
+            f"the file holds no DeepLabv3: it lacks {_ASPP}* or {_LOGITS[0]}weight. A classifier, "
+            "or another model with a known backbone, can be given as `--config.init.backbone`"
         )
     name, _ = nearest(named)
     return dataclasses.replace(
