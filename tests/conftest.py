@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -23,6 +24,10 @@ install_import_hook(
     ],
     "shape_checks.check",
 )
+
+# The same examples at every run, however slow the machine: what fails here fails everywhere.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("suite")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = pathlib.Path(os.environ.get("DEEPLAB_JAX_TEST_DATA", ROOT.parent / "shared"))
