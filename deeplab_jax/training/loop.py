@@ -146,12 +146,13 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
                 state, metrics = train_step(state, batch)
             step += 1
             log.add(step, metrics)
-        if stop.requested and step < config.train.steps:
+        stopped = stop.requested and step < config.train.steps
+        if stopped:
             progress.message(f"stopped by {stop.name} at step {step}; saved. Run again to go on.")
         if picture is None:  # a finished run that was run again
             earlier = writer.picture_path(step, PICTURE)
             picture = earlier if earlier.exists() else None
-    return Result(step, miou, picture, stop.requested and step < config.train.steps)
+    return Result(step, miou, picture, stopped)
 
 
 def due(step: int, every: int, config: Config) -> bool:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from deeplab_jax.models.functional import Arrays, FunctionalModel, Variables
+from deeplab_jax.models.functional import Arrays, Variables
 
 
 @jax.tree_util.register_dataclass
@@ -36,13 +36,6 @@ class TrainState:
         if self.ema_params is None:
             return self.variables
         return Variables(self.ema_params, self.variables.batch_stats)
-
-
-def init_state(
-    model: FunctionalModel, tx: optax.GradientTransformation, key: jax.Array, *, ema: bool
-) -> TrainState:
-    """A state before the first step, random from `key`."""
-    return start_state(tx, model.init(key), ema=ema)
 
 
 def start_state(tx: optax.GradientTransformation, variables: Variables, *, ema: bool) -> TrainState:
