@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from deeplab_jax.commands.bench import bench
 from deeplab_jax.commands.convert import convert
 from deeplab_jax.errors import UserError
 
@@ -15,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="DeepLabv3 in JAX. Training is `python train.py --config configs/voc_os16.py --workdir W`",
 )
+app.command()(bench)
 app.command()(convert)
 
 

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 Method = Callable[..., Float[Array, "n ho wo cout"]]
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("method", default=None)
+
+
+@contextlib.contextmanager
+def using(method: str | None) -> Iterator[None]:
+    """What is traced within takes this implementation everywhere: to compare, or to export.
+
+    Args:
+      method: a name in `METHODS`, or None: what is fastest on the platform.
+    """
+    if method is not None and method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    token = _forced.set(method)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 def atrous_conv(
@@ -40,6 +60,7 @@ def atrous_conv(
     Source: arXiv 1706.05587, equation 1.
     """
     _check(x.shape, kernel.shape, stride, rate)
+    method = method or _forced.get()
     if method is not None:
         return METHODS[method](x, kernel, stride=stride, rate=rate)
     native = functools.partial(_native, stride=stride, rate=rate)

@@ -1,0 +1,172 @@
+"""Measuring both sides of a case in turns, so that a noisy machine does not decide."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deeplab_jax.benchmark import ours, theirs
+from deeplab_jax.benchmark.cases import Built, Case
+
+_SECONDS_A_TURN = 0.5  # a side runs at least so long before the other takes over
+_MATMUL_SIDE = {"cpu": 2048, "gpu": 8192}
+PACKAGES = ("flax", "jax", "jaxlib", "torch", "torchvision")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Both sides of a case; seconds are medians of one execution over the turns.
+
+    Attributes:
+      name: of the case.
+      ours_seconds, theirs_seconds: of this package and of torchvision in its best mode.
+      theirs: that mode.
+      ratio: median over the turns of theirs over ours; above 1 this package is faster.
+      ratio_low, ratio_high: smallest and largest over the turns.
+      theirs_by_mode: seconds of each mode.
+      ours_bytes, theirs_bytes: peak memory on the device, None where it is not known.
+      ours_compile_seconds, theirs_compile_seconds: until the first result.
+      flops: of the case's convolutions, see `ours.dense_flops`.
+      share_of_peak: flops a second of this package over the machine's matrix product, 0..1.
+    """
+
+    name: str
+    ours_seconds: float
+    theirs_seconds: float | None
+    theirs: str | None
+    ratio: float | None
+    ratio_low: float | None
+    ratio_high: float | None
+    theirs_by_mode: dict[str, float]
+    ours_bytes: int | None
+    theirs_bytes: int | None
+    ours_compile_seconds: float
+    theirs_compile_seconds: float | None
+    flops: float
+    share_of_peak: float
+
+
+def measure(
+    case: Case,
+    peak: float,
+    *,
+    turns: int,
+    against: bool = True,
+    log: Callable[[str], None] = lambda text: None,
+) -> Row:
+    """Builds both sides of a case and lets them run in turns.
+
+    Args:
+      case: the workload.
+      peak: of matrix products on this machine, FLOP/s.
+      turns: of each side, for each mode of the other.
+      against: whether torchvision is measured at all.
+      log: told what is done.
+    """
+    log(f"{case.name}: compiling ours")
+    our_side = ours.build(case)
+    results: dict[str, tuple[list[float], list[float], Built]] = {}
+    for mode in theirs.modes(case) if against else ():
+        log(f"{case.name}: building theirs ({mode})")
+        their_side = theirs.build(case, mode)
+        our_times, their_times = alternate(our_side, their_side, turns)
+        results[mode] = (our_times, their_times, their_side)
+        log(
+            f"{case.name}: ours {statistics.median(our_times):.4f} s, theirs ({mode}) "
+            f"{statistics.median(their_times):.4f} s"
+        )
+        gc.collect()
+    flops = ours.dense_flops(case)
+    if not results:
+        seconds = statistics.median(_turn(our_side, _repeats(our_side)) for _ in range(turns))
+        share = flops / seconds / peak
+        return Row(
+            case.name, seconds, None, None, None, None, None, {}, our_side.peak_bytes, None,
+            our_side.compile_seconds, None, flops, share,
+        )  # fmt: skip
+    best = min(results, key=lambda mode: statistics.median(results[mode][1]))
+    our_times, their_times, their_side = results[best]
+    ratios = [b / a for a, b in zip(our_times, their_times, strict=True)]
+    seconds = statistics.median(our_times)
+    return Row(
+        name=case.name,
+        ours_seconds=seconds,
+        theirs_seconds=statistics.median(their_times),
+        theirs=best,
+        ratio=statistics.median(ratios),
+        ratio_low=min(ratios),
+        ratio_high=max(ratios),
+        theirs_by_mode={mode: statistics.median(times[1]) for mode, times in results.items()},
+        ours_bytes=our_side.peak_bytes,
+        theirs_bytes=their_side.peak_bytes,
+        ours_compile_seconds=our_side.compile_seconds,
+        theirs_compile_seconds=their_side.compile_seconds,
+        flops=flops,
+        share_of_peak=flops / seconds / peak,
+    )
+
+
+def alternate(one: Built, other: Built, turns: int) -> tuple[list[float], list[float]]:
+    """Seconds of an execution of each, by turn."""
+    counts = [_repeats(side) for side in (one, other)]
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(turns):
+        for side, count, kept in zip((one, other), counts, times, strict=True):
+            kept.append(_turn(side, count))
+    return times
+
+
+def _repeats(side: Built) -> int:
+    """Executions that fill a turn; also warms the side up."""
+    return max(1, round(_SECONDS_A_TURN / _turn(side, 1)))
+
+
+def _turn(side: Built, count: int) -> float:
+    side.wait()
+    begun = time.perf_counter()
+    for _ in range(count):
+        side.start()
+    side.wait()
+    return (time.perf_counter() - begun) / count
+
+
+def matmul_peak(dtype: str) -> float:
+    """FLOP/s of a large square matrix product: the ceiling that shares are taken of."""
+    side = _MATMUL_SIDE[jax.default_backend()]
+    keys = jax.random.split(jax.random.key(0), 2)
+    a, b = (jax.random.normal(key, (side, side), jnp.dtype(dtype)) for key in keys)
+    product = jax.jit(lambda a, b: a @ b)
+    kept = [product(a, b)]
+
+    def start() -> None:
+        kept[0] = product(a, b)
+
+    built = Built(start, lambda: jax.block_until_ready(kept), 0.0, None)
+    count = _repeats(built)
+    return 2.0 * side**3 / min(_turn(built, count) for _ in range(3))
+
+
+def conditions() -> dict[str, Any]:
+    """Machine and versions that the numbers hold for."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": jax.devices()[0].device_kind,
+        "cpu_cores": os.cpu_count(),
+        "versions": versions,
+    }

@@ -1,0 +1,150 @@
+"""This package's side of a case."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deeplab_jax.benchmark.cases import Built, Case
+from deeplab_jax.config import Config, MeshConfig, OptimizerConfig
+from deeplab_jax.models.architecture import architecture
+from deeplab_jax.models.atrous import using
+from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.parallel import mesh as mesh_lib
+from deeplab_jax.training.optimizer import make_optimizer, poly_schedule
+from deeplab_jax.training.state import start_state
+from deeplab_jax.training.step import make_train_step
+
+NUM_CLASSES = 21
+
+
+def build(case: Case, *, method: str | None = None) -> Built:
+    """Compiles a case, with one implementation of the atrous convolution or the chosen ones."""
+    with using(method):
+        return _build_forward(case) if case.kind == "forward" else _build_train(case)
+
+
+def _model(case: Case) -> FunctionalModel:
+    chosen = architecture(
+        f"torchvision_{case.backbone}",
+        num_classes=NUM_CLASSES,
+        output_stride=case.output_stride,
+        aux_head=case.kind == "train",
+        dtype=case.dtype,
+    )
+    return FunctionalModel(chosen)
+
+
+def _build_forward(case: Case) -> Built:
+    model = _model(case)
+    begun = time.perf_counter()
+    variables = model.init(jax.random.key(0))
+    images = _images(case)
+
+    def forward(variables: Any, images: Any) -> Any:
+        return model.apply(variables, images)[0]["out"]
+
+    compiled = jax.jit(forward).lower(variables, images).compile()
+    kept: list[Any] = [compiled(variables, images)]
+    jax.block_until_ready(kept)
+
+    def start() -> None:
+        kept[0] = compiled(variables, images)
+
+    return Built(
+        start,
+        lambda: jax.block_until_ready(kept),
+        time.perf_counter() - begun,
+        _peak_bytes(compiled),
+    )
+
+
+def _build_train(case: Case) -> Built:
+    model = _model(case)
+    begun = time.perf_counter()
+    config = Config(
+        optimizer=OptimizerConfig(learning_rate=1e-3, momentum=0.9, weight_decay=1e-4),
+        mesh=MeshConfig(data=1),
+    )
+    config.loss.aux_weight = 0.5
+    schedule = poly_schedule(config.optimizer, config.train.steps)
+    tx = make_optimizer(config.optimizer, schedule, model.abstract.params)
+    mesh = mesh_lib.make_mesh(config.mesh)
+    state = start_state(tx, model.init(jax.random.key(0)), ema=False)
+    state = jax.device_put(state, mesh_lib.replicated(mesh))
+    batch = jax.device_put(_batch(case), mesh_lib.batch_sharding(mesh))
+    step: Any = make_train_step(model, tx, schedule, config, mesh)
+    compiled = step.lower(state, batch).compile()
+    kept: list[Any] = [compiled(state, batch)[0]]
+    jax.block_until_ready(kept)
+
+    def start() -> None:
+        kept[0], _ = compiled(kept[0], batch)
+
+    return Built(
+        start,
+        lambda: jax.block_until_ready(kept),
+        time.perf_counter() - begun,
+        _peak_bytes(compiled),
+    )
+
+
+def _images(case: Case) -> Any:
+    shape = (case.batch, case.height, case.width, 3)
+    images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    return jax.device_put(jnp.asarray(images, case.dtype))
+
+
+def _batch(case: Case) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shape = (case.batch, case.height, case.width)
+    return {
+        "image": rng.integers(0, 256, (*shape, 3), np.uint8),
+        "label": rng.integers(0, NUM_CLASSES, shape, np.uint8),
+    }
+
+
+def _peak_bytes(compiled: Any) -> int:
+    """Arguments, results and temporaries, those that share memory counted once."""
+    memory = compiled.memory_analysis()
+    return int(
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+
+
+def dense_flops(case: Case) -> float:
+    """Arithmetic of a case's convolutions, a multiplication and an addition counted as two.
+
+    All taps count, also those that fall into the padding; a train step counts three times its
+    forward pass, whose convolutions have two gradients.
+    """
+    model = _model(case)
+    with using("native"):
+        jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x)[0])(
+            model.abstract,
+            jax.ShapeDtypeStruct((case.batch, case.height, case.width, 3), "float32"),
+        )
+    forward = sum(2.0 * macs for macs in _convolution_macs(jaxpr.jaxpr))
+    return forward * (3 if case.kind == "train" else 1)
+
+
+def _convolution_macs(jaxpr: Any) -> list[float]:
+    found = []
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            inner = value if isinstance(value, (tuple, list)) else (value,)
+            for one in inner:
+                if hasattr(one, "jaxpr"):
+                    found += _convolution_macs(one.jaxpr)
+        if equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape  # [k, k, in channels of a group, out channels]
+            pixels = np.prod(equation.outvars[0].aval.shape[:3])
+            found.append(float(pixels * np.prod(kernel)))
+    return found

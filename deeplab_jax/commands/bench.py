@@ -1,0 +1,117 @@
+"""`deeplab-jax bench`."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="The two most telling cases.")] = False,
+    only: Annotated[str, typer.Option(help="Cases whose name holds this text.")] = "",
+    turns: Annotated[int, typer.Option(min=1, help="Of each side, for each of their modes.")] = 5,
+    alone: Annotated[bool, typer.Option("--alone", help="Do not run torchvision.")] = False,
+    json_file: Annotated[
+        pathlib.Path | None, typer.Option("--json", help="Write the results there.")
+    ] = None,
+) -> None:
+    """Measure forward passes and training steps here, against torchvision where it is installed.
+
+    Both run in turns in one process, and theirs in its best mode: channels_last, torch.compile,
+    autocast. A ratio above 1 means that this package is faster.
+
+    Examples:
+
+      deeplab-jax bench --quick
+
+      deeplab-jax bench --only train --json bench.json
+    """
+    from deeplab_jax.benchmark import measure
+    from deeplab_jax.benchmark.cases import cases
+    from deeplab_jax.errors import UserError
+
+    console = Console(highlight=False, soft_wrap=True)
+    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    result, chosen = start_result(only, quick)
+    if not chosen:
+        names = "\n".join(f"  {case.name}" for case in cases(result["platform"], quick=quick))
+        raise UserError(f"no case holds {only!r}; they are:\n{names}")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise UserError(f"--json {json_file}: its folder does not exist")
+    peaks: dict[str, float] = result["matmul_flops_per_second"]
+    for case in chosen:
+        if case.dtype not in peaks:
+            peaks[case.dtype] = measure.matmul_peak(case.dtype)
+        row = measure.measure(
+            case, peaks[case.dtype], turns=turns, against=not alone, log=log.print
+        )
+        result["rows"].append(row_of(row))
+        if json_file is not None:
+            write(json_file, result)
+    console.print(table(result))
+
+
+def start_result(only: str, quick: bool) -> tuple[dict[str, Any], list[Any]]:
+    """An empty result of this machine, and the cases to fill it with."""
+    import jax
+
+    from deeplab_jax.benchmark import measure
+    from deeplab_jax.benchmark.cases import cases
+
+    platform = jax.default_backend()
+    chosen = [case for case in cases(platform, quick=quick) if only in case.name]
+    result = measure.conditions() | {
+        "platform": platform,
+        "matmul_flops_per_second": {},
+        "rows": [],
+    }
+    return result, chosen
+
+
+def row_of(row: Any) -> dict[str, Any]:
+    import dataclasses
+
+    return dataclasses.asdict(row)
+
+
+def write(path: pathlib.Path, result: dict[str, Any]) -> None:
+    """Writes aside, then renames: the file is whole at any time."""
+    import json
+
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(json.dumps(result, indent=1) + "\n")
+    aside.replace(path)
+
+
+def table(result: dict[str, Any]) -> Table:
+    grid = Table(
+        *("case", "ours", "theirs", "theirs by", "ratio", "spread", "share of peak"),
+        *("memory: ours", "theirs", "compiling: ours", "theirs"),
+        title=f"{result['device']}, seconds an execution; ratio above 1: ours is faster",
+    )
+    for row in result["rows"]:
+        low, high = row["ratio_low"], row["ratio_high"]
+        grid.add_row(
+            row["name"],
+            f"{row['ours_seconds']:.4f}",
+            _spell(row["theirs_seconds"], "{:.4f}"),
+            row["theirs"] or "-",
+            _spell(row["ratio"], "{:.2f}"),
+            "-" if low is None else f"{low:.2f} to {high:.2f}",
+            f"{row['share_of_peak']:.0%}",
+            *(
+                _spell(row[f"{side}_bytes"] and row[f"{side}_bytes"] / 2**30, "{:.1f} GiB")
+                for side in ("ours", "theirs")
+            ),
+            f"{row['ours_compile_seconds']:.0f} s",
+            _spell(row["theirs_compile_seconds"], "{:.0f} s"),
+        )
+    return grid
+
+
+def _spell(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
