@@ -9,6 +9,8 @@ given as `--config.model.multi_grid=1,2,4`.
 
 import dataclasses
 import json
+import math
+import re
 import types
 import typing
 from typing import Any
@@ -49,11 +51,23 @@ class ShapesConfig:
 
 
 @dataclasses.dataclass
+class FolderConfig:
+    """A user's own images and masks; docs/own_data.md says how they lie in `data.root`."""
+
+    masks_hold: str = "ids"  # "ids", "colors" (those of the classes) or "binary" (0 and 255)
+    mask_name: str = "{name}"  # name of a mask, without its suffix; {name} is its image's
+    classes: str = ""  # file of class names, one a line; empty: classes.txt in the root
+    val_fraction: float = 0.2  # of the images, where neither folders nor lists say what is val
+    seed: int = 0  # of that division, apart from the run's
+    channels: int = 3  # of the images; 1 is grey, 4 RGBA or any others
+
+
+@dataclasses.dataclass
 class DataConfig:
     """Where images come from and how they are augmented."""
 
-    name: str = "voc"  # "voc" or "shapes"
-    root: str = ""  # folder of the data; empty: TFDS's own, downloaded when absent
+    name: str = "voc"  # "voc", "folder" or "shapes"
+    root: str = ""  # folder (or, for "folder", CSV file) of the data; empty: VOC is downloaded
     split: str = "trainaug"  # to train on: "train", "trainaug", "trainval" or "val"
     eval_split: str = "val"
     crop_size: tuple[int, ...] = (513,)  # pixels: a side, or height and width
@@ -63,6 +77,7 @@ class DataConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of channels in 0..1; ImageNet's
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     num_workers: int = 2  # processes that prepare batches; 0: threads of this process
+    folder: FolderConfig = dataclasses.field(default_factory=FolderConfig)
     shapes: ShapesConfig = dataclasses.field(default_factory=ShapesConfig)
 
 
@@ -91,12 +106,18 @@ class OptimizerConfig:
     accumulate: int = 1  # parts that a batch is computed in, one after the other
 
 
+PIXEL_LOSSES = ("cross_entropy", "focal")  # means over pixels
+IMAGE_LOSSES = ("dice", "lovasz")  # means over images
+
+
 @dataclasses.dataclass
 class LossConfig:
-    """Cross-entropy over the pixels that are not ignored."""
+    """Over the pixels that are not ignored; see `training.losses`."""
 
-    name: str = "cross_entropy"
-    class_weights: tuple[float, ...] | None = None  # one a class
+    name: str = "cross_entropy"  # or "focal"; "dice" or "lovasz": by image and class
+    focal_gamma: float = 2.0  # power of the share that is wrong, of "focal"
+    # One number a class, or "auto": from the frequency of each class in the training split.
+    class_weights: object = None  # (`object` for the command line, which reads no union)
     hard_pixel_fraction: float = 1.0  # share of pixels, those of highest loss, that count
     aux_weight: float = 0.4  # of the auxiliary head's loss
 
@@ -312,6 +333,7 @@ def _rules(config: Config) -> list[tuple[str, str, bool]]:
             len(data.std) == len(data.mean) and all(value > 0 for value in data.std),
         ),
         ("data.num_workers", "must be 0 or more", data.num_workers >= 0),
+        *_folder_rules(data),
         ("data.shapes.size", "must be 16 or more", data.shapes.size >= 16),
         ("data.shapes.num_train", "must be 1 or more", data.shapes.num_train >= 1),
         ("data.shapes.num_eval", "must be 1 or more", data.shapes.num_eval >= 1),
@@ -332,12 +354,26 @@ def _rules(config: Config) -> list[tuple[str, str, bool]]:
             f"must divide train.batch_size = {train.batch_size}",
             optimizer.accumulate >= 1 and train.batch_size % optimizer.accumulate == 0,
         ),
-        ("loss.name", "must be cross_entropy", loss.name == "cross_entropy"),
+        (
+            "loss.name",
+            f"must be {', '.join(PIXEL_LOSSES)} or {', '.join(IMAGE_LOSSES)}",
+            loss.name in PIXEL_LOSSES + IMAGE_LOSSES,
+        ),
+        ("loss.focal_gamma", "must be 0 or more", loss.focal_gamma >= 0),
         (
             "loss.class_weights",
-            "must be numbers of 0 or more, not all 0",
-            loss.class_weights is None
-            or (_all_from(0, loss.class_weights) and any(loss.class_weights)),
+            "must be None, auto, or numbers of 0 or more (a,b,...), not all 0",
+            loss.class_weights in (None, "auto") or _are_weights(loss.class_weights),
+        ),
+        (
+            "loss.class_weights",
+            f"must be None with loss.name = {loss.name}, which weighs classes alike",
+            loss.class_weights is None or loss.name not in IMAGE_LOSSES,
+        ),
+        (
+            "loss.hard_pixel_fraction",
+            f"must be 1 with loss.name = {loss.name}, a loss of images",
+            loss.hard_pixel_fraction == 1 or loss.name not in IMAGE_LOSSES,
         ),
         (
             "loss.hard_pixel_fraction",
@@ -358,8 +394,46 @@ def _rules(config: Config) -> list[tuple[str, str, bool]]:
     ]
 
 
+def _folder_rules(data: DataConfig) -> list[tuple[str, str, bool]]:
+    folder = data.folder
+    values = ",".join(["0.5"] * folder.channels)
+    return [
+        (
+            "data.folder.masks_hold",
+            "must be ids, colors or binary",
+            folder.masks_hold in ("ids", "colors", "binary"),
+        ),
+        (
+            "data.folder.mask_name",
+            "must hold {name} once, and no suffix, as in {name}_mask",
+            folder.mask_name.count("{name}") == 1
+            and not re.search(r"\.(png|jpe?g|tiff?|bmp|gif|npy)$", folder.mask_name, re.I),
+        ),
+        (
+            "data.folder.val_fraction",
+            "must be in [0, 1]",
+            0 <= folder.val_fraction <= 1,
+        ),
+        ("data.folder.channels", "must be 1 or more", folder.channels >= 1),
+        (
+            "data.mean",
+            f"must hold one number a channel, as data.folder.channels = {folder.channels}; so "
+            f"must data.std. Where you know no better: --config.data.mean={values} "
+            f"--config.data.std={values}",
+            data.name != "folder" or len(data.mean) == folder.channels,
+        ),
+    ]
+
+
 def _all_from(least: float, values: tuple[float, ...] | None) -> bool:
     return values is None or (len(values) > 0 and all(value >= least for value in values))
+
+
+def _are_weights(values: object) -> bool:
+    if not _has_type(values, tuple[float, ...]):
+        return False
+    weights = typing.cast(tuple[float, ...], values)
+    return _all_from(0, weights) and any(weights) and all(map(math.isfinite, weights))
 
 
 def _nearest_stride(stride: int | None) -> str:
