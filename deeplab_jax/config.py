@@ -8,6 +8,7 @@ given as `--config.model.multi_grid=1,2,4`.
 # No `from __future__ import annotations` here: the command line reads the types of the fields.
 
 import dataclasses
+import difflib
 import json
 import math
 import re
@@ -134,12 +135,20 @@ class TrainConfig:
     keep: int = 2  # newest checkpoints kept, beside the best
 
 
+PROTOCOLS = ("paper", "native", "torchvision")
+
+
 @dataclasses.dataclass
 class EvalConfig:
     batch_size: int = 8
     output_stride: int | None = None  # None: the model's
-    size: int = 513  # images are padded to this side; larger ones to the next 256 k + 1
+    size: int = 513  # side that "paper" pads images to; larger ones to the next 256 k + 1
     num_pictures: int = 8  # of predictions, written at each evaluation
+    protocol: str = "paper"  # "paper", "native" or "torchvision", see `evaluation.protocols`
+    scales: tuple[float, ...] = (1.0,)  # of the image, over which probabilities are averaged
+    flip: bool = False  # and over its mirror image
+    window: int = 0  # side of a sliding window, pixels; 0: whole images
+    overlap: float = 0.5  # share of a window that the next one covers again
 
 
 @dataclasses.dataclass
@@ -390,6 +399,23 @@ def _rules(config: Config) -> list[tuple[str, str, bool]]:
         ("eval.batch_size", "must be 1 or more", evaluation.batch_size >= 1),
         ("eval.size", "must be 1 or more", evaluation.size >= 1),
         ("eval.num_pictures", "must be 0 or more", evaluation.num_pictures >= 0),
+        (
+            "eval.protocol",
+            f"must be {', '.join(PROTOCOLS)}{_nearest_name(evaluation.protocol, PROTOCOLS)}",
+            evaluation.protocol in PROTOCOLS,
+        ),
+        (
+            "eval.scales",
+            "must be one or more numbers above 0",
+            len(evaluation.scales) > 0 and all(0 < s < math.inf for s in evaluation.scales),
+        ),
+        ("eval.window", "must be 0 (whole images) or a side in pixels", evaluation.window >= 0),
+        (
+            "eval.window",
+            "must be 0 under eval.protocol = paper, which pads whole images; choose native",
+            evaluation.window <= 0 or evaluation.protocol != "paper",
+        ),
+        ("eval.overlap", "must be in [0, 1)", 0 <= evaluation.overlap < 1),
         ("mesh.data", "must be -1 or 1 or more", config.mesh.data == -1 or config.mesh.data >= 1),
     ]
 
@@ -434,6 +460,11 @@ def _are_weights(values: object) -> bool:
         return False
     weights = typing.cast(tuple[float, ...], values)
     return _all_from(0, weights) and any(weights) and all(map(math.isfinite, weights))
+
+
+def _nearest_name(name: str, known: tuple[str, ...]) -> str:
+    closest = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {closest[0]}?)" if closest else ""
 
 
 def _nearest_stride(stride: int | None) -> str:
