@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, TypedDict, TypeVar
 
 import cv2
@@ -58,9 +58,11 @@ class EvalBatch(Batch):
 
     Fields:
       index: int32 `[b]`, of the example in its data set; -1 for a row that fills the last batch.
+      size: int32 `[b, 2]`, height and width of the image in its padding; all for such a row.
     """
 
     index: Int32[np.ndarray, " b"]
+    size: Int32[np.ndarray, "b 2"]
 
 
 def train_batches(
@@ -108,10 +110,11 @@ def eval_batches(
     dataset: Dataset,
     *,
     batch_size: int,
-    size: int,
+    shape: Callable[[int, int], tuple[int, int]],
     fill: UInt8[np.ndarray, " c"],
     num_workers: int,
     rows: slice | None = None,
+    prepare: Callable[[Example], Example] | None = None,
 ) -> Batches[EvalBatch]:
     """Each image once, whole and in order, padded at the bottom and right.
 
@@ -121,19 +124,25 @@ def eval_batches(
     Args:
       dataset: a split to evaluate on.
       batch_size: over all hosts.
-      size: side of a batch whose images fit into it, pixels; others get the next 256 k + 1, so
-        that few programs are compiled.
+      shape: height and width of a batch, of the largest height and width in it: `square`, or
+        another function that gives few shapes, as a program is compiled for each.
       fill: colour of the padding, as `mean_pixel` gives it.
       num_workers: processes; 0: threads of this process, which start at once where a process
         takes seconds.
       rows: those of each batch that this host takes; None: all.
+      prepare: what is done to an example before it is padded; None: nothing.
 
     Raises:
       UserError: as `train_batches`.
     """
     _check(dataset, fill)
     source = _EvalSource(
-        dataset=dataset, batch_size=batch_size, rows=rows or slice(None), fill=fill, size=size
+        dataset=dataset,
+        batch_size=batch_size,
+        rows=rows or slice(None),
+        fill=fill,
+        shape=shape,
+        prepare=prepare,
     )
     return Batches(source, 0, min(num_workers, len(source)))
 
@@ -243,40 +252,50 @@ class _EvalSource:
     batch_size: int
     rows: slice
     fill: np.ndarray
-    size: int
+    shape: Callable[[int, int], tuple[int, int]]
+    prepare: Callable[[Example], Example] | None
 
     def __len__(self) -> int:
         return num_eval_batches(self.dataset, self.batch_size)
 
     @property
     def nbytes(self) -> int:
-        """Of a batch whose images fit into `size`."""
+        """Of a batch of images like the first."""
         num_rows = len(range(self.batch_size)[self.rows])
-        return num_rows * self.size**2 * (self.dataset.num_channels + 1)
+        height, width = self.shape(*self._read(0)["label"].shape)
+        return num_rows * height * width * (self.dataset.num_channels + 1)
 
     def __getitem__(self, step: int) -> EvalBatch:
         first = step * self.batch_size
         stop = min(first + self.batch_size, len(self.dataset.source))
         # Other hosts' rows are read too: their sizes decide the shape that all hosts must share.
-        examples = [read(self.dataset, index) for index in range(first, stop)]
-        side = padded_side(max(max(example["label"].shape) for example in examples), self.size)
+        examples = [self._read(index) for index in range(first, stop)]
+        heights, widths = zip(*(example["label"].shape for example in examples), strict=True)
+        shape = self.shape(max(heights), max(widths))
         rows = range(self.batch_size)[self.rows]
-        image = np.empty((len(rows), side, side, self.dataset.num_channels), np.uint8)
+        image = np.empty((len(rows), *shape, self.dataset.num_channels), np.uint8)
         image[:] = self.fill
-        label = np.full((len(rows), side, side), IGNORE, np.uint8)
+        label = np.full((len(rows), *shape), IGNORE, np.uint8)
         index = np.full(len(rows), -1, np.int32)
+        size = np.full((len(rows), 2), shape, np.int32)
         for place, row in enumerate(rows):
             if row < len(examples):
-                height, width = examples[row]["label"].shape
+                height, width = size[place] = examples[row]["label"].shape
                 image[place, :height, :width] = examples[row]["image"]
                 label[place, :height, :width] = examples[row]["label"]
                 index[place] = first + row
-        return {"image": image, "label": label, "index": index}
+        return {"image": image, "label": label, "index": index, "size": size}
+
+    def _read(self, index: int) -> Example:
+        example = read(self.dataset, index)
+        return example if self.prepare is None else self.prepare(example)
 
 
-def padded_side(longest: int, size: int) -> int:
-    """Side that images are padded to, pixels: `size`, or the next 256 k + 1 where that is short."""
-    return size if longest <= size else _BUCKET * math.ceil((longest - 1) / _BUCKET) + 1
+def square(height: int, width: int, *, size: int) -> tuple[int, int]:
+    """A square of side `size`, pixels, or of the next 256 k + 1 where that is too small."""
+    longest = max(height, width)
+    side = size if longest <= size else _BUCKET * math.ceil((longest - 1) / _BUCKET) + 1
+    return side, side
 
 
 class _Source(Protocol):

@@ -1,27 +1,31 @@
-"""Whole-image evaluation of a model on a split of a data set."""
+"""Evaluation of a model on a split of a data set."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array
 
 from deeplab_jax.config import Config
 from deeplab_jax.data import pipeline
 from deeplab_jax.data.dataset import Dataset
-from deeplab_jax.evaluation.confusion import Scores, confusion_matrix, scores
+from deeplab_jax.evaluation.boundary import count_boundary
+from deeplab_jax.evaluation.confusion import Scores, confusion_matrices, count, scores
+from deeplab_jax.evaluation.protocols import PROTOCOLS
+from deeplab_jax.labels import LabelSet
 from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
 from deeplab_jax.parallel.mesh import batch_sharding, host_rows, replicated, to_global
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """One image of a split with what the model made of it, at the labels' resolution."""
+    """One image of a split with what the model made of it, at the size at which it is scored."""
 
     name: str
     image: np.ndarray  # uint8 [h, w, c]
@@ -31,22 +35,52 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation gives."""
+    """What an evaluation gives.
 
-    matrix: np.ndarray  # int64 [classes, classes], true by predicted
+    Attributes:
+      matrix: int64 `[classes, classes]`, pixels by true and predicted class, over all images.
+      images: how many there were.
+      labels: names and colours of the classes.
+      predictions: of the first images.
+      matrices: int32 `[images, classes, classes]`, the matrix of each image, in order; None
+        unless they were asked for.
+      boundary: int64 `[classes, 2]`, pixels in the intersection and union of boundaries, see
+        `count_boundary`; None unless they were asked for.
+    """
+
+    matrix: np.ndarray
     images: int
-    predictions: list[Prediction]  # of the first images
+    labels: LabelSet
+    predictions: list[Prediction]
+    matrices: np.ndarray | None
+    boundary: np.ndarray | None
 
     @property
     def scores(self) -> Scores:
-        return scores(self.matrix)
+        has_background = self.labels.names[0] == "background"
+        return scores(self.matrix, background=0 if has_background else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    """What is known of one batch.
+
+    Attributes:
+      index: int32 `[b]` of examples, over all hosts; -1 for rows without one.
+      matrices: int32 `[b, classes, classes]`, over all hosts.
+      ids: gives uint8 `[rows, h, w]` of this host's rows, which stay on the devices until then.
+    """
+
+    index: np.ndarray
+    matrices: np.ndarray
+    ids: Callable[[], np.ndarray]
 
 
 class Evaluator:
-    """Evaluates variables of one model on one split; compiles one program a bucket of sizes.
+    """Evaluates variables of one model on one split, under the protocol that the config names.
 
-    Images are padded, not resized, so that labels are scored at their own resolution, each valid
-    pixel of each image once.
+    Labels are scored at the size that the protocol gives them, each valid pixel of each image
+    once. One program is compiled for each shape of batches.
     """
 
     def __init__(self, model: FunctionalModel, dataset: Dataset, config: Config, mesh: Mesh):
@@ -54,11 +88,16 @@ class Evaluator:
         self._model = model
         if stride is not None:
             self._model = FunctionalModel(model.architecture.at_output_stride(stride))
+        self._num_classes = model.architecture.num_classes
         self._dataset = dataset
         self._config = config
+        self._protocol = PROTOCOLS[config.eval.protocol]
         self._rows = batch_sharding(mesh)
         # Padding rows count nowhere, so the batch may grow to what the devices divide.
         self._batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
+        if config.eval.window:  # image by image, each host all of them
+            self._batch_size = 1
+        self._num_compilations = 0
         self._step = jax.jit(
             self._evaluate_batch,
             in_shardings=(replicated(mesh), self._rows),
@@ -69,19 +108,47 @@ class Evaluator:
     def num_batches(self) -> int:
         return pipeline.num_eval_batches(self._dataset, self._batch_size)
 
+    @property
+    def num_compilations(self) -> int:
+        """Programs that evaluations have needed so far."""
+        return self._num_compilations
+
     def _evaluate_batch(
         self, variables: Variables, batch: dict[str, Array]
     ) -> tuple[Array, Array, Array]:
-        data = self._config.data
-        outputs, _ = self._model.apply(variables, normalize(batch["image"], data.mean, data.std))
-        ids = jnp.argmax(outputs["out"], axis=-1).astype(jnp.uint8)
-        matrix = confusion_matrix(batch["label"], ids, self._model.architecture.num_classes)
-        return matrix, jnp.sum(batch["index"] >= 0), ids
+        self._num_compilations += 1  # this body runs when it is traced: once a shape
+        ids = jnp.argmax(self._class_scores(variables, batch), axis=-1).astype(jnp.uint8)
+        matrices = confusion_matrices(batch["label"], ids, self._num_classes)
+        return batch["index"], matrices, ids
+
+    def _class_scores(self, variables: Variables, batch: dict[str, Array]) -> Array:
+        """Logits, or probabilities averaged over scales and mirror images, `[b, h, w, classes]`."""
+        data, settings = self._config.data, self._config.eval
+        sizes = None if self._protocol.padding_is_image else batch["size"]
+        if tuple(settings.scales) == (1.0,) and not settings.flip:
+            images = normalize(batch["image"], data.mean, data.std)
+            return self._model.apply(variables, images, sizes=sizes)[0]["out"]
+        from deeplab_jax.evaluation.inference import probabilities
+
+        if sizes is None:
+            sizes = jnp.full_like(batch["size"], jnp.array(batch["image"].shape[1:3]))
+        return probabilities(
+            self._model,
+            variables,
+            batch["image"],
+            sizes,
+            mean=data.mean,
+            std=data.std,
+            scales=tuple(settings.scales),
+            flip=settings.flip,
+        )
 
     def evaluate(
         self,
         variables: Variables,
         *,
+        per_image: bool = False,
+        boundary: bool = False,
         progress: Callable[[], None] = lambda: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Evaluation | None:
@@ -89,56 +156,133 @@ class Evaluator:
 
         Args:
           variables: of the model.
+          per_image: keep the matrix of each image.
+          boundary: count boundaries too, which is done on the host and takes its time.
           progress: called after each batch.
           should_stop: asked before each batch.
 
         Raises:
           RuntimeError: if not each image was counted exactly once.
         """
-        matrices: list[np.ndarray] = []
-        counts: list[int] = []
+        tally = _Tally(len(self._dataset.source), self._num_classes, per_image, boundary)
+        run = self._window_runner(variables) if self._config.eval.window else self._whole(variables)
         predictions: list[Prediction] = []
-        with pipeline.eval_batches(
-            self._dataset,
-            batch_size=self._batch_size,
-            size=self._config.eval.size,
-            rows=host_rows(self._batch_size),
-            fill=pipeline.mean_pixel(self._config.data),
-            num_workers=0,  # threads: an evaluation is over before processes would pay
-        ) as batches:
+        with self._batches() as batches:
             for batch in batches:
                 if should_stop():
                     return None
-                matrix, count, ids = self._step(variables, to_global(batch, self._rows))
-                # Fetching waits for the device, which also bounds how many batches lie in memory.
-                matrices.append(jax.device_get(matrix).astype(np.int64))
-                counts.append(int(jax.device_get(count)))
+                outcome = run(batch)
+                tally.add(batch, outcome)
                 missing = self._config.eval.num_pictures - len(predictions)
-                predictions += self._predictions(batch, ids, missing)
+                predictions += self._predictions(batch, outcome, missing)
                 progress()
-        if sum(counts) != len(self._dataset.source):
-            raise RuntimeError(
-                f"{sum(counts)} images were evaluated of {len(self._dataset.source)}: each image "
-                "must count exactly once"
-            )
-        return Evaluation(np.sum(matrices, axis=0), sum(counts), predictions)
+        return tally.result(self._dataset.labels, predictions)
 
-    def _predictions(self, batch: pipeline.EvalBatch, ids: Array, limit: int) -> list[Prediction]:
+    def _batches(self) -> pipeline.Batches[pipeline.EvalBatch]:
+        return pipeline.eval_batches(
+            self._dataset,
+            batch_size=self._batch_size,
+            shape=self._protocol.shape(self._config.eval),
+            rows=None if self._config.eval.window else host_rows(self._batch_size),
+            fill=pipeline.mean_pixel(self._config.data),
+            num_workers=0,  # threads: an evaluation is over before processes would pay
+            prepare=self._protocol.prepare,
+        )
+
+    def _whole(self, variables: Variables) -> Callable[[pipeline.EvalBatch], _Outcome]:
+        """Evaluates a batch of whole images on all devices."""
+
+        def run(batch: pipeline.EvalBatch) -> _Outcome:
+            index, matrices, ids = self._step(variables, to_global(batch, self._rows))
+            # Fetching waits for the device, which also bounds how many batches lie in memory.
+            return _Outcome(
+                jax.device_get(index),
+                jax.device_get(matrices),
+                lambda: np.concatenate([np.asarray(s.data) for s in ids.addressable_shards]),
+            )
+
+        return run
+
+    def _window_runner(self, variables: Variables) -> Callable[[pipeline.EvalBatch], _Outcome]:
+        """Evaluates a batch of one image window by window."""
+        from deeplab_jax.evaluation.inference import Inference, Mode
+
+        data, settings = self._config.data, self._config.eval
+        inference = Inference(
+            self._model,
+            jax.device_get(variables),
+            mean=data.mean,
+            std=data.std,
+            mode=Mode(tuple(settings.scales), settings.flip, settings.window, settings.overlap),
+        )
+        before = self._num_compilations
+
+        def run(batch: pipeline.EvalBatch) -> _Outcome:
+            height, width = batch["size"][0]
+            ids = inference.ids(batch["image"][0, :height, :width]).astype(np.uint8)
+            self._num_compilations = before + inference.num_compilations
+            matrix = count(batch["label"][0, :height, :width], ids, self._num_classes)
+            return _Outcome(batch["index"], matrix[None], lambda: ids[None])
+
+        return run
+
+    def _predictions(
+        self, batch: pipeline.EvalBatch, outcome: _Outcome, limit: int
+    ) -> list[Prediction]:
         """The first images of a batch of this process, cut to their own sizes."""
-        taken: list[Prediction] = []
         if limit <= 0:
-            return taken
-        local_ids = np.concatenate([np.asarray(shard.data) for shard in ids.addressable_shards])
-        for row, index in enumerate(batch["index"][:limit]):
-            if index >= 0:
-                example = self._dataset.source[int(index)]
-                height, width = example["label"].shape
-                taken.append(
-                    Prediction(
-                        example["name"],
-                        example["image"],
-                        example["label"],
-                        local_ids[row, :height, :width],
-                    )
-                )
-        return taken
+            return []
+        return [
+            Prediction(self._dataset.source[index]["name"], image, label, ids)
+            for index, image, label, ids in _rows_of(batch, outcome)
+        ][:limit]
+
+
+def _rows_of(
+    batch: pipeline.EvalBatch, outcome: _Outcome
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """(index, image, label, ids) of each row that holds an example, without its padding."""
+    all_ids = outcome.ids()
+    for row, (index, (height, width)) in enumerate(zip(batch["index"], batch["size"], strict=True)):
+        if index >= 0:
+            inside = (row, slice(height), slice(width))
+            yield int(index), batch["image"][inside], batch["label"][inside], all_ids[inside]
+
+
+class _Tally:
+    """Adds up outcomes, and sees that each image is counted exactly once."""
+
+    def __init__(self, num_images: int, num_classes: int, per_image: bool, boundary: bool) -> None:
+        self._matrix = np.zeros((num_classes, num_classes), np.int64)
+        self._times_counted = np.zeros(num_images, np.int64)
+        self._matrices = self._boundary = None
+        if per_image:
+            self._matrices = np.zeros((num_images, num_classes, num_classes), np.int32)
+        if boundary:
+            self._boundary = np.zeros((num_images, num_classes, 2), np.int32)
+
+    def add(self, batch: pipeline.EvalBatch, outcome: _Outcome) -> None:
+        known = outcome.index >= 0
+        index, matrices = outcome.index[known], outcome.matrices[known]
+        np.add.at(self._times_counted, index, 1)
+        self._matrix += matrices.sum(axis=0, dtype=np.int64)
+        if self._matrices is not None:
+            self._matrices[index] = matrices
+        if self._boundary is not None:
+            for place, _, label, ids in _rows_of(batch, outcome):
+                self._boundary[place] = count_boundary(label, ids, len(self._matrix))
+
+    def result(self, labels: LabelSet, predictions: list[Prediction]) -> Evaluation:
+        if np.any(self._times_counted != 1):
+            raise RuntimeError(
+                f"images {np.flatnonzero(self._times_counted != 1).tolist()} of "
+                f"{len(self._times_counted)} were not counted exactly once"
+            )
+        boundary = None
+        if self._boundary is not None:
+            # Each host counted its own rows, and left zeros in the others.
+            everywhere = multihost_utils.process_allgather(self._boundary)
+            boundary = everywhere.max(axis=0).sum(axis=0, dtype=np.int64)
+        return Evaluation(
+            self._matrix, len(self._times_counted), labels, predictions, self._matrices, boundary
+        )

@@ -1,5 +1,6 @@
 """Batches as a function of (seed, step), whoever makes them, and workers that end."""
 
+import functools
 import os
 import pathlib
 import pickle
@@ -179,6 +180,10 @@ def test_workers_pass_batches_through_pipes_where_shared_memory_is_short(monkeyp
 # Evaluation.
 
 
+def square(size):
+    return functools.partial(pipeline.square, size=size)
+
+
 @pytest.mark.parametrize(
     ("batch_size", "num_hosts", "num_workers"), [(4, 1, 0), (4, 1, 2), (4, 2, 0), (16, 4, 0)]
 )
@@ -190,7 +195,7 @@ def test_each_image_is_evaluated_once(batch_size, num_hosts, num_workers):
             pipeline.eval_batches(
                 dataset,
                 batch_size=batch_size,
-                size=24,
+                shape=square(24),
                 rows=slice(host * share, (host + 1) * share),
                 fill=FILL,
                 num_workers=num_workers,
@@ -222,11 +227,11 @@ def test_larger_images_get_the_next_side():
         sides = [
             batch["image"].shape[1:3]
             for batch in pipeline.eval_batches(
-                dataset, batch_size=2, size=24, rows=rows, fill=FILL, num_workers=0
+                dataset, batch_size=2, shape=square(24), rows=rows, fill=FILL, num_workers=0
             )
         ]
         assert sides == [(257, 257), (513, 513)]
-    assert [pipeline.padded_side(side, 513) for side in (1, 513, 514, 769, 770)] == [
+    assert [square(513)(1, side)[0] for side in (1, 513, 514, 769, 770)] == [
         *(513, 513, 769, 769, 1025)
     ]
 
@@ -234,7 +239,7 @@ def test_larger_images_get_the_next_side():
 def test_last_batch_that_is_full():
     assert pipeline.num_eval_batches(numbered(*[(4, 4)] * 8), 4) == 2
     batches = pipeline.eval_batches(
-        numbered(*[(4, 4)] * 8), batch_size=4, size=8, fill=FILL, num_workers=0
+        numbered(*[(4, 4)] * 8), batch_size=4, shape=square(8), fill=FILL, num_workers=0
     )
     assert [batch["index"].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
@@ -244,7 +249,9 @@ def test_last_batch_that_is_full():
 
 def test_a_damaged_file_is_the_users_error():
     dataset = Dataset(Damaged([(4, 4)] * 4), named("a", "b", "c", "d"))
-    batches = pipeline.eval_batches(dataset, batch_size=1, size=8, fill=FILL, num_workers=0)
+    batches = pipeline.eval_batches(
+        dataset, batch_size=1, shape=square(8), fill=FILL, num_workers=0
+    )
     assert next(batches)["index"] == [0]
     assert next(batches)["index"] == [1]
     with pytest.raises(UserError) as error:
@@ -296,7 +303,7 @@ def test_empty_data_set():
             dataset, DataConfig(), batch_size=1, seed=0, start_step=0
         ),
         lambda dataset: pipeline.eval_batches(
-            dataset, batch_size=1, size=8, fill=FILL, num_workers=0
+            dataset, batch_size=1, shape=square(8), fill=FILL, num_workers=0
         ),
     ):
         with pytest.raises(UserError, match="no images"):
@@ -314,7 +321,7 @@ def test_mean_pixel():
 # The life of workers, seen from another process.
 
 SCRIPT = """
-import multiprocessing, os, signal, sys, time
+import functools, multiprocessing, os, signal, sys, time
 from deeplab_jax import data
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data import pipeline
@@ -345,7 +352,10 @@ def main(end):
         damaged = Dataset(Damaged(dataset.source), dataset.labels)
         fill = pipeline.mean_pixel(config)
         try:
-            list(pipeline.eval_batches(damaged, batch_size=1, size=96, fill=fill, num_workers=1))
+            shape = functools.partial(pipeline.square, size=96)
+            list(
+                pipeline.eval_batches(damaged, batch_size=1, shape=shape, fill=fill, num_workers=1)
+            )
         except UserError as error:
             print(error)
     if end == "wait":
