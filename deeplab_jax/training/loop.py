@@ -26,7 +26,7 @@ from deeplab_jax.evaluation.evaluate import Evaluation, Evaluator
 from deeplab_jax.models.deeplab import Architecture, architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.parallel import mesh as mesh_lib
-from deeplab_jax.training import initialize
+from deeplab_jax.training import class_weights, initialize
 from deeplab_jax.training.checkpoint import Checkpoints, describe
 from deeplab_jax.training.optimizer import make_optimizer, poly_schedule
 from deeplab_jax.training.progress import Progress
@@ -82,10 +82,12 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
     eval_set = data_lib.load(config.data, config.data.eval_split)
     model = FunctionalModel(resolve_architecture(config, train_set))
     claim_workdir(folder, config, write=is_writer)
+    loss = class_weights.resolve(config.loss, train_set, quiet=not is_writer)
 
     schedule = poly_schedule(config.optimizer, config.train.steps)
     tx = make_optimizer(config.optimizer, schedule, model.abstract.params)
-    train_step = make_train_step(model, tx, schedule, config, mesh)
+    weighted = dataclasses.replace(config, loss=loss)
+    train_step = make_train_step(model, tx, schedule, weighted, mesh)
     evaluator = Evaluator(model, eval_set, config, mesh)
     info = describe(
         model.architecture,
@@ -174,12 +176,6 @@ def resolve_architecture(config: Config, dataset: Dataset) -> Architecture:
         raise UserError(
             f"config.data.mean has {len(config.data.mean)} numbers, but images have "
             f"{dataset.num_channels} channels"
-        )
-    weights = config.loss.class_weights
-    if weights is not None and len(weights) != dataset.labels.num_classes:
-        raise UserError(
-            f"config.loss.class_weights has {len(weights)} numbers, but the data set has "
-            f"{dataset.labels.num_classes} classes"
         )
     try:
         return architecture(

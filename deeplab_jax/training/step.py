@@ -64,11 +64,11 @@ def gradients(
     """Gradient of the mean loss, running statistics after the batch, and losses.
 
     With `optimizer.accumulate = k` the batch is computed in k parts one after the other. The loss
-    is still the mean over the pixels of the whole batch; batch norm sees a part at a time.
+    is still the mean over the pixels, or images, of the whole batch; batch norm sees a part at a
+    time.
     """
     parts = config.optimizer.accumulate
-    weights = losses.pixel_weights(batch["label"], config.loss.class_weights)
-    count = losses.cross_entropy_count(weights, config.loss.hard_pixel_fraction)
+    count = losses.loss_count(batch["label"], config.loss)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
     def part_gradient(batch_stats: Arrays, part: dict[str, Array], index: Array) -> Any:
@@ -82,12 +82,7 @@ def gradients(
                 remat=config.train.remat,
             )
             means = {
-                head: losses.mean(
-                    losses.cross_entropy_sum(
-                        logits, part["label"], part["weight"], config.loss.hard_pixel_fraction
-                    ),
-                    count,
-                )
+                head: losses.mean(losses.loss_sum(logits, part["label"], config.loss), count)
                 for head, logits in outputs.items()
             }
             total = means["out"] + config.loss.aux_weight * means.get("aux", 0.0)
@@ -98,7 +93,6 @@ def gradients(
         )
         return grads, means, new_stats
 
-    batch = batch | {"weight": weights}
     if parts == 1:
         grads, means, batch_stats = part_gradient(
             state.variables.batch_stats, batch, jnp.zeros((), jnp.int32)

@@ -1,0 +1,119 @@
+"""Weights of classes from the data, and what the config and the run make of them."""
+
+import json
+
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+import tiny
+from deeplab_jax import config as config_lib
+from deeplab_jax import labels
+from deeplab_jax.config import Config, LossConfig
+from deeplab_jax.data.dataset import Dataset
+from deeplab_jax.errors import UserError
+from deeplab_jax.training import class_weights
+from deeplab_jax.training.loop import train
+
+
+class Masks:
+    """A source of blank images with given labels."""
+
+    def __init__(self, *masks):
+        self.masks = [np.array(mask, np.uint8) for mask in masks]
+
+    def __len__(self):
+        return len(self.masks)
+
+    def __getitem__(self, index):
+        mask = self.masks[index]
+        image = np.zeros((*mask.shape, 3), np.uint8)
+        return {"image": image, "label": mask, "name": str(index)}
+
+
+@pytest.fixture
+def dataset():
+    """Class 0: 5 of 8 pixels; class 1: 2 of 5; class 2: 1 of 3; class 3: none."""
+    masks = Masks([[0, 0, 0, 1, 1, 255]], [[0, 0, 2]], [[255, 255]])
+    return Dataset(masks, labels.named("a", "b", "c", "d"))
+
+
+def test_median_frequency_balancing_by_hand(dataset):
+    pixels, held = class_weights.count_pixels(dataset, quiet=True)
+    np.testing.assert_array_equal(pixels, [5, 2, 1, 0])
+    np.testing.assert_array_equal(held, [8, 5, 3, 0])
+    weights = class_weights.median_frequency_weights(pixels, held)
+    np.testing.assert_allclose(weights, [(2 / 5) / (5 / 8), 1, (2 / 5) / (1 / 3), 1])
+
+
+def test_auto_becomes_numbers_and_says_them(dataset, capfd):
+    config = class_weights.resolve(LossConfig(class_weights="auto"), dataset)
+    assert config.class_weights == pytest.approx((0.64, 1, 1.2, 1))
+    said = capfd.readouterr().err
+    assert "class weights: a 0.64, b 1, c 1.2, d 1 (no pixels)" in said
+    assert class_weights.resolve(LossConfig(), dataset).class_weights is None
+    class_weights.resolve(LossConfig(class_weights="auto"), dataset, quiet=True)
+    assert capfd.readouterr().err == ""
+
+
+def test_only_ignored_pixels_give_even_weights():
+    config = class_weights.resolve(
+        LossConfig(class_weights="auto"),
+        Dataset(Masks([[255]]), labels.named("a", "b")),
+        quiet=True,
+    )
+    assert config.class_weights == (1, 1)
+
+
+def test_another_number_of_weights_than_classes_is_refused(dataset):
+    with pytest.raises(UserError, match="has 3 numbers, but the data set has 4 classes: a, b, c"):
+        class_weights.resolve(LossConfig(class_weights=(1, 2, 3)), dataset)
+
+
+def parsed(argument):
+    """The config after a flag of the command line."""
+    values = flags.FlagValues()
+    argv = ["program", argument]
+    config_flags.DEFINE_config_dataclass("config", Config(), flag_values=values, sys_argv=argv)
+    values(argv)
+    return values["config"].value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("auto", "auto"), ("1,2,0.5", (1, 2, 0.5)), ("None", None), ("(3,)", (3,))],
+)
+def test_the_command_line_takes_numbers_auto_and_none(text, value):
+    config = parsed(f"--config.loss.class_weights={text}")
+    assert config.loss.class_weights == value
+    config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "hinge"}, "cross_entropy, focal or dice, lovasz, got 'hinge'"),
+        ({"class_weights": "automatic"}, "None, auto, or numbers of 0 or more .*'automatic'"),
+        ({"class_weights": 2}, r"None, auto, or numbers .*\(a,b,\.\.\.\), not all 0, got 2"),
+        ({"class_weights": ("a",)}, "None, auto, or numbers"),
+        ({"class_weights": (1.0, -1.0)}, "None, auto, or numbers of 0 or more"),
+        ({"class_weights": (float("nan"), 1.0)}, "None, auto, or numbers of 0 or more"),
+        ({"focal_gamma": -1.0}, "must be 0 or more"),
+        ({"name": "dice", "class_weights": "auto"}, "must be None with loss.name = dice"),
+        ({"name": "lovasz", "hard_pixel_fraction": 0.5}, "must be 1 with loss.name = lovasz"),
+    ],
+)
+def test_a_wrong_loss_is_named(fields, message):
+    config = Config(loss=LossConfig(**fields))
+    with pytest.raises(UserError, match=rf"config\.loss\.\w+ .*{message}"):
+        config_lib.validate(config)
+
+
+def test_a_run_computes_its_weights_and_keeps_auto_in_its_config(tmp_path, capfd):
+    config = tiny.get_config()
+    config.loss = LossConfig(name="focal", class_weights="auto")
+    config.train.steps = 1
+    train(config, tmp_path)
+    assert "class weights: background 0." in capfd.readouterr().err
+    assert json.loads((tmp_path / "config.json").read_text())["loss"]["class_weights"] == "auto"
