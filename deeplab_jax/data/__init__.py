@@ -43,9 +43,16 @@ def _load_shapes(config: DataConfig, split: str) -> Dataset:
     return shapes.load(config, split)
 
 
+def _load_folder(config: DataConfig, split: str) -> Dataset:
+    from deeplab_jax.data import folder
+
+    return folder.load(config, split)
+
+
 # Name: what loads it, its splits.
 _LOADERS: dict[str, tuple[Callable[[DataConfig, str], Dataset], tuple[str, ...]]] = {
     "voc": (_load_voc, ("train", "trainaug", "trainval", "val")),
+    "folder": (_load_folder, ("train", "val", "test", "trainval")),
     "shapes": (_load_shapes, ("train", "val")),
 }
 

@@ -1,7 +1,8 @@
 """Reading images and masks: fast decoding for training, and the checks that come before it.
 
-Training decodes with OpenCV, which is fast and says little. So each file is checked once, when a
-data set is prepared, and every problem is told together: training never meets a bad file.
+Training decodes with OpenCV, which is fast and says little. So each file of a data set that is
+prepared is checked once, then, and every problem is told together: training never meets a bad
+file. Files that are read where they lie are checked by `deeplab-jax data check`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import cv2
 import numpy as np
 import scipy.io
 from jaxtyping import Integer, UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 
@@ -33,6 +34,10 @@ _EXIF_ORIENTATION = 0x0112
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+
+
+class ColorsError(UserError):
+    """A mask holds colours where class ids are expected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +67,88 @@ def decode_image(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
       ValueError: the bytes are no image.
     """
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    return cv2.cvtColor(_decode(data, flags), cv2.COLOR_BGR2RGB)
+
+
+def read_image(path: pathlib.Path, num_channels: int = 3) -> UInt8[np.ndarray, "h w c"]:
+    """The pixels of a file, in the order in which they are stored.
+
+    Args:
+      path: an image; or a NumPy array in `.npy`, uint8 `[h, w, num_channels]`.
+      num_channels: 3: RGB; 1: grey, to which colours are converted; 4: RGBA, or as others: a
+        `.npy`, or a TIFF with a page a channel. Of 16 bits the upper 8 are taken.
+
+    Raises:
+      UserError: the file is missing or damaged, no image, or has other channels.
+    """
+    if path.suffix.lower() == ".npy":
+        return _array_image(path, num_channels)
+    data = _read(path)
+    if _ends_early(data):
+        _decode_with_pillow(data, path)
+    try:
+        if num_channels == 3:
+            return decode_image(data)
+        if num_channels == 1:
+            return _decode(data, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)[:, :, None]
+        image = _decode_channels(data)
+    except ValueError:
+        # A format that OpenCV lacks, or an error that Pillow knows to name.
+        mode = {1: "L", 4: "RGBA"}.get(num_channels, "RGB")
+        image = np.asarray(_decode_with_pillow(data, path).convert(mode))
+        image = image.reshape(*image.shape[:2], -1)
+    if image.shape[2] != num_channels:
+        raise UserError(
+            f"{path}: has {image.shape[2]} channels, but config.data.folder.channels is "
+            f"{num_channels}. More than 4 channels are read from .npy files, uint8 [height, width, "
+            "channels], and from TIFFs that have a page a channel."
+        )
+    return image
+
+
+def _array_image(path: pathlib.Path, num_channels: int) -> np.ndarray:
+    image = read_array(path)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != num_channels:
+        raise UserError(
+            f"{path}: must be uint8 [height, width, {num_channels}], got {image.dtype} "
+            f"{list(image.shape)}. The number of channels is config.data.folder.channels."
+        )
+    return image
+
+
+def _decode(data: bytes, flags: int) -> np.ndarray:
     image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     if image is None:
         raise ValueError("not an image that OpenCV can decode")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return image
+
+
+def _decode_channels(data: bytes) -> UInt8[np.ndarray, "h w c"]:
+    """All channels of an image, or of the pages of a TIFF; red first where there are colours."""
+    found, pages = (
+        cv2.imdecodemulti(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if data
+        else (False, ())
+    )
+    if not found or len({page.shape for page in pages}) != 1:
+        raise ValueError("not an image that OpenCV can decode")
+    image = np.dstack(pages)
+    if len(pages) == 1 and image.shape[2] >= 3:
+        image = np.concatenate([image[:, :, 2::-1], image[:, :, 3:]], axis=2)
+    return np.right_shift(image, 8).astype(np.uint8) if image.dtype == np.uint16 else image
+
+
+def _ends_early(data: bytes) -> bool:
+    """Whether the end of a JPEG is not where it is in most; some versions of OpenCV fill it up."""
+    return data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[-4096:]
+
+
+def read_array(path: pathlib.Path) -> np.ndarray:
+    """The array in a `.npy` file; nothing in it is executed."""
+    try:
+        return np.load(io.BytesIO(_read(path)), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path}: truncated, or no NumPy array ({error}). Replace it.") from None
 
 
 def encode_label(label: UInt8[np.ndarray, "h w"]) -> bytes:
@@ -100,31 +183,68 @@ def check_image(path: pathlib.Path) -> tuple[int, int]:
             image.load()
         return decode_image(data).shape[:2]
     except Exception as error:  # Pillow raises what its many decoders raise
-        raise UserError(f"{path}: truncated, or no image ({error}). Replace the file.") from None
+        raise UserError(
+            f"{path}: truncated, or no image ({_reason(error)}). Replace the file."
+        ) from None
 
 
 def read_ids(path: pathlib.Path) -> Integer[np.ndarray, "h w"]:
-    """The class ids of a mask file: a grey or palette image, or a `.mat` of SBD.
+    """The class ids of a mask file: a grey or palette image, a `.npy`, or a `.mat` of SBD.
 
     Raises:
       UserError: the file is missing, truncated, or holds colours rather than ids.
     """
-    return _read_sbd_ids(path) if path.suffix == ".mat" else _read_image_ids(path)
+    if path.suffix == ".mat":
+        return _read_sbd_ids(path)
+    if path.suffix.lower() == ".npy":
+        return _read_array_ids(path)
+    return _read_image_ids(path)
+
+
+def _read_array_ids(path: pathlib.Path) -> np.ndarray:
+    ids = read_array(path)
+    if ids.ndim != 2 or not (np.issubdtype(ids.dtype, np.integer) or ids.dtype == bool):
+        raise UserError(
+            f"{path}: must hold whole numbers [height, width], got {ids.dtype} {list(ids.shape)}"
+        )
+    return ids.astype(np.int32)
+
+
+def read_picture(path: pathlib.Path) -> Image.Image:
+    """An image file as Pillow decodes it: a palette stays one.
+
+    Raises:
+      UserError: the file is missing, truncated or no image.
+    """
+    return _decode_with_pillow(_read(path), path)
+
+
+def _decode_with_pillow(data: bytes, path: pathlib.Path) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return image
+    except Exception as error:  # Pillow raises what its many decoders raise
+        raise UserError(
+            f"{path}: truncated, or no image ({_reason(error)}). Replace the file."
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its message names an object in memory
+        return "its bytes are of no known format"
+    return str(error) or type(error).__name__
 
 
 def _read_image_ids(path: pathlib.Path) -> np.ndarray:
     data = _read(path)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except Exception as error:
-        raise UserError(f"{path}: truncated, or no image ({error}). Replace the file.") from None
+    image = _decode_with_pillow(data, path)
     if image.mode in ("1", "P") or image.mode.startswith("I"):
         return np.asarray(image).astype(np.int32)
     if image.mode == "L":
         bits = data[24] if image.format == "PNG" else 8  # the bit depth is byte 24 of a PNG
         return np.asarray(image) // _PNG_GREY_SPREAD.get(bits, 1)
-    raise UserError(
+    raise ColorsError(
         f"{path}: holds colours (an image of mode {image.mode}), not class ids. "
         "Save the ids as a grey or palette PNG."
     )
@@ -192,20 +312,34 @@ def read_label(pair: Pair, num_classes: int, ignore_label: int) -> UInt8[np.ndar
             raise UserError(f"{path}: is missing, yet {pair.listed_in} names {pair.name}.")
     image_size = check_image(pair.image)
     label = to_label(read_ids(pair.mask), num_classes, ignore_label, pair.mask)
-    if label.shape != image_size:
-        height, width = label.shape
-        raise UserError(
-            f"{pair.mask}: is {width} x {height} pixels (width x height), but its image "
-            f"{pair.image} is {image_size[1]} x {image_size[0]}{_rotation_hint(pair.image)}. "
-            "A mask must have its image's size."
-        )
+    check_sizes(pair.image, image_size, pair.mask, label.shape)
     return label
 
 
-def _rotation_hint(path: pathlib.Path) -> str:
-    with Image.open(path) as image:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    return "" if orientation == 1 else f" as stored (to be shown turned: EXIF {orientation})"
+def check_sizes(
+    image: pathlib.Path,
+    image_size: tuple[int, ...],
+    mask: pathlib.Path,
+    mask_size: tuple[int, ...],
+) -> None:
+    """Raises a UserError if a mask has not its image's height and width."""
+    if mask_size == image_size:
+        return
+    rotation = orientation(image)
+    stored = f" as stored (to be shown turned: EXIF {rotation})" if rotation != 1 else ""
+    raise UserError(
+        f"{mask}: is {mask_size[1]} x {mask_size[0]} pixels (width x height), but its image "
+        f"{image} is {image_size[1]} x {image_size[0]}{stored}. A mask must have its image's size."
+    )
+
+
+def orientation(path: pathlib.Path) -> int:
+    """EXIF's orientation of an image file; 1, as stored, where it tells none."""
+    try:
+        with Image.open(path) as image:
+            return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # a format that Pillow lacks, or that has no EXIF
+        return 1
 
 
 def check_all(
