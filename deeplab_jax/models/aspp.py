@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.layers import LayerMaker, dropout, full_precision, scaled_channels
+from deeplab_jax.models.padding import mean_over_image
 
 ASPP_CHANNELS = 256
 
@@ -21,7 +22,7 @@ class ImagePooling(nnx.List):
         super().__init__([None, make.conv(in_channels, out_channels), make.norm(out_channels)])
 
     def __call__(self, x: Float[Array, "n h w cin"], *, update_bn: bool = False) -> Array:
-        mean = jnp.mean(x, (1, 2), keepdims=True, dtype=full_precision(x.dtype)).astype(x.dtype)
+        mean = mean_over_image(x, full_precision(x.dtype))
         pooled = relu(self[2](self[1](mean), update_bn=update_bn))
         return jnp.broadcast_to(pooled, (*x.shape[:3], pooled.shape[3]))
 

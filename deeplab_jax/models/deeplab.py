@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 from jax.nn import relu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from deeplab_jax.models.architecture import ARCHITECTURES, Architecture, architecture
 from deeplab_jax.models.aspp import ASPP
@@ -21,6 +21,7 @@ from deeplab_jax.models.layers import (
     scaled_channels,
 )
 from deeplab_jax.models.mobilenet_v3 import MobileNetV3
+from deeplab_jax.models.padding import valid_area, valid_sizes
 from deeplab_jax.models.resnet import SPECS, ResNet
 
 __all__ = [
@@ -135,6 +136,7 @@ class DeepLabV3(nnx.Module):
         *,
         freeze_bn: bool = False,
         remat: bool = False,
+        sizes: Int[Array, "n 2"] | None = None,
     ) -> dict[str, Float[Array, "n h w classes"]]:
         """Logits "out", and "aux" where there is that head, float32, at the images' size.
 
@@ -146,29 +148,34 @@ class DeepLabV3(nnx.Module):
           freeze_bn: whether batch norm keeps to its running statistics although `train`.
           remat: whether each residual unit is computed again in the backward pass: less memory
             for about a third more arithmetic.
+          sizes: height and width of each image, pixels. What lies beyond is padding: the logits on
+            the image are then those of the image alone, up to rounding, and have no meaning beyond.
+            Not when `train`.
 
         Raises:
-          ValueError: the images' channels are not the architecture's, or the key is missing.
+          ValueError: the images' channels are not the architecture's, the key is missing, or the
+            sizes are not as `models.padding.valid_area` takes them.
         """
-        self._check(images, train, key)
+        self._check(images, train, key, sizes)
         out_key, aux_key = (None, None)
         if train and key is not None:
             out_key, aux_key = jax.random.split(key)
         update_bn = train and not freeze_bn
-        features = self.backbone(images, update_bn=update_bn, remat=remat)
-        height, width = images.shape[1:3]
+        with valid_area(sizes, images.shape):
+            features = self.backbone(images, update_bn=update_bn, remat=remat)
 
-        out = features[self.backbone.out_feature]
-        out = self.classifier(out, update_bn=update_bn, key=out_key)
-        decode = self.decoder or resize_bilinear
-        outputs = {"out": decode(out, height, width)}
-        if self.aux_classifier is not None:
-            aux = features[self.backbone.aux_feature]
-            aux = self.aux_classifier(aux, update_bn=update_bn, key=aux_key)
-            outputs["aux"] = resize_bilinear(aux, height, width)
+            out = features[self.backbone.out_feature]
+            out = self.classifier(out, update_bn=update_bn, key=out_key)
+            outputs = {"out": _to_images_size(self.decoder or resize_bilinear, out, images)}
+            if self.aux_classifier is not None:
+                aux = features[self.backbone.aux_feature]
+                aux = self.aux_classifier(aux, update_bn=update_bn, key=aux_key)
+                outputs["aux"] = _to_images_size(resize_bilinear, aux, images)
         return outputs
 
-    def _check(self, images: Array, train: bool, key: jax.Array | None) -> None:
+    def _check(
+        self, images: Array, train: bool, key: jax.Array | None, sizes: Array | None
+    ) -> None:
         in_channels = self.architecture.in_channels
         if images.ndim != 4 or images.shape[3] != in_channels:
             raise ValueError(f"images must be [n, h, w, {in_channels}], got {list(images.shape)}")
@@ -176,6 +183,16 @@ class DeepLabV3(nnx.Module):
             raise ValueError(
                 f"train=True needs a key: dropout is {self.architecture.dropout}, not 0"
             )
+        if train and sizes is not None:
+            # Batch norm's statistics would be those of the padding too.
+            raise ValueError("train=True takes no sizes: padding is for inference alone")
+
+
+def _to_images_size(decode: Callable[..., Array], logits: Array, images: Array) -> Array:
+    height, width = images.shape[1:3]
+    return decode(
+        logits, height, width, in_sizes=valid_sizes(logits), out_sizes=valid_sizes(images)
+    )
 
 
 class ConvolutionRate(NamedTuple):

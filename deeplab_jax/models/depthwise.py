@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from deeplab_jax.models.atrous import Method, atrous_conv
 from deeplab_jax.models.layers import Conv
+from deeplab_jax.models.padding import fill_padding
 
 
 def depthwise_conv(
@@ -85,4 +86,5 @@ class DepthwiseConv(Conv):
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n ho wo c"]:
         kernel = self.kernel[...].astype(self.dtype)
+        x = fill_padding(x)
         return depthwise_conv(x.astype(self.dtype), kernel, stride=self.stride, rate=self.rate)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
 from deeplab_jax.models.deeplab import Architecture, DeepLabV3
 
@@ -53,6 +53,7 @@ class FunctionalModel:
         key: jax.Array | None = None,
         freeze_bn: bool = False,
         remat: bool = False,
+        sizes: Int[Array, "n 2"] | None = None,
     ) -> tuple[dict[str, Float[Array, "n h w classes"]], Arrays]:
         """Logits by head, and the running statistics after this batch.
 
@@ -63,13 +64,20 @@ class FunctionalModel:
           key: of dropout; needed when training with it.
           freeze_bn: keep to the running statistics although training.
           remat: recompute each residual unit in the backward pass.
+          sizes: height and width of each image, pixels; what lies beyond is padding, of which the
+            logits on the image do not depend. At inference alone; see `models.padding`.
+
+        Raises:
+          ValueError: as `DeepLabV3` does.
         """
         module = nnx.merge(
             self._graph,
             _unflatten(variables.params, self._param_paths, nnx.Param),
             _unflatten(variables.batch_stats, self._stat_paths, nnx.BatchStat),
         )
-        outputs = module(images, train=train, key=key, freeze_bn=freeze_bn, remat=remat)
+        outputs = module(
+            images, train=train, key=key, freeze_bn=freeze_bn, remat=remat, sizes=sizes
+        )
         return outputs, _flatten(nnx.state(module, nnx.BatchStat))
 
 

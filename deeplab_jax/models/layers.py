@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from deeplab_jax.models.atrous import atrous_conv
+from deeplab_jax.models.padding import fill_padding
 
 Initializer = Callable[..., Array]
 
@@ -63,6 +64,8 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "n h w cin"]) -> Float[Array, "n ho wo cout"]:
         kernel = self.kernel[...].astype(self.dtype)
+        if kernel.shape[0] > 1:
+            x = fill_padding(x)
         y = atrous_conv(x.astype(self.dtype), kernel, stride=self.stride, rate=self.rate)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
@@ -188,9 +191,11 @@ def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n ho wo c"]:
     value, which unlike -inf turns into no NaN in later arithmetic.
     """
     padding = ((0, 0), (1, 1), (1, 1), (0, 0))
-    padded = jnp.pad(x, padding, constant_values=jnp.finfo(x.dtype).min)
+    lowest = float(jnp.finfo(x.dtype).min)
+    padded = jnp.pad(fill_padding(x, lowest), padding, constant_values=lowest)
     rows = _max_of_three(padded, axis=1)
-    return _max_of_three(rows, axis=2)
+    # Windows beyond an image, all of the lowest value, would overflow in the next layer.
+    return fill_padding(_max_of_three(rows, axis=2))
 
 
 def _max_of_three(x: Array, axis: int) -> Array:
@@ -201,20 +206,40 @@ def _max_of_three(x: Array, axis: int) -> Array:
 
 
 def resize_bilinear(
-    x: Float[Array, "n h w c"], height: int, width: int
+    x: Float[Array, "n h w c"],
+    height: int,
+    width: int,
+    *,
+    in_sizes: Int[Array, "n 2"] | None = None,
+    out_sizes: Int[Array, "n 2"] | None = None,
 ) -> Float[Array, "n height width c"]:
     """Bilinear resize with half-pixel centres, edges clamped, no antialiasing.
 
     It is torch's `interpolate(mode="bilinear", align_corners=False)`, written as two products with
     small constant matrices, whose gradient has no scatter and is the same in each run.
+
+    Args:
+      x: map.
+      height, width: of the result, pixels.
+      in_sizes: rows and columns of `x` that belong to each image, where the others are padding
+        and finite; None: all.
+      out_sizes: those of the result that `in_sizes` are resized to; what lies beyond them has no
+        meaning. Given together with `in_sizes`.
     """
-    if x.shape[1:3] == (height, width):
-        return x
     # Precision is asked for because a product's default on GPU and TPU rounds logits to ~3 digits.
     product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    # Columns first, while there are few rows: the large product then is one plain product an image.
+    if in_sizes is not None and out_sizes is not None:
+        down, across = (
+            _bilinear_matrices(side, x.shape[1 + axis], out_sizes[:, axis], in_sizes[:, axis])
+            for axis, side in enumerate((height, width))
+        )
+        wide = product("nWw,nhwc->nhWc", across.astype(x.dtype), x)
+        return product("nHh,nhWc->nHWc", down.astype(x.dtype), wide)
+    if x.shape[1:3] == (height, width):
+        return x
     columns = _bilinear_matrix(width, x.shape[2]).astype(x.dtype)
     rows = _bilinear_matrix(height, x.shape[1]).astype(x.dtype)
-    # Columns first, while there are few rows: the large product then is one plain product an image.
     return product("Hh,nhWc->nHWc", rows, product("Ww,nhwc->nhWc", columns, x))
 
 
@@ -223,6 +248,29 @@ def _bilinear_matrix(out_size: int, in_size: int) -> np.ndarray:
     centres = (np.arange(out_size) + 0.5) * in_size / out_size - 0.5
     centres = np.clip(centres, 0, in_size - 1)
     return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(in_size)[None, :]))
+
+
+def _bilinear_matrices(
+    out_side: int, in_side: int, out_sizes: Int[Array, " n"], in_sizes: Int[Array, " n"]
+) -> Float[Array, "n out_side in_side"]:
+    """`_bilinear_matrix` of each image's own sizes, in the padded ones.
+
+    Centres are fractions of integers: in float32 those of large images would be off by 1e-4.
+
+    Raises:
+      ValueError: sides whose products do not fit in 32 bits.
+    """
+    if (2 * out_side + 1) * in_side >= 2**31:
+        raise ValueError(f"cannot resize a side of {in_side} to {out_side} pixels: too large")
+    denominator = 2 * out_sizes[:, None]
+    numerator = (2 * jnp.arange(out_side) + 1) * in_sizes[:, None] - out_sizes[:, None]
+    numerator = jnp.clip(numerator, 0, denominator * (in_sizes[:, None] - 1))
+    lower, share = (numerator // denominator)[..., None], numerator % denominator
+    upper_share = (share / denominator)[..., None]
+    index = jnp.arange(in_side)
+    return jnp.where(index == lower, 1 - upper_share, 0) + jnp.where(
+        index == lower + 1, upper_share, 0
+    )
 
 
 class TransposedDecoder(nnx.Module):
@@ -246,10 +294,21 @@ class TransposedDecoder(nnx.Module):
         self.stride = stride
 
     def __call__(
-        self, logits: Float[Array, "n h w classes"], height: int, width: int
+        self,
+        logits: Float[Array, "n h w classes"],
+        height: int,
+        width: int,
+        *,
+        in_sizes: Int[Array, "n 2"] | None = None,
+        out_sizes: Int[Array, "n 2"] | None = None,
     ) -> Float[Array, "n height width classes"]:
-        """Upsamples by `stride`, then cuts the middle `height x width` out."""
+        """Upsamples by `stride`, then cuts the middle `height x width` out.
+
+        With sizes, those of each image without its padding, as in `resize_bilinear`.
+        """
         n, h, w, num_classes = logits.shape
+        if in_sizes is not None:
+            logits = _repeat_edges(logits, in_sizes)
         stride, cell = self.stride, self.LARGEST // self.stride
         kernel = self.kernel[...].reshape(2 * stride, cell, 2 * stride, cell, num_classes)
         kernel = kernel.mean((1, 3)).reshape(2, stride, 2, stride, num_classes)
@@ -261,9 +320,21 @@ class TransposedDecoder(nnx.Module):
             for b in (0, 1)
         )
         upsampled = cast(Array, blocks).reshape(n, (h + 1) * stride, (w + 1) * stride, num_classes)
+        if in_sizes is not None and out_sizes is not None:
+            starts = stride // 2 + (in_sizes * stride - out_sizes) // 2
+            return jax.vmap(
+                lambda x, start: lax.dynamic_slice(x, (*start, 0), (height, width, num_classes))
+            )(upsampled, starts)
         top = stride // 2 + (h * stride - height) // 2
         left = stride // 2 + (w * stride - width) // 2
         return upsampled[:, top : top + height, left : left + width]
+
+
+def _repeat_edges(x: Float[Array, "n h w c"], sizes: Int[Array, "n 2"]) -> Array:
+    """The map with each image's last row and column repeated over its padding."""
+    rows = jnp.minimum(jnp.arange(x.shape[1]), sizes[:, :1] - 1)
+    columns = jnp.minimum(jnp.arange(x.shape[2]), sizes[:, 1:] - 1)
+    return jax.vmap(lambda x, row, column: x[row][:, column])(x, rows, columns)
 
 
 def recompute(unit: nnx.Module, x: Float[Array, "n h w c"], *, update_bn: bool) -> Array:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from flax import nnx
 from jax.nn import hard_sigmoid, hard_swish, relu
 from jaxtyping import Array, Float
@@ -27,6 +26,7 @@ from deeplab_jax.models.layers import (
     full_precision,
     recompute,
 )
+from deeplab_jax.models.padding import mean_over_image
 
 Activation = Callable[[Array], Array]
 
@@ -143,7 +143,7 @@ class SqueezeExcite(nnx.Module):
         self, x: Float[Array, "n h w c"], *, update_bn: bool = False
     ) -> Float[Array, "n h w c"]:
         """`update_bn` is there because all layers of a block are called alike."""
-        mean = jnp.mean(x, (1, 2), keepdims=True, dtype=full_precision(x.dtype)).astype(x.dtype)
+        mean = mean_over_image(x, full_precision(x.dtype))
         return x * hard_sigmoid(self.fc2(relu(self.fc1(mean))))
 
 

@@ -1,0 +1,215 @@
+"""A padded image gives the logits that it gives alone."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deeplab_jax.models.deeplab import DeepLabV3, architecture
+from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.models.layers import max_pool, resize_bilinear
+from deeplab_jax.models.padding import fill_padding, mean_over_image, valid_area, valid_sizes
+from random_modules import random_module
+
+PADDED = (65, 49)
+SIZES = [(1, 1), (1, 40), (38, 47), (65, 49), (64, 3)]
+
+# What each backbone, head and decoder does across pixels, at each output stride.
+VARIANTS = {
+    "paper": ({}, SIZES),
+    "output stride 8, both heads": (
+        {"output_stride": 8, "aux_head": True, "head_conv": True},
+        SIZES[1:3],
+    ),
+    "output stride 32, bottleneck": (
+        {"name": "paper_resnet50", "output_stride": 32, "atrous_rates": (2, 3)},
+        SIZES[2:3],
+    ),
+    "pre-activation, deep stem, transposed": (
+        {"residual": "pre", "stem": "deep", "decoder": "transposed"},
+        SIZES,
+    ),
+    "pre-activation, 7x7 stem, output stride 8, transposed": (
+        {"residual": "pre", "decoder": "transposed", "output_stride": 8},
+        SIZES[2:3],
+    ),
+    "bottleneck, pre-activation, stride on conv1": (
+        {"name": "torchvision_resnet50", "residual": "pre", "stride_place": "conv1"},
+        SIZES[2:3],
+    ),
+    "mobilenet": ({"name": "torchvision_mobilenet_v3_large", "width": 0.25}, SIZES[1:3]),
+}
+
+
+@functools.cache
+def model_and_variables(**overrides):
+    options = {"num_classes": 5, "width": 0.125, **overrides}
+    ours = architecture(options.pop("name", "paper_resnet18"), **options)
+    module = random_module(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0)))
+    model = FunctionalModel(ours)
+    arrays = {
+        ".".join(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(nnx.state(module))
+    }
+    params, batch_stats = ({name: arrays[name] for name in part} for part in model.abstract)
+    return model, type(model.abstract)(params, batch_stats)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(model, variables, images, sizes=None):
+    return model.apply(variables, images, sizes=sizes)[0]
+
+
+def pad(images, shape, fill):
+    """One array of images, with what must not matter around them."""
+    padded = np.full((len(images), *shape, images[0].shape[2]), fill, images[0].dtype)
+    for row, image in zip(padded, images, strict=True):
+        row[: image.shape[0], : image.shape[1]] = image
+    return jnp.asarray(padded)
+
+
+def largest_difference(variant, sizes, dtype="float32", fill=np.nan):
+    """Of the padded logits from those of each image alone, relative to these."""
+    model, variables = model_and_variables(**variant, dtype=dtype)
+    rng = np.random.default_rng(0)
+    images = [rng.normal(size=(*size, 3)).astype(dtype) for size in sizes]
+    # No number lets the padding be told from the image, so that if any of it is read it shows.
+    padded = run(model, variables, pad(images, PADDED, fill), jnp.asarray(sizes))
+    differences = []
+    for row, image in enumerate(images):
+        alone = run(model, variables, jnp.asarray(image)[None])
+        assert padded.keys() == alone.keys() >= {"out"}
+        for head, expected in alone.items():
+            height, width = image.shape[:2]
+            ours = padded[head][row, :height, :width]
+            assert np.abs(expected).max() > 0.01
+            differences.append(np.abs(ours - expected[0]).max() / np.abs(expected).max())
+    return max(differences)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_those_of_the_image_alone(variant):
+    assert largest_difference(*VARIANTS[variant]) < 1e-5
+
+
+def test_float64_logits_are_those_of_the_image_alone(x64):
+    assert largest_difference({}, SIZES[2:3], "float64") < 1e-11
+
+
+def test_bfloat16_logits_are_close_to_those_of_the_image_alone():
+    model, variables = model_and_variables(dtype="bfloat16")
+    image = np.random.default_rng(0).normal(size=(38, 47, 3)).astype(np.float32)
+    padded = run(model, variables, pad([image], PADDED, np.nan), jnp.asarray([(38, 47)]))["out"]
+    alone = run(model, variables, jnp.asarray(image)[None])["out"]
+    assert np.abs(padded[:, :38, :47] - alone).max() < 0.02 * np.abs(alone).max()
+
+
+@pytest.fixture
+def maps():
+    """Two maps at half the size of images of 66x50, padded by NaN, and their sizes."""
+    values = np.random.default_rng(0).normal(-3, 1, (2, 33, 25, 4)).astype(np.float32)
+    sizes = [(33, 25), (20, 9)]
+    padded = np.full_like(values, np.nan)
+    for row, (height, width) in enumerate(sizes):
+        padded[row, :height, :width] = values[row, :height, :width]
+    return jnp.asarray(padded), sizes
+
+
+def test_mean_and_pool_are_over_the_image(maps):
+    x, sizes = maps
+    with valid_area(jnp.asarray([(65, 50), (39, 18)]), (2, 66, 50, 3)):
+        assert valid_sizes(x).tolist() == [list(size) for size in sizes]
+        mean, pooled = mean_over_image(x, jnp.float32), max_pool(x)
+        filled = fill_padding(x, 7)
+    for row, (height, width) in enumerate(sizes):
+        image = np.asarray(x[row, :height, :width])
+        np.testing.assert_allclose(mean[row, 0, 0], image.mean((0, 1)), rtol=1e-5)
+        alone = max_pool(jnp.asarray(image)[None])[0]
+        np.testing.assert_array_equal(pooled[row, : alone.shape[0], : alone.shape[1]], alone)
+        assert jnp.all(filled[row, height:] == 7)
+        assert jnp.all(filled[row, :, width:] == 7)
+        np.testing.assert_array_equal(filled[row, :height, :width], image)
+    # Beyond, the next layer must find numbers that it can compute with.
+    assert jnp.abs(pooled).max() < 100
+
+
+@pytest.mark.parametrize(
+    ("in_size", "out_size"), [((5, 7), (11, 3)), ((1, 4), (6, 1)), ((9, 9),) * 2]
+)
+def test_resizes_from_and_to_each_images_size(in_size, out_size):
+    x = np.zeros((2, 9, 9, 2), np.float32)
+    image = np.random.default_rng(0).normal(size=(*in_size, 2)).astype(np.float32)
+    x[1, : in_size[0], : in_size[1]] = image
+    resized = resize_bilinear(
+        jnp.asarray(x),
+        13,
+        10,
+        in_sizes=jnp.asarray([(2, 2), in_size]),
+        out_sizes=jnp.asarray([(3, 3), out_size]),
+    )
+    alone = resize_bilinear(jnp.asarray(image)[None], *out_size)[0]
+    np.testing.assert_allclose(resized[1, : out_size[0], : out_size[1]], alone, atol=1e-6)
+
+
+def test_resize_weighs_pixels_of_large_images_exactly():
+    """Coordinates in float32 would have 11 bits before the point and leave 13 behind it."""
+    stripes = jnp.asarray(np.arange(3000) % 2, jnp.float32)[None, :, None, None]
+    options = {"in_sizes": jnp.asarray([(2999, 1)]), "out_sizes": jnp.asarray([(2001, 1)])}
+    resized = resize_bilinear(stripes, 2050, 1, **options)[0, :2001, 0, 0]
+    centres = (np.arange(2001) + 0.5) * 2999 / 2001 - 0.5
+    np.testing.assert_allclose(resized, 1 - np.abs(centres % 2 - 1), atol=1e-6)
+
+
+def test_nothing_is_computed_for_padding_without_sizes():
+    model, variables = model_and_variables()
+    images, sizes = jnp.zeros((1, 65, 65, 3)), jnp.ones((1, 2), jnp.int32)
+
+    def operations(**options):
+        jaxpr = jax.make_jaxpr(lambda x: model.apply(variables, x, **options)[0])(images)
+        return [equation.primitive.name for equation in jaxpr.eqns]
+
+    assert operations().count("lt") == 0
+    assert operations(sizes=sizes).count("lt") > 10
+
+
+def test_a_row_without_pixels_does_no_harm():
+    model, variables = model_and_variables()
+    images = np.random.default_rng(0).normal(size=(2, *PADDED, 3)).astype(np.float32)
+    sizes = [(38, 47), (0, 0)]
+    outputs = run(model, variables, jnp.asarray(images), jnp.asarray(sizes))
+    assert np.isfinite(outputs["out"]).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "options", "message"),
+    [
+        ((2, 40, 40, 3), (2, 2), {"train": True, "key": 0}, "takes no sizes: padding is for inf"),
+        ((2, 40, 40, 3), (1, 2), {}, r"sizes must be \[2, 2\], got \[1, 2\]"),
+        ((2, 32, 32, 3), (2, 2), {}, "padded to 33 pixels or more on a side, got 32x32"),
+    ],
+)
+def test_refuses(shape, sizes, options, message):
+    model, _ = model_and_variables()
+    module = nnx.eval_shape(lambda: DeepLabV3(model.architecture, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=message):
+        module(jnp.zeros(shape), **options, sizes=jnp.ones(sizes, jnp.int32))
+
+
+def test_refuses_maps_of_other_images():
+    with (
+        valid_area(jnp.ones((1, 2), jnp.int32), (1, 40, 40, 3)),
+        pytest.raises(ValueError, match="a map of 7x7 is none of images of 40x40"),
+    ):
+        valid_sizes(jnp.zeros((1, 7, 7, 1)))
+
+
+def test_area_ends_with_its_block():
+    x = jnp.zeros((1, 40, 40, 1))
+    with contextlib.suppress(KeyError), valid_area(jnp.ones((1, 2), jnp.int32), x.shape):
+        assert valid_sizes(x) is not None
+        raise KeyError
+    assert valid_sizes(x) is None
