@@ -13,7 +13,9 @@ Ids = UInt8[np.ndarray, "h w"]
 
 _GAP = 8  # pixels between panels
 _LINE = 22  # height of a line of text, pixels
-_INK, _PAPER = (40, 40, 40), 255
+_INK, _PAPER, _GRID = (40, 40, 40), 255, (215, 215, 215)
+_CELL_WITH_NUMBER = 34  # side of a cell of a confusion plot that a number fits into, pixels
+_CAPTION_WIDTH = 460  # of a confusion plot, pixels
 
 
 def to_rgb(image: UInt8[np.ndarray, "h w c"]) -> Image:
@@ -116,3 +118,69 @@ def _write(canvas: Image, text: str, x: int) -> None:
 
 def _text_width(text: str) -> int:
     return cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.45, 1)[0][0]
+
+
+def confusion_plot(matrix: np.ndarray, labels: LabelSet) -> Image:
+    """Heat map of a confusion matrix: of each true class's pixels the share that each class got.
+
+    Args:
+      matrix: integers `[classes, classes]`, pixels by true (row) and predicted class (column).
+      labels: names of the classes.
+
+    Returns:
+      A picture with the shares in percent where cells are large enough; none is written below
+      0.05 %. A row whose class has no pixels is grey.
+    """
+    num_classes = len(labels.names)
+    cell = int(np.clip(924 // num_classes, 14, 72))  # pixels
+    names = [name[:24] for name in labels.names]
+    margin = max(_text_width(name) for name in names) + 2 * _GAP
+    side = num_classes * cell
+    counts = np.asarray(matrix, np.float64)
+    totals = counts.sum(1, keepdims=True)
+    shares = np.divide(counts, totals, out=np.full_like(counts, np.nan), where=totals > 0)
+
+    canvas = _blank(_LINE + margin + side + _GAP, max(margin + side + _GAP, _CAPTION_WIDTH))
+    _write(canvas, "rows: true class; columns: predicted; % of the row's pixels", _GAP)
+    top = _LINE + margin
+    cells = np.repeat(np.repeat(_heat(shares), cell, 0), cell, 1)
+    canvas[top : top + side, margin : margin + side] = cells
+    for place in range(num_classes + 1):  # lines between cells
+        offset = place * cell
+        canvas[top + offset - (place > 0), margin : margin + side] = _GRID
+        canvas[top : top + side, margin + offset - (place > 0)] = _GRID
+    for place, name in enumerate(names):
+        middle = place * cell + (cell - _LINE) // 2
+        strip = _blank(_LINE, margin)
+        _write(strip, name, margin - _GAP - _text_width(name))
+        _paste(canvas, strip, top + middle, 0)
+        strip = _blank(_LINE, margin)
+        _write(strip, name, _GAP)
+        _paste(canvas, np.rot90(strip), top - margin, margin + middle)
+    if cell >= _CELL_WITH_NUMBER:
+        for row, column in np.argwhere(shares >= 0.0005):
+            center = (margin + column * cell + cell // 2, top + row * cell + cell // 2)
+            _write_share(canvas, float(shares[row, column]), center, exact=cell >= 60)
+    return canvas
+
+
+def _heat(shares: np.ndarray) -> Image:
+    """White to dark blue for 0 to 1, grey for NaN."""
+    low, high = np.array([255, 255, 255]), np.array([8, 60, 130])
+    color = low + (high - low) * np.nan_to_num(shares)[..., None]
+    return np.where(np.isnan(shares)[..., None], 225, np.rint(color)).astype(np.uint8)
+
+
+def _write_share(canvas: Image, share: float, center: tuple[int, int], *, exact: bool) -> None:
+    text = f"{100 * share:.1f}" if exact or share < 0.095 else f"{100 * share:.0f}"
+    (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.38, 1)
+    ink = (255, 255, 255) if share > 0.5 else _INK
+    place = (center[0] - width // 2, center[1] + height // 2)
+    cv2.putText(canvas, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.38, ink, 1, cv2.LINE_AA)
+
+
+def _paste(canvas: Image, picture: Image, top: int, left: int) -> None:
+    """Lays a picture onto the canvas where it is darker, so that neighbours may overlap."""
+    height, width = picture.shape[:2]
+    place = canvas[top : top + height, left : left + width]
+    np.minimum(place, picture[: place.shape[0], : place.shape[1]], out=place)

@@ -42,3 +42,37 @@ def test_legend_shows_each_colour_and_breaks_lines():
     assert narrow.shape[0] > wide.shape[0]
     for index in range(len(names)):
         assert np.any(np.all(narrow == labels.VOC.colors[index], axis=-1)), names[index]
+
+
+def cells(plot, num_classes, cell):
+    """Colour of each cell of a confusion plot, from a corner of it, where no number is."""
+    side = num_classes * cell
+    block = plot[-8 - side : -8, :].astype(int)
+    grid = np.flatnonzero((block == 215).all(axis=(0, 2)))  # the lines between columns
+    left = grid[0]
+    return block[4::cell][:num_classes, left + 4 :: cell][:, :num_classes]
+
+
+def test_confusion_plot_shades_each_rows_shares():
+    matrix = np.array([[90, 10, 0], [0, 0, 0], [30, 30, 60]])
+    plot = visualize.confusion_plot(matrix, labels.named("background", "some", "thing"))
+    assert plot.dtype == np.uint8
+    red = cells(plot, 3, 72)[..., 0]
+    shade = np.array([[0.9, 0.1, 0], [0, 0, 0], [0.25, 0.25, 0.5]])
+    expected = np.rint(255 - shade * (255 - 8))
+    expected[1] = 225  # the class has no pixels
+    np.testing.assert_array_equal(red, expected)
+
+
+@pytest.mark.parametrize(
+    ("table", "cell"),
+    [(labels.named("x"), 72), (labels.VOC, 44), (labels.named(*map(str, range(80))), 14)],
+)
+def test_confusion_plot_holds_any_number_of_classes(table, cell):
+    count = table.num_classes
+    plot = visualize.confusion_plot(np.eye(count, dtype=np.int64), table)
+    red = cells(plot, count, cell)[..., 0]
+    np.testing.assert_array_equal(red, np.where(np.eye(count, dtype=bool), 8, 255))
+    last = plot[-8 - cell + 2 : -10, -8 - cell + 2 : -10, 0]  # dark blue
+    written = (last > 200).any()
+    assert written == (count <= 21)
