@@ -23,8 +23,6 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Of the longer side of a padded image: from 33 on, maps of all strides to 32 differ in size.
-MIN_PADDED_SIDE = 33  # pixels
 _STRIDES = (1, 2, 4, 8, 16, 32)
 
 
@@ -47,17 +45,12 @@ def valid_area(sizes: Int[Array, "n 2"] | None, shape: tuple[int, ...]) -> Itera
       shape: `[n, h, w, c]` of the padded images.
 
     Raises:
-      ValueError: not one size an image, or images padded to fewer than `MIN_PADDED_SIDE` pixels.
+      ValueError: there is not one size an image.
     """
     area = None
     if sizes is not None:
         if sizes.shape != (shape[0], 2):
             raise ValueError(f"sizes must be [{shape[0]}, 2], got {list(sizes.shape)}")
-        if max(shape[1:3]) < MIN_PADDED_SIDE:
-            raise ValueError(
-                f"images with sizes must be padded to {MIN_PADDED_SIDE} pixels or more on a side, "
-                f"got {shape[1]}x{shape[2]}"
-            )
         # A row that only fills up a batch may say 0x0.
         area = _Area(jnp.clip(sizes, 1, jnp.asarray(shape[1:3])), (shape[1], shape[2]))
     token = _area.set(area)
@@ -76,6 +69,7 @@ def valid_sizes(x: Float[Array, "n h w c"]) -> Int[Array, "n 2"] | None:
     area = _area.get()
     if area is None:
         return None
+    # Two strides give as many rows only if that is one, and then it is one of each image too.
     for stride in _STRIDES:
         if x.shape[1:3] == tuple(-(-side // stride) for side in area.padded):
             return (area.sizes + stride - 1) // stride
