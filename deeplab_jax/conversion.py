@@ -57,19 +57,35 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str])
     target = pathlib.Path(destination)
     if path.is_dir():
         return _to_file(path, target)
-    if hub.is_name(str(source)):
-        path = hub.fetch(str(source))
-    if not path.is_file():
-        raise UserError(
-            f"{source} is neither a file of weights, nor a folder with a checkpoint, nor a name of "
-            f"torchvision's: {', '.join(name for name in hub.FILES if name.startswith('deeplab'))}"
-        )
-    return _to_folder(path, target)
+    return _to_folder(_weights_file(source), target)
 
 
 def _to_folder(path: pathlib.Path, target: pathlib.Path) -> Conversion:
     if target.suffix in SUFFIXES:
         raise UserError(f"{path} is a file of weights: it is converted to a folder, not {target}")
+    read = read_weights(path)
+    folder = checkpoint.write_model(target, read.model.variables, read.model.info)
+    architecture = Architecture(**read.model.info["architecture"])
+    return Conversion(path, folder, architecture, read.used, read.dropped, read.notes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A file of torchvision's weights as a model of ours; the other fields are `Conversion`'s."""
+
+    model: checkpoint.SavedModel
+    used: tuple[tuple[str, str], ...]
+    dropped: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+
+def read_weights(path: pathlib.Path) -> Weights:
+    """Reads a `.pth` or `.safetensors` file of a torchvision DeepLabv3, which has no class names:
+    those of 21 classes are VOC's.
+
+    Raises:
+      UserError: if it does not fit a known architecture, with all that speaks against it.
+    """
     file = torch_file.read_file(path)
     architecture = torchvision.architecture_of(file.arrays)
     converted = torchvision.to_model(file.arrays, FunctionalModel(architecture))
@@ -78,13 +94,41 @@ def _to_folder(path: pathlib.Path, target: pathlib.Path) -> Conversion:
         architecture, classes, mean=_MEAN, std=_STD, resize=_RESIZE, size=_SIZE
     )
     variables = Variables(converted.params, converted.batch_stats)
-    folder = checkpoint.write_model(target, variables, info)
     report = converted.report
     notes = report.notes
     if file.entry:
         left = f"; not read: {', '.join(file.left)}" if file.left else ""
         notes = (f'The state dict was under "{file.entry}"{left}.', *notes)
-    return Conversion(path, folder, architecture, report.used, report.dropped, notes)
+    model = checkpoint.SavedModel(path, variables, info)
+    return Weights(model, report.used, report.dropped, notes)
+
+
+def read_model(source: str | os.PathLike[str]) -> checkpoint.SavedModel:
+    """Reads a model from whatever holds one.
+
+    Args:
+      source: a workdir, of which the best checkpoint is read; a checkpoint's folder; a file of
+        weights, see `read_weights`; or a name under which torchvision publishes one.
+
+    Raises:
+      UserError: if there is no model, or it cannot be read.
+    """
+    path = pathlib.Path(source)
+    if path.is_dir():
+        return checkpoint.read(path)
+    return read_weights(_weights_file(source)).model
+
+
+def _weights_file(source: str | os.PathLike[str]) -> pathlib.Path:
+    path = pathlib.Path(source)
+    if hub.is_name(str(source)):
+        path = hub.fetch(str(source))
+    if not path.is_file():
+        raise UserError(
+            f"{source} is neither a file of weights, nor a folder with a checkpoint, nor a name of "
+            f"torchvision's: {', '.join(name for name in hub.FILES if name.startswith('deeplab'))}"
+        )
+    return path
 
 
 def _to_file(path: pathlib.Path, target: pathlib.Path) -> Conversion:

@@ -18,6 +18,7 @@ import optax
 
 from deeplab_jax import config as config_lib
 from deeplab_jax import data as data_lib
+from deeplab_jax.compilation import use_compilation_cache
 from deeplab_jax.config import Config
 from deeplab_jax.data import pipeline
 from deeplab_jax.data.dataset import Dataset
@@ -241,13 +242,6 @@ def restore_or_start(
     # Born with its sharding, so that the first step compiles for what all later ones are given.
     start = jax.jit(lambda v: start_state(tx, v, ema=ema), out_shardings=sharding)
     return start(jax.device_put(variables, sharding)), 0, None
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that a second start of the same run is quick."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "deeplab_jax", "xla"))
 
 
 class StepLog:
