@@ -1,0 +1,385 @@
+"""Probabilities and class ids of images of any size: whole, over scales and mirrored, by windows.
+
+Images are padded to few sizes, of which the model knows (`models.padding`), so that few programs
+are compiled and each result is that of the image alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Num, UInt8
+
+from deeplab_jax.errors import UserError
+from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
+from deeplab_jax.models.layers import resize_bilinear
+
+BUCKET = 128  # pixels between padded sides
+MAX_SIDE = 32767  # pixels; coordinates of larger images overflow 32 bits while they are resized
+MIN_WINDOW = 32  # pixels: one of the features at the largest output stride
+WINDOWS_AT_ONCE = 2  # a window of 513 pixels fills a device; two hide the transfers
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How an image is predicted.
+
+    Attributes:
+      scales: at which it is predicted; the mean of the probabilities counts.
+      flip: whether the mirror image's probabilities count too.
+      window: side of the windows that it is cut into, pixels; None: the whole image at once. Each
+        window is predicted over all scales and directions.
+      overlap: share of a window that its neighbour covers too, at least, in [0, 1).
+
+    Raises:
+      UserError: a value that cannot be.
+    """
+
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    window: int | None = None
+    overlap: float = 0.5
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scales", tuple(self.scales))
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+            raise UserError(f"scales must be one or more numbers above 0, got {self.scales}")
+        if self.window is not None and self.window < MIN_WINDOW:
+            raise UserError(f"window must be {MIN_WINDOW} pixels or more, got {self.window}")
+        if not 0 <= self.overlap < 1:
+            raise UserError(f"overlap must be 0 or more and below 1, got {self.overlap}")
+
+
+def bucket(side: int) -> int:
+    """The padded side of an image's: the next of 129, 257, 385, ... pixels.
+
+    So images of sides up to S need at most ceil((S - 1) / 128)^2 programs: 16 for VOC's 500 pixels.
+    """
+    return BUCKET * max(1, -(-(side - 1) // BUCKET)) + 1
+
+
+def scaled_side(side: int, scale: float) -> int:
+    """Pixels of a side at a scale: the nearest, at least 1."""
+    return max(1, math.floor(side * scale + 0.5))
+
+
+def probabilities(
+    model: FunctionalModel,
+    variables: Variables,
+    images: Num[Array, "n h w c"],
+    sizes: Int[Array, "n 2"],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+) -> Float[Array, "n h w classes"]:
+    """Probabilities of each class at each pixel, averaged over scales and mirror images.
+
+    At each scale the image is resized to `scaled_side` of its own size, bilinearly (half-pixel
+    centres, no antialiasing; not at all at scale 1). The model's logits, which have the resized
+    image's size, become probabilities by softmax there; these are resized back and averaged, as in
+    arXiv 1706.05587, section 4.1, and its authors' code.
+
+    To be jitted: the scales share one program, which holds the network once a scale.
+
+    Args:
+      model: an architecture's functions.
+      variables: its arrays.
+      images: pixels 0..255; what lies beyond an image's size does not matter.
+      sizes: height and width of each image, pixels.
+      mean, std: of the channels, 0..1.
+      scales: relative to the image's size.
+      flip: whether each view is predicted mirrored too, within its own width.
+
+    Returns:
+      What lies beyond an image's size has no meaning.
+    """
+    pixels = normalize(images, tuple(mean), tuple(std))
+    sizes = jnp.clip(sizes, 1, jnp.asarray(pixels.shape[1:3]))
+    views = (_probabilities_at(scale, model, variables, pixels, sizes, flip) for scale in scales)
+    return functools.reduce(jnp.add, views) / len(scales)
+
+
+def class_ids(
+    model: FunctionalModel,
+    variables: Variables,
+    images: Num[Array, "n h w c"],
+    sizes: Int[Array, "n 2"],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+) -> UInt8[Array, "n h w"]:
+    """The class of the highest probability at each pixel; arguments as of `probabilities`.
+
+    At scale 1 alone it is that of the model's highest logit, whose order softmax could round away.
+    """
+    if tuple(scales) == (1.0,) and not flip:
+        pixels = normalize(images, tuple(mean), tuple(std))
+        scores = model.apply(variables, pixels, sizes=sizes)[0]["out"]
+    else:
+        scores = probabilities(
+            model, variables, images, sizes, mean=mean, std=std, scales=scales, flip=flip
+        )
+    return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
+
+
+def _probabilities_at(
+    scale: float,
+    model: FunctionalModel,
+    variables: Variables,
+    pixels: Float[Array, "n h w c"],
+    sizes: Int[Array, "n 2"],
+    flip: bool,
+) -> Float[Array, "n h w classes"]:
+    height, width = pixels.shape[1:3]
+    view, view_sizes = pixels, sizes
+    if scale != 1:
+        view_sizes = _scaled_sizes(sizes, (height, width), scale)
+        padded = scaled_side(height, scale), scaled_side(width, scale)
+        view = resize_bilinear(pixels, *padded, in_sizes=sizes, out_sizes=view_sizes)
+    directions = [view, _mirror(view, view_sizes)] if flip else [view]
+    outputs, _ = model.apply(
+        variables,
+        jnp.concatenate(directions),
+        sizes=jnp.concatenate([view_sizes] * len(directions)),
+    )
+    result = jax.nn.softmax(outputs["out"], axis=-1)
+    if flip:
+        straight, mirrored = jnp.split(result, 2)
+        result = (straight + _mirror(mirrored, view_sizes)) / 2
+    if scale != 1:
+        result = resize_bilinear(result, height, width, in_sizes=view_sizes, out_sizes=sizes)
+    return result
+
+
+def _scaled_sizes(
+    sizes: Int[Array, "n 2"], padded: tuple[int, int], scale: float
+) -> Int[Array, "n 2"]:
+    """`scaled_side` of each, from a table: rounded as on the host, not as float32 would."""
+    tables = (jnp.asarray([scaled_side(i, scale) for i in range(side + 1)]) for side in padded)
+    return jnp.stack([table[sizes[:, axis]] for axis, table in enumerate(tables)], axis=1)
+
+
+def _mirror(x: Float[Array, "n h w c"], sizes: Int[Array, "n 2"]) -> Float[Array, "n h w c"]:
+    """Each image mirrored left to right within its own width."""
+    columns = jnp.maximum(sizes[:, 1:] - 1 - jnp.arange(x.shape[2]), 0)
+    return jnp.take_along_axis(x, columns[:, None, :, None], axis=2)
+
+
+def window_starts(side: int, window: int, overlap: float) -> list[int]:
+    """First pixels of the windows along a side: as few as `overlap` allows, evenly spaced."""
+    if side <= window:
+        return [0]
+    step = max(1, window - round(window * overlap))
+    gaps = -(-(side - window) // step)
+    return [round(index * (side - window) / gaps) for index in range(gaps + 1)]
+
+
+def window_weights(side: int) -> Float32[np.ndarray, " side"]:
+    """Weight of each pixel along a window: a triangle that is never 0, and 1 in the middle."""
+    index = np.arange(side)
+    return (np.minimum(index + 1, side - index) / ((side + 1) // 2)).astype(np.float32)
+
+
+class Inference:
+    """Predicts images of any size, one at a time, on jax's default device.
+
+    Images are padded to a `bucket` of sizes, or to the window's; one program is compiled for each
+    padded size that occurs. By windows that is one program for images that one window holds, and
+    one for all others, whatever their size: the device then holds two batches of windows, and the
+    host the probabilities of one row of windows, `[window, w, classes]`, besides the result.
+    """
+
+    def __init__(
+        self,
+        model: FunctionalModel,
+        variables: Variables,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        mode: Mode = Mode(),
+    ) -> None:
+        """Places the variables on the device.
+
+        Args:
+          model: an architecture's functions.
+          variables: its arrays.
+          mean, std: of the channels, 0..1.
+          mode: how each image is predicted.
+        """
+        self._architecture = model.architecture
+        self._mode = mode
+        self._variables = jax.device_put(variables, jnp.zeros(()).device)
+        options: dict[str, Any] = {
+            "mean": tuple(mean),
+            "std": tuple(std),
+            "scales": mode.scales,
+            "flip": mode.flip,
+        }
+        whole = functools.partial(probabilities, model, **options)
+        self._functions: dict[str, Callable[..., Array]] = {
+            "ids": functools.partial(class_ids, model, **options),
+            "probabilities": whole,
+            "windows": lambda variables, images, sizes, weights: (
+                whole(variables, images, sizes) * weights[:, :, None]
+            ),
+        }
+        self._programs: dict[tuple[Any, ...], Any] = {}
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs compiled so far."""
+        return len(self._programs)
+
+    def ids(self, image: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w"]:
+        """The class of each pixel.
+
+        Raises:
+          UserError: not an image of the model's channels, or too large for the device at once.
+        """
+        self._check(image)
+        height, width = image.shape[:2]
+        if self._at_once(height, width):
+            return self._whole("ids", image)
+        ids = np.empty((height, width), np.uint8)
+        for top, band in self._bands(image):
+            ids[top : top + len(band)] = band.argmax(axis=-1)
+        return ids
+
+    def probabilities(
+        self, image: UInt8[np.ndarray, "h w c"]
+    ) -> Float32[np.ndarray, "h w classes"]:
+        """Probability of each class at each pixel; raises as `ids` does."""
+        self._check(image)
+        height, width = image.shape[:2]
+        if self._at_once(height, width):
+            return self._whole("probabilities", image)
+        down, across = self._total_weights(height), self._total_weights(width)
+        result = np.empty((height, width, self._architecture.num_classes), np.float32)
+        for top, band in self._bands(image):
+            rows = slice(top, top + len(band))
+            np.divide(band, down[rows, None, None] * across[:, None], out=result[rows])
+        return result
+
+    def _at_once(self, height: int, width: int) -> bool:
+        window = self._mode.window
+        return window is None or max(height, width) <= window
+
+    def _whole(self, function: str, image: np.ndarray) -> np.ndarray:
+        height, width = image.shape[:2]
+        window = self._mode.window
+        padded = np.zeros(
+            (1, window or bucket(height), window or bucket(width), image.shape[2]), np.uint8
+        )
+        padded[0, :height, :width] = image
+        with _memory_of_the_device(image):
+            result = self._run(function, padded, np.asarray([(height, width)], np.int32))
+            return np.asarray(result)[0, :height, :width].copy()
+
+    def _bands(self, image: np.ndarray) -> Iterator[tuple[int, Float32[np.ndarray, "rows w k"]]]:
+        """(first row, weighted sums of the windows' probabilities), from the top to the bottom.
+
+        A band is complete where it is given, and overwritten afterwards.
+        """
+        assert self._mode.window is not None
+        height, width = image.shape[:2]
+        rows = min(self._mode.window, height)
+        band = np.zeros((rows, width, self._architecture.num_classes), np.float32)
+        first = 0
+        for (top, left), weighted in self._windows(image):
+            if top > first:  # no later window reaches what lies above it
+                finished = top - first
+                yield first, band[:finished]
+                band[: rows - finished] = band[finished:]
+                band[rows - finished :] = 0
+                first = top
+            band[:, left : left + weighted.shape[1]] += weighted
+        yield first, band
+
+    def _windows(self, image: np.ndarray) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+        """((top, left), weighted probabilities) of each window, row by row."""
+        assert self._mode.window is not None
+        window, overlap = self._mode.window, self._mode.overlap
+        size = [min(window, side) for side in image.shape[:2]]
+        sizes = np.full((WINDOWS_AT_ONCE, 2), size, np.int32)
+        weights = np.zeros((window, window), np.float32)
+        weights[: size[0], : size[1]] = np.outer(*map(window_weights, size))
+        tops, lefts = (window_starts(side, window, overlap) for side in image.shape[:2])
+        places = [(top, left) for top in tops for left in lefts]
+        pending: tuple[list[tuple[int, int]], Array] | None = None
+        with _memory_of_the_device(image):
+            for start in range(0, len(places), WINDOWS_AT_ONCE):
+                batch = places[start : start + WINDOWS_AT_ONCE]
+                images = np.zeros((WINDOWS_AT_ONCE, window, window, image.shape[2]), np.uint8)
+                for row, (top, left) in zip(images, batch, strict=False):
+                    cut = image[top : top + size[0], left : left + size[1]]
+                    row[: size[0], : size[1]] = cut
+                result = self._run("windows", images, sizes, weights)
+                # The device computes these while the host adds the ones before.
+                if pending is not None:
+                    yield from _cut(*pending, size)
+                pending = batch, result
+            if pending is not None:
+                yield from _cut(*pending, size)
+
+    def _total_weights(self, side: int) -> Float32[np.ndarray, " side"]:
+        """Sum of the weights of the windows along a side."""
+        assert self._mode.window is not None
+        weights = window_weights(min(self._mode.window, side))
+        total = np.zeros(side, np.float32)
+        for start in window_starts(side, self._mode.window, self._mode.overlap):
+            total[start : start + len(weights)] += weights
+        return total
+
+    def _run(self, function: str, images: np.ndarray, *others: np.ndarray) -> Array:
+        key = (function, images.shape)
+        if key not in self._programs:
+            lowered = jax.jit(self._functions[function]).lower(self._variables, images, *others)
+            self._programs[key] = lowered.compile()
+        return self._programs[key](self._variables, images, *others)
+
+    def _check(self, image: np.ndarray) -> None:
+        channels = self._architecture.in_channels
+        valid = image.ndim == 3 and image.shape[2] == channels and image.size > 0
+        if not valid or image.dtype != np.uint8:
+            raise UserError(
+                f"image must be uint8 [h, w, {channels}], got {image.dtype} {list(image.shape)}"
+            )
+        largest = bucket(max(image.shape[:2])) * max(1, *self._mode.scales)
+        if self._mode.window is None and largest > MAX_SIDE:
+            raise UserError(
+                f"an image of {image.shape[0]}x{image.shape[1]} pixels is too large to be "
+                "predicted at once: use windows"
+            )
+
+
+def _cut(
+    places: list[tuple[int, int]], batch: Array, size: list[int]
+) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+    """Each place with its window, without padding; the rows that fill up the batch are left."""
+    windows = np.asarray(batch)[:, : size[0], : size[1]]
+    yield from zip(places, windows, strict=False)
+
+
+@contextlib.contextmanager
+def _memory_of_the_device(image: np.ndarray) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"an image of {image.shape[0]}x{image.shape[1]} pixels does not fit in the device's "
+            "memory: use windows, or smaller ones, and fewer scales"
+        ) from error
