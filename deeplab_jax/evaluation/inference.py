@@ -134,6 +134,17 @@ def class_ids(
     return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
 
 
+def _weighted_probabilities(
+    model: FunctionalModel,
+    variables: Variables,
+    images: Num[Array, "n h w c"],
+    sizes: Int[Array, "n 2"],
+    weights: Float[Array, "h w"],
+    **options: Any,
+) -> Float[Array, "n h w classes"]:
+    return probabilities(model, variables, images, sizes, **options) * weights[:, :, None]
+
+
 def _probabilities_at(
     scale: float,
     model: FunctionalModel,
@@ -227,13 +238,14 @@ class Inference:
             "scales": mode.scales,
             "flip": mode.flip,
         }
-        whole = functools.partial(probabilities, model, **options)
-        self._functions: dict[str, Callable[..., Array]] = {
-            "ids": functools.partial(class_ids, model, **options),
-            "probabilities": whole,
-            "windows": lambda variables, images, sizes, weights: (
-                whole(variables, images, sizes) * weights[:, :, None]
-            ),
+        functions: dict[str, Callable[..., Array]] = {
+            "ids": class_ids,
+            "probabilities": probabilities,
+            "windows": _weighted_probabilities,
+        }
+        self._functions = {
+            name: functools.partial(function, model, **options)
+            for name, function in functions.items()
         }
         self._programs: dict[tuple[Any, ...], Any] = {}
 
