@@ -8,6 +8,8 @@ import typer
 
 from deeplab_jax.commands.bench import bench
 from deeplab_jax.commands.convert import convert
+from deeplab_jax.commands.data import data
+from deeplab_jax.commands.evaluate import evaluate
 from deeplab_jax.errors import UserError
 
 app = typer.Typer(
@@ -18,6 +20,8 @@ app = typer.Typer(
 )
 app.command()(bench)
 app.command()(convert)
+app.add_typer(data, name="data")
+app.command()(evaluate)
 
 
 @app.callback()

@@ -16,7 +16,7 @@ from deeplab_jax.labels import IGNORE, LabelSet
 
 BINARY = label_sets.named("background", "foreground")
 
-FOREIGN = -1  # the id of a pixel that is neither of a class nor ignored
+UNKNOWN = -1  # the id of a pixel that is neither of a class nor ignored
 # Of VOC's border in pictures of its masks: the entry 255 of its colour map.
 _VOC_BORDER = label_sets.voc_palette(256)[255]
 _NUM_VALUES = {"ids": 256, "binary": 256, "colors": 2**24}
@@ -66,7 +66,7 @@ class MaskFormat:
             ) from None
 
     def to_ids(self, values: Integer[np.ndarray, "h w"]) -> Int16[np.ndarray, "h w"]:
-        """The class id of each pixel; `labels.IGNORE` where ignored, `FOREIGN` where none."""
+        """The class id of each pixel; `labels.IGNORE` where ignored, `UNKNOWN` where none."""
         table = _table(self)
         if values.dtype != np.uint8:
             values = np.where((values < 0) | (values >= len(table) - 1), len(table) - 1, values)
@@ -80,16 +80,18 @@ class MaskFormat:
         """
         values = self.read_values(path)
         ids = self.to_ids(values)
-        if (ids == FOREIGN).any():
-            raise UserError(self.describe_foreign(path, values, ids == FOREIGN))
+        if (ids == UNKNOWN).any():
+            raise UserError(self.describe_unknown(path, values, ids == UNKNOWN))
         return ids.astype(np.uint8)
 
-    def describe_foreign(self, path: pathlib.Path, values: np.ndarray, foreign: np.ndarray) -> str:
+    def describe_unknown(self, path: pathlib.Path, values: np.ndarray, unknown: np.ndarray) -> str:
         """Where a mask has pixels of no class, which, and what may mend it."""
-        y, x = np.argwhere(foreign)[0]
-        found, counts = np.unique(values[foreign], return_counts=True)
+        y, x = np.argwhere(unknown)[0]
+        found, counts = np.unique(values[unknown], return_counts=True)
         several = f" and {len(found) - 1} others" if len(found) > 1 else ""
-        hint = self.hint({int(value) for value in np.unique(values)}, set(found.tolist()), path)
+        hint = self.hint(set(np.unique(values).tolist()), set(found.tolist()))
+        if path.suffix.lower() in (".jpg", ".jpeg"):
+            hint = "JPEG changes values: masks must be saved as PNG."
         return (
             f"{path}: {self.spell(values[y, x])}{several}, first at pixel x {x}, y {y}, is neither "
             f"{self._expected(int(values[y, x]))} ({counts.sum()} pixels). {hint}"
@@ -117,10 +119,8 @@ class MaskFormat:
         index = int(distances.argmin())
         return self.labels.names[index], self.labels.colors[index]
 
-    def hint(self, values: set[int], foreign: set[int], path: pathlib.Path) -> str:
-        """What mends a mask that holds these values, some of which are foreign."""
-        if path.suffix.lower() in (".jpg", ".jpeg", ".webp"):
-            return "JPEG changes values: masks must be saved as PNG."
+    def hint(self, values: set[int], unknown: set[int]) -> str:
+        """What mends masks that hold these values, some of which are unknown."""
         if self.holds == "colors":
             values = {value & 255 for value in values if _split(value) == (value & 255,) * 3} or {
                 256
@@ -136,7 +136,7 @@ class MaskFormat:
             )
         if self.holds == "binary":
             return "Mend the mask, or set config.data.ignore_label to a value that does not count."
-        ignored = f"={min(foreign)} if it does not count." if len(foreign) == 1 else "."
+        ignored = f"={min(unknown)} if it does not count." if len(unknown) == 1 else "."
         return f"Mend the mask, name the class, or set config.data.ignore_label{ignored}"
 
     def meanings(self) -> dict[int, int]:
@@ -157,7 +157,7 @@ class MaskFormat:
 @functools.lru_cache(maxsize=4)
 def _table(mask_format: MaskFormat) -> Int16[np.ndarray, " values"]:
     """The id of each value; the last entry is for all other values."""
-    table = np.full(_NUM_VALUES[mask_format.holds] + 1, FOREIGN, np.int16)
+    table = np.full(_NUM_VALUES[mask_format.holds] + 1, UNKNOWN, np.int16)
     for value, class_id in mask_format.meanings().items():
         table[value] = class_id
     return table

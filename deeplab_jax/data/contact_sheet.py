@@ -1,0 +1,60 @@
+"""A picture of many pairs: each image with its mask laid over it, to be looked through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+from deeplab_jax import visualize
+from deeplab_jax.data.masks import MaskFormat
+from deeplab_jax.data.scan import Scan, thumbnail
+
+_COLUMNS = 6
+_WIDTH = 240  # of a tile, pixels
+_GAP = 8
+_LINE = 18  # height of a tile's title
+_MAX_TITLE = 34  # letters that fit above a tile
+
+
+def draw(
+    scans: Sequence[Scan], mask_format: MaskFormat, num_channels: int, limit: int = 36
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Up to `limit` pairs, evenly spread over all, with the names of the classes they show.
+
+    What is of no class is shown as what is ignored is: clear.
+    """
+    readable = [scan for scan in scans if scan.readable]
+    places = np.unique(np.linspace(0, len(readable) - 1, min(limit, len(readable))).astype(int))
+    tiles = []
+    shown: set[int] = set()
+    for scan in (readable[place] for place in places):
+        image, label = thumbnail(scan, mask_format, num_channels, _WIDTH)
+        tiles.append(_tile(f"{scan.split}/{scan.pair.name}", image, label, mask_format))
+        shown |= {int(i) for i in np.unique(label) if i < mask_format.labels.num_classes}
+    rows = [_row(tiles[first : first + _COLUMNS]) for first in range(0, len(tiles), _COLUMNS)]
+    width = _COLUMNS * (_WIDTH + _GAP) + _GAP
+    return np.concatenate([*rows, visualize.legend(sorted(shown), mask_format.labels, width)])
+
+
+def _tile(
+    title: str, image: np.ndarray, label: np.ndarray, mask_format: MaskFormat
+) -> UInt8[np.ndarray, "h w 3"]:
+    header = np.full((_LINE, _WIDTH, 3), 255, np.uint8)
+    text = title if len(title) <= _MAX_TITLE else "..." + title[3 - _MAX_TITLE :]
+    ascii_text = text.encode("ascii", "replace").decode()  # all that OpenCV's fonts hold
+    cv2.putText(
+        header, ascii_text, (0, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (40, 40, 40), 1, cv2.LINE_AA
+    )
+    return np.concatenate([header, visualize.overlay(image, label, mask_format.labels)])
+
+
+def _row(tiles: Sequence[np.ndarray]) -> UInt8[np.ndarray, "h w 3"]:
+    height = max(tile.shape[0] for tile in tiles) + _GAP
+    row = np.full((height, _COLUMNS * (_WIDTH + _GAP) + _GAP, 3), 255, np.uint8)
+    for column, tile in enumerate(tiles):
+        x = _GAP + column * (_WIDTH + _GAP)
+        row[: tile.shape[0], x : x + _WIDTH] = tile
+    return row
