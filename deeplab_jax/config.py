@@ -409,7 +409,11 @@ def _rules(config: Config) -> list[tuple[str, str, bool]]:
             "must be one or more numbers above 0",
             len(evaluation.scales) > 0 and all(0 < s < math.inf for s in evaluation.scales),
         ),
-        ("eval.window", "must be 0 (whole images) or a side in pixels", evaluation.window >= 0),
+        (
+            "eval.window",
+            "must be 0 (whole images) or a side of 32 pixels or more",
+            evaluation.window == 0 or evaluation.window >= 32,
+        ),
         (
             "eval.window",
             "must be 0 under eval.protocol = paper, which pads whole images; choose native",

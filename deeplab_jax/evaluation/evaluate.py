@@ -17,6 +17,7 @@ from deeplab_jax.data import pipeline
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.evaluation.boundary import count_boundary
 from deeplab_jax.evaluation.confusion import Scores, confusion_matrices, count, scores
+from deeplab_jax.evaluation.inference import Inference, Mode, class_ids
 from deeplab_jax.evaluation.protocols import PROTOCOLS
 from deeplab_jax.labels import LabelSet
 from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
@@ -92,7 +93,7 @@ class Evaluator:
         self._dataset = dataset
         self._config = config
         self._protocol = PROTOCOLS[config.eval.protocol]
-        self._rows = batch_sharding(mesh)
+        self._rows, self._replicated = batch_sharding(mesh), replicated(mesh)
         # Padding rows count nowhere, so the batch may grow to what the devices divide.
         self._batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
         if config.eval.window:  # image by image, each host all of them
@@ -100,8 +101,8 @@ class Evaluator:
         self._num_compilations = 0
         self._step = jax.jit(
             self._evaluate_batch,
-            in_shardings=(replicated(mesh), self._rows),
-            out_shardings=(replicated(mesh), replicated(mesh), self._rows),
+            in_shardings=(self._replicated, self._rows),
+            out_shardings=(self._replicated, self._replicated, self._rows),
         )
 
     @property
@@ -117,29 +118,27 @@ class Evaluator:
         self, variables: Variables, batch: dict[str, Array]
     ) -> tuple[Array, Array, Array]:
         self._num_compilations += 1  # this body runs when it is traced: once a shape
-        ids = jnp.argmax(self._class_scores(variables, batch), axis=-1).astype(jnp.uint8)
+        ids = self._ids(variables, batch)
         matrices = confusion_matrices(batch["label"], ids, self._num_classes)
         return batch["index"], matrices, ids
 
-    def _class_scores(self, variables: Variables, batch: dict[str, Array]) -> Array:
-        """Logits, or probabilities averaged over scales and mirror images, `[b, h, w, classes]`."""
+    def _ids(self, variables: Variables, batch: dict[str, Array]) -> Array:
+        """The class of each pixel, uint8 `[b, h, w]`."""
         data, settings = self._config.data, self._config.eval
-        sizes = None if self._protocol.padding_is_image else batch["size"]
-        if tuple(settings.scales) == (1.0,) and not settings.flip:
-            images = normalize(batch["image"], data.mean, data.std)
-            return self._model.apply(variables, images, sizes=sizes)[0]["out"]
-        from deeplab_jax.evaluation.inference import probabilities
-
-        if sizes is None:
-            sizes = jnp.full_like(batch["size"], jnp.array(batch["image"].shape[1:3]))
-        return probabilities(
+        images, sizes = batch["image"], batch["size"]
+        if self._protocol.padding_is_image:
+            if tuple(settings.scales) == (1.0,) and not settings.flip:
+                outputs, _ = self._model.apply(variables, normalize(images, data.mean, data.std))
+                return jnp.argmax(outputs["out"], axis=-1).astype(jnp.uint8)
+            sizes = jnp.full_like(sizes, jnp.array(images.shape[1:3]))
+        return class_ids(
             self._model,
             variables,
-            batch["image"],
+            images,
             sizes,
             mean=data.mean,
             std=data.std,
-            scales=tuple(settings.scales),
+            scales=settings.scales,
             flip=settings.flip,
         )
 
@@ -165,7 +164,7 @@ class Evaluator:
           RuntimeError: if not each image was counted exactly once.
         """
         tally = _Tally(len(self._dataset.source), self._num_classes, per_image, boundary)
-        run = self._window_runner(variables) if self._config.eval.window else self._whole(variables)
+        run = self._windows(variables) if self._config.eval.window else self._whole(variables)
         predictions: list[Prediction] = []
         with self._batches() as batches:
             for batch in batches:
@@ -191,6 +190,7 @@ class Evaluator:
 
     def _whole(self, variables: Variables) -> Callable[[pipeline.EvalBatch], _Outcome]:
         """Evaluates a batch of whole images on all devices."""
+        variables = jax.device_put(variables, self._replicated)
 
         def run(batch: pipeline.EvalBatch) -> _Outcome:
             index, matrices, ids = self._step(variables, to_global(batch, self._rows))
@@ -203,10 +203,8 @@ class Evaluator:
 
         return run
 
-    def _window_runner(self, variables: Variables) -> Callable[[pipeline.EvalBatch], _Outcome]:
+    def _windows(self, variables: Variables) -> Callable[[pipeline.EvalBatch], _Outcome]:
         """Evaluates a batch of one image window by window."""
-        from deeplab_jax.evaluation.inference import Inference, Mode
-
         data, settings = self._config.data, self._config.eval
         inference = Inference(
             self._model,

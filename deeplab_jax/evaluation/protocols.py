@@ -16,6 +16,7 @@ from PIL import Image
 from deeplab_jax.config import EvalConfig
 from deeplab_jax.data import pipeline
 from deeplab_jax.data.dataset import Example
+from deeplab_jax.evaluation.inference import bucket
 
 TORCHVISION_SIDE = 520  # the shorter side in torchvision's `references/segmentation`, pixels
 
@@ -44,8 +45,6 @@ class Protocol:
 
 def buckets(height: int, width: int) -> tuple[int, int]:
     """The next of few heights and of few widths, pixels."""
-    from deeplab_jax.evaluation.inference import bucket
-
     return bucket(height), bucket(width)
 
 

@@ -1,0 +1,218 @@
+"""`deeplab-jax evaluate`."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+_WIDTH_IN_A_FILE = 200  # columns of the table where there is no terminal
+
+if TYPE_CHECKING:
+    from deeplab_jax.evaluation.evaluate import Evaluation, Evaluator
+    from deeplab_jax.evaluation.report import Report
+    from deeplab_jax.models.functional import Variables
+
+
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="Workdir, checkpoint or torchvision's file.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Name of a data set (voc, folder, shapes) or a config file, whose data section is "
+            "taken. Default: what the run was trained on."
+        ),
+    ] = "",
+    root: Annotated[str, typer.Option(help="Folder of the data.")] = "",
+    split: Annotated[str, typer.Option(help="Default: the config's eval_split, val.")] = "",
+    protocol: Annotated[
+        str,
+        typer.Option(help="paper, native or torchvision. Default: paper, native with --window."),
+    ] = "",
+    size: Annotated[
+        int | None, typer.Option(help="Side that paper pads images to. Default: the config's, 513.")
+    ] = None,
+    output_stride: Annotated[
+        int | None, typer.Option(help="8, 16 or 32. Default: the checkpoint's.")
+    ] = None,
+    scales: Annotated[
+        str, typer.Option(help="Average over these: 0.5,0.75,1,1.25,1.5,1.75.")
+    ] = "1",
+    flip: Annotated[bool, typer.Option("--flip", help="Average over mirror images too.")] = False,
+    window: Annotated[int, typer.Option(help="Side of a sliding window; 0: whole images.")] = 0,
+    overlap: Annotated[float, typer.Option(help="Share of a window that the next covers.")] = 0.5,
+    batch_size: Annotated[int, typer.Option(help="Images at once, over all devices.")] = 8,
+    limit: Annotated[int, typer.Option(min=0, help="Only the first N images; 0: all.")] = 0,
+    boundary: Annotated[bool, typer.Option("--boundary", help="Boundary IoU too.")] = False,
+    bootstrap: Annotated[
+        int, typer.Option(min=0, help="Resamples for an interval of the mIoU, such as 1000.")
+    ] = 0,
+    json_file: Annotated[
+        str, typer.Option("--json", help="Write all numbers here; -: to stdout, alone.")
+    ] = "",
+    confusion: Annotated[str, typer.Option(help="Draw the confusion matrix here (.png).")] = "",
+) -> None:
+    """Score a model on a data set: IoU of each class, mIoU and what goes with it.
+
+    Examples:
+
+      deeplab-jax evaluate runs/voc
+
+      deeplab-jax evaluate runs/voc --output-stride 8 --scales 0.5,0.75,1,1.25,1.5,1.75 --flip
+
+      deeplab-jax evaluate deeplabv3_resnet50_coco-cd0a2569.pth --data voc --protocol torchvision
+
+      deeplab-jax evaluate runs/mine --data configs/folder.py --bootstrap 1000 --confusion c.png
+    """
+    from deeplab_jax import segmenter
+    from deeplab_jax.config import EvalConfig
+    from deeplab_jax.evaluation import setup
+    from deeplab_jax.evaluation.evaluate import Evaluator
+    from deeplab_jax.evaluation.report import make_report
+    from deeplab_jax.parallel.mesh import make_mesh
+    from deeplab_jax.training.writer import write_bytes, write_png
+    from deeplab_jax.visualize import confusion_plot
+
+    if json_file and json_file != "-":
+        setup.check_output("--json", json_file, ".json")
+    if confusion:
+        setup.check_output("--confusion", confusion, ".png")
+    config = setup.base_config(data, checkpoint)
+    config.data.root = root or config.data.root
+    config.data.eval_split = split or config.data.eval_split
+    config.eval = EvalConfig(
+        batch_size=batch_size,
+        output_stride=output_stride,
+        size=config.eval.size if size is None else size,
+        num_pictures=0,
+        protocol=protocol or ("native" if window else "paper"),
+        scales=setup.parse_scales(scales),
+        flip=flip,
+        window=window,
+        overlap=overlap,
+    )
+    setup.validate(config)
+    loaded = segmenter.load(checkpoint, output_stride=output_stride)
+    dataset = setup.load_dataset(config.data, limit)
+    warnings = setup.check_fit(loaded.labels, loaded.architecture.in_channels, dataset)
+    config.data.mean, config.data.std = loaded.mean, loaded.std
+    evaluator = Evaluator(loaded.model, dataset, config, make_mesh(config.mesh))
+
+    started = time.perf_counter()
+    evaluation = _with_bar(evaluator, loaded.variables, boundary=boundary, per_image=bootstrap > 0)
+    seconds = time.perf_counter() - started
+    report = make_report(evaluation, resamples=bootstrap)
+    facts = {
+        "checkpoint": str(loaded.path),
+        "data": config.data.name,
+        "root": config.data.root,
+        "split": config.data.eval_split,
+        "protocol": config.eval.protocol,
+        "size": config.eval.size if config.eval.protocol == "paper" else None,
+        "output_stride": loaded.architecture.output_stride,
+        "scales": list(config.eval.scales),
+        "flip": flip,
+        "window": window,
+        "overlap": overlap if window else None,
+        "bootstrap": bootstrap,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(report.images / seconds, 3),
+        "num_compilations": evaluator.num_compilations,
+    }
+    if confusion:
+        write_png(pathlib.Path(confusion), confusion_plot(report.matrix, dataset.labels))
+    text = json.dumps(facts | report.to_json(), indent=2, allow_nan=False) + "\n"
+    if json_file == "-":
+        print(text, end="")
+    elif json_file:
+        write_bytes(pathlib.Path(json_file), text.encode())
+    console = Console(stderr=json_file == "-", highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _WIDTH_IN_A_FILE
+    console.print(_class_table(report))
+    console.print("", *_summary(report, facts), sep="\n", markup=False)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    for warning in warnings + report.warnings():
+        errors.print(f"warning: {warning}", markup=False)
+
+
+def _with_bar(
+    evaluator: Evaluator, variables: Variables, *, boundary: bool, per_image: bool
+) -> Evaluation:
+    console = Console(stderr=True)
+    columns = TextColumn("evaluate"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    ) as bar:
+        task = bar.add_task("", total=evaluator.num_batches)
+        evaluation = evaluator.evaluate(
+            variables,
+            boundary=boundary,
+            per_image=per_image,
+            progress=lambda: bar.advance(task),
+        )
+    assert evaluation is not None  # nobody told it to stop
+    return evaluation
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.2f}"
+
+
+def _class_table(report: Report) -> Table:
+    """A line a class; all numbers in percent."""
+    scores, boundary = report.scores, report.per_class_boundary_iou
+    columns = {
+        "IoU %": scores.per_class_iou,
+        "accuracy %": scores.per_class_accuracy,
+        "of labels %": scores.true_share,
+        "of predictions %": scores.predicted_share,
+    }
+    if boundary is not None:
+        columns["boundary IoU %"] = boundary
+    table = Table(box=None, pad_edge=False)
+    table.add_column("class", no_wrap=True)
+    for title in columns:
+        table.add_column(title, justify="right")
+    for index, name in enumerate(report.names):
+        table.add_row(Text(name), *(_percent(values[index]) for values in columns.values()))
+    return table
+
+
+def _summary(report: Report, facts: dict[str, Any]) -> list[str]:
+    """What holds of all classes together, and how it was come by."""
+    scores, rows = report.scores, {}
+    interval = ""
+    if report.interval is not None:
+        low, high = map(_percent, report.interval)
+        interval = f"  ({low} to {high}: 95 % of {facts['bootstrap']} resamples of the images)"
+    rows["mIoU %"] = _percent(scores.miou) + interval
+    if not math.isnan(scores.miou_without_background):
+        rows["without background"] = _percent(scores.miou_without_background)
+    if report.boundary_miou is not None:
+        rows["boundary mIoU"] = _percent(report.boundary_miou)
+    rows["pixel accuracy"] = _percent(scores.pixel_accuracy)
+    rows["mean accuracy"] = _percent(scores.mean_accuracy)
+    rows["frequency-weighted IoU"] = _percent(scores.frequency_weighted_iou)
+    rows["images"] = f"{report.images} of {facts['data']}, {facts['split']}"
+    rows["protocol"] = facts["protocol"] + (f", padded to {facts['size']}" if facts["size"] else "")
+    rows["model"] = f"{facts['checkpoint']}, output stride {facts['output_stride']}"
+    rows["scales"] = ", ".join(f"{scale:g}" for scale in facts["scales"]) + (
+        ", and mirrored" if facts["flip"] else ""
+    )
+    if facts["window"]:
+        rows["window"] = f"{facts['window']} pixels, overlap {facts['overlap']:g}"
+    programs = facts["num_compilations"]
+    rows["time"] = (
+        f"{facts['seconds']:.1f} s, {facts['images_per_second']:.2f} images/s, "
+        f"{programs} program{'' if programs == 1 else 's'} compiled in it"
+    )
+    return [f"{name:<24}{value}" for name, value in rows.items()]

@@ -1,0 +1,79 @@
+"""Configs from files: one under `configs/`, or the `config.json` that a run leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import typing
+from typing import Any
+
+from deeplab_jax.config import Config
+from deeplab_jax.errors import UserError
+
+
+def from_python(path: str | os.PathLike[str]) -> Config:
+    """What `get_config()` of a Python file gives; the file is executed.
+
+    Raises:
+      UserError: there is no such file, it fails, or it has no `get_config() -> Config`.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise UserError(f"there is no config file {path}")
+    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is no Python file: its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # whatever the file's own code raises
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise UserError(f"{path}: get_config() must give a Config, got {type(config).__name__}")
+    return config
+
+
+def of_run(path: str | os.PathLike[str]) -> Config | None:
+    """The config of the run that a path belongs to; None if it belongs to none.
+
+    Args:
+      path: a workdir, its folder checkpoints/, or a checkpoint in it.
+
+    Raises:
+      UserError: its `config.json` is damaged or of another version.
+    """
+    folder = pathlib.Path(path).absolute()
+    for workdir in (folder, *folder.parents[:2]):
+        if (workdir / "config.json").is_file() and (workdir / "checkpoints").is_dir():
+            return from_json(workdir / "config.json")
+    return None
+
+
+def from_json(path: pathlib.Path) -> Config:
+    """Reads what `config.to_json` wrote; fields that it lacks have their defaults.
+
+    Raises:
+      UserError: it is no JSON, or holds fields that a config has not.
+    """
+    try:
+        return _from_tree(Config, json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a config: {error}") from error
+
+
+def _from_tree(kind: type, tree: Any, prefix: str = "") -> Any:
+    if not isinstance(tree, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'the file'} must hold named fields")
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for name, value in tree.items():
+        if name not in hints:
+            raise ValueError(f"there is no field {prefix}{name}")
+        if dataclasses.is_dataclass(hints[name]):
+            value = _from_tree(typing.cast(type, hints[name]), value, f"{prefix}{name}.")
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
