@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from deeplab_jax.conversion import convert
     from deeplab_jax.errors import UserError
     from deeplab_jax.models.deeplab import Architecture, DeepLabV3, architecture
+    from deeplab_jax.segmenter import Segmenter, load
     from deeplab_jax.training.loop import train
 
 # Imported when they are asked for: the models need no data library, and workers no JAX.
@@ -15,9 +16,11 @@ _HOMES = {
     "Architecture": "models.deeplab",
     "Config": "config",
     "DeepLabV3": "models.deeplab",
+    "Segmenter": "segmenter",
     "UserError": "errors",
     "architecture": "models.deeplab",
     "convert": "conversion",
+    "load": "segmenter",
     "train": "training.loop",
 }
 
@@ -25,9 +28,11 @@ __all__ = [
     "Architecture",
     "Config",
     "DeepLabV3",
+    "Segmenter",
     "UserError",
     "architecture",
     "convert",
+    "load",
     "train",
 ]
 

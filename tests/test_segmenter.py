@@ -1,0 +1,195 @@
+"""`deeplab_jax.load` and the object it gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import deeplab_jax
+from deeplab_jax import labels, segmenter
+from deeplab_jax.errors import UserError
+from deeplab_jax.models.deeplab import architecture
+from deeplab_jax.models.functional import FunctionalModel, Variables
+from deeplab_jax.training import checkpoint
+from deeplab_jax.training.state import TrainState
+from deeplab_jax.weights import torch_file, torchvision
+from random_modules import random_variables
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+CLASSES = labels.LabelSet(("ground", "red", "blue"), ((0, 0, 0), (200, 0, 0), (0, 0, 200)))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    arch = architecture("paper_resnet18", num_classes=3, width=0.125)
+    model = FunctionalModel(arch)
+    info = checkpoint.describe(arch, CLASSES, mean=MEAN, std=STD, resize="none", size=(33, 33))
+    path = tmp_path_factory.mktemp("saved") / "model"
+    variables = random_variables(model)
+    checkpoint.write_model(path, variables, info)
+    return path, model, variables
+
+
+@pytest.fixture(scope="module")
+def loaded(saved):
+    return deeplab_jax.load(saved[0])
+
+
+def picture(height, width, channels=3):
+    shape = (height, width, channels)
+    return np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+
+
+def normalized(image):
+    return ((image / 255 - np.array(MEAN)) / np.array(STD)).astype(np.float32)[None]
+
+
+def test_it_says_what_the_model_is(loaded, saved):
+    assert loaded.path == saved[0]
+    assert loaded.classes == ("ground", "red", "blue")
+    assert loaded.labels == CLASSES
+    assert loaded.palette.dtype == np.uint8
+    np.testing.assert_array_equal(
+        loaded.palette[[1, 2, 255]], [(200, 0, 0), (0, 0, 200), [255] * 3]
+    )
+    assert (loaded.mean, loaded.std) == (MEAN, STD)
+    assert loaded.architecture == saved[1].architecture
+    assert loaded.info["input_size"] == [33, 33]
+
+
+def test_logits_probabilities_and_ids_are_the_models(loaded, saved):
+    image = picture(41, 57)
+    expected = jax.jit(saved[1].apply)(saved[2], jnp.asarray(normalized(image)))[0]["out"]
+    logits = loaded.logits(normalized(image))
+    assert (logits.shape, logits.dtype) == ((1, 41, 57, 3), np.float32)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    probabilities = loaded.probabilities(image)
+    assert (probabilities.shape, probabilities.dtype) == ((41, 57, 3), np.float32)
+    np.testing.assert_allclose(probabilities, jax.nn.softmax(expected)[0], atol=1e-4)
+    ids = loaded.predict(image)
+    assert (ids.shape, ids.dtype) == ((41, 57), np.int32)
+    assert np.mean(ids == np.argmax(expected[0], -1)) > 0.999
+    assert len(np.unique(ids)) > 1
+
+
+def test_a_path_gives_what_its_pixels_give(loaded, tmp_path):
+    image = picture(30, 45)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(image).save(tmp_path / "a.png", exif=exif)
+    turned = np.rot90(image, -1)
+    for path in (tmp_path / "a.png", str(tmp_path / "a.png")):
+        np.testing.assert_array_equal(loaded.predict(path), loaded.predict(turned))
+    assert loaded.predict(turned).shape == (45, 30)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2000), (33, 33)])
+def test_any_size(loaded, size):
+    assert loaded.predict(picture(*size)).shape == size
+
+
+def test_arrays_that_are_no_images_are_refused(loaded):
+    for wrong in (picture(3, 4).astype(np.float32), picture(3, 4)[..., 0], picture(3, 4, 4)):
+        with pytest.raises(ValueError, match=r"image must be uint8 \[height, width, 3\], got "):
+            loaded.predict(wrong)
+    with pytest.raises(ValueError, match="no pixels"):
+        loaded.predict(picture(0, 4))
+
+
+def test_a_file_that_is_no_image_is_said(loaded, tmp_path):
+    (tmp_path / "a.jpg").write_text("hello")
+    with pytest.raises(UserError, match=r"a\.jpg: is a text"):
+        loaded.predict(tmp_path / "a.jpg")
+
+
+def test_settings_reach_the_model(loaded, saved):
+    image = picture(41, 57)
+    plain = loaded.probabilities(image)
+    for settings in ({"scales": (0.5, 1.0)}, {"flip": True}, {"output_stride": 8}, {"window": 33}):
+        other = deeplab_jax.load(saved[0], **settings).probabilities(image)
+        assert other.shape == plain.shape
+        assert np.abs(other - plain).max() > 1e-4, settings
+    stride_8 = deeplab_jax.load(saved[0], output_stride=8)
+    assert stride_8.architecture.output_stride == 8
+    assert stride_8.info["architecture"]["output_stride"] == 8
+    assert stride_8.architecture.atrous_rates == (12, 24, 36)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scales": ()}, "scales must be one or more"),
+        ({"scales": (0.0,)}, "above 0"),
+        ({"window": -1}, "window must be"),
+        ({"output_stride": 12}, "output_stride must be one of 8, 16, 32"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(saved, settings, message):
+    with pytest.raises(UserError, match=message):
+        deeplab_jax.load(saved[0], **settings)
+
+
+def test_large_images_are_segmented_by_windows(saved, monkeypatch):
+    by_itself = deeplab_jax.load(saved[0])
+    assert by_itself.window_of(2000, 2000) is None
+    assert by_itself.window_of(2001, 2000) == segmenter.WINDOW
+    assert deeplab_jax.load(saved[0], window=0).window_of(3000, 4000) is None
+    given = deeplab_jax.load(saved[0], window=65)
+    assert given.window_of(3000, 4000) == given.window_of(100, 100) == 65
+
+    monkeypatch.setattr(segmenter, "LARGE", 40 * 40)
+    monkeypatch.setattr(segmenter, "WINDOW", 33)
+    image = picture(41, 57)
+    np.testing.assert_array_equal(
+        deeplab_jax.load(saved[0]).probabilities(image),
+        deeplab_jax.load(saved[0], window=33).probabilities(image),
+    )
+
+
+def test_a_workdir_gives_its_best_checkpoint(saved, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    folder = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2, log=print)
+    info = checkpoint.read(saved[0]).info
+    for step, miou in ((1, 0.2), (2, 0.5), (3, 0.3)):
+        params = {name: jnp.asarray(step * array) for name, array in saved[2].params.items()}
+        variables = Variables(params, jax.tree.map(jnp.asarray, saved[2].batch_stats))
+        state = TrainState(jnp.asarray(step), variables, opt_state=(), ema_params=None)
+        folder.save(state, step, info, miou, wait=step == 3)
+    folder.close()
+    best = deeplab_jax.load(tmp_path)
+    assert best.path == tmp_path / "checkpoints" / "2"
+    name = "backbone.conv1.kernel"
+    np.testing.assert_array_equal(best.variables.params[name], 2 * saved[2].params[name])
+
+
+def test_torchvisions_file_is_loaded_directly(tmp_path):
+    model = FunctionalModel(architecture("torchvision_resnet18", num_classes=21))
+    variables = random_variables(model)
+    torch_file.write(tmp_path / "some.pth", torchvision.from_model(variables))
+    loaded = deeplab_jax.load(tmp_path / "some.pth")
+    assert loaded.classes[15] == "person"
+    assert loaded.architecture.output_stride == 8
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("none", "none is neither a file of weights, nor a folder with a checkpoint"),
+        (".", "no checkpoint at"),
+        ("a.txt", "a.txt"),
+    ],
+)
+def test_what_holds_no_model_is_said(tmp_path, monkeypatch, path, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("hello")
+    with pytest.raises(UserError, match=message):
+        deeplab_jax.load(path)
+
+
+def test_compilations_are_counted_by_size(saved):
+    counted = deeplab_jax.load(saved[0])
+    for size in ((20, 30), (30, 20), (33, 33)):  # of one padded size
+        counted.predict(picture(*size))
+    assert counted.num_compilations == 1
