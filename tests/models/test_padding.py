@@ -13,7 +13,7 @@ from deeplab_jax.models.deeplab import DeepLabV3, architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.layers import max_pool, resize_bilinear
 from deeplab_jax.models.padding import fill_padding, mean_over_image, valid_area, valid_sizes
-from random_modules import random_module
+from random_modules import random_variables
 
 PADDED = (65, 49)
 SIZES = [(1, 1), (1, 40), (38, 47), (65, 49), (64, 3)]
@@ -49,14 +49,8 @@ VARIANTS = {
 def model_and_variables(**overrides):
     options = {"num_classes": 5, "width": 0.125, **overrides}
     ours = architecture(options.pop("name", "paper_resnet18"), **options)
-    module = random_module(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0)))
     model = FunctionalModel(ours)
-    arrays = {
-        ".".join(map(str, path)): variable.get_value()
-        for path, variable in nnx.to_flat_state(nnx.state(module))
-    }
-    params, batch_stats = ({name: arrays[name] for name in part} for part in model.abstract)
-    return model, type(model.abstract)(params, batch_stats)
+    return model, random_variables(model)
 
 
 @functools.partial(jax.jit, static_argnums=0)
