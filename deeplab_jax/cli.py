@@ -10,6 +10,7 @@ from deeplab_jax.commands.bench import bench
 from deeplab_jax.commands.convert import convert
 from deeplab_jax.commands.data import data
 from deeplab_jax.commands.evaluate import evaluate
+from deeplab_jax.commands.predict import predict
 from deeplab_jax.errors import UserError
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app.command()(bench)
 app.command()(convert)
 app.add_typer(data, name="data")
 app.command()(evaluate)
+app.command()(predict)
 
 
 @app.callback()

@@ -30,13 +30,23 @@ def colorize(ids: Ids, labels: LabelSet) -> Image:
     return labels.palette()[ids]
 
 
-def overlay(image: UInt8[np.ndarray, "h w c"], ids: Ids, labels: LabelSet) -> Image:
-    """Class colours laid over the image at half strength; class 0 and ignored pixels left clear.
+def overlay(
+    image: UInt8[np.ndarray, "h w c"], ids: Ids, labels: LabelSet, opacity: float = 0.5
+) -> Image:
+    """Class colours laid over the image; class 0 and ignored pixels left clear.
 
     Class 0 is the ground in VOC; where it is a class like the others its colour is laid on too.
+
+    Args:
+      image: of any number of channels.
+      ids: class of each pixel.
+      labels: names and colours.
+      opacity: of the colours, 0..1.
     """
     rgb = to_rgb(image)
-    blend = (rgb.astype(np.uint16) + colorize(ids, labels)) // 2
+    parts = round(256 * opacity)
+    colors = colorize(ids, labels).astype(np.uint16)
+    blend = np.right_shift(rgb.astype(np.uint16) * (256 - parts) + colors * parts, 8)
     clear = ids == IGNORE
     if labels.names[0] == "background":
         clear |= ids == 0
