@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 import deeplab_jax
-from deeplab_jax import labels, segmenter
+import saved_model
+from deeplab_jax import segmenter
 from deeplab_jax.errors import UserError
 from deeplab_jax.models.deeplab import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
@@ -15,20 +16,13 @@ from deeplab_jax.training import checkpoint
 from deeplab_jax.training.state import TrainState
 from deeplab_jax.weights import torch_file, torchvision
 from random_modules import random_variables
-
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-CLASSES = labels.LabelSet(("ground", "red", "blue"), ((0, 0, 0), (200, 0, 0), (0, 0, 200)))
+from saved_model import CLASSES, MEAN, STD
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    arch = architecture("paper_resnet18", num_classes=3, width=0.125)
-    model = FunctionalModel(arch)
-    info = checkpoint.describe(arch, CLASSES, mean=MEAN, std=STD, resize="none", size=(33, 33))
     path = tmp_path_factory.mktemp("saved") / "model"
-    variables = random_variables(model)
-    checkpoint.write_model(path, variables, info)
-    return path, model, variables
+    return path, *saved_model.write(path)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +41,7 @@ def normalized(image):
 
 def test_it_says_what_the_model_is(loaded, saved):
     assert loaded.path == saved[0]
-    assert loaded.classes == ("ground", "red", "blue")
+    assert loaded.classes == ("background", "red fox", "bluebird")
     assert loaded.labels == CLASSES
     assert loaded.palette.dtype == np.uint8
     np.testing.assert_array_equal(

@@ -1,0 +1,28 @@
+"""A small model with random weights, saved as a checkpoint: what tests of prediction share."""
+
+import jax
+import jax.numpy as jnp
+
+from deeplab_jax import labels
+from deeplab_jax.models.deeplab import architecture
+from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.training import checkpoint
+from random_modules import random_variables
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+CLASSES = labels.LabelSet(
+    ("background", "red fox", "bluebird"), ((0, 0, 0), (200, 0, 0), (0, 0, 200))
+)
+
+
+def write(path):
+    """Writes it; its functions and arrays."""
+    arch = architecture("paper_resnet18", num_classes=3, width=0.125)
+    model = FunctionalModel(arch)
+    variables = random_variables(model)
+    # Logits near each other, so that each class wins somewhere.
+    for name in ("classifier.4.kernel", "classifier.4.bias"):
+        variables.params[name] = jnp.asarray(0.05 * variables.params[name])
+    info = checkpoint.describe(arch, CLASSES, mean=MEAN, std=STD, resize="none", size=(33, 33))
+    checkpoint.write_model(path, jax.device_get(variables), info)
+    return model, variables
