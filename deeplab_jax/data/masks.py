@@ -60,7 +60,7 @@ class MaskFormat:
         try:
             return reading.read_ids(path)
         except reading.ColorsError as error:
-            raise UserError(
+            raise reading.ColorsError(
                 f"{error} Or, if each class has a colour, set config.data.folder.masks_hold=colors "
                 "and write the colours into classes.txt."
             ) from None
@@ -121,14 +121,14 @@ class MaskFormat:
 
     def hint(self, values: set[int], unknown: set[int]) -> str:
         """What mends masks that hold these values, some of which are unknown."""
-        if self.holds == "colors":
-            values = {value & 255 for value in values if _split(value) == (value & 255,) * 3} or {
-                256
-            }
-        if self.holds != "binary" and values <= {0, 255}:
-            return "For masks of 0 and 255, set config.data.folder.masks_hold=binary."
-        if self.holds != "ids" and max(values) < 64:
-            return "If the masks hold class ids, set config.data.folder.masks_hold=ids."
+        numbers = values
+        if self.holds == "colors":  # as which numbers look grey
+            numbers = {value & 255 for value in values if value == (value & 255) * 0x010101}
+        if len(numbers) == len(values):
+            if self.holds != "binary" and numbers <= {0, 255}:
+                return "For masks of 0 and 255, set config.data.folder.masks_hold=binary."
+            if self.holds != "ids" and max(numbers - {255}, default=0) < 64:  # 255: void, often
+                return "If the masks hold class ids, set config.data.folder.masks_hold=ids."
         if self.holds == "colors":
             return (
                 "Mend the mask, or add the colour to the file of classes; if it does not count, "

@@ -91,12 +91,12 @@ def read_image(path: pathlib.Path, num_channels: int = 3) -> UInt8[np.ndarray, "
             return decode_image(data)
         if num_channels == 1:
             return _decode(data, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)[:, :, None]
-        image = _decode_channels(data)
+        image = _decode_pages(data)
     except ValueError:
         # A format that OpenCV lacks, or an error that Pillow knows to name.
-        mode = {1: "L", 4: "RGBA"}.get(num_channels, "RGB")
-        image = np.asarray(_decode_with_pillow(data, path).convert(mode))
-        image = image.reshape(*image.shape[:2], -1)
+        mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(num_channels)
+        picture = _decode_with_pillow(data, path)
+        image = np.atleast_3d(np.asarray(picture.convert(mode) if mode else picture))
     if image.shape[2] != num_channels:
         raise UserError(
             f"{path}: has {image.shape[2]} channels, but config.data.folder.channels is "
@@ -123,18 +123,17 @@ def _decode(data: bytes, flags: int) -> np.ndarray:
     return image
 
 
-def _decode_channels(data: bytes) -> UInt8[np.ndarray, "h w c"]:
-    """All channels of an image, or of the pages of a TIFF; red first where there are colours."""
+def _decode_pages(data: bytes) -> UInt8[np.ndarray, "h w c"]:
+    """The pages of a TIFF, each a channel."""
     found, pages = (
         cv2.imdecodemulti(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if data
         else (False, ())
     )
-    if not found or len({page.shape for page in pages}) != 1:
-        raise ValueError("not an image that OpenCV can decode")
+    # What has colours is left to Pillow: OpenCV multiplies those of a TIFF by its fourth channel.
+    if not found or any(page.ndim != 2 or page.shape != pages[0].shape for page in pages):
+        raise ValueError("not pages of one channel each")
     image = np.dstack(pages)
-    if len(pages) == 1 and image.shape[2] >= 3:
-        image = np.concatenate([image[:, :, 2::-1], image[:, :, 3:]], axis=2)
     return np.right_shift(image, 8).astype(np.uint8) if image.dtype == np.uint16 else image
 
 

@@ -1,0 +1,666 @@
+"""A user's own images and masks: every layout and kind of mask gives the labels that were drawn."""
+
+import io
+import pickle
+import random
+import re
+import struct
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny
+from deeplab_jax import data, labels
+from deeplab_jax.config import DataConfig
+from deeplab_jax.data import classes, layout, masks, pipeline, reading
+from deeplab_jax.errors import UserError
+from deeplab_jax.labels import IGNORE
+from deeplab_jax.models.architecture import architecture
+from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.training import checkpoint, initialize, loop
+from deeplab_jax.training.loop import resolve_architecture
+from own_data import COLORS, NAMES, Maker
+
+
+@pytest.fixture
+def maker(tmp_path):
+    maker = Maker(tmp_path / "my data")
+    maker.text("classes.txt", *NAMES)
+    return maker
+
+
+@pytest.fixture
+def flat(maker):
+    """Two pairs in one folder each, both of train."""
+    maker.pair("a")
+    maker.pair("b")
+    maker.text("train.txt", "a", "b")
+    return maker
+
+
+# Layouts
+
+
+def test_folders_of_splits(maker):
+    for name in "dcb":
+        maker.pair(name, folder="train")
+    maker.pair("a", folder="val")
+    maker.pair("e", folder="test")
+    maker.expect(maker.load("train"), "bcd")
+    maker.expect(maker.load("val"), "a")
+    maker.expect(maker.load("test"), "e")
+    maker.expect(maker.load("trainval"), "bcda")
+
+
+def test_folders_may_be_nested(maker):
+    maker.pair("a", folder="train/town/1", mask_name="gt-{name}")
+    maker.pair("b", folder="train/town/2", mask_name="gt-{name}")
+    maker.expect(maker.load(mask_name="gt-{name}"), ["town/1/a", "town/2/b"])
+
+
+def test_lists_keep_their_order_and_leave_the_rest(maker):
+    for name in "abcde":
+        maker.pair(name)
+    (maker.root / "masks" / "e.png").unlink()
+    maker.text("train.txt", "c", "", "# the rest", "a.png")
+    maker.text("val.txt", "\ufeffd")
+    maker.expect(maker.load("train"), "ca")
+    maker.expect(maker.load("val"), "d")
+
+
+def test_a_fraction_is_val_and_more_images_move_none(maker):
+    names = [f"{index:03d}" for index in range(200)]
+    for name in names:
+        maker.pair(name, shape=(2, 3))
+    train, val = split_names(maker)
+    assert sorted(train + val) == names
+    assert 20 <= len(val) <= 60  # 40, with a deviation of 5.7
+    assert split_names(maker, seed=1)[1] != val
+    assert split_names(maker, val_fraction=0.5)[1] != val
+    # A larger fraction only adds.
+    assert set(val) < set(split_names(maker, val_fraction=0.5)[1])
+    for index in range(500, 520):
+        maker.pair(f"{index}", shape=(2, 3))
+    assert set(split_names(maker)[0]) >= set(train)
+    assert set(split_names(maker)[1]) >= set(val)
+
+
+def split_names(maker, **folder):
+    splits = layout.find(maker.config(**folder)).splits
+    return [[pair.name for pair in splits[split]] for split in ("train", "val")]
+
+
+def test_a_csv(maker):
+    for name in "abc":
+        maker.pair(name)
+    rows = ["images/a.png, masks/a.png, train", "images/c.png, masks/c.png, val"]
+    maker.text("pairs.csv", "image, mask, split", *rows, "images/b.png, masks/b.png, train", "")
+    maker.root = maker.root / "pairs.csv"
+    maker.expect(maker.load("train"), ["images/a", "images/b"])
+    maker.expect(maker.load("trainval"), ["images/a", "images/b", "images/c"])
+    maker.expect(maker.load("val"), ["images/c"])
+
+
+def test_a_csv_without_splits_is_divided(maker):
+    for index in range(30):
+        maker.pair(f"{index}", shape=(2, 3))
+    rows = [f"{maker.root}/images/{i}.png,masks/{i}.png" for i in range(30)]
+    maker.text("pairs.csv", "image,mask", *rows)
+    maker.root = maker.root / "pairs.csv"
+    sizes = [len(names) for names in split_names(maker)]
+    assert sum(sizes) == 30
+    assert min(sizes) > 0
+
+
+# Masks
+
+
+@pytest.mark.parametrize("holds", ["ids", "palette"])
+@pytest.mark.parametrize("ignore", [255, 3, 77])
+def test_ids_with_any_ignore_label(maker, holds, ignore):
+    maker.pair("a", folder="train", ignore=ignore, holds=holds)
+    dataset = maker.load(ignore_label=ignore)
+    maker.expect(dataset, "a")
+    assert dataset.labels.names == NAMES
+
+
+def test_an_ignored_class_is_none_of_the_classes_if_it_is_the_last(maker):
+    maker.text("classes.txt", *NAMES, "void")
+    maker.pair("a", folder="train", ignore=3)
+    dataset = maker.load(ignore_label=3)
+    assert dataset.labels.names == NAMES
+    maker.expect(dataset, "a")
+    maker.labels["a"][maker.labels["a"] == 1] = IGNORE
+    maker.labels["a"][1, 1] = 3
+    middle = maker.load(ignore_label=1)
+    assert middle.labels.names == (*NAMES, "void")
+    maker.expect(middle, "a")
+
+
+@pytest.mark.parametrize("written", ["decimal", "hex", "void"])
+def test_colors(maker, written):
+    lines = {
+        "decimal": [f"{n} {r}, {g} {b}" for n, (r, g, b) in zip(NAMES, COLORS, strict=True)],
+        "hex": [f"{n} #{r:02x}{g:02X}{b:02x}" for n, (r, g, b) in zip(NAMES, COLORS, strict=True)],
+    }
+    lines["void"] = [*lines["hex"], "void 224 224 192"]
+    maker.text("classes.txt", "# of mine", *lines[written])
+    maker.pair("a", folder="train", holds="colors")
+    # 255 is VOC's border, whose colour this is; else it is the last line's.
+    dataset = maker.load(masks_hold="colors", ignore_label=3 if written == "void" else 255)
+    assert dataset.labels == labels.LabelSet(NAMES, COLORS)
+    maker.expect(dataset, "a")
+
+
+def test_colors_of_a_palette_are_colors(maker):
+    maker.text("classes.txt", "a 9 9 9", "b 1 2 3", "c 200 0 0")
+    maker.pair("a", folder="train")
+    mask = Image.fromarray(np.array([[5, 7], [8, 5]], np.uint8)).convert("P")
+    palette = np.zeros((256, 3), np.uint8)
+    palette[[5, 7, 8]] = (200, 0, 0), (9, 9, 9), (1, 2, 3)
+    mask.putpalette(palette.tobytes())
+    mask.putdata([5, 7, 8, 5])
+    mask.save(maker.root / "masks/train/a.png")
+    maker.save(maker.root / "images/train/a.png", np.zeros((2, 2, 3), np.uint8))
+    label = maker.load(masks_hold="colors").source[0]["label"]
+    assert label.tolist() == [[2, 0], [1, 2]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
+def test_binary(maker, mode):
+    maker.text("classes.txt", "road", "crack")
+    maker.pair("a", folder="train")
+    maker.labels["a"] = (maker.labels["a"] == 1).astype(np.uint8)
+    picture = Image.fromarray(maker.labels["a"] * 255).convert(mode)
+    picture.save(maker.root / "masks/train/a.png")
+    dataset = maker.load(masks_hold="binary")
+    assert dataset.labels.names == ("road", "crack")
+    maker.expect(dataset, "a")
+    (maker.root / "classes.txt").unlink()
+    assert maker.load(masks_hold="binary").labels.names == ("background", "foreground")
+
+
+def test_binary_with_an_ignored_grey(maker):
+    maker.pair("a", folder="train")
+    (maker.root / "classes.txt").unlink()
+    Image.fromarray(np.array([[0, 255, 128]], np.uint8)).save(maker.root / "masks/train/a.png")
+    maker.save(maker.root / "images/train/a.png", np.zeros((1, 3, 3), np.uint8))
+    label = maker.load(masks_hold="binary", ignore_label=128).source[0]["label"]
+    assert label.tolist() == [[0, 1, IGNORE]]
+    with pytest.raises(
+        UserError, match=r"a\.png: value 128, first at pixel x 2, y 0, .*0 nor 255 "
+    ):
+        maker.load(masks_hold="binary")
+
+
+# Channels
+
+
+def with_channels(maker, suffix, write, image):
+    maker.pair("a", folder="train")
+    path = maker.root / "images/train/a.png"
+    path.unlink()
+    write(path.with_suffix(suffix))
+    maker.images["a"] = image
+    return maker.load(channels=image.shape[2])
+
+
+def test_grey_images(maker):
+    image = maker.rng.integers(0, 256, (7, 9, 1), np.uint8)
+    dataset = with_channels(maker, ".png", Image.fromarray(image[..., 0]).save, image)
+    assert dataset.num_channels == 1
+    maker.expect(dataset, "a")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".tga"])
+def test_rgba_images(maker, suffix):
+    image = maker.rng.integers(0, 256, (7, 9, 4), np.uint8)
+    maker.expect(with_channels(maker, suffix, Image.fromarray(image).save, image), "a")
+
+
+@pytest.mark.parametrize("channels", [2, 4, 7])
+@pytest.mark.parametrize("kind", ["npy", "tif"])
+def test_images_of_many_channels(maker, channels, kind):
+    image = maker.rng.integers(0, 256, (7, 9, channels), np.uint8)
+
+    def write(path):
+        if kind == "npy":
+            np.save(path, image)
+        else:
+            pages = [Image.fromarray(image[..., channel]) for channel in range(channels)]
+            pages[0].save(path, save_all=True, append_images=pages[1:])
+
+    dataset = with_channels(maker, f".{kind}", write, image)
+    maker.expect(dataset, "a")
+    config = DataConfig(mean=(0.5,) * channels, std=(0.5,) * channels, crop_size=(5,))
+    config.num_workers = 0
+    with pipeline.train_batches(dataset, config, batch_size=2, seed=0, start_step=0) as batches:
+        assert next(batches)["image"].shape == (2, 5, 5, channels)
+
+
+def test_sixteen_bits_keep_their_upper_eight(tmp_path):
+    image = np.array([[[0x1234, 0xFFFF, 0x00FF]]], np.uint16)
+    rows = b"\0" + image.astype(">u2").tobytes()
+    Image.fromarray(image[..., 0]).save(tmp_path / "grey.png")
+    assert reading.read_image(tmp_path / "grey.png", 1)[0, 0].tolist() == [0x12]
+    (tmp_path / "rgb.png").write_bytes(png(1, 1, 16, 2, rows))
+    assert reading.read_image(tmp_path / "rgb.png")[0, 0].tolist() == [0x12, 0xFF, 0x00]
+    rgba = b"\0" + struct.pack(">4H", 0x0102, 0x0304, 0x0506, 0x0708)
+    (tmp_path / "rgba.png").write_bytes(png(1, 1, 16, 6, rgba))
+    assert reading.read_image(tmp_path / "rgba.png", 4)[0, 0].tolist() == [1, 3, 5, 7]
+
+
+def png(width, height, bits, color_type, rows):
+    import zlib
+
+    def chunk(kind, content):
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    header = struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize("shape", [(7, 9), (7, 9, 3), (7, 9, 4)])
+def test_other_channels_than_said(maker, shape):
+    maker.pair("a", folder="train")
+    maker.save(maker.root / "images/train/a.png", np.zeros(shape, np.uint8))
+    with pytest.raises(UserError, match=r"a\.png: has \d channels.*folder\.channels is 6"):
+        maker.load(channels=6)
+    np.save(maker.root / "images/train/a.npy", np.zeros(shape, np.uint8))
+    (maker.root / "images/train/a.png").unlink()
+    with pytest.raises(UserError, match=r"a\.npy: must be uint8 \[height, width, 6\]"):
+        maker.load(channels=6)
+
+
+def test_a_numpy_mask(maker):
+    maker.pair("a", folder="train")
+    (maker.root / "masks/train/a.png").unlink()
+    np.save(maker.root / "masks/train/a.npy", maker.labels["a"].astype(np.int64))
+    maker.expect(maker.load(), "a")
+    np.save(maker.root / "masks/train/a.npy", maker.labels["a"].astype(float))
+    with pytest.raises(UserError, match=r"a\.npy: must hold whole numbers"):
+        maker.load()
+
+
+# classes.txt
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "color"),
+    [
+        ("car", "car", None),
+        ("  traffic light  ", "traffic light", None),
+        ("traffic light 1 2 3", "traffic light", (1, 2, 3)),
+        ("car 1, 2, 3  # a comment", "car", (1, 2, 3)),
+        ("car #400080", "car", (64, 0, 128)),
+        ("car #400080 # one", "car", (64, 0, 128)),
+        ("car # 400080", "car", None),
+        ("class 7", "class 7", None),
+        ("été", "été", None),
+    ],
+)
+def test_lines_of_classes(tmp_path, line, name, color):
+    (tmp_path / "classes.txt").write_text(f"\ufeff# names\r\n\r\n{line}\r\n", encoding="utf-8")
+    read = classes.read(tmp_path / "classes.txt")
+    assert read == labels.LabelSet((name,), (color or (0, 0, 0),))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names 0 classes, expected 1 to 255"),
+        ("a\n" * 2, r"line 2: the class 'a' is named before"),
+        ("a\nb 300 0 0\n", r"line 2: the colour 300 0 0 is not"),
+        ("car #40008\n", r"line 1: 'car #40008' is no class"),
+        ("a 1 2 3\nb\n", "b has no colour, others have"),
+        ("\n".join(f"c{i}" for i in range(256)), "names 256 classes"),
+        (b"\xff\xfe\x00", "not text in UTF-8"),
+    ],
+)
+def test_wrong_lines_of_classes(tmp_path, text, message):
+    path = tmp_path / "classes.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=rf"(?s)classes\.txt.*{message}"):
+        classes.read(path)
+
+
+def test_colors_of_known_classes(tmp_path):
+    path = tmp_path / "classes.txt"
+    camvid = [name.upper() for name in labels.CAMVID.names]
+    camvid[6] = "Sign_Symbol"
+    for names, expected in (
+        (camvid, labels.CAMVID.colors),
+        (labels.CITYSCAPES.names, labels.CITYSCAPES.colors),
+        (labels.VOC.names, labels.VOC.colors),
+        (labels.CAMVID.names[::-1], labels.voc_palette(11)),
+    ):
+        path.write_text("\n".join(names))
+        assert classes.read(path).colors == expected
+
+
+# Mistakes
+
+
+def test_sizes_must_agree(flat):
+    flat.save(flat.root / "masks/b.png", np.zeros((9, 7), np.uint8))
+    with pytest.raises(UserError, match=r"b\.png: is 7 x 9 pixels .*b\.png is 9 x 7\. .*size"):
+        flat.load()
+
+
+def test_a_turned_image_is_named_as_such(flat):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(flat.images["b"]).save(flat.root / "images/b.png", exif=exif)
+    flat.save(flat.root / "masks/b.png", np.zeros((9, 7), np.uint8))
+    with pytest.raises(UserError, match=r"9 x 7 as stored \(to be shown turned: EXIF 6\)"):
+        flat.load()
+
+
+def test_missing_pairs_are_named_both_ways_and_with_the_nearest_name(maker):
+    for name in ("street_001", "street_002", "street_003", "yard"):
+        maker.pair(name, folder="train")
+    (maker.root / "masks/train/street_002.png").rename(maker.root / "masks/train/stret_002.png")
+    with pytest.raises(UserError) as error:
+        maker.load()
+    message = str(error.value)
+    assert "2 problems" in message
+    assert re.search(
+        r"images/train/street_002\.png: has no mask .*masks/train/street_002\.\* "
+        r"\(nearest name: stret_002\)",
+        message,
+    )
+    assert re.search(
+        r"stret_002\.png: is the mask of no image \(nearest name: street_002\)", message
+    )
+
+
+def test_a_pattern_of_names_is_found(maker):
+    for name in ("a1", "a2"):
+        maker.pair(name, folder="train", mask_name="{name}_mask")
+    with pytest.raises(UserError, match=r"set config\.data\.folder\.mask_name=\{name\}_mask"):
+        maker.load()
+    maker.expect(maker.load(mask_name="{name}_mask"), ["a1", "a2"])
+
+
+def test_two_files_of_one_name(maker):
+    maker.pair("a", folder="train")
+    maker.save(maker.root / "images/train/a.bmp", np.zeros((7, 9, 3), np.uint8))
+    with pytest.raises(UserError, match=r"a\.png and .*a\.bmp have one name"):
+        maker.load()
+
+
+def test_lists_must_name_what_there_is_and_share_nothing(maker):
+    for name in ("aaa", "bbb", "ccc"):
+        maker.pair(name)
+    maker.text("train.txt", "aaa", "bbb", "cccc")
+    maker.text("val.txt", "bbb")
+    with pytest.raises(UserError) as error:
+        maker.load()
+    assert re.search(r"train\.txt: names cccc, .*\(nearest name: ccc\)", str(error.value))
+    assert re.search(r"val\.txt and .*train\.txt share 1 images, as bbb", str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["img,mask", "a,b"], "must name the columns image, mask"),
+        (["image,mask"], "names no image"),
+        (["image,mask,split", "images/a.png,masks/a.png,valid"], "line 2 has split 'valid'"),
+        (["image,mask", "images/a.png"], "line 2 names no mask"),
+        (["image,mask", *["images/a.png,masks/a.png"] * 2], "lines 2 and 3 name one image"),
+        (["image,mask", "images/a.png,masks/aa.png"], r"masks/aa\.png.*\(nearest name: a\.png\)"),
+    ],
+)
+def test_mistakes_in_a_csv(maker, rows, message):
+    maker.pair("a")
+    maker.text("pairs.csv", *rows)
+    maker.root = maker.root / "pairs.csv"
+    with pytest.raises(UserError, match=rf"pairs\.csv.*{message}"):
+        maker.load()
+
+
+def test_unknown_colors_are_located_with_the_nearest_class(maker):
+    maker.text("classes.txt", "sky 10 20 30", "car 64 0 128")
+    mask = np.full((7, 9, 3), (64, 0, 128), np.uint8)
+    mask[5, 8] = (63, 1, 128)
+    mask[6, :2] = (255, 0, 0)
+    maker.pair("a", folder="train")
+    maker.save(maker.root / "masks/train/a.png", mask)
+    with pytest.raises(UserError) as error:
+        maker.load(masks_hold="colors")
+    assert re.search(
+        r"a\.png: colour \(63, 1, 128\) and 1 others, first at pixel x 8, y 5, .*"
+        r"nearest is car \(64, 0, 128\) \(3 pixels\)",
+        str(error.value),
+    )
+
+
+def test_an_unknown_id_is_located_with_the_setting_that_mends_it(flat):
+    mask = np.zeros((7, 9), np.uint8)
+    for name in "ab":
+        flat.save(flat.root / f"masks/{name}.png", mask)
+    mask[4, 2:] = 11
+    flat.save(flat.root / "masks/b.png", mask)
+    with pytest.raises(
+        UserError,
+        match=r"b\.png: id 11, first at pixel x 2, y 4, .*\(0 to 2\).*\(7 pixels\).*"
+        r"ignore_label=11",
+    ):
+        flat.load()
+    assert (flat.load(ignore_label=11).source[1]["label"][4, 2:] == IGNORE).all()
+
+
+@pytest.mark.parametrize("value", [-1, 256, 2**31 - 1])
+def test_ids_beyond_a_byte(flat, value):
+    (flat.root / "masks/b.png").unlink()
+    np.save(flat.root / "masks/b.npy", np.full((7, 9), value, np.int64))
+    with pytest.raises(UserError, match=rf"b\.npy: id {value}, first at pixel x 0, y 0"):
+        flat.load()
+
+
+@pytest.mark.parametrize(
+    ("holds", "mask", "message"),
+    [
+        ("ids", np.array([[0, 255]]), r"masks_hold=binary"),
+        ("binary", np.array([[0, 1]]), r"masks_hold=ids"),
+        ("colors", np.array([[0, 1]]), r"masks_hold=ids"),
+        ("colors", np.array([[0, 255]]), r"masks_hold=binary"),
+        ("ids", np.zeros((1, 2, 3)), r"masks_hold=colors"),
+    ],
+)
+def test_the_wrong_kind_of_mask_is_told_with_the_right_one(maker, holds, mask, message):
+    maker.pair("a", folder="train")
+    maker.save(maker.root / "images/train/a.png", np.zeros((1, 2, 3), np.uint8))
+    maker.save(maker.root / "masks/train/a.png", mask.astype(np.uint8))
+    maker.text("classes.txt", "a 1 1 2", "b 2 2 3")
+    with pytest.raises(UserError, match=message):
+        maker.load(masks_hold=holds, ignore_label=7)
+
+
+def test_masks_as_jpeg_are_named_as_the_cause(maker):
+    maker.pair("a", folder="train")
+    (maker.root / "masks/train/a.png").unlink()
+    Image.fromarray(maker.labels["a"]).save(maker.root / "masks/train/a.jpg", quality=50)
+    with pytest.raises(UserError, match=r"a\.jpg.*JPEG changes values"):
+        maker.load()
+
+
+def test_no_file_of_classes(maker):
+    maker.pair("a", folder="train", ignore=9)
+    (maker.root / "classes.txt").unlink()
+    with pytest.raises(UserError) as error:
+        maker.load(ignore_label=9)
+    assert re.search(
+        r"(?s)classes\.txt: there is no file of class names\. Write a class a line.*"
+        r"first 1 masks hold id 0, id 1, id 2, id 9\. 9 is ignored",
+        str(error.value),
+    )
+    (maker.root.parent / "names").write_text("\n".join(NAMES))
+    dataset = maker.load(ignore_label=9, classes=str(maker.root.parent / "names"))
+    assert dataset.labels.names == NAMES
+    maker.pair("a", folder="train", holds="colors")
+    with pytest.raises(UserError, match=r"with its colour.*\n.*\n(?s:.*)colour \(10, 20, 30\)"):
+        maker.load(masks_hold="colors")
+
+
+def test_two_classes_of_one_color(maker):
+    maker.text("classes.txt", "a 1 2 3", "b 4 5 6", "c 1 2 3")
+    maker.pair("a", folder="train")
+    with pytest.raises(UserError, match=r"a and c have one colour, \(1, 2, 3\)"):
+        maker.load(masks_hold="colors")
+    assert maker.load().labels.names == ("a", "b", "c")
+
+
+def test_binary_wants_two_classes(maker):
+    maker.pair("a", folder="train")
+    with pytest.raises(UserError, match=r"names 3 classes.*two: that of 0, then that of 255"):
+        maker.load(masks_hold="binary")
+
+
+def test_an_empty_root_and_none(maker, tmp_path):
+    with pytest.raises(UserError, match=r"has no folder images and no folder masks\. It holds cla"):
+        maker.load()
+    maker.text("pairs.csv", "image,mask")
+    with pytest.raises(UserError, match=r"config\.data\.root=.*pairs\.csv"):
+        maker.load()
+    (maker.root / "images").mkdir()
+    (maker.root / "masks").mkdir()
+    with pytest.raises(UserError, match="images: holds no images"):
+        maker.load()
+    maker.root = tmp_path / "none"
+    with pytest.raises(UserError, match=r"there is no folder .*none"):
+        maker.load()
+    with pytest.raises(UserError, match=r"(?s)root is empty.*images/train.*CSV"):
+        data.load(DataConfig(name="folder"), "train")
+
+
+def test_absent_splits_say_what_there_is(flat):
+    with pytest.raises(UserError, match=r"no images of split val; it has train \(2\).*val\.txt"):
+        flat.load("val")
+    (flat.root / "train.txt").unlink()
+    with pytest.raises(UserError, match=r"no images of split train.*val_fraction"):
+        flat.load("train", val_fraction=1.0)
+    with pytest.raises(UserError, match=r"must be one of train, val, test, trainval"):
+        flat.load("trainn")
+
+
+def jpeg(array) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("content", ["empty", "text", "cut"])
+@pytest.mark.parametrize("kind", ["images/b.jpg", "masks/b.png"])
+def test_broken_files_are_named(flat, content, kind):
+    (flat.root / "images/b.png").unlink()
+    (flat.root / "images/b.jpg").write_bytes(jpeg(flat.rng.integers(0, 256, (7, 9, 3), np.uint8)))
+    assert len(flat.load().source) == 2
+    path = flat.root / kind
+    whole = path.read_bytes()
+    path.write_bytes({"empty": b"", "text": b"no image", "cut": whole[:-30]}[content])
+    with pytest.raises(UserError, match=rf"{kind}: truncated, or no image"):
+        flat.load()
+
+
+def test_a_truncated_jpeg_is_noticed_where_opencv_fills_it_up(flat, monkeypatch):
+    monkeypatch.setattr(reading, "decode_image", lambda data: np.zeros((7, 9, 3), np.uint8))
+    path = flat.root / "cut.jpg"
+    whole = jpeg(flat.images["a"])
+    path.write_bytes(whole)
+    assert reading.read_image(path).shape == (7, 9, 3)
+    path.write_bytes(whole + b"appended by some camera" * 500)
+    assert reading.read_image(path).shape == (7, 9, 3)
+    path.write_bytes(whole[:-20])
+    with pytest.raises(UserError, match=r"cut\.jpg: truncated"):
+        reading.read_image(path)
+
+
+def test_an_error_in_a_worker_names_the_file(flat):
+    """Beyond the pairs that are looked at when the data set is loaded."""
+    for name in ("c", "d", "e", "f", "g"):
+        flat.pair(name)
+    flat.text("train.txt", *"abcdefg")
+    dataset = flat.load()
+    (flat.root / "images/d.png").write_bytes(b"")
+    config = DataConfig(crop_size=(5,), num_workers=0)
+    with (
+        pipeline.train_batches(dataset, config, batch_size=7, seed=0, start_step=0) as batches,
+        pytest.raises(UserError, match=r"images/d\.png: truncated, or no image"),
+    ):
+        next(batches)
+
+
+# What the rest of the package needs
+
+
+def test_the_source_pickles_small_and_fast(maker):
+    maker.pair("a", folder="train")
+    dataset = maker.load()
+    dataset.source[0]
+    again = pickle.loads(pickle.dumps(dataset))
+    maker.expect(again, "a")
+    assert len(pickle.dumps(dataset)) < 3000
+    with pytest.raises(IndexError):
+        dataset.source[1]
+    with pytest.raises(IndexError):
+        dataset.source[-1]
+
+
+def test_camvid(shared_data):
+    config = DataConfig(name="folder", root=str(shared_data / "camvid"), ignore_label=11)
+    train, val = data.load(config, "train"), data.load(config, "val")
+    assert (len(train.source), len(val.source)) == (367, 101)
+    assert train.labels.colors == labels.CAMVID.colors
+    index = random.Random(0).randrange(367)
+    example = pipeline.read(train, index)
+    mask = np.array(Image.open(shared_data / "camvid/masks/train" / f"{example['name']}.png"))
+    np.testing.assert_array_equal(example["label"], np.where(mask == 11, IGNORE, mask))
+
+
+def test_fine_tuning_replaces_the_head_of_other_classes_and_says_so(maker, tmp_path):
+    for name in "abcdef":
+        maker.pair(name, folder="train", shape=(20, 40))
+    maker.pair("v", folder="val", shape=(33, 20))
+    config = tiny.get_config()
+    config.train.steps, config.train.batch_size = 1, 4
+    config.data = maker.config()
+    config.data.split, config.data.num_workers, config.data.crop_size = "train", 0, (33,)
+    five = FunctionalModel(architecture("paper_resnet18", num_classes=5, width=0.125))
+    saved = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), five.abstract)
+    info = checkpoint.describe(
+        five.architecture, labels.named(*"abcde"), mean=(0,), std=(1,), resize="", size=(33, 33)
+    )
+    config.init.path = str(checkpoint.write_model(tmp_path / "five", saved, info))
+
+    said = []
+    dataset = maker.load()
+    three = FunctionalModel(resolve_architecture(config, dataset))
+    start = initialize.variables(config, three, log=said.append)
+    assert any("classifier.4.kernel" in line and "start anew" in line for line in said)
+    assert start.params["classifier.4.kernel"].shape[-1] == 3
+    assert np.unique(start.params["backbone.conv1.kernel"]).tolist() == [0.5]
+
+    result = loop.train(config, tmp_path / "run")
+    assert (result.step, result.stopped) == (1, False)
+    assert checkpoint.read(tmp_path / "run").info["classes"] == list(NAMES)
+
+
+def test_the_table_of_colors_is_exact():
+    """All colours, against a search one by one."""
+    rng = np.random.default_rng(0)
+    colors = tuple(map(tuple, rng.choice(256, (200, 3)).tolist()))
+    mask_format = masks.MaskFormat(
+        "colors", labels.LabelSet(tuple(map(str, range(200))), colors), 1, colors[1]
+    )
+    rgb = rng.choice(np.array([*colors, (0, 0, 1), (255, 255, 255)]), 5000)
+    values = (rgb * (65536, 256, 1)).sum(-1).reshape(50, 100)
+    expected = [
+        IGNORE if tuple(c) == colors[1] else colors.index(tuple(c)) if tuple(c) in colors else -1
+        for c in rgb.tolist()
+    ]
+    np.testing.assert_array_equal(mask_format.to_ids(values).ravel(), expected)
