@@ -260,6 +260,8 @@ def test_one_program_serves_a_bucket_of_sizes():
     model, variables = model_and_variables()
     everywhere = jax.device_put(variables, replicated(make_mesh(MeshConfig(data=2))))
     fresh = Inference(model, everywhere, **PIXELS)
+    placed = set().union(*(leaf.devices() for leaf in jax.tree.leaves(fresh._variables)))
+    assert placed == {jax.devices()[0]}  # the default one
     assert fresh.num_compilations == 0
     for size in [(1, 1), (129, 60), (7, 129), (128, 128)]:
         fresh.ids(random_image(*size))
