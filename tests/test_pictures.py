@@ -1,0 +1,125 @@
+"""Pictures of predictions: what is painted where, and that it can be read at any size."""
+
+import numpy as np
+import pytest
+
+from deeplab_jax import labels, pictures
+
+CLASSES = labels.LabelSet(("background", "fox", "bird"), ((0, 0, 0), (200, 0, 0), (0, 0, 200)))
+
+
+def blank(height, width, channels=3, value=100):
+    return np.full((height, width, channels), value, np.uint8)
+
+
+def colours(picture):
+    packed = np.unique(picture.astype(int) @ [1 << 16, 1 << 8, 1]).tolist()
+    return {(value >> 16, value >> 8 & 255, value & 255) for value in packed}
+
+
+def halves(height, width):
+    """Ids: background on the left, foxes on the right."""
+    ids = np.zeros((height, width), np.uint8)
+    ids[:, width // 2 :] = 1
+    return ids
+
+
+@pytest.mark.parametrize("opacity", [0.0, 0.25, 0.5, 1.0])
+def test_colours_are_laid_on_at_their_opacity(opacity):
+    picture = pictures.overlay(blank(400, 600), halves(400, 600), CLASSES, opacity=opacity)
+    assert np.all(picture[:400, :300] == 100)
+    expected = (1 - opacity) * np.array([100, 100, 100]) + opacity * np.array([200, 0, 0])
+    assert np.all(np.abs(picture[:400, 300:] - expected) <= 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_side_by_side_shows_the_image_and_the_overlay(channels):
+    image, ids = blank(400, 600, channels), halves(400, 600)
+    picture = pictures.side_by_side(image, ids, CLASSES)
+    assert np.all(picture[:400, :600] == 100)
+    alone = pictures.overlay(image, ids, CLASSES)
+    np.testing.assert_array_equal(picture[:400, -600:], alone[:400])
+
+
+def test_the_legend_holds_the_classes_that_occur_and_no_others():
+    def shown(*ids):
+        return colours(pictures.legend(np.array([ids], np.uint8), CLASSES, 600, 14))
+
+    assert {(200, 0, 0), (0, 0, 200)} <= shown(1, 2)
+    assert (0, 0, 200) not in shown(1, 1)
+
+
+def test_the_legend_leaves_the_ground_clear_as_the_overlay_does():
+    ids = np.zeros((4, 4), np.uint8)
+    clear = pictures.legend(ids, CLASSES, 600, 20)
+    road = labels.LabelSet(("road",), ((0, 0, 0),))
+    filled = pictures.legend(ids, road, 600, 20)
+    inside = (slice(13, 27), slice(13, 27))  # of the first swatch
+    assert np.all(clear[inside] == 255)
+    assert np.all(filled[inside] == 0)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "factor"),
+    [(1, 1, 320), (64, 64, 5), (40, 300, 4), (375, 500, 1), (1, 2000, 1), (2000, 1, 1)],
+)
+def test_any_size_is_legible(height, width, factor):
+    image, ids = blank(height, width), halves(height, width)
+    probability = np.zeros((height, width), np.float32)
+    for picture in (
+        pictures.overlay(image, ids, CLASSES),
+        pictures.side_by_side(image, ids, CLASSES),
+        pictures.heatmap(image, probability, "fox"),
+    ):
+        assert picture.shape[1] >= max(factor * width, 320)
+        caption = picture[factor * height :]
+        written = np.any(np.all(caption < 90, axis=2), axis=1)
+        assert written.sum() >= 10
+
+
+def test_letters_grow_with_large_images():
+    image, ids = blank(1500, 4000, 1), halves(1500, 4000)
+    caption = pictures.overlay(image, ids, CLASSES)[1500:]
+    assert caption.shape[0] >= 4000 / 45
+
+
+def test_small_images_are_enlarged_by_whole_pixels():
+    ids = np.array([[0, 1], [2, 1]], np.uint8)
+    picture = pictures.overlay(blank(2, 2), ids, CLASSES, opacity=1.0)
+    expected = CLASSES.palette()[ids]
+    expected[0, 0] = 100
+    np.testing.assert_array_equal(picture[:320, :320], np.kron(expected, np.ones((160, 160, 1))))
+
+
+def test_long_names_and_many_classes_fit():
+    many = labels.named(*(f"class {index} {'x' * (3 * index % 90)}" for index in range(150)))
+    ids = np.arange(150, dtype=np.uint8).reshape(10, 15)
+    for width in (320, 1000):
+        legend = pictures.legend(ids, many, width, 14)
+        assert legend.shape[1] == width
+        assert np.all(legend[:, -3:] == 255)  # nothing runs over the edge
+        assert set(many.colors) <= colours(legend)
+
+
+def test_heat_grows_lighter_with_the_probability():
+    probability = np.linspace(0, 1, 500, dtype=np.float32)[None].repeat(400, axis=0)
+    picture = pictures.heatmap(blank(400, 500), probability, "fox")[:400]
+    lightness = picture[0].astype(float) @ [0.299, 0.587, 0.114]
+    assert np.all(np.diff(lightness) > -1.5)
+    assert lightness[-1] > lightness[0] + 80
+    steps = np.abs(np.diff(lightness.reshape(10, 50).mean(1)))
+    assert steps.max() < 3 * steps.min()  # even, unlike a rainbow's
+
+
+def test_the_scale_has_the_colours_of_the_heat_map():
+    probability = np.linspace(0, 1, 600, dtype=np.float32)[None].repeat(400, axis=0)
+    picture = pictures.heatmap(blank(400, 600, value=128), probability, "fox")
+    used = colours(picture[:400])
+    assert len(used & colours(picture[400:])) > 0.8 * len(used)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "expected"), [(0, "0.0 %"), (1, "< 0.1 %"), (10, "0.1 %"), (10_000, "100.0 %")]
+)
+def test_a_share_that_is_there_never_reads_as_0(pixels, expected):
+    assert pictures.share(pixels, 10_000) == expected

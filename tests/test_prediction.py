@@ -1,0 +1,118 @@
+"""Which images are meant, what their outputs are called, and which class."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deeplab_jax import labels, prediction
+from deeplab_jax.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/x.jpg", "a/y.PNG", "a/deep/x.jpg", "b/x.jpg", "b/x.png", "b/notes.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    (tmp_path / "a/.x.jpg").write_bytes(b"")
+    return tmp_path
+
+
+def names(*arguments, out="out"):
+    jobs = prediction.find(arguments, pathlib.Path(out))
+    return [str(job.name) for job in jobs]
+
+
+def test_a_folder_gives_its_images_and_keeps_its_folders(folder):
+    jobs = prediction.find(["a"], pathlib.Path("out"))
+    assert [str(job.name) for job in jobs] == ["deep/x", "x", "y"]
+    assert [job.path for job in jobs] == [
+        folder / "a" / n for n in ("deep/x.jpg", "x.jpg", "y.PNG")
+    ]
+
+
+def test_each_image_is_taken_once_in_the_order_given(folder):
+    assert names("a/y.PNG", "a/*", "a", "./a/../a/x.jpg") == ["y", "x", "deep/x"]
+
+
+def test_patterns(folder):
+    assert names("*/x.jpg") == ["a_x_jpg", "b_x_jpg"]
+    assert names("a/**/x.jpg") == ["deep_x_jpg", "a_x_jpg"]
+    assert sorted(names("b/*")) == ["notes", "x_jpg", "x_png"]
+
+
+def test_a_file_with_brackets_in_its_name_is_no_pattern(folder):
+    (folder / "a[1].jpg").write_bytes(b"")
+    assert names("a[1].jpg") == ["a[1]"]
+
+
+def test_names_that_collide_are_kept_apart(folder):
+    assert names("a/x.jpg", "b/x.jpg", "a/y.PNG") == ["a_x_jpg", "b_x_jpg", "y"]
+    assert names("b") == ["x_jpg", "x_png"]
+    (folder / "a_b").mkdir()
+    (folder / "a" / "b").mkdir()
+    for name in ("a_b/c.jpg", "a/b_c.jpg", "a/b/c.jpg"):
+        (folder / name).write_bytes(b"")
+    found = names("a_b/c.jpg", "a/b/c.jpg", "a/b_c.jpg", "a", "b", "a/x.jpg")
+    assert len(set(found)) == len(found) == 8
+
+
+def test_names_differ_to_the_last(folder):
+    """Where joining folders gives the same text, a number tells them apart."""
+    paths = [pathlib.Path("/a_b/c.jpg"), pathlib.Path("/a/b_c.jpg"), pathlib.Path("/q/c.jpg")]
+    relatives = [pathlib.Path("c.jpg"), pathlib.Path("a_b_c_jpg.jpg"), pathlib.Path("c.jpg")]
+    found = prediction._distinct_names(paths, relatives)
+    assert len(set(found)) == 3
+
+
+def test_outputs_of_an_earlier_time_are_no_images(folder):
+    for name in ("x_ids.png", "x_overlay.png", "x_side_by_side.png", "x_heatmap_dog.png"):
+        (folder / "a" / name).write_bytes(b"")
+    assert names("a", out="a") == ["deep/x", "x", "y"]
+    assert names(".", out="a")[:3] == ["a/deep/x", "a/x", "a/y"]
+    assert "x_ids" in names("a", out="elsewhere")
+    assert names("a/x_ids.png", out="a") == ["x_ids"]
+
+
+def test_what_names_no_images_is_said(folder):
+    (folder / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: the folder holds no image files"):
+        names("empty")
+    with pytest.raises(UserError, match=r"a/\*\.tif: no file has such a name"):
+        names("a/*.tif")
+    assert names("a/none.jpg") == ["none"]  # told when it is its turn, so that others are done
+
+
+@pytest.mark.parametrize(
+    ("text", "index"), [("dog", 12), ("DOG", 12), ("12", 12), ("0", 0), (" person ", 15)]
+)
+def test_classes_by_name_and_id(text, index):
+    assert prediction.class_id(text, labels.VOC) == index
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dgo", "no class 'dgo'; did you mean 'dog'"),
+        ("Persn", "did you mean 'person'"),
+        ("21", "no class '21' .*ids 0 to 20"),
+        ("-1", "no class '-1'"),
+        ("", "no class ''"),
+    ],
+)
+def test_an_unknown_class_names_the_nearest(text, message):
+    with pytest.raises(UserError, match=message):
+        prediction.class_id(text, labels.VOC)
+
+
+def test_ids_are_the_values_of_a_palette_png(tmp_path):
+    ids = np.arange(21, dtype=np.uint8).reshape(3, 7)
+    prediction.write_ids(tmp_path / "a.png", ids, labels.VOC)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.mode == "P"
+        np.testing.assert_array_equal(np.asarray(image), ids)
+        np.testing.assert_array_equal(np.asarray(image.convert("RGB")), labels.VOC.palette()[ids])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
