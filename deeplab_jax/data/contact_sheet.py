@@ -13,7 +13,7 @@ from deeplab_jax.data.masks import MaskFormat
 from deeplab_jax.data.scan import Scan, thumbnail
 
 _COLUMNS = 6
-_WIDTH = 240  # of a tile, pixels
+_WIDTH, _HEIGHT = 240, 320  # of a tile, at most, pixels
 _GAP = 8
 _LINE = 18  # height of a tile's title
 _MAX_TITLE = 34  # letters that fit above a tile
@@ -31,24 +31,30 @@ def draw(
     tiles = []
     shown: set[int] = set()
     for scan in (readable[place] for place in places):
-        image, label = thumbnail(scan, mask_format, num_channels, _WIDTH)
-        tiles.append(_tile(f"{scan.split}/{scan.pair.name}", image, label, mask_format))
+        image, label = thumbnail(scan, mask_format, num_channels, (_HEIGHT, _WIDTH))
+        tiles.append(_tile(_title(scan), image, label, mask_format))
         shown |= {int(i) for i in np.unique(label) if i < mask_format.labels.num_classes}
     rows = [_row(tiles[first : first + _COLUMNS]) for first in range(0, len(tiles), _COLUMNS)]
     width = _COLUMNS * (_WIDTH + _GAP) + _GAP
     return np.concatenate([*rows, visualize.legend(sorted(shown), mask_format.labels, width)])
 
 
+def _title(scan: Scan) -> str:
+    room = _MAX_TITLE - len(scan.split) - 1
+    name = scan.pair.name
+    return f"{scan.split} {name if len(name) <= room else '...' + name[3 - room :]}"
+
+
 def _tile(
     title: str, image: np.ndarray, label: np.ndarray, mask_format: MaskFormat
 ) -> UInt8[np.ndarray, "h w 3"]:
-    header = np.full((_LINE, _WIDTH, 3), 255, np.uint8)
-    text = title if len(title) <= _MAX_TITLE else "..." + title[3 - _MAX_TITLE :]
-    ascii_text = text.encode("ascii", "replace").decode()  # all that OpenCV's fonts hold
+    tile = np.full((_LINE + image.shape[0], _WIDTH, 3), 255, np.uint8)
+    ascii_text = title.encode("ascii", "replace").decode()  # all that OpenCV's fonts hold
     cv2.putText(
-        header, ascii_text, (0, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (40, 40, 40), 1, cv2.LINE_AA
+        tile, ascii_text, (0, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (40, 40, 40), 1, cv2.LINE_AA
     )
-    return np.concatenate([header, visualize.overlay(image, label, mask_format.labels)])
+    tile[_LINE:, : image.shape[1]] = visualize.overlay(image, label, mask_format.labels)
+    return tile
 
 
 def _row(tiles: Sequence[np.ndarray]) -> UInt8[np.ndarray, "h w 3"]:

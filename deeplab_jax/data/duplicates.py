@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8, UInt64
 
-# Bits of 64. Of 673 photos of VOC no two are nearer than 8; of CamVid's neighbouring video frames,
-# an image of val has another within 6 in 97 of 101 cases.
+# Bits of 64. Of 673 photos of VOC no two are nearer than 8. Of the 101 frames of video that are
+# CamVid's val, 100 have another within 6; none has one of train, which shows other streets.
 NEAR = 6
 
 _HASH_SHAPE = (8, 8)  # comparisons down and across
@@ -44,7 +44,7 @@ def near_pairs(
 ) -> list[tuple[int, int, int]]:
     """(place in ours, place in theirs, bits that differ) of the nearest, where within the limit.
 
-    All are compared: m * n * 8 bytes pass the memory, 2 s for 10 000 by 100 000.
+    All are compared, which takes a second for 10 000 by 100 000.
     """
     if len(theirs) == 0:
         return []

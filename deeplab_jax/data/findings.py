@@ -96,7 +96,7 @@ def judge(
         *_confusions(scans, classes, mask_format),
         *_exact_duplicates(scans),
         *_near_duplicates(scans),
-        *_rare_classes(classes),
+        *_rare_classes(scans, classes),
     ]
     return sorted(found, key=lambda one: one.level)
 
@@ -207,7 +207,8 @@ def _hashes(scans: Sequence[Scan]) -> np.ndarray:
     return np.array([scan.hash for scan in scans], np.uint64)
 
 
-def _rare_classes(classes: Sequence[ClassCount]) -> Iterator[Finding]:
+def _rare_classes(scans: Sequence[Scan], classes: Sequence[ClassCount]) -> Iterator[Finding]:
+    num_train = sum(scan.split == "train" for scan in scans)
     absent, rare = [], []
     for one in classes:
         missing = [split for split, images in one.images.items() if images == 0]
@@ -215,7 +216,7 @@ def _rare_classes(classes: Sequence[ClassCount]) -> Iterator[Finding]:
         if missing:
             absent.append(f"{one.name}: not in {' or '.join(missing)}")
         if images and (share < RARE_SHARE or images < RARE_IMAGES):
-            rare.append(f"{one.name}: {share:.3%} of the pixels, in {images} images")
+            rare.append(f"{one.name}: {share:.3%} of the pixels, in {images} of {num_train} images")
     if absent:
         yield finding(
             "warning",

@@ -80,21 +80,23 @@ class MaskFormat:
         """
         values = self.read_values(path)
         ids = self.to_ids(values)
-        if (ids == UNKNOWN).any():
-            raise UserError(self.describe_unknown(path, values, ids == UNKNOWN))
+        unknown = ids == UNKNOWN
+        if unknown.any():
+            held, wrong = (set(np.unique(part).tolist()) for part in (values, values[unknown]))
+            hint = self.hint(held, wrong)
+            if path.suffix.lower() in (".jpg", ".jpeg"):
+                hint = "JPEG changes values: masks must be saved as PNG."
+            raise UserError(f"{self.describe_unknown(path, values, unknown)} {hint}")
         return ids.astype(np.uint8)
 
     def describe_unknown(self, path: pathlib.Path, values: np.ndarray, unknown: np.ndarray) -> str:
-        """Where a mask has pixels of no class, which, and what may mend it."""
+        """Where a mask has pixels of no class, and which."""
         y, x = np.argwhere(unknown)[0]
-        found, counts = np.unique(values[unknown], return_counts=True)
-        several = f" and {len(found) - 1} others" if len(found) > 1 else ""
-        hint = self.hint(set(np.unique(values).tolist()), set(found.tolist()))
-        if path.suffix.lower() in (".jpg", ".jpeg"):
-            hint = "JPEG changes values: masks must be saved as PNG."
+        others = len(np.unique(values[unknown])) - 1
+        several = f" and {others} others" if others else ""
         return (
             f"{path}: {self.spell(values[y, x])}{several}, first at pixel x {x}, y {y}, is neither "
-            f"{self._expected(int(values[y, x]))} ({counts.sum()} pixels). {hint}"
+            f"{self._expected(int(values[y, x]))} ({int(unknown.sum())} pixels)."
         )
 
     def spell(self, value: int) -> str:

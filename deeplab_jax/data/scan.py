@@ -161,21 +161,22 @@ def count_classes(scans: Sequence[Scan], mask_format: MaskFormat) -> tuple[Class
 
 
 def thumbnail(
-    result: Scan, mask_format: MaskFormat, num_channels: int, width: int
+    result: Scan, mask_format: MaskFormat, num_channels: int, box: tuple[int, int]
 ) -> tuple[UInt8[np.ndarray, "h w c"], UInt8[np.ndarray, "h w"]]:
-    """The image and its label at a width; pixels of no class as ignored.
+    """The image and its label, as large as fit a box; pixels of no class as ignored.
 
     Args:
       result: of a pair that could be read.
       mask_format: what the mask holds.
       num_channels: of the image.
-      width: pixels; the height follows.
+      box: height and width, pixels.
     """
     assert result.size is not None, result.pair.name  # else it cannot be read
     image = reading.read_image(result.pair.image, num_channels)
     ids = mask_format.to_ids(mask_format.read_values(result.pair.mask))
     label = np.where(ids == UNKNOWN, IGNORE, ids).astype(np.uint8)
-    height = max(1, round(width * result.size[0] / result.size[1]))
+    scale = min(box[0] / result.size[0], box[1] / result.size[1])
+    height, width = (max(1, round(scale * side)) for side in result.size)
     shrunk = cv2.resize(
         np.ascontiguousarray(image[:, :, :3]), (width, height), interpolation=cv2.INTER_AREA
     )

@@ -165,7 +165,7 @@ def test_rare_and_absent_classes(maker):
     assert absent.examples == ("dog: not in val", "cat: not in train or val")
     assert rare.kind == "rare classes"
     assert [text.split(":")[0] for text in rare.examples] == ["car"]
-    assert "in 2 images" in rare.examples[0]
+    assert "in 2 of 6 images" in rare.examples[0]
     for path in (maker.root / "masks/train").glob("*.png"):
         ids = np.array(Image.open(path))
         ids[5, 5] = 3 if path.stem != "t0" else 0
@@ -312,6 +312,14 @@ def test_the_sheet_shows_masks_over_images(maker):
     np.testing.assert_array_equal(tile[label == 255], image[label == 255])
     few = contact_sheet.draw(checked.scans, checked.mask_format, 3, limit=2)
     assert few.shape[0] < sheet.shape[0]
+
+
+@pytest.mark.parametrize("shape", [(2, 500), (500, 3)])
+def test_the_sheet_bounds_what_is_long(maker, shape):
+    maker.pair("t0", folder="train", shape=shape)
+    checked = check.check(maker.config())
+    sheet = contact_sheet.draw(checked.scans, checked.mask_format, 3, limit=1)
+    assert sheet.shape[0] < 400
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
