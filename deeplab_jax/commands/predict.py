@@ -113,7 +113,8 @@ def predict(
     if predicted:
         total = prediction.total_counts(predicted, model.labels)
         console.print(_area_table(predicted, total, model.labels))
-        console.print(f"{len(predicted)} images in {folder}", markup=False)
+        noun = "image" if len(predicted) == 1 else "images"
+        console.print(f"{len(predicted)} {noun} in {folder}", markup=False)
     raise_together(f"{len(problems)} of {len(jobs)} images could not be predicted", problems)
 
 
