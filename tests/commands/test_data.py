@@ -1,12 +1,18 @@
 """`deeplab-jax data check`, as a user runs it."""
 
 import json
+import re
+import shlex
 
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 from PIL import Image
 from typer.testing import CliRunner
 
+from conftest import ROOT
+from deeplab_jax import config as config_lib
 from deeplab_jax.cli import app
 from deeplab_jax.errors import UserError
 from own_data import NAMES, Maker
@@ -115,3 +121,32 @@ def test_four_channels_need_no_mean(maker, tmp_path):
         maker.save(path, rgba)
     settings = ("--ignore-label", "9", "--mask-name", "{name}_mask")
     run(maker.root, *settings, "--channels", "4")
+
+
+def documented(start):
+    text = (ROOT / "docs/own_data.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.startswith(start)]
+
+
+@pytest.mark.parametrize("line", documented("python train.py"))
+def test_documented_trainings_have_valid_configs(line):
+    argv = [part.replace("configs/", f"{ROOT}/configs/") for part in shlex.split(line)[1:]]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    assert values(argv) == ["train.py"]
+    config_lib.validate(values.config)
+    assert values.config.data.name == "folder"
+
+
+def test_there_are_documented_trainings():
+    assert len(documented("python train.py")) == 2
+
+
+def test_documented_fields_exist():
+    known = config_lib.flatten(config_lib.Config())
+    named = set(re.findall(r"`(data\.[\w.]+)", (ROOT / "docs/own_data.md").read_text()))
+    assert len(named) >= 8
+    assert named <= known.keys()
