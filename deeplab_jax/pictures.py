@@ -101,8 +101,9 @@ def legend(
     entries: list[tuple[int, int, int, str]] = []  # x, row, class, text
     x, row = gap, 0
     for index in order:
-        room = width - swatch - 3 * gap
-        text = _fit(f"{labels.names[index]} {share(counts[index], ids.size)}", font, room)
+        area = f" {share(counts[index], ids.size)}"
+        room = width - swatch - 3 * gap - font.getlength(area)
+        text = _fit(labels.names[index], font, room) + area
         length = swatch + gap + round(font.getlength(text))
         if x + length + gap > width and x > gap:
             x, row = gap, row + 1
@@ -156,7 +157,7 @@ def _heat(probability: Float[np.ndarray, "h w"], grey: UInt8[np.ndarray, "h w"])
 def _above(panel: Picture, caption: functools.partial, unit: int | None = None) -> Picture:
     """A panel with a caption below it, which is `caption(width, unit)`."""
     unit = unit or _unit(panel)
-    width = max(panel.shape[1], _MIN_SIDE)
+    width = max(panel.shape[1], _MIN_SIDE, 16 * unit)
     below = caption(width, unit)
     room = _blank(panel.shape[0], width)
     room[:, : panel.shape[1]] = panel

@@ -20,9 +20,9 @@ from PIL import Image
 
 from deeplab_jax import images, pictures
 from deeplab_jax.errors import UserError
+from deeplab_jax.files import write_bytes, write_png
 from deeplab_jax.labels import LabelSet
 from deeplab_jax.segmenter import Segmenter
-from deeplab_jax.training.writer import write_bytes, write_png
 
 # How the names of outputs end, behind the name of the image.
 IDS, OVERLAY, BESIDE = "_ids.png", "_overlay.png", "_side_by_side.png"

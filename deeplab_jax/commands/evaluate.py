@@ -77,8 +77,8 @@ def evaluate(
     from deeplab_jax.evaluation import setup
     from deeplab_jax.evaluation.evaluate import Evaluator
     from deeplab_jax.evaluation.report import make_report
+    from deeplab_jax.files import write_bytes, write_png
     from deeplab_jax.parallel.mesh import make_mesh
-    from deeplab_jax.training.writer import write_bytes, write_png
     from deeplab_jax.visualize import confusion_plot
 
     if json_file and json_file != "-":

@@ -70,7 +70,7 @@ def predict(
     from deeplab_jax.data.reading import raise_together, watch
     from deeplab_jax.errors import UserError
     from deeplab_jax.evaluation import setup
-    from deeplab_jax.training.writer import write_bytes
+    from deeplab_jax.files import write_bytes
 
     folder = pathlib.Path(out)
     jobs = prediction.find(images, folder)

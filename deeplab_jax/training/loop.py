@@ -24,6 +24,7 @@ from deeplab_jax.data import pipeline
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.errors import UserError
 from deeplab_jax.evaluation.evaluate import Evaluation, Evaluator
+from deeplab_jax.files import write_bytes
 from deeplab_jax.models.deeplab import Architecture, architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.parallel import mesh as mesh_lib
@@ -34,7 +35,7 @@ from deeplab_jax.training.progress import Progress
 from deeplab_jax.training.signals import StopRequest
 from deeplab_jax.training.state import TrainState, start_state
 from deeplab_jax.training.step import Metrics, make_train_step
-from deeplab_jax.training.writer import Writer, write_bytes
+from deeplab_jax.training.writer import Writer
 from deeplab_jax.visualize import prediction_sheet
 
 PICTURE = "predictions"

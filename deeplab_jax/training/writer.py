@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 
-import cv2
 import numpy as np
 from tensorboardX import SummaryWriter
+
+from deeplab_jax.files import write_bytes, write_png
 
 
 class Writer:
@@ -57,19 +57,6 @@ class Writer:
         if self._enabled:
             self._jsonl.close()
             self._tensorboard.close()
-
-
-def write_png(path: pathlib.Path, image: np.ndarray) -> None:
-    """Writes a uint8 RGB picture aside and renames it, so that no half of one is ever seen."""
-    encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1]
-    write_bytes(path, encoded.tobytes())
-
-
-def write_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file aside and renames it."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_bytes(content)
-    os.replace(aside, path)
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
