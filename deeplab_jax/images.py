@@ -76,7 +76,6 @@ def read_image(
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as file:
             warnings.simplefilter("ignore")  # of size, and of odd but harmless entries
-            file.load()
             image = ImageOps.exif_transpose(file)
             shown = _on_white(_to_8_bits(image, path))
             pixels = np.asarray(shown.convert("L" if num_channels == 1 else "RGB"))

@@ -141,9 +141,8 @@ def _lovasz_weights(
     many pixels are almost equal.
     """
     places = lax.broadcasted_iota(jnp.int32, errors.shape, 1)
-    keys = jnp.where(valid, -errors, 1.0)  # ignored pixels come last
     kinds = true.astype(jnp.int32) + 2 * valid.astype(jnp.int32)  # 3: the class's, 2: another's
-    _, kinds, places = lax.sort((keys, kinds, places), num_keys=1)
+    _, kinds, places = lax.sort((-errors, kinds, places), num_keys=1)
     inside = kinds == 3
     missed = jnp.sum(inside, axis=1, keepdims=True) - jnp.cumsum(inside, axis=1)  # G - F
     union = jnp.sum(inside, axis=1, keepdims=True) + jnp.cumsum(kinds == 2, axis=1)  # G + B
