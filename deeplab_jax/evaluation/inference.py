@@ -19,13 +19,14 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Num, UInt8
 
 from deeplab_jax.errors import UserError
+from deeplab_jax.evaluation import windows
 from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
 from deeplab_jax.models.layers import resize_bilinear
 
 BUCKET = 128  # pixels between padded sides
 MAX_SIDE = 32767  # pixels; coordinates of larger images overflow 32 bits while they are resized
 MIN_WINDOW = 32  # pixels: one of the features at the largest output stride
-WINDOWS_AT_ONCE = 2  # a window of 513 pixels fills a device; two hide the transfers
+WINDOWS_AT_ONCE = 2  # a window of 513 pixels nearly fills a device by itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,28 +189,14 @@ def _mirror(x: Float[Array, "n h w c"], sizes: Int[Array, "n 2"]) -> Float[Array
     return jnp.take_along_axis(x, columns[:, None, :, None], axis=2)
 
 
-def window_starts(side: int, window: int, overlap: float) -> list[int]:
-    """First pixels of the windows along a side: as few as `overlap` allows, evenly spaced."""
-    if side <= window:
-        return [0]
-    step = max(1, window - round(window * overlap))
-    gaps = -(-(side - window) // step)
-    return [round(index * (side - window) / gaps) for index in range(gaps + 1)]
-
-
-def window_weights(side: int) -> Float32[np.ndarray, " side"]:
-    """Weight of each pixel along a window: a triangle that is never 0, and 1 in the middle."""
-    index = np.arange(side)
-    return (np.minimum(index + 1, side - index) / ((side + 1) // 2)).astype(np.float32)
-
-
 class Inference:
     """Predicts images of any size, one at a time, on jax's default device.
 
     Images are padded to a `bucket` of sizes, or to the window's; one program is compiled for each
-    padded size that occurs. By windows that is one program for images that one window holds, and
-    one for all others, whatever their size: the device then holds two batches of windows, and the
-    host the probabilities of one row of windows, `[window, w, classes]`, besides the result.
+    padded size that occurs. By windows the network is in one program for images that one window
+    holds, and in one for all others, whatever their size; beside it there are two small ones, or
+    three, for each `bucket` of widths. The device then holds the probabilities of two batches of
+    windows and, twice, of one row of windows, `[window, w, classes]`: no more for higher images.
     """
 
     def __init__(
@@ -238,15 +225,18 @@ class Inference:
             "scales": mode.scales,
             "flip": mode.flip,
         }
-        functions: dict[str, Callable[..., Array]] = {
+        networks: dict[str, Callable[..., Array]] = {
             "ids": class_ids,
             "probabilities": probabilities,
             "windows": _weighted_probabilities,
         }
         self._functions = {
-            name: functools.partial(function, model, **options)
-            for name, function in functions.items()
+            name: jax.jit(functools.partial(function, model, **options))
+            for name, function in networks.items()
         }
+        self._functions["add"] = jax.jit(windows.add_windows, donate_argnums=0)
+        self._functions["shift"] = jax.jit(windows.shift_up, donate_argnums=0)
+        self._functions["band ids"] = jax.jit(windows.band_ids)
         self._programs: dict[tuple[Any, ...], Any] = {}
 
     @property
@@ -262,11 +252,13 @@ class Inference:
         """
         self._check(image)
         height, width = image.shape[:2]
-        if self._at_once(height, width):
-            return self._whole("ids", image)
-        ids = np.empty((height, width), np.uint8)
-        for top, band in self._bands(image):
-            ids[top : top + len(band)] = band.argmax(axis=-1)
+        with _memory_of_the_device(image):
+            if self._at_once(height, width):
+                return self._whole("ids", image)
+            ids = np.empty((height, width), np.uint8)
+            for rows, band in self._bands(image):
+                finished = np.asarray(self._run("band ids", band))
+                ids[rows] = finished[: rows.stop - rows.start, :width]
         return ids
 
     def probabilities(
@@ -275,13 +267,14 @@ class Inference:
         """Probability of each class at each pixel; raises as `ids` does."""
         self._check(image)
         height, width = image.shape[:2]
-        if self._at_once(height, width):
-            return self._whole("probabilities", image)
-        down, across = self._total_weights(height), self._total_weights(width)
-        result = np.empty((height, width, self._architecture.num_classes), np.float32)
-        for top, band in self._bands(image):
-            rows = slice(top, top + len(band))
-            np.divide(band, down[rows, None, None] * across[:, None], out=result[rows])
+        with _memory_of_the_device(image):
+            if self._at_once(height, width):
+                return self._whole("probabilities", image)
+            down, across = self._total_weights(height), self._total_weights(width)
+            result = np.empty((height, width, self._architecture.num_classes), np.float32)
+            for rows, band in self._bands(image):
+                finished = jax.device_get(band)[: rows.stop - rows.start, :width]
+                np.divide(finished, down[rows, None, None] * across[:, None], out=result[rows])
         return result
 
     def _at_once(self, height: int, width: int) -> bool:
@@ -295,71 +288,69 @@ class Inference:
             (1, window or bucket(height), window or bucket(width), image.shape[2]), np.uint8
         )
         padded[0, :height, :width] = image
-        with _memory_of_the_device(image):
-            result = self._run(function, padded, np.asarray([(height, width)], np.int32))
-            return np.asarray(result)[0, :height, :width].copy()
+        sizes = np.asarray([(height, width)], np.int32)
+        result = self._run(function, self._variables, padded, sizes)
+        return np.asarray(result)[0, :height, :width].copy()
 
-    def _bands(self, image: np.ndarray) -> Iterator[tuple[int, Float32[np.ndarray, "rows w k"]]]:
-        """(first row, weighted sums of the windows' probabilities), from the top to the bottom.
+    def _bands(self, image: np.ndarray) -> Iterator[tuple[slice, Float[Array, "window w classes"]]]:
+        """(rows of the image, band whose first rows they are), from the top to the bottom.
 
-        A band is complete where it is given, and overwritten afterwards.
+        A band holds weighted sums of the windows' probabilities. It lies on the device, which uses
+        its memory again when the next one is asked for.
         """
         assert self._mode.window is not None
+        window = self._mode.window
         height, width = image.shape[:2]
-        rows = min(self._mode.window, height)
-        band = np.zeros((rows, width, self._architecture.num_classes), np.float32)
+        padded_width = max(bucket(width), window)
+        band = jnp.zeros((window, padded_width, self._architecture.num_classes))
         first = 0
-        for (top, left), weighted in self._windows(image):
-            if top > first:  # no later window reaches what lies above it
-                finished = top - first
-                yield first, band[:finished]
-                band[: rows - finished] = band[finished:]
-                band[rows - finished :] = 0
-                first = top
-            band[:, left : left + weighted.shape[1]] += weighted
-        yield first, band
+        for places, weighted in self._windows(image):
+            lefts = np.zeros(WINDOWS_AT_ONCE, np.int32)
+            lefts[: len(places)] = [left for _, left in places]
+            for top in dict.fromkeys(top for top, _ in places):
+                if top > first:  # no later window reaches what lies above it
+                    yield slice(first, top), band
+                    band = self._run("shift", band, np.int32(top - first))
+                    first = top
+                included = np.zeros(WINDOWS_AT_ONCE, bool)
+                included[: len(places)] = [place[0] == top for place in places]
+                band = self._run("add", band, weighted, lefts, included)
+        yield slice(first, height), band
 
-    def _windows(self, image: np.ndarray) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-        """((top, left), weighted probabilities) of each window, row by row."""
+    def _windows(self, image: np.ndarray) -> Iterator[tuple[list[tuple[int, int]], Array]]:
+        """((top, left) of each window, weighted probabilities) of a batch, row by row.
+
+        The last batch may have fewer windows than its probabilities have rows.
+        """
         assert self._mode.window is not None
         window, overlap = self._mode.window, self._mode.overlap
         size = [min(window, side) for side in image.shape[:2]]
         sizes = np.full((WINDOWS_AT_ONCE, 2), size, np.int32)
         weights = np.zeros((window, window), np.float32)
-        weights[: size[0], : size[1]] = np.outer(*map(window_weights, size))
-        tops, lefts = (window_starts(side, window, overlap) for side in image.shape[:2])
+        weights[: size[0], : size[1]] = np.outer(*map(windows.window_weights, size))
+        tops, lefts = (windows.window_starts(side, window, overlap) for side in image.shape[:2])
         places = [(top, left) for top in tops for left in lefts]
-        pending: tuple[list[tuple[int, int]], Array] | None = None
-        with _memory_of_the_device(image):
-            for start in range(0, len(places), WINDOWS_AT_ONCE):
-                batch = places[start : start + WINDOWS_AT_ONCE]
-                images = np.zeros((WINDOWS_AT_ONCE, window, window, image.shape[2]), np.uint8)
-                for row, (top, left) in zip(images, batch, strict=False):
-                    cut = image[top : top + size[0], left : left + size[1]]
-                    row[: size[0], : size[1]] = cut
-                result = self._run("windows", images, sizes, weights)
-                # The device computes these while the host adds the ones before.
-                if pending is not None:
-                    yield from _cut(*pending, size)
-                pending = batch, result
-            if pending is not None:
-                yield from _cut(*pending, size)
+        for start in range(0, len(places), WINDOWS_AT_ONCE):
+            batch = places[start : start + WINDOWS_AT_ONCE]
+            images = np.zeros((WINDOWS_AT_ONCE, window, window, image.shape[2]), np.uint8)
+            for row, (top, left) in zip(images, batch, strict=False):
+                row[: size[0], : size[1]] = image[top : top + size[0], left : left + size[1]]
+            yield batch, self._run("windows", self._variables, images, sizes, weights)
 
     def _total_weights(self, side: int) -> Float32[np.ndarray, " side"]:
         """Sum of the weights of the windows along a side."""
         assert self._mode.window is not None
-        weights = window_weights(min(self._mode.window, side))
+        weights = windows.window_weights(min(self._mode.window, side))
         total = np.zeros(side, np.float32)
-        for start in window_starts(side, self._mode.window, self._mode.overlap):
+        for start in windows.window_starts(side, self._mode.window, self._mode.overlap):
             total[start : start + len(weights)] += weights
         return total
 
-    def _run(self, function: str, images: np.ndarray, *others: np.ndarray) -> Array:
-        key = (function, images.shape)
+    def _run(self, function: str, *arguments: Any) -> Array:
+        key = (function, *(np.shape(x) for x in arguments if not isinstance(x, Variables)))
         if key not in self._programs:
-            lowered = jax.jit(self._functions[function]).lower(self._variables, images, *others)
-            self._programs[key] = lowered.compile()
-        return self._programs[key](self._variables, images, *others)
+            self._programs[key] = self._functions[function].lower(*arguments).compile()
+        return self._programs[key](*arguments)
 
     def _check(self, image: np.ndarray) -> None:
         channels = self._architecture.in_channels
@@ -374,14 +365,6 @@ class Inference:
                 f"an image of {image.shape[0]}x{image.shape[1]} pixels is too large to be "
                 "predicted at once: use windows"
             )
-
-
-def _cut(
-    places: list[tuple[int, int]], batch: Array, size: list[int]
-) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-    """Each place with its window, without padding; the rows that fill up the batch are left."""
-    windows = np.asarray(batch)[:, : size[0], : size[1]]
-    yield from zip(places, windows, strict=False)
 
 
 @contextlib.contextmanager

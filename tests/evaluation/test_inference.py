@@ -20,9 +20,8 @@ from deeplab_jax.evaluation.inference import (
     class_ids,
     probabilities,
     scaled_side,
-    window_starts,
-    window_weights,
 )
+from deeplab_jax.evaluation.windows import window_starts, window_weights
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.parallel.mesh import make_mesh, replicated
@@ -224,21 +223,32 @@ def test_weights_favour_the_middle_and_are_never_zero(side):
     assert (np.diff(weights[: (side + 1) // 2]) > 0).all()
 
 
-def test_memory_of_the_host_does_not_grow_with_the_number_of_windows():
-    windows = inference(Mode(window=33))
+def test_memory_does_not_grow_with_the_number_of_rows(monkeypatch):
+    windows = Inference(*model_and_variables(), **PIXELS, mode=Mode(window=33))
+    run, on_the_device = windows._run, []
 
-    def peak(height):
+    def watched(*arguments):
+        result = run(*arguments)
+        on_the_device.append(sum(array.nbytes for array in jax.live_arrays()))
+        return result
+
+    def peaks(height):
         image = random_image(height, 40)
+        on_the_device.clear()
         tracemalloc.start()
         windows.ids(image)
-        peak = tracemalloc.get_traced_memory()[1]
+        on_the_host = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        return peak
+        return max(on_the_device), on_the_host
 
-    peak(50)  # compiles
-    rows = 400
-    growth = peak(200 + rows) - peak(200)
-    assert growth < 2 * rows * 40  # bytes: the ids themselves are 1 a pixel, probabilities 20
+    monkeypatch.setattr(windows, "_run", watched)
+    peaks(50)  # compiles
+    programs = windows.num_compilations
+    (few_on_device, few_on_host), (many_on_device, many_on_host) = peaks(200), peaks(600)
+    assert many_on_device == few_on_device
+    assert windows.num_compilations == programs
+    # Bytes; the ids themselves are 1 a pixel, the probabilities 20.
+    assert many_on_host - few_on_host < 2 * 400 * 40
 
 
 # --- Sizes and programs ------------------------------------------------------------------------
@@ -270,14 +280,17 @@ def test_one_program_serves_a_bucket_of_sizes():
     assert fresh.num_compilations == 2
 
 
-def test_windows_need_one_program_and_another_for_what_one_window_holds():
+def test_windows_need_the_network_once_and_once_for_what_one_window_holds():
     windows = Inference(*model_and_variables(), **PIXELS, mode=Mode(window=33))
-    for size in [(34, 34), (1, 200), (90, 33), (70, 93)]:
+    for size in [(34, 34), (90, 33), (70, 93), (1, 129)]:
         windows.ids(random_image(*size))
-    assert windows.num_compilations == 1
+    # The network, and of a bucket of widths: adding windows, moving on, taking ids.
+    assert windows.num_compilations == 4
+    windows.ids(random_image(40, 130))
+    assert windows.num_compilations == 4 + 3
     for size in [(1, 1), (33, 20), (33, 33)]:
         windows.ids(random_image(*size))
-    assert windows.num_compilations == 2
+    assert windows.num_compilations == 4 + 3 + 1
 
 
 @given(st.integers(1, 5000))
