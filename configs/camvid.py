@@ -24,9 +24,9 @@ def get_config() -> Config:
         # Poles and signs are a few pixels wide: output stride 8 keeps them apart. The paper's decay
         # of 0.9997 would keep a tenth of the statistics of ImageNet to the end of 8000 steps.
         model=ModelConfig(architecture="paper_resnet50", output_stride=8, bn_momentum=0.99),
-        # A whole image, and a pixel more each way: with sides of 8 k + 1 the first and last features
-        # lie on the first and last pixels. Two thirds of the crops cut enlarged images, a third
-        # shows all of a shrunk one.
+        # A whole image, and a pixel more each way: with sides of 8 k + 1 the first and last
+        # features lie on the first and last pixels. Two thirds of the crops cut enlarged images,
+        # a third shows all of a shrunk one.
         data=DataConfig(
             name="folder", split="train", crop_size=(361, 481), ignore_label=11, num_workers=8
         ),

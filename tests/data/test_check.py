@@ -10,7 +10,7 @@ from PIL import Image
 from conftest import ROOT
 from deeplab_jax import config_files
 from deeplab_jax.config import DataConfig
-from deeplab_jax.data import check, contact_sheet, duplicates, findings
+from deeplab_jax.data import check, contact_sheet, duplicates, findings, reading
 from deeplab_jax.errors import UserError
 from own_data import NAMES, Maker
 
@@ -74,6 +74,15 @@ def test_unreadable_files(maker):
     assert (found.kind, found.count) == ("unreadable", 2)
     assert "t3.png: truncated" in found.examples[0]
     assert "v1.png: truncated" in found.examples[1]
+
+
+def test_truncated_files_are_found_where_opencv_fills_them_up(maker, monkeypatch):
+    monkeypatch.setattr(reading, "decode_image", lambda data: np.zeros((24, 32, 3), np.uint8))
+    path = maker.root / "images/train/t3.png"
+    path.write_bytes(path.read_bytes()[:-60])
+    errors = {found.kind: found.examples for found in report_of(maker).errors}
+    assert len(errors["unreadable"]) == 1
+    assert "t3.png: truncated" in errors["unreadable"][0]
 
 
 def test_sizes_that_differ(maker):
@@ -166,13 +175,20 @@ def test_rare_and_absent_classes(maker):
     assert rare.kind == "rare classes"
     assert [text.split(":")[0] for text in rare.examples] == ["car"]
     assert "in 2 of 6 images" in rare.examples[0]
-    for path in (maker.root / "masks/train").glob("*.png"):
-        ids = np.array(Image.open(path))
-        ids[5, 5] = 3 if path.stem != "t0" else 0
-        ids[:, 10:] = 0
-        maker.save(path, ids)
-    # In five images, of 0.1085 % of the pixels, less the ignored.
-    assert "dog" not in str(report_of(maker).warnings[1].examples)
+
+
+@pytest.mark.parametrize(("pixels", "rare"), [(1, True), (3, False)])
+def test_a_class_in_many_images_is_rare_if_it_is_small(maker, pixels, rare):
+    maker.text("classes.txt", *NAMES, "dog")
+    for index in range(6):
+        maker.pair(f"t{index}", folder="train", shape=(40, 40))
+        label = maker.labels[f"t{index}"]
+        label[5, :pixels] = 3  # of 1600 pixels
+        maker.save(maker.root / f"masks/train/t{index}.png", label)
+    kinds = {found.kind: found.examples for found in report_of(maker).warnings}
+    assert kinds.keys() == {"absent classes", *(["rare classes"] if rare else [])}
+    if rare:
+        assert kinds["rare classes"] == ("dog: 0.063% of the pixels, in 6 of 6 images",)
 
 
 def test_a_mask_that_is_all_ignored(maker):
