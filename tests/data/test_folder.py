@@ -13,7 +13,7 @@ from PIL import Image
 
 import tiny
 from deeplab_jax import data, labels
-from deeplab_jax.config import DataConfig
+from deeplab_jax.config import Config, DataConfig, validate
 from deeplab_jax.data import masks, pipeline, reading
 from deeplab_jax.errors import UserError
 from deeplab_jax.labels import IGNORE
@@ -435,3 +435,24 @@ def test_the_table_of_colors_is_exact():
         for c in rgb.tolist()
     ]
     np.testing.assert_array_equal(mask_format.to_ids(values).ravel(), expected)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "channels",
+            4,
+            r"data\.mean must hold one number a channel.*= 4.*mean=0\.5,0\.5,0\.5,0\.5",
+        ),
+        ("channels", 0, r"folder\.channels must be 1 or more"),
+        ("mask_name", "{name}.png", r"mask_name must hold \{name\} once, and no suffix"),
+        ("val_fraction", 1.5, r"val_fraction must be in \[0, 1\]"),
+        ("masks_hold", "id", r"masks_hold must be ids, colors or binary, got 'id'"),
+    ],
+)
+def test_wrong_settings_are_named_before_any_file_is_read(field, value, message):
+    config = Config(data=DataConfig(name="folder"))
+    setattr(config.data.folder, field, value)
+    with pytest.raises(UserError, match=message):
+        validate(config)
