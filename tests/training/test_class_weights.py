@@ -13,8 +13,7 @@ from deeplab_jax import labels
 from deeplab_jax.config import Config, LossConfig
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.errors import UserError
-from deeplab_jax.training import class_weights
-from deeplab_jax.training.loop import train
+from deeplab_jax.training import class_weights, loop
 
 
 class Masks:
@@ -110,10 +109,18 @@ def test_a_wrong_loss_is_named(fields, message):
         config_lib.validate(config)
 
 
-def test_a_run_computes_its_weights_and_keeps_auto_in_its_config(tmp_path, capfd):
+def test_a_run_steps_with_its_weights_and_keeps_auto_in_its_config(tmp_path, capfd, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def make_train_step(model, tx, schedule, config, mesh):
+        assert len(config.loss.class_weights) == model.architecture.num_classes
+        raise Stop
+
+    monkeypatch.setattr(loop, "make_train_step", make_train_step)
     config = tiny.get_config()
     config.loss = LossConfig(name="focal", class_weights="auto")
-    config.train.steps = 1
-    train(config, tmp_path)
+    with pytest.raises(Stop):
+        loop.train(config, tmp_path)
     assert "class weights: background 0." in capfd.readouterr().err
     assert json.loads((tmp_path / "config.json").read_text())["loss"]["class_weights"] == "auto"
