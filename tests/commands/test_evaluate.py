@@ -20,6 +20,7 @@ from deeplab_jax.training import checkpoint
 from random_modules import random_variables
 
 NAMES = ("background", "disc", "triangle", "ring", "cross")
+MEAN, STD = (0.2, 0.9, 0.4), (0.1, 0.2, 0.3)  # the checkpoint's, which the data's config is not
 DATA = DataConfig(name="shapes", shapes=ShapesConfig(size=33, num_train=4, num_eval=6))
 
 
@@ -34,8 +35,8 @@ def write(path, network, names=NAMES):
     info = checkpoint.describe(
         model.architecture,
         labels.named(*names),
-        mean=DATA.mean,
-        std=DATA.std,
+        mean=MEAN,
+        std=STD,
         resize="none",
         size=(33, 33),
     )
@@ -78,7 +79,7 @@ def test_it_scores_what_inference_predicts(run, network, command, tmp_path):
 
     model, variables = network
     model = FunctionalModel(model.architecture.at_output_stride(8))
-    inference = Inference(model, variables, mean=DATA.mean, std=DATA.std, mode=Mode())
+    inference = Inference(model, variables, mean=MEAN, std=STD, mode=Mode())
     dataset = data_lib.load(DATA, "val")
     expected = np.zeros((5, 5), np.int64)
     for index in range(6):
