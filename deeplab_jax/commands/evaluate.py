@@ -73,7 +73,7 @@ def evaluate(
       deeplab-jax evaluate runs/mine --data configs/folder.py --bootstrap 1000 --confusion c.png
     """
     from deeplab_jax import segmenter
-    from deeplab_jax.config import EvalConfig
+    from deeplab_jax.config import Config, EvalConfig
     from deeplab_jax.evaluation import setup
     from deeplab_jax.evaluation.evaluate import Evaluator
     from deeplab_jax.evaluation.report import make_report
@@ -85,20 +85,23 @@ def evaluate(
         setup.check_output("--json", json_file, ".json")
     if confusion:
         setup.check_output("--confusion", confusion, ".png")
-    config = setup.base_config(data, checkpoint)
+    base = setup.base_config(data, checkpoint)
+    config = Config(
+        data=base.data,
+        eval=EvalConfig(
+            batch_size=batch_size,
+            output_stride=output_stride,
+            size=base.eval.size if size is None else size,
+            num_pictures=0,
+            protocol=protocol or ("native" if window else "paper"),
+            scales=setup.parse_scales(scales),
+            flip=flip,
+            window=window,
+            overlap=overlap,
+        ),
+    )
     config.data.root = root or config.data.root
     config.data.eval_split = split or config.data.eval_split
-    config.eval = EvalConfig(
-        batch_size=batch_size,
-        output_stride=output_stride,
-        size=config.eval.size if size is None else size,
-        num_pictures=0,
-        protocol=protocol or ("native" if window else "paper"),
-        scales=setup.parse_scales(scales),
-        flip=flip,
-        window=window,
-        overlap=overlap,
-    )
     setup.validate(config)
     loaded = segmenter.load(checkpoint, output_stride=output_stride)
     dataset = setup.load_dataset(config.data, limit)

@@ -10,7 +10,14 @@ import pytest
 
 from deeplab_jax import cli, config, config_files, labels
 from deeplab_jax import data as data_lib
-from deeplab_jax.config import Config, DataConfig, EvalConfig, FolderConfig, ShapesConfig
+from deeplab_jax.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    FolderConfig,
+    MeshConfig,
+    ShapesConfig,
+)
 from deeplab_jax.errors import UserError
 from deeplab_jax.evaluation import setup
 from deeplab_jax.evaluation.inference import Inference, Mode
@@ -45,11 +52,11 @@ def write(path, network, names=NAMES):
 
 @pytest.fixture(scope="module")
 def run(network, tmp_path_factory):
-    """A workdir with one checkpoint."""
+    """A workdir with one checkpoint, of a run on more devices than there are."""
     workdir = tmp_path_factory.mktemp("run")
     write(workdir / "checkpoints" / "7", network)
-    text = config.to_json(Config(data=DATA, eval=EvalConfig(size=33)))
-    (workdir / "config.json").write_text(text)
+    trained = Config(data=DATA, eval=EvalConfig(size=33), mesh=MeshConfig(data=64))
+    (workdir / "config.json").write_text(config.to_json(trained))
     return workdir
 
 
