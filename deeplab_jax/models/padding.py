@@ -19,6 +19,7 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -87,7 +88,7 @@ def fill_padding(x: Float[Array, "n h w c"], value: float = 0.0) -> Float[Array,
     return jnp.where(_valid(x, sizes), x, jnp.asarray(value, x.dtype))
 
 
-def mean_over_image(x: Float[Array, "n h w c"], dtype: jnp.dtype) -> Float[Array, "n 1 1 c"]:
+def mean_over_image(x: Float[Array, "n h w c"], dtype: Any) -> Float[Array, "n 1 1 c"]:
     """Mean over the pixels of each image, summed in `dtype`, padding apart."""
     sizes = valid_sizes(x)
     if sizes is None:
