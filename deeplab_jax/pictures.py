@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from deeplab_jax import visualize
 from deeplab_jax.labels import LabelSet
 
-Picture = UInt8[np.ndarray, "h w 3"]
+Picture = UInt8[np.ndarray, "_ _ 3"]
 
 _MIN_SIDE = 320  # pixels: an image is enlarged until a side has as many, unless it is a thin strip
 _MAX_ENLARGED = 1280  # pixels of the longer side, to which it may be enlarged
@@ -101,7 +101,7 @@ def legend(
     entries: list[tuple[int, int, int, str]] = []  # x, row, class, text
     x, row = gap, 0
     for index in order:
-        area = f" {share(counts[index], ids.size)}"
+        area = f" {share(int(counts[index]), ids.size)}"
         room = width - swatch - 3 * gap - font.getlength(area)
         text = _fit(labels.names[index], font, room) + area
         length = swatch + gap + round(font.getlength(text))

@@ -133,7 +133,7 @@ def _area_table(predicted: list[Predicted], total: np.ndarray, labels: LabelSet)
                 Text(labels.names[index]),
                 swatch.append(f"#{red:02x}{green:02x}{blue:02x}", style="default"),
                 f"{total[index]:,}",
-                pictures.share(total[index], total.sum()),
+                pictures.share(int(total[index]), int(total.sum())),
             ]
             if len(predicted) > 1:
                 row.append(str(sum(one.counts[index] > 0 for one in predicted)))
