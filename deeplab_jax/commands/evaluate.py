@@ -130,6 +130,11 @@ def evaluate(
         "images_per_second": round(report.images / seconds, 3),
         "num_compilations": evaluator.num_compilations,
     }
+    console = Console(stderr=json_file == "-", highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _WIDTH_IN_A_FILE
+    console.print(_class_table(report))
+    console.print("", *_summary(report, facts), sep="\n", markup=False)
     if confusion:
         write_png(pathlib.Path(confusion), confusion_plot(report.matrix, dataset.labels))
     text = json.dumps(facts | report.to_json(), indent=2, allow_nan=False) + "\n"
@@ -137,11 +142,6 @@ def evaluate(
         print(text, end="")
     elif json_file:
         write_bytes(pathlib.Path(json_file), text.encode())
-    console = Console(stderr=json_file == "-", highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = _WIDTH_IN_A_FILE
-    console.print(_class_table(report))
-    console.print("", *_summary(report, facts), sep="\n", markup=False)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     for warning in warnings + report.warnings():
         errors.print(f"warning: {warning}", markup=False)
