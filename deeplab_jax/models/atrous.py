@@ -1,4 +1,4 @@
-"""Atrous convolution: one function, two exact implementations, chosen per platform."""
+"""Atrous convolution: one function, several exact implementations, chosen per platform."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextvars
 import functools
 from collections.abc import Callable, Iterator
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -64,10 +65,14 @@ def atrous_conv(
     if method is not None:
         return METHODS[method](x, kernel, stride=stride, rate=rate)
     native = functools.partial(_native, stride=stride, rate=rate)
-    if not _taps_win_on_cpu(x.shape, kernel.shape, stride, rate):
+    chosen = {}
+    if _taps_win_on_cpu(x.shape, kernel.shape, stride, rate):
+        chosen["cpu"] = functools.partial(_valid_taps, stride=stride, rate=rate)
+    if stride == 1 and rate > 1:
+        chosen["cuda"] = functools.partial(_on_cuda, rate=rate)
+    if not chosen:
         return native(x, kernel)
-    taps = functools.partial(_valid_taps, stride=stride, rate=rate)
-    return lax.platform_dependent(x, kernel, cpu=taps, default=native)
+    return lax.platform_dependent(x, kernel, **chosen, default=native)
 
 
 def valid_share(size: int, kernel_size: int, *, stride: int = 1, rate: int = 1) -> float:
@@ -116,7 +121,71 @@ def _valid_taps(x: Array, kernel: Array, *, stride: int, rate: int) -> Array:
     return out.astype(x.dtype)
 
 
-METHODS: dict[str, Method] = {"native": _native, "valid_taps": _valid_taps}
+def _phases(x: Array, kernel: Array, *, stride: int, rate: int) -> Array:
+    """Space to batch: rows and columns `rate` apart are maps of their own, convolved at rate 1.
+
+    The map is padded with zeros to a multiple of the rate, where taps would read zeros anyway.
+    Along an axis no longer than the rate the centre's tap alone falls on the map.
+    """
+    n, height, width, channels = x.shape
+    rows, columns = (rate if rate < size else 1 for size in (height, width))
+    centre = kernel.shape[0] // 2
+    if rows == 1 < rate:
+        kernel = kernel[centre : centre + 1]
+    if columns == 1 < rate:
+        kernel = kernel[:, centre : centre + 1]
+    tall, wide = -(-height // rows), -(-width // columns)
+    x = jnp.pad(x, ((0, 0), (0, tall * rows - height), (0, wide * columns - width), (0, 0)))
+    x = x.reshape(n, tall, rows, wide, columns, channels).transpose(0, 2, 4, 1, 3, 5)
+    y = lax.conv_general_dilated(
+        x.reshape(n * rows * columns, tall, wide, channels),
+        kernel,
+        window_strides=(1, 1),
+        padding=[(side // 2, side // 2) for side in kernel.shape[:2]],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=channels // kernel.shape[2],
+    )
+    y = y.reshape(n, rows, columns, tall, wide, -1).transpose(0, 3, 1, 4, 2, 5)
+    return y.reshape(n, tall * rows, wide * columns, -1)[:, :height:stride, :width:stride]
+
+
+METHODS: dict[str, Method] = {"native": _native, "valid_taps": _valid_taps, "phases": _phases}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _on_cuda(x: Array, kernel: Array, rate: int) -> Array:
+    """cuDNN's convolution of the whole map, or of its phases, and always the phases' gradient.
+
+    Measured on one H100, bfloat16, milliseconds of native / phases (cuDNN through PyTorch):
+
+    | kernel, channels, maps, rate           | forward             | both gradients      |
+    |----------------------------------------|---------------------|---------------------|
+    | 3x3, 512 -> 512, 16x33x33, rate 2      | 0.19 / 0.17 (0.13)  | 0.92 / 0.34 (0.26)  |
+    | 3x3, 2048 -> 256, 16x33x33, rate 6     | 0.33 / 0.35 (0.29)  | 1.48 / 0.66 (0.46)  |
+    | 3x3, 2048 -> 256, 16x33x33, rate 12    | 0.51 / 0.34 (0.47)  | 1.60 / 0.80 (0.84)  |
+    | 3x3, 2048 -> 256, 16x33x33, rate 18    | 0.51 / 0.23 (0.48)  | 1.61 / 0.73 (0.85)  |
+    | 3x3, 256 -> 256, 32x65x65, rate 2      | 0.24 / 0.34 (0.22)  | 1.56 / 0.61 (0.44)  |
+    | 3x3, 512 -> 512, 32x65x65, rate 4      | 0.84 / 1.08 (0.87)  | 3.91 / 2.10 (1.80)  |
+    | 3x3, 2048 -> 256, 32x65x65, rate 12    | 2.68 / 2.35 (2.84)  | 7.74 / 4.71 (6.39)  |
+    | 3x3, 2048 -> 256, 32x65x65, rate 24    | 2.69 / 2.33 (2.75)  | 7.54 / 5.11 (6.21)  |
+    | 3x3, 2048 -> 256, 32x65x65, rate 36    | 2.59 / 1.44 (2.68)  | 7.51 / 4.72 (6.08)  |
+    """
+    method = _phases if rate > 6 else _native
+    return method(x, kernel, stride=1, rate=rate)
+
+
+def _on_cuda_forward(x: Array, kernel: Array, rate: int) -> tuple[Array, tuple[Array, Array]]:
+    return _on_cuda(x, kernel, rate), (x, kernel)
+
+
+def _on_cuda_backward(
+    rate: int, inputs: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+    _, gradient = jax.vjp(functools.partial(_phases, stride=1, rate=rate), *inputs)
+    return gradient(cotangent)
+
+
+_on_cuda.defvjp(_on_cuda_forward, _on_cuda_backward)
 
 
 def _taps_win_on_cpu(

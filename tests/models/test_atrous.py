@@ -123,6 +123,29 @@ def test_gradients_equal_torch(x64, method, h, w, k, stride, rate):
     np.testing.assert_allclose(ours[1], torch_kernel.grad.numpy().transpose(2, 3, 1, 0), atol=1e-11)
 
 
+@pytest.mark.parametrize(("h", "w", "rate"), [(7, 9, 2), (5, 9, 7), (19, 17, 8)])
+def test_what_cuda_is_given_has_the_gradients_of_the_native_one(x64, h, w, rate):
+    x, kernel = (jnp.asarray(a) for a in random_case(h, w, 3))
+
+    def gradients(conv):
+        value, gradient = jax.vjp(conv, x, kernel)
+        return value, *gradient(jnp.cos(value))
+
+    ours = jax.jit(gradients, static_argnums=0)(lambda *a: atrous._on_cuda(*a, rate))
+    native = jax.jit(gradients, static_argnums=0)(lambda *a: atrous_conv(*a, rate=rate))
+    for mine, theirs in zip(ours, native, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-11)
+
+
+def test_one_method_everywhere():
+    with atrous.using("phases"):
+        assert "convolution" in lowered("cpu", 1, 64, 33, 1)
+    assert "convolution" not in lowered("cpu", 1, 64, 33, 1)
+    message = "one of native, valid_taps, phases, got 'fast'"
+    with pytest.raises(ValueError, match=message), atrous.using("fast"):
+        pass
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_is_rounded_once(method):
     """Sums are kept in float32: an error of one rounding, not of one a tap."""
