@@ -9,7 +9,13 @@ from jax.nn import relu
 from jaxtyping import Array, Float
 
 from deeplab_jax.models.architecture import Architecture
-from deeplab_jax.models.layers import LayerMaker, dropout, full_precision, scaled_channels
+from deeplab_jax.models.layers import (
+    LayerMaker,
+    dropout,
+    full_precision,
+    normalized,
+    scaled_channels,
+)
 from deeplab_jax.models.padding import mean_over_image
 
 ASPP_CHANNELS = 256
@@ -23,7 +29,7 @@ class ImagePooling(nnx.List):
 
     def __call__(self, x: Float[Array, "n h w cin"], *, update_bn: bool = False) -> Array:
         mean = mean_over_image(x, full_precision(x.dtype))
-        pooled = relu(self[2](self[1](mean), update_bn=update_bn))
+        pooled = relu(normalized(self[1], self[2], mean, update_bn=update_bn))
         return jnp.broadcast_to(pooled, (*x.shape[:3], pooled.shape[3]))
 
 

@@ -17,6 +17,8 @@ from deeplab_jax.models.layers import (
     LayerMaker,
     TransposedDecoder,
     dropout,
+    folding_norms,
+    normalized,
     resize_bilinear,
     scaled_channels,
 )
@@ -68,7 +70,7 @@ class DeepLabHead(nnx.List):
         aspp, conv, norm, _, logits = self
         x = aspp(features, update_bn=update_bn, key=key)
         if conv is not None:
-            x = relu(norm(conv(x), update_bn=update_bn))
+            x = relu(normalized(conv, norm, x, update_bn=update_bn))
         return logits(x)
 
 
@@ -93,7 +95,7 @@ class FCNHead(nnx.List):
         key: jax.Array | None = None,
     ) -> Float[Array, "n h w classes"]:
         conv, norm, _, _, logits = self
-        x = relu(norm(conv(features), update_bn=update_bn))
+        x = relu(normalized(conv, norm, features, update_bn=update_bn))
         return logits(dropout(x, self.dropout, key))
 
 
@@ -137,7 +139,9 @@ class DeepLabV3(nnx.Module):
         freeze_bn: bool = False,
         remat: bool = False,
         sizes: Int[Array, "n 2"] | None = None,
-    ) -> dict[str, Float[Array, "n h w classes"]]:
+        fold_bn: bool = False,
+        upsample: bool = True,
+    ) -> dict[str, Float[Array, "n ho wo classes"]]:
         """Logits "out", and "aux" where there is that head, float32, at the images' size.
 
         Args:
@@ -151,6 +155,10 @@ class DeepLabV3(nnx.Module):
           sizes: height and width of each image, pixels. What lies beyond is padding: the logits on
             the image are then those of the image alone, up to rounding, and have no meaning beyond.
             Not when `train`.
+          fold_bn: whether batch norm by its running statistics is part of the convolution before
+            it, where one is: the same up to rounding, and faster on GPU.
+          upsample: whether the logits are resized to the images' size; False: as they are, for a
+            loss that does it in parts. A learned decoder always gives the images' size.
 
         Raises:
           ValueError: the images' channels are not the architecture's, the key is missing, or the
@@ -161,16 +169,22 @@ class DeepLabV3(nnx.Module):
         if train and key is not None:
             out_key, aux_key = jax.random.split(key)
         update_bn = train and not freeze_bn
-        with valid_area(sizes, images.shape):
+        with valid_area(sizes, images.shape), folding_norms(fold_bn):
             features = self.backbone(images, update_bn=update_bn, remat=remat)
 
             out = features[self.backbone.out_feature]
             out = self.classifier(out, update_bn=update_bn, key=out_key)
-            outputs = {"out": _to_images_size(self.decoder or resize_bilinear, out, images)}
+            outputs = {"out": out}
             if self.aux_classifier is not None:
                 aux = features[self.backbone.aux_feature]
-                aux = self.aux_classifier(aux, update_bn=update_bn, key=aux_key)
-                outputs["aux"] = _to_images_size(resize_bilinear, aux, images)
+                outputs["aux"] = self.aux_classifier(aux, update_bn=update_bn, key=aux_key)
+            if self.decoder is not None:
+                outputs["out"] = _to_images_size(self.decoder, out, images)
+            if upsample:
+                outputs = {
+                    name: _to_images_size(resize_bilinear, logits, images)
+                    for name, logits in outputs.items()
+                }
         return outputs
 
     def _check(

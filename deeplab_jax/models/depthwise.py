@@ -22,7 +22,6 @@ from jaxtyping import Array, Float
 
 from deeplab_jax.models.atrous import Method, atrous_conv
 from deeplab_jax.models.layers import Conv
-from deeplab_jax.models.padding import fill_padding
 
 
 def depthwise_conv(
@@ -84,7 +83,5 @@ METHODS: dict[str, Method] = {
 class DepthwiseConv(Conv):
     """A `Conv` without bias whose groups are its channels, and whose kernel is `[k, k, 1, c]`."""
 
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n ho wo c"]:
-        kernel = self.kernel[...].astype(self.dtype)
-        x = fill_padding(x)
-        return depthwise_conv(x.astype(self.dtype), kernel, stride=self.stride, rate=self.rate)
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        return depthwise_conv(x, kernel, stride=self.stride, rate=self.rate)

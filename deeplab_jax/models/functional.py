@@ -54,7 +54,9 @@ class FunctionalModel:
         freeze_bn: bool = False,
         remat: bool = False,
         sizes: Int[Array, "n 2"] | None = None,
-    ) -> tuple[dict[str, Float[Array, "n h w classes"]], Arrays]:
+        fold_bn: bool = False,
+        upsample: bool = True,
+    ) -> tuple[dict[str, Float[Array, "n ho wo classes"]], Arrays]:
         """Logits by head, and the running statistics after this batch.
 
         Args:
@@ -66,6 +68,9 @@ class FunctionalModel:
           remat: recompute each residual unit in the backward pass.
           sizes: height and width of each image, pixels; what lies beyond is padding, of which the
             logits on the image do not depend. At inference alone; see `models.padding`.
+          fold_bn: have batch norm by running statistics in the convolutions; the same up to
+            rounding.
+          upsample: resize the logits to the images' size.
 
         Raises:
           ValueError: as `DeepLabV3` does.
@@ -76,7 +81,14 @@ class FunctionalModel:
             _unflatten(variables.batch_stats, self._stat_paths, nnx.BatchStat),
         )
         outputs = module(
-            images, train=train, key=key, freeze_bn=freeze_bn, remat=remat, sizes=sizes
+            images,
+            train=train,
+            key=key,
+            freeze_bn=freeze_bn,
+            remat=remat,
+            sizes=sizes,
+            fold_bn=fold_bn,
+            upsample=upsample,
         )
         return outputs, _flatten(nnx.state(module, nnx.BatchStat))
 

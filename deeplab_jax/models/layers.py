@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import jax
@@ -23,6 +25,22 @@ Initializer = Callable[..., Array]
 HE_FAN_OUT: Initializer = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 # Small, so that a new head starts from nearly equal probabilities: a loss of log(num_classes).
 SMALL_NORMAL: Initializer = nnx.initializers.normal(0.01)
+
+
+_norms_folded: contextvars.ContextVar[bool] = contextvars.ContextVar("folded", default=False)
+
+
+@contextlib.contextmanager
+def folding_norms(fold: bool) -> Iterator[None]:
+    """Whether what is traced within has batch norm as part of the convolution before it.
+
+    By running statistics alone: see `normalized`.
+    """
+    token = _norms_folded.set(fold)
+    try:
+        yield
+    finally:
+        _norms_folded.reset(token)
 
 
 def full_precision(dtype: Any) -> Any:
@@ -62,12 +80,22 @@ class Conv(nnx.Module):
         self.rate = rate
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(self, x: Float[Array, "n h w cin"]) -> Float[Array, "n ho wo cout"]:
-        kernel = self.kernel[...].astype(self.dtype)
+    def __call__(
+        self,
+        x: Float[Array, "n h w cin"],
+        scale: Float[Array, " cout"] | None = None,
+        shift: Float[Array, " cout"] | None = None,
+    ) -> Float[Array, "n ho wo cout"]:
+        """Convolves; scale and shift, of the batch norm behind it, go into kernel and bias."""
+        kernel = self.kernel[...] if scale is None else self.kernel[...] * scale
         if kernel.shape[0] > 1:
             x = fill_padding(x)
-        y = atrous_conv(x.astype(self.dtype), kernel, stride=self.stride, rate=self.rate)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        y = self.convolve(x.astype(self.dtype), kernel.astype(self.dtype))
+        bias = shift if self.bias is None else self.bias[...]
+        return y if bias is None else y + bias.astype(self.dtype)
+
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        return atrous_conv(x, kernel, stride=self.stride, rate=self.rate)
 
 
 class BatchNorm(nnx.Module):
@@ -103,22 +131,83 @@ class BatchNorm(nnx.Module):
         self, x: Float[Array, "n h w c"], *, update_bn: bool = False
     ) -> Float[Array, "n h w c"]:
         """Normalises by the running statistics, or with `update_bn` by the batch's, moving them."""
-        values = x.astype(full_precision(x.dtype))
         if update_bn:
-            mean = jnp.mean(values, (0, 1, 2))
-            # One pass over the map, and one exchange between devices, for both statistics.
-            # Rounding may leave a tiny negative difference.
-            var = jnp.maximum(jnp.mean(jnp.square(values), (0, 1, 2)) - jnp.square(mean), 0)
+            y, mean, var = _normalize_by_batch(x, self.scale[...], self.bias[...], self.epsilon)
             self._move(self.mean, mean)
             self._move(self.var, var)
-        else:
-            mean, var = self.mean[...], self.var[...]
-        normalized = (values - mean) * (self.scale[...] * lax.rsqrt(var + self.epsilon))
-        return (normalized + self.bias[...]).astype(x.dtype)
+            return y
+        # Not `affine`: for a large mean the shift would cancel it with fewer digits left.
+        scale, bias = self.scale[...], self.bias[...]
+        values = x.astype(full_precision(x.dtype)) - self.mean[...]
+        return (values * (scale * lax.rsqrt(self.var[...] + self.epsilon)) + bias).astype(x.dtype)
+
+    def affine(self) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+        """Scale and shift that normalising by the running statistics is."""
+        scale = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)
+        return scale, self.bias[...] - self.mean[...] * scale
 
     def _move(self, running: nnx.BatchStat, batch: Array) -> None:
         moved = self.momentum * running[...] + (1 - self.momentum) * lax.stop_gradient(batch)
         running[...] = moved
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalize_by_batch(
+    x: Float[Array, "n h w c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    epsilon: float,
+) -> tuple[Float[Array, "n h w c"], Float[Array, " c"], Float[Array, " c"]]:
+    """Normalised map, mean and variance of the batch; the last two are taken as constants.
+
+    The gradient is written out (Ioffe & Szegedy 2015, section 3) so that it reads the map twice,
+    once for both sums and once for the result, where the derived one reads it three times and
+    keeps a copy.
+    """
+    values = x.astype(scale.dtype)
+    mean = jnp.mean(values, (0, 1, 2))
+    # One pass over the map, and one exchange between devices, for both statistics.
+    # Rounding may leave a tiny negative difference.
+    var = jnp.maximum(jnp.mean(jnp.square(values), (0, 1, 2)) - jnp.square(mean), 0)
+    y = (values - mean) * (scale * lax.rsqrt(var + epsilon)) + bias
+    return y.astype(x.dtype), mean, var
+
+
+def _normalize_by_batch_forward(
+    x: Array, scale: Array, bias: Array, epsilon: float
+) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
+    y, mean, var = _normalize_by_batch(x, scale, bias, epsilon)
+    return (y, mean, var), (x, scale, mean, var)
+
+
+def _normalize_by_batch_backward(
+    epsilon: float, kept: tuple[Array, ...], cotangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
+    x, scale, mean, var = kept
+    dy = cotangents[0].astype(scale.dtype)
+    centred = x.astype(scale.dtype) - mean
+    deviation = lax.rsqrt(var + epsilon)  # its inverse
+    dbias = jnp.sum(dy, (0, 1, 2))
+    dscale = jnp.sum(dy * centred, (0, 1, 2)) * deviation
+    count = x.size // x.shape[3]
+    dx = dy - dbias / count - centred * (deviation * dscale / count)
+    return (dx * (scale * deviation)).astype(x.dtype), dscale, dbias
+
+
+_normalize_by_batch.defvjp(_normalize_by_batch_forward, _normalize_by_batch_backward)
+
+
+def normalized(
+    conv: Conv, norm: BatchNorm, x: Float[Array, "n h w cin"], *, update_bn: bool
+) -> Float[Array, "n ho wo cout"]:
+    """`norm(conv(x))`; as one convolution with a bias where `folding_norms` says so.
+
+    That is the same up to rounding, and on GPU one pass over the map less. The convolution has no
+    bias of its own.
+    """
+    if update_bn or not _norms_folded.get():
+        return norm(conv(x), update_bn=update_bn)
+    return conv(x, *norm.affine())
 
 
 class ConvNorm(nnx.List):
@@ -128,7 +217,8 @@ class ConvNorm(nnx.List):
         super().__init__([conv, norm])
 
     def __call__(self, x: Float[Array, "n h w cin"], *, update_bn: bool = False) -> Array:
-        return self[1](self[0](x), update_bn=update_bn)
+        conv, norm = self
+        return normalized(conv, norm, x, update_bn=update_bn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,12 +328,14 @@ def resize_bilinear(
         return product("nHh,nhWc->nHWc", down.astype(x.dtype), wide)
     if x.shape[1:3] == (height, width):
         return x
-    columns = _bilinear_matrix(width, x.shape[2]).astype(x.dtype)
-    rows = _bilinear_matrix(height, x.shape[1]).astype(x.dtype)
-    return product("Hh,nhWc->nHWc", rows, product("Ww,nhwc->nhWc", columns, x))
+    columns = bilinear_matrix(width, x.shape[2]).astype(x.dtype)
+    rows = bilinear_matrix(height, x.shape[1]).astype(x.dtype)
+    wide = product("Ww,nhwc->nhWc", columns, x)
+    # One matrix an image: otherwise the product's natural order is Hnwc, which is then transposed.
+    return product("nHh,nhWc->nHWc", jnp.broadcast_to(rows, (len(x), *rows.shape)), wide)
 
 
-def _bilinear_matrix(out_size: int, in_size: int) -> np.ndarray:
+def bilinear_matrix(out_size: int, in_size: int) -> np.ndarray:
     """float64 `[out_size, in_size]`: weight of each input for each output."""
     centres = (np.arange(out_size) + 0.5) * in_size / out_size - 0.5
     centres = np.clip(centres, 0, in_size - 1)
@@ -253,7 +345,7 @@ def _bilinear_matrix(out_size: int, in_size: int) -> np.ndarray:
 def _bilinear_matrices(
     out_side: int, in_side: int, out_sizes: Int[Array, " n"], in_sizes: Int[Array, " n"]
 ) -> Float[Array, "n out_side in_side"]:
-    """`_bilinear_matrix` of each image's own sizes, in the padded ones.
+    """`bilinear_matrix` of each image's own sizes, in the padded ones.
 
     Centres are fractions of integers: in float32 those of large images would be off by 1e-4.
 

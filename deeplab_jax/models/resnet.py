@@ -27,6 +27,7 @@ from deeplab_jax.models.layers import (
     ConvNorm,
     LayerMaker,
     max_pool,
+    normalized,
     recompute,
     scaled_channels,
 )
@@ -126,7 +127,7 @@ def _post_activation_unit(
     """He et al. 2015, figure 5: relu(shortcut + norm(conv(... relu(norm(conv(x))))))."""
     y = x
     for index, (conv, norm) in enumerate(layers):
-        y = norm(conv(relu(y) if index else y), update_bn=update_bn)
+        y = normalized(conv, norm, relu(y) if index else y, update_bn=update_bn)
     shortcut = x if downsample is None else downsample(x, update_bn=update_bn)
     return relu(shortcut + y)
 
@@ -249,9 +250,7 @@ class ResNet(nnx.Module):
         """
         x = images
         for conv, norm in self._stem_layers():
-            x = conv(x)
-            if norm is not None:
-                x = relu(norm(x, update_bn=update_bn))
+            x = conv(x) if norm is None else relu(normalized(conv, norm, x, update_bn=update_bn))
         features = {"stem": max_pool(x)}
         x = features["stem"]
         for name, stage in self._stages():

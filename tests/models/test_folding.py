@@ -1,0 +1,76 @@
+"""Batch norm as part of the convolution before it: the same logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deeplab_jax.models.architecture import architecture
+from deeplab_jax.models.functional import FunctionalModel
+from random_modules import random_variables
+
+VARIANTS = {
+    "basic": ("paper_resnet18", {"width": 0.125}),
+    "bottleneck, torchvision's head": ("torchvision_resnet50", {"width": 0.125}),
+    "pre-activation, deep stem": ("paper_resnet18", {"residual": "pre", "stem": "deep"}),
+    "mobilenet": ("torchvision_mobilenet_v3_large", {"width": 0.25}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_folded_logits_are_the_same(x64, variant):
+    name, options = VARIANTS[variant]
+    chosen = architecture(name, num_classes=3, dtype="float64", **{"width": 0.125} | options)
+    model = FunctionalModel(chosen)
+    variables = random_variables(model)
+    images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 37, 45, 3)))
+
+    @jax.jit
+    def both(variables, images):
+        return [model.apply(variables, images, fold_bn=fold) for fold in (False, True)]
+
+    (plain, kept), (folded, _) = both(variables, images)
+    for head in plain:
+        scale = jnp.abs(plain[head]).max()
+        np.testing.assert_allclose(folded[head], plain[head], atol=1e-12 * float(scale))
+    # That the statistics have their part in it is seen by changing them.
+    moved = variables._replace(batch_stats={n: v * 2 for n, v in kept.items()})
+    assert not np.allclose(both(moved, images)[1][0]["out"], folded["out"], atol=1e-6)
+
+
+def test_folding_leaves_no_normalisation_in_the_program():
+    model = FunctionalModel(architecture("paper_resnet18", num_classes=3, width=0.125))
+    images = jax.ShapeDtypeStruct((2, 33, 33, 3), jnp.float32)
+
+    def multiplications_of_maps(fold):
+        jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x, fold_bn=fold)[0])
+        equations = jaxpr(model.abstract, images).eqns
+        shapes = [e.outvars[0].aval.shape for e in equations if e.primitive.name == "mul"]
+        return sum(len(shape) == 4 and shape[0] == 2 for shape in shapes)
+
+    assert multiplications_of_maps(False) > 20
+    assert multiplications_of_maps(True) == 0
+
+
+def test_training_does_not_fold():
+    """The batch's statistics are known only when the convolution is done."""
+    model = FunctionalModel(architecture("paper_resnet18", num_classes=3, width=0.125, dropout=0))
+    variables = random_variables(model)
+    images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 33, 33, 3)), jnp.float32)
+    run = jax.jit(lambda fold: model.apply(variables, images, train=True, fold_bn=fold),
+                  static_argnums=0)  # fmt: skip
+    for plain, folded in zip(jax.tree.leaves(run(False)), jax.tree.leaves(run(True)), strict=True):
+        np.testing.assert_array_equal(plain, folded)
+
+
+@pytest.mark.parametrize("decoder", ["bilinear", "transposed"])
+def test_logits_before_they_are_upsampled(decoder):
+    chosen = architecture(
+        "torchvision_resnet18", num_classes=3, width=0.125, output_stride=16, decoder=decoder
+    )
+    model = FunctionalModel(chosen)
+    variables = random_variables(model)
+    images = jnp.ones((1, 33, 49, 3))
+    outputs, _ = jax.jit(lambda v, x: model.apply(v, x, upsample=False))(variables, images)
+    assert outputs["aux"].shape == (1, 3, 4, 3)
+    assert outputs["out"].shape == ((1, 3, 4, 3) if decoder == "bilinear" else (1, 33, 49, 3))
