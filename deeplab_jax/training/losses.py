@@ -10,34 +10,41 @@ the number of images that have a valid pixel.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, UInt8
 
 from deeplab_jax.config import LossConfig
 from deeplab_jax.labels import IGNORE
+from deeplab_jax.models.layers import bilinear_matrix, resize_bilinear
 
 Logits = Float[Array, "n h w classes"]
 Labels = UInt8[Array, "n h w"]
 PixelMap = Float[Array, "n h w"]
 Scalar = Float[Array, ""]
 
+_PARTS = 8  # that the rows of a loss of pixels are computed in
 
-def loss_sum(logits: Logits, labels: Labels, config: LossConfig) -> Scalar:
+
+def loss_sum(logits: Float[Array, "n ho wo classes"], labels: Labels, config: LossConfig) -> Scalar:
     """Sum of the config's loss over pixels, or over images, whichever it is a loss of.
 
     Args:
-      logits: of the classes, in float32 or wider.
+      logits: of the classes, in float32 or wider, of any height and width: they are resized
+        bilinearly to the labels'.
       labels: class ids; `labels.IGNORE` where a pixel does not count.
       config: its `class_weights` and `hard_pixel_fraction` hold for the losses of pixels.
     """
     if config.name in IMAGE_LOSSES:
-        return jnp.sum(IMAGE_LOSSES[config.name](logits, labels))
-    losses = PIXEL_LOSSES[config.name](logits, labels, config)
+        upsampled = resize_bilinear(logits, *labels.shape[1:])
+        return jnp.sum(IMAGE_LOSSES[config.name](upsampled, labels))
+    losses = PIXEL_LOSSES[config.name](cross_entropy(logits, labels), config)
     losses *= pixel_weights(labels, config.class_weights)
     if config.hard_pixel_fraction < 1:
         valid = labels != IGNORE
@@ -68,20 +75,128 @@ def pixel_weights(labels: Labels, class_weights: object = None) -> PixelMap:
     return jnp.where(valid, jnp.take(table, labels, mode="clip"), 0.0)
 
 
-def cross_entropy(logits: Logits, labels: Labels) -> PixelMap:
-    """`-log p` of each pixel's class; that of class 0 where it is ignored, which is finite."""
-    targets = jnp.where(labels == IGNORE, 0, labels).astype(jnp.int32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+def cross_entropy(logits: Float[Array, "n ho wo classes"], labels: Labels) -> PixelMap:
+    """`-log p` of each pixel's class; that of class 0 where it is ignored, which is finite.
+
+    Logits of another size than the labels' are resized bilinearly, some rows at a time, both here
+    and for the gradient: those of all pixels are never in memory together.
+    """
+    targets = jnp.where(labels == IGNORE, 0, labels)
+    if logits.shape[1:3] == labels.shape[1:]:
+        return jax.nn.logsumexp(logits, axis=-1) - _of_target(logits, targets)
+    return _cross_entropy_by_rows(_widened(logits, labels), targets)
 
 
-def focal(logits: Logits, labels: Labels, gamma: float) -> PixelMap:
-    """`-(1 - p)^gamma log p` of each pixel's class: what is right already counts little.
+def _of_target(logits: Logits, targets: Labels) -> PixelMap:
+    """The logit of each pixel's class; by comparison, as the gradient of indexing is a scatter."""
+    return jnp.sum(logits, axis=-1, where=_is_target(logits, targets))
+
+
+def _is_target(logits: Logits, targets: Labels) -> Bool[Array, "n h w classes"]:
+    return targets[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)
+
+
+def _widened(logits: Float[Array, "n ho wo classes"], labels: Labels) -> Array:
+    """Logits resized to the labels' width; few rows, so a small map."""
+    return resize_bilinear(logits, logits.shape[1], labels.shape[2])
+
+
+class _Part(NamedTuple):
+    """Some rows of the pixels of all images: rows, not images, which are divided over devices.
+
+    Fields:
+      start: first row of the logits that they depend on.
+      matrix: `[rows, window]`, the weights of that row and those behind it.
+      targets: `[n, rows, w]`, classes.
+    """
+
+    start: Array
+    matrix: Array
+    targets: Array
+
+
+def _parts(wide: Float[Array, "n ho w classes"], targets: Labels) -> _Part:
+    """The parts, stacked; rows past the last one fill the last part."""
+    n, height, width = targets.shape
+    rows = -(-height // _PARTS)
+    matrix = np.zeros((_PARTS, rows, wide.shape[1]))
+    matrix.reshape(_PARTS * rows, -1)[:height] = bilinear_matrix(height, wide.shape[1])
+    reads: np.ndarray = np.any(matrix, axis=1)  # [part, row of the logits]
+    first = reads.argmax(axis=1)
+    window = int((wide.shape[1] - reads[:, ::-1].argmax(axis=1) - first).max())
+    starts = np.minimum(first, wide.shape[1] - window)
+    matrix = np.stack([one[:, s : s + window] for one, s in zip(matrix, starts, strict=True)])
+    targets = jnp.pad(targets, ((0, 0), (0, _PARTS * rows - height), (0, 0)))
+    targets = jnp.moveaxis(targets.reshape(n, _PARTS, rows, width), 1, 0)
+    return _Part(jnp.asarray(starts, jnp.int32), jnp.asarray(matrix, wide.dtype), targets)
+
+
+def _upsampled(wide: Array, part: _Part) -> Logits:
+    window = lax.dynamic_slice_in_dim(wide, part.start, part.matrix.shape[1], axis=1)
+    return _product("nHh,nhWc->nHWc", _an_image(part.matrix, wide), window)
+
+
+def _an_image(matrix: Array, images: Array) -> Array:
+    """One matrix an image: the product's natural order of axes is then the one wanted."""
+    return jnp.broadcast_to(matrix, (len(images), *matrix.shape))
+
+
+# Precision is asked for because a product's default on GPU and TPU rounds logits to ~3 digits.
+_product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+@jax.custom_vjp
+def _cross_entropy_by_rows(wide: Float[Array, "n ho w classes"], targets: Labels) -> PixelMap:
+    return _cross_entropy_by_rows_forward(wide, targets)[0]
+
+
+def _cross_entropy_by_rows_forward(
+    wide: Array, targets: Labels
+) -> tuple[PixelMap, tuple[Array, ...]]:
+    def of_part(_: None, part: _Part) -> tuple[None, tuple[Array, Array]]:
+        logits = _upsampled(wide, part)
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+        return None, (normalizer - _of_target(logits, part.targets), normalizer)
+
+    _, (losses, normalizers) = lax.scan(of_part, None, _parts(wide, targets))
+    n, height, width = targets.shape
+    losses = jnp.moveaxis(losses, 0, 1).reshape(n, -1, width)[:, :height]
+    return losses, (wide, targets, normalizers)
+
+
+def _cross_entropy_by_rows_backward(
+    kept: tuple[Array, ...], cotangent: PixelMap
+) -> tuple[Array, np.ndarray]:
+    wide, targets, normalizers = kept
+    n, height, width = targets.shape
+    rows = normalizers.shape[2]
+    cotangent = jnp.pad(cotangent, ((0, 0), (0, _PARTS * rows - height), (0, 0)))
+    cotangents = jnp.moveaxis(cotangent.reshape(n, _PARTS, rows, width), 1, 0)
+
+    def add_part(gradient: Array, inputs: Any) -> tuple[Array, None]:
+        part, normalizer, cotangent = inputs
+        logits = _upsampled(wide, part)
+        probabilities = jnp.exp(logits - normalizer[..., None])
+        error = (probabilities - _is_target(logits, part.targets)) * cotangent[..., None]
+        of_window = _product("nHh,nHWc->nhWc", _an_image(part.matrix, wide), error)
+        of_window += lax.dynamic_slice_in_dim(gradient, part.start, part.matrix.shape[1], axis=1)
+        return lax.dynamic_update_slice_in_dim(gradient, of_window, part.start, axis=1), None
+
+    parts = (_parts(wide, targets), normalizers, cotangents)
+    gradient, _ = lax.scan(add_part, jnp.zeros_like(wide), parts)
+    return gradient, np.zeros(targets.shape, jax.dtypes.float0)
+
+
+_cross_entropy_by_rows.defvjp(_cross_entropy_by_rows_forward, _cross_entropy_by_rows_backward)
+
+
+def focal(losses: PixelMap, gamma: float) -> PixelMap:
+    """`-(1 - p)^gamma log p` of cross-entropies `-log p`: what is right already counts little.
 
     Its alpha is the class's weight. With `gamma = 0` it is cross-entropy.
 
     Source: Lin et al. 2017, arXiv 1708.02002, equation 4.
     """
-    losses = cross_entropy(logits, labels)
     # A floor, because the derivative of x^gamma at 0 is infinite where gamma < 1.
     wrong = jnp.maximum(-jnp.expm1(-losses), 1e-12)
     return losses if gamma == 0 else wrong**gamma * losses
@@ -193,9 +308,10 @@ def largest_share(
     return jnp.where(above, 1.0, jnp.where(equal, rest, 0.0)).astype(values.dtype)
 
 
-# By `LossConfig.name`; `config.LOSSES` holds the same names.
-PIXEL_LOSSES: dict[str, Callable[[Array, Array, LossConfig], Array]] = {
-    "cross_entropy": lambda logits, labels, config: cross_entropy(logits, labels),
-    "focal": lambda logits, labels, config: focal(logits, labels, config.focal_gamma),
+# By `LossConfig.name`; `config.LOSSES` holds the same names. Those of pixels are functions of their
+# cross-entropies.
+PIXEL_LOSSES: dict[str, Callable[[PixelMap, LossConfig], PixelMap]] = {
+    "cross_entropy": lambda losses, config: losses,
+    "focal": lambda losses, config: focal(losses, config.focal_gamma),
 }
 IMAGE_LOSSES: dict[str, Callable[[Array, Array], Array]] = {"dice": dice, "lovasz": lovasz}

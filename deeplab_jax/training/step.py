@@ -80,6 +80,7 @@ def gradients(
                 key=jax.random.fold_in(key, index),
                 freeze_bn=config.train.freeze_bn,
                 remat=config.train.remat,
+                upsample=False,
             )
             means = {
                 head: losses.mean(losses.loss_sum(logits, part["label"], config.loss), count)

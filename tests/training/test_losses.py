@@ -11,6 +11,7 @@ import torch
 from deeplab_jax import config as config_lib
 from deeplab_jax.config import LossConfig, MeshConfig
 from deeplab_jax.labels import IGNORE
+from deeplab_jax.models.layers import resize_bilinear
 from deeplab_jax.parallel.mesh import batch_sharding, make_mesh
 from deeplab_jax.training import losses
 
@@ -288,3 +289,43 @@ def test_a_batch_divided_over_devices_has_the_same_loss(name):
     alone = value_and_gradient(logits, labels, name=name)
     divided = value_and_gradient(*jax.device_put((logits, labels), rows), name=name)
     agree(divided, alone)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [((5, 7), (33, 41)), ((1, 1), (3, 9)), ((3, 3), (4, 4)), ((9, 9), (8, 8)), ((3, 4), (9, 4))],
+)
+@pytest.mark.parametrize(
+    "config",
+    [LossConfig(), LossConfig(name="focal", hard_pixel_fraction=0.3), LossConfig(name="dice")],
+    ids=lambda config: config.name,
+)
+def test_low_logits_give_the_loss_of_the_upsampled_ones(x64, low, high, config):
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(2, *low, 4)))
+    labels = jnp.asarray(rng.choice([0, 1, 2, 3, 255], size=(2, *high)).astype(np.uint8))
+
+    def of_low(logits):
+        return losses.loss_sum(logits, labels, config)
+
+    def of_upsampled(logits):
+        return losses.loss_sum(resize_bilinear(logits, *high), labels, config)
+
+    ours, expected = (jax.value_and_grad(f)(logits) for f in (of_low, of_upsampled))
+    np.testing.assert_allclose(ours[0], expected[0], rtol=1e-12)
+    np.testing.assert_allclose(ours[1], expected[1], atol=1e-12)
+
+
+def test_memory_of_the_loss_at_full_resolution():
+    """16 x 513 x 513 x 21 logits, 354 MB in float32, are never there: by the compiler's count."""
+    logits = jax.ShapeDtypeStruct((16, 33, 33, 21), jnp.float32)
+    labels = jax.ShapeDtypeStruct((16, 513, 513), jnp.uint8)
+
+    def temporaries(loss):
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(logits, labels).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    ours = temporaries(lambda x, y: losses.loss_sum(x, y, LossConfig()))
+    plain = temporaries(lambda x, y: losses.loss_sum(resize_bilinear(x, 513, 513), y, LossConfig()))
+    assert plain > 16 * 513 * 513 * 21 * 4
+    assert ours <= plain / 4
