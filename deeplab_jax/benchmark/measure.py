@@ -61,7 +61,7 @@ def measure(
     peak: float,
     *,
     turns: int,
-    against: bool = True,
+    modes: str | None = "",
     log: Callable[[str], None] = lambda text: None,
 ) -> Row:
     """Builds both sides of a case and lets them run in turns.
@@ -70,13 +70,13 @@ def measure(
       case: the workload.
       peak: of matrix products on this machine, FLOP/s.
       turns: of each side, for each mode of the other.
-      against: whether torchvision is measured at all.
+      modes: only those of torchvision's whose name holds this text; None: it is not measured.
       log: told what is done.
     """
     log(f"{case.name}: compiling ours")
     our_side = ours.build(case)
     results: dict[str, tuple[list[float], list[float], Built]] = {}
-    for mode in theirs.modes(case) if against else ():
+    for mode in [m for m in theirs.modes(case) if modes is not None and modes in m]:
         log(f"{case.name}: building theirs ({mode})")
         their_side = theirs.build(case, mode)
         our_times, their_times = alternate(our_side, their_side, turns)

@@ -44,9 +44,10 @@ def _build_forward(case: Case) -> Built:
     begun = time.perf_counter()
     variables = model.init(jax.random.key(0))
     images = _images(case)
+    fold_bn = jax.default_backend() == "gpu"
 
     def forward(variables: Any, images: Any) -> Any:
-        return model.apply(variables, images)[0]["out"]
+        return model.apply(variables, images, fold_bn=fold_bn)[0]["out"]
 
     compiled = jax.jit(forward).lower(variables, images).compile()
     kept: list[Any] = [compiled(variables, images)]

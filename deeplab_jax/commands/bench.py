@@ -14,6 +14,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="The two most telling cases.")] = False,
     only: Annotated[str, typer.Option(help="Cases whose name holds this text.")] = "",
     turns: Annotated[int, typer.Option(min=1, help="Of each side, for each of their modes.")] = 5,
+    modes: Annotated[str, typer.Option(help="Only their modes whose name holds this text.")] = "",
     alone: Annotated[bool, typer.Option("--alone", help="Do not run torchvision.")] = False,
     json_file: Annotated[
         pathlib.Path | None, typer.Option("--json", help="Write the results there.")
@@ -47,7 +48,7 @@ def bench(
         if case.dtype not in peaks:
             peaks[case.dtype] = measure.matmul_peak(case.dtype)
         row = measure.measure(
-            case, peaks[case.dtype], turns=turns, against=not alone, log=log.print
+            case, peaks[case.dtype], turns=turns, modes=None if alone else modes, log=log.print
         )
         result["rows"].append(row_of(row))
         if json_file is not None:
