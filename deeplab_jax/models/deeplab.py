@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from flax import nnx
@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Int
 from deeplab_jax.models.architecture import ARCHITECTURES, Architecture, architecture
 from deeplab_jax.models.aspp import ASPP
 from deeplab_jax.models.layers import (
-    Conv,
     LayerMaker,
     TransposedDecoder,
     dropout,
@@ -30,10 +29,8 @@ __all__ = [
     "ARCHITECTURES",
     "BACKBONES",
     "Architecture",
-    "ConvolutionRate",
     "DeepLabV3",
     "architecture",
-    "effective_rates",
 ]
 
 # A backbone gives features by name, of which it says in `out_feature`, `aux_feature` which the
@@ -207,31 +204,3 @@ def _to_images_size(decode: Callable[..., Array], logits: Array, images: Array) 
     return decode(
         logits, height, width, in_sizes=valid_sizes(logits), out_sizes=valid_sizes(images)
     )
-
-
-class ConvolutionRate(NamedTuple):
-    """A convolution of a model.
-
-    Attributes:
-      name: its attribute path, as in `backbone.layer4.0.conv2`.
-      kernel_size: side of its kernel.
-      stride: pixels of its input.
-      rate: pixels of its input between the taps.
-    """
-
-    name: str
-    kernel_size: int
-    stride: int
-    rate: int
-
-
-def effective_rates(architecture: Architecture) -> list[ConvolutionRate]:
-    """Each convolution of the model, read from the model itself, built without arrays."""
-    model = nnx.eval_shape(lambda: DeepLabV3(architecture, rngs=nnx.Rngs(0)))
-    return [
-        ConvolutionRate(
-            ".".join(map(str, path)), module.kernel.shape[0], module.stride, module.rate
-        )
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, Conv)
-    ]

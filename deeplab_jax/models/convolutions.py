@@ -1,0 +1,268 @@
+"""The convolutions of a model as they are executed, read from the program that it is traced to.
+
+The model is traced without arrays, and its jaxpr followed from the image on. For each map it is
+known which rows of the image a row of it sees: a convolution widens that, an addition joins two.
+So strides, rates and fields of view are those of the program, whatever made them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+from deeplab_jax.models.architecture import Architecture
+from deeplab_jax.models.atrous import using, valid_share
+from deeplab_jax.models.functional import FunctionalModel, Variables
+
+Shape = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """A convolution of a model, for one image.
+
+    Attributes:
+      name: its attribute path, as in `backbone.layer4.0.conv2`.
+      kernel_size: side of its kernel.
+      stride: pixels of its input.
+      rate: pixels of its input between the taps.
+      groups: that its channels are divided into; as many as channels where it is depthwise.
+      in_shape, out_shape: height, width and channels of its input and output.
+      output_stride: pixels of the image between neighbours of its output; None where the image was
+        pooled to one pixel before.
+      field_of_view: side of the square of the image that an output sees through convolutions and
+        max pooling, pixels, the image's borders apart; None where the image was pooled before.
+      sees_image: whether an output (also) sees the whole image, through pooling.
+      params: number of parameters: its own, and those of the batch norm executed behind it.
+    """
+
+    name: str
+    kernel_size: int
+    stride: int
+    rate: int
+    groups: int
+    in_shape: Shape
+    out_shape: Shape
+    output_stride: int | None
+    field_of_view: int | None
+    sees_image: bool
+    params: int
+
+    @property
+    def valid_share(self) -> float:
+        """Share of the kernel's taps that fall on the map and not into its padding, 0..1."""
+        rows, columns = (
+            valid_share(side, self.kernel_size, stride=self.stride, rate=self.rate)
+            for side in self.in_shape[:2]
+        )
+        return rows * columns
+
+    @property
+    def macs(self) -> int:
+        """Multiplications, each with its addition, of all taps; the bias is not counted."""
+        taps = self.kernel_size**2 * self.in_shape[2] // self.groups
+        return math.prod(self.out_shape) * taps
+
+    @property
+    def valid_macs(self) -> int:
+        """Those of the taps that fall on the map."""
+        return round(self.macs * self.valid_share)
+
+
+def convolutions(
+    architecture: Architecture, height: int = 513, width: int | None = None
+) -> list[Convolution]:
+    """Each convolution of a model, in the order of execution.
+
+    Args:
+      architecture: of the model.
+      height, width: of the image, pixels; no width: the same.
+
+    Raises:
+      ValueError: a side is below 1; or the model does something between two convolutions of which
+        it is not known here what it sees.
+    """
+    width = height if width is None else width
+    if min(height, width) < 1:
+        raise ValueError(f"height and width must be 1 or more, got {height} and {width}")
+    model = FunctionalModel(architecture)
+    image = jax.ShapeDtypeStruct((1, height, width, architecture.in_channels), jnp.float32)
+    with using("native"):
+        traced = jax.make_jaxpr(lambda v, x: model.apply(v, x, upsample=False)[0])(
+            model.abstract, image
+        )
+    params, stats = model.abstract
+    names: list[str] = jax.tree.leaves(Variables({n: n for n in params}, {n: n for n in stats}))
+    reader = _Reader()
+    reader.run(traced.jaxpr, [*map(_Variable, names), _Seen(1, 0, 0)])
+    counts = _params_of(reader, {name: math.prod(leaf.shape) for name, leaf in params.items()})
+    return [
+        dataclasses.replace(found, params=count)
+        for found, count in zip(reader.found, counts, strict=True)
+    ]
+
+
+def _params_of(reader: _Reader, sizes: dict[str, int]) -> list[int]:
+    """Parameters of each convolution: of its module, and of the norms executed before the next."""
+    places = {found.name: place for place, found in enumerate(reader.found)}
+    counts = [0] * len(places)
+    for name, size in sizes.items():
+        module = name.rpartition(".")[0]
+        if module in places:
+            counts[places[module]] += size
+        elif f"{module}.scale" in sizes:
+            counts[reader.first_use[name] - 1] += size
+    return counts
+
+
+class _Variable(NamedTuple):
+    """An array of the model, or a copy of it in another dtype."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """A map whose row i sees rows stride * i + low to stride * i + high of the image.
+
+    Columns are treated as rows are: by every layer, and so here. Where the image was pooled to one
+    pixel there is no stride, and `whole` says so.
+    """
+
+    stride: int | None
+    low: int
+    high: int
+    whole: bool = False
+
+    def window(self, start: int, end: int, step: int = 1) -> _Seen:
+        """The map whose row i sees rows step * i + start to step * i + end of this one."""
+        if self.stride is None:
+            return self
+        low, high = self.low + self.stride * start, self.high + self.stride * end
+        return _Seen(self.stride * step, low, high, self.whole)
+
+    def join(self, other: _Seen) -> _Seen:
+        """What sees both."""
+        whole = self.whole or other.whole
+        if self.stride is None or other.stride is None:
+            local = other if self.stride is None else self
+            return dataclasses.replace(local, whole=whole)
+        if self.stride != other.stride:
+            raise ValueError(f"maps of strides {self.stride} and {other.stride} are joined")
+        return _Seen(self.stride, min(self.low, other.low), max(self.high, other.high), whole)
+
+
+class _Unknown(NamedTuple):
+    """A map made by an operation that is not followed; harmless behind the last convolution."""
+
+    operation: str
+
+
+_Value = _Variable | _Seen | _Unknown | None  # None: of no image, such as a constant
+
+_ELEMENTWISE = (
+    *("abs", "add", "add_any", "clamp", "convert_element_type", "copy", "div", "eq", "exp", "ge"),
+    *("gt", "integer_pow", "le", "log", "logistic", "lt", "max", "min", "mul", "ne", "neg", "pow"),
+    *("rsqrt", "select_n", "sign", "sqrt", "square", "stop_gradient", "sub", "tanh"),
+)
+_CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
+
+
+class _Reader:
+    """Follows a program.
+
+    Attributes:
+      found: its convolutions so far, without their parameters.
+      first_use: how many convolutions were found before an array of the model was first used.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[Convolution] = []
+        self.first_use: dict[str, int] = {}
+
+    def run(self, jaxpr: Any, inputs: Iterable[_Value]) -> list[_Value]:
+        """What the results of a program see, of what its inputs see."""
+        values: dict[Any, _Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+
+        def value_of(variable: Any) -> _Value:
+            return None if isinstance(variable, Literal) else values.get(variable)
+
+        for equation in jaxpr.eqns:
+            results = self._results(equation, [value_of(v) for v in equation.invars])
+            values |= zip(equation.outvars, results, strict=True)
+        return [value_of(variable) for variable in jaxpr.outvars]
+
+    def _results(self, equation: Any, inputs: list[_Value]) -> list[_Value]:
+        name, params = equation.primitive.name, equation.params
+        if name in _CALLS:
+            return self.run(params[_CALLS[name]].jaxpr, inputs)
+        if name == "cond":  # on the platform: the default is last, after the index among the inputs
+            return self.run(params["branches"][-1].jaxpr, inputs[1:])
+        for value in inputs:
+            if isinstance(value, _Variable):
+                self.first_use.setdefault(value.name, len(self.found))
+        if name == "conv_general_dilated":
+            return [self._convolve(equation, *inputs)]
+        return [_follow(equation, inputs)] * len(equation.outvars)
+
+    def _convolve(self, equation: Any, seen: _Value, kernel: _Value) -> _Seen:
+        (x, weights), params = (v.aval.shape for v in equation.invars), equation.params
+        y = equation.outvars[0].aval.shape
+        if not isinstance(kernel, _Variable):
+            raise ValueError(f"a convolution of {x} has a kernel that is no array of the model")
+        name = kernel.name.rpartition(".")[0]
+        if not isinstance(seen, _Seen):
+            what = f"{seen.operation!r}" if isinstance(seen, _Unknown) else "no image"
+            raise ValueError(f"what {name} sees is not known: its input comes from {what}")
+        (before, _), stride = params["padding"][0], params["window_strides"][0]
+        side, rate = weights[0], params["rhs_dilation"][0]
+        out = seen.window(-before, rate * (side - 1) - before, stride)
+        self.found.append(
+            Convolution(
+                name=name,
+                kernel_size=side,
+                stride=stride,
+                rate=rate,
+                groups=params["feature_group_count"],
+                in_shape=x[1:],
+                out_shape=y[1:],
+                output_stride=out.stride,
+                field_of_view=None if out.stride is None else out.high - out.low + 1,
+                sees_image=out.whole,
+                params=0,
+            )
+        )
+        return out
+
+
+def _follow(equation: Any, inputs: list[_Value]) -> _Value:
+    """What the result of an operation other than a convolution sees."""
+    name, params = equation.primitive.name, equation.params
+    lost = [value for value in inputs if isinstance(value, _Unknown)]
+    if lost:
+        return lost[0]
+    maps = [value for value in inputs if isinstance(value, _Seen)]
+    if not maps:
+        return inputs[0] if name == "convert_element_type" else None
+    seen = maps[0]
+    if name in _ELEMENTWISE or (name == "concatenate" and params["dimension"] == 3):
+        return functools.reduce(_Seen.join, maps)
+    if name == "slice":
+        start, step = params["start_indices"][1], (params["strides"] or (1,) * 4)[1]
+        return seen.window(int(start), int(start), int(step))
+    if name == "pad" and not any(interior for *_, interior in params["padding_config"]):
+        before = int(params["padding_config"][1][0])
+        return seen.window(-before, -before)
+    if name in ("reduce_sum", "reduce_max") and params["axes"] == (1, 2):
+        return _Seen(None, 0, 0, whole=True)
+    shapes = [variable.aval.shape for variable in (*equation.invars, *equation.outvars)]
+    if name == "broadcast_in_dim" and (seen.stride is None or shapes[0] == shapes[-1]):
+        return seen
+    return _Unknown(name)
