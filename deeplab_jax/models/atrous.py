@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jaxtyping import Array, Float
 
 Method = Callable[..., Float[Array, "n ho wo cout"]]
@@ -31,6 +31,12 @@ def using(method: str | None) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def forced(methods: Collection[str]) -> str | None:
+    """The implementation that `using` asks for, where it is one of these."""
+    method = _forced.get()
+    return method if method in methods else None
 
 
 def atrous_conv(
@@ -61,14 +67,14 @@ def atrous_conv(
     Source: arXiv 1706.05587, equation 1.
     """
     _check(x.shape, kernel.shape, stride, rate)
-    method = method or _forced.get()
+    method = method or forced(METHODS)
     if method is not None:
         return METHODS[method](x, kernel, stride=stride, rate=rate)
     native = functools.partial(_native, stride=stride, rate=rate)
     chosen = {}
     if _taps_win_on_cpu(x.shape, kernel.shape, stride, rate):
         chosen["cpu"] = functools.partial(_valid_taps, stride=stride, rate=rate)
-    if stride == 1 and rate > 1:
+    if stride == 1 and rate > 1 and not _any_size(x.shape):
         chosen["cuda"] = functools.partial(_on_cuda, rate=rate)
     if not chosen:
         return native(x, kernel)
@@ -112,8 +118,10 @@ def _valid_taps(x: Array, kernel: Array, *, stride: int, rate: int) -> Array:
     out = product(centre, centre, slice(None, None, stride), slice(None, None, stride))
     for row, dy in enumerate(_offsets(kernel.shape[0], rate)):
         for column, dx in enumerate(_offsets(kernel.shape[1], rate)):
+            if (dy, dx) == (0, 0):
+                continue
             (top, bottom), (left, right) = _span(height, dy, stride), _span(width, dx, stride)
-            if (dy, dx) == (0, 0) or top == bottom or left == right:
+            if top == bottom or left == right:
                 continue
             rows = slice(top * stride + dy, (bottom - 1) * stride + dy + 1, stride)
             columns = slice(left * stride + dx, (right - 1) * stride + dx + 1, stride)
@@ -156,7 +164,8 @@ METHODS: dict[str, Method] = {"native": _native, "valid_taps": _valid_taps, "pha
 def _on_cuda(x: Array, kernel: Array, rate: int) -> Array:
     """cuDNN's convolution of the whole map, or of its phases, and always the phases' gradient.
 
-    Measured on one H100, bfloat16, milliseconds of native / phases (cuDNN through PyTorch):
+    Measured on one H100, bfloat16, milliseconds of native / phases (cuDNN through PyTorch), by
+    `benchmarks/atrous_methods.py`:
 
     | kernel, channels, maps, rate           | forward             | both gradients      |
     |----------------------------------------|---------------------|---------------------|
@@ -214,11 +223,18 @@ def _taps_win_on_cpu(
     kernel_size, _, kernel_channels, _ = kernel_shape
     if kernel_channels != in_channels:  # groups
         return False
+    if _any_size(x_shape):  # the strided product's size is the same, but JAX cannot tell
+        return kernel_size == stride == 1
     if kernel_size == 1:
         return True
     share = valid_share(height, kernel_size, stride=stride, rate=rate)
     share *= valid_share(width, kernel_size, stride=stride, rate=rate)
     return share <= 0.71 and in_channels >= 256
+
+
+def _any_size(x_shape: tuple[int, ...]) -> bool:
+    """Whether a map's height or width is left open, as in an exported program."""
+    return any(map(export.is_symbolic_dim, x_shape[1:3]))
 
 
 def _offsets(kernel_size: int, rate: int) -> list[int]:

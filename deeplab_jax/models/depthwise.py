@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from deeplab_jax.models.atrous import Method, atrous_conv
+from deeplab_jax.models.atrous import Method, atrous_conv, forced
 from deeplab_jax.models.layers import Conv
 
 
@@ -47,6 +47,7 @@ def depthwise_conv(
     """
     if kernel.shape[2:] != (1, x.shape[3]):
         raise ValueError(f"kernel must be [k, k, 1, {x.shape[3]}], got {list(kernel.shape)}")
+    method = method or forced(METHODS)
     if method is not None:
         return METHODS[method](x, kernel, stride=stride, rate=rate)
     native, products = (
@@ -64,8 +65,10 @@ def _products(x: Array, kernel: Array, *, stride: int, rate: int) -> Array:
     accumulator = jnp.promote_types(x.dtype, jnp.float32)
     around = (padding, padding)
     padded = jnp.pad(x, ((0, 0), around, around, (0, 0))).astype(accumulator)
+    # Up to the last centre exactly: of a size left open JAX sees no other to be the convolution's.
+    rows, columns = ((size - 1) // stride * stride + 1 for size in (height, width))
     windows = (
-        padded[:, top : top + height : stride, left : left + width : stride]
+        padded[:, top : top + rows : stride, left : left + columns : stride]
         for top in range(0, side * rate, rate)
         for left in range(0, side * rate, rate)
     )

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
+from jax import export, lax
 from jaxtyping import Array, Float, Int
 
 from deeplab_jax.models.atrous import atrous_conv
+from deeplab_jax.models.operations import operation
 from deeplab_jax.models.padding import fill_padding
 
 Initializer = Callable[..., Array]
@@ -273,6 +274,7 @@ def dropout(
     return jnp.where(kept, x / (1 - probability), jnp.zeros_like(x))
 
 
+@operation
 def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n ho wo c"]:
     """3x3 maximum with stride 2 and padding 1, to `ceil(h / 2)` rows.
 
@@ -295,6 +297,7 @@ def _max_of_three(x: Array, axis: int) -> Array:
     return functools.reduce(jnp.maximum, windows)
 
 
+@operation
 def resize_bilinear(
     x: Float[Array, "n h w c"],
     height: int,
@@ -332,11 +335,17 @@ def resize_bilinear(
     rows = bilinear_matrix(height, x.shape[1]).astype(x.dtype)
     wide = product("Ww,nhwc->nhWc", columns, x)
     # One matrix an image: otherwise the product's natural order is Hnwc, which is then transposed.
-    return product("nHh,nhWc->nHWc", jnp.broadcast_to(rows, (len(x), *rows.shape)), wide)
+    return product("nHh,nhWc->nHWc", jnp.broadcast_to(rows, (x.shape[0], *rows.shape)), wide)
 
 
-def bilinear_matrix(out_size: int, in_size: int) -> np.ndarray:
-    """float64 `[out_size, in_size]`: weight of each input for each output."""
+def bilinear_matrix(out_size: int, in_size: int) -> Any:
+    """float64 `[out_size, in_size]`: weight of each input for each output.
+
+    Of sizes that are left open, as in an exported program, it is traced, and float32.
+    """
+    if export.is_symbolic_dim(out_size) or export.is_symbolic_dim(in_size):
+        sizes = (jnp.asarray([size], jnp.int32) for size in (out_size, in_size))
+        return _bilinear_matrices(out_size, in_size, *sizes)[0]
     centres = (np.arange(out_size) + 0.5) * in_size / out_size - 0.5
     centres = np.clip(centres, 0, in_size - 1)
     return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(in_size)[None, :]))
@@ -350,9 +359,10 @@ def _bilinear_matrices(
     Centres are fractions of integers: in float32 those of large images would be off by 1e-4.
 
     Raises:
-      ValueError: sides whose products do not fit in 32 bits.
+      ValueError: sides whose products do not fit in 32 bits; those left open are not seen.
     """
-    if (2 * out_side + 1) * in_side >= 2**31:
+    open_side = export.is_symbolic_dim(out_side) or export.is_symbolic_dim(in_side)
+    if not open_side and (2 * out_side + 1) * in_side >= 2**31:
         raise ValueError(f"cannot resize a side of {in_side} to {out_side} pixels: too large")
     denominator = 2 * out_sizes[:, None]
     numerator = (2 * jnp.arange(out_side) + 1) * in_sizes[:, None] - out_sizes[:, None]

@@ -24,6 +24,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from deeplab_jax.models.operations import operation
+
 _STRIDES = (1, 2, 4, 8, 16, 32)
 
 
@@ -88,6 +90,7 @@ def fill_padding(x: Float[Array, "n h w c"], value: float = 0.0) -> Float[Array,
     return jnp.where(_valid(x, sizes), x, jnp.asarray(value, x.dtype))
 
 
+@operation
 def mean_over_image(x: Float[Array, "n h w c"], dtype: Any) -> Float[Array, "n 1 1 c"]:
     """Mean over the pixels of each image, summed in `dtype`, padding apart."""
     sizes = valid_sizes(x)
