@@ -13,6 +13,7 @@ from deeplab_jax.benchmark.cases import Built, Case
 from deeplab_jax.config import Config, MeshConfig, OptimizerConfig
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.atrous import using
+from deeplab_jax.models.convolutions import convolutions
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.parallel import mesh as mesh_lib
 from deeplab_jax.training.optimizer import make_optimizer, poly_schedule
@@ -126,26 +127,6 @@ def dense_flops(case: Case) -> float:
     All taps count, also those that fall into the padding; a train step counts three times its
     forward pass, whose convolutions have two gradients.
     """
-    model = _model(case)
-    with using("native"):
-        jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x)[0])(
-            model.abstract,
-            jax.ShapeDtypeStruct((case.batch, case.height, case.width, 3), "float32"),
-        )
-    forward = sum(2.0 * macs for macs in _convolution_macs(jaxpr.jaxpr))
+    found = convolutions(_model(case), case.height, case.width)
+    forward = 2.0 * case.batch * sum(conv.macs for conv in found)
     return forward * (3 if case.kind == "train" else 1)
-
-
-def _convolution_macs(jaxpr: Any) -> list[float]:
-    found = []
-    for equation in jaxpr.eqns:
-        for value in equation.params.values():
-            inner = value if isinstance(value, (tuple, list)) else (value,)
-            for one in inner:
-                if hasattr(one, "jaxpr"):
-                    found += _convolution_macs(one.jaxpr)
-        if equation.primitive.name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape  # [k, k, in channels of a group, out channels]
-            pixels = np.prod(equation.outvars[0].aval.shape[:3])
-            found.append(float(pixels * np.prod(kernel)))
-    return found

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.atrous import using, valid_share
 from deeplab_jax.models.functional import FunctionalModel, Variables
 
@@ -77,12 +76,12 @@ class Convolution:
 
 
 def convolutions(
-    architecture: Architecture, height: int = 513, width: int | None = None
+    model: FunctionalModel, height: int = 513, width: int | None = None
 ) -> list[Convolution]:
     """Each convolution of a model, in the order of execution.
 
     Args:
-      architecture: of the model.
+      model: whose program is read.
       height, width: of the image, pixels; no width: the same.
 
     Raises:
@@ -92,8 +91,8 @@ def convolutions(
     width = height if width is None else width
     if min(height, width) < 1:
         raise ValueError(f"height and width must be 1 or more, got {height} and {width}")
-    model = FunctionalModel(architecture)
-    image = jax.ShapeDtypeStruct((1, height, width, architecture.in_channels), jnp.float32)
+    shape = (1, height, width, model.architecture.in_channels)
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
     with using("native"):
         traced = jax.make_jaxpr(lambda v, x: model.apply(v, x, upsample=False)[0])(
             model.abstract, image

@@ -13,6 +13,7 @@ import torch_reference
 from deeplab_jax.errors import UserError
 from deeplab_jax.models.convolutions import convolutions
 from deeplab_jax.models.deeplab import ARCHITECTURES, DeepLabV3, architecture
+from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.layers import LayerMaker, recompute
 from deeplab_jax.models.mobilenet_v3 import (
     InvertedResidual,
@@ -254,7 +255,7 @@ KERNEL_SIZES = [3, 3, 3, 5, 5, 5, 3, 3, 3, 3, 3, 3, 5, 5, 5]
 @pytest.mark.parametrize("output_stride", DEPTHWISE)
 def test_effective_rates(output_stride):
     ours = architecture(NAME, num_classes=2, output_stride=output_stride)
-    convs = {conv.name: conv for conv in convolutions(ours)}
+    convs = {conv.name: conv for conv in convolutions(FunctionalModel(ours))}
     # Behind the expansion, which the first block does without.
     names = [f"backbone.{i}.block.{int(i > 1)}.0" for i in range(1, NUM_BLOCKS + 1)]
     depthwise = [convs.pop(name) for name in names]

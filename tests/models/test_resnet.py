@@ -9,6 +9,7 @@ from flax import nnx
 
 from deeplab_jax.models.convolutions import convolutions
 from deeplab_jax.models.deeplab import architecture
+from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.layers import LayerMaker, recompute
 from deeplab_jax.models.resnet import BasicUnit, BottleneckUnit, ResNet, UnitPlan
 from random_modules import random_module
@@ -55,7 +56,7 @@ BASIC = {
 def stage_rates(ours, stage):
     return [
         (conv.stride, conv.rate)
-        for conv in convolutions(ours)
+        for conv in convolutions(FunctionalModel(ours))
         if conv.name.startswith(f"backbone.{stage}.") and conv.kernel_size == 3
     ]
 
@@ -72,7 +73,7 @@ def test_effective_rates(depth, rule, output_stride, multi_grid, layer3, layer4)
 
 
 def test_rates_and_strides_outside_the_last_stages():
-    rates = {conv.name: conv for conv in convolutions(small(50, output_stride=8))}
+    rates = {conv.name: conv for conv in convolutions(FunctionalModel(small(50, output_stride=8)))}
     assert (rates["backbone.conv1"].kernel_size, rates["backbone.conv1"].stride) == (7, 2)
     strided = {name for name, conv in rates.items() if conv.stride > 1}
     assert strided == {
@@ -94,7 +95,9 @@ def test_multi_grid_starts_over_where_there_are_more_units():
 @pytest.mark.parametrize("place", ["conv1", "conv2"])
 def test_place_of_the_stride(place):
     ours = small(50, output_stride=32, stride_place=place)
-    strided = [c.name for c in convolutions(ours) if c.stride > 1 and "layer" in c.name]
+    strided = [
+        c.name for c in convolutions(FunctionalModel(ours)) if c.stride > 1 and "layer" in c.name
+    ]
     expected = [f"backbone.layer{i}.0.{p}" for i in (2, 3, 4) for p in (place, "downsample.0")]
     assert sorted(strided) == sorted(expected)
 
