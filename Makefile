@@ -1,17 +1,21 @@
 # make quickstart   set up, train on generated shapes, and show where the predictions lie
 # make test         set up, run all tests
+# make bench-gpu    measure against torchvision with this machine's own jax, flax, optax and torch
 # make lint         set up, check format, style and types
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test bench-gpu lint format clean
 
 quickstart: .venv/.package
 	$(BIN)/python train.py --config configs/shapes.py --workdir runs/quickstart
 
 test: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+bench-gpu:
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m deeplab_jax.cli bench --quick --json bench_gpu.json
 
 lint: .venv/.test
 	$(BIN)/ruff format --check .

@@ -4,12 +4,17 @@ import re
 import shlex
 import subprocess
 
+import cv2
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import typer
 from absl import flags
 from ml_collections import config_flags
 
+import saved_model
 from conftest import ROOT
+from deeplab_jax import cli
 from deeplab_jax import config as config_lib
 
 README = (ROOT / "README.md").read_text()
@@ -58,10 +63,35 @@ def headings_of(text):
     return re.findall(r"^#+ (.*)$", text, re.M)
 
 
-def test_the_python_example_runs():
-    (code,) = [text for kind, text in BLOCKS if kind == "python"]
-    narrow = code.replace("num_classes=21", "num_classes=21, width=0.03125")
-    assert narrow != code
+PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+
+
+def test_the_python_example_of_a_segmenter_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved_model.write(tmp_path / "runs" / "mine")
+    cv2.imwrite("photo.jpg", np.zeros((20, 30, 3), np.uint8))
+    names = {}
+    exec(PYTHON[0], names)
+    assert names["ids"].shape == (20, 30)
+    assert set(names["names"]) <= set(names["segmenter"].classes)
+
+
+def test_the_python_example_of_a_module_runs():
+    narrow = PYTHON[1].replace("num_classes=21", "num_classes=21, width=0.03125")
+    assert narrow != PYTHON[1]
     names = {"images": jnp.zeros((1, 17, 33, 3))}
     exec(narrow, names)
     assert names["logits"].shape == (1, 17, 33, 21)
+
+
+COMMAND_LINES = [line for line in COMMANDS if line.startswith("deeplab-jax")]
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_commands_have_the_options_that_are_told(line):
+    words = shlex.split(line, comments=True)[1:]
+    command = typer.main.get_command(cli.app)
+    while words and words[0] in getattr(command, "commands", {}):
+        command = command.commands[words.pop(0)]
+    assert not hasattr(command, "commands"), f"{line}: no such command"
+    command.make_context("deeplab-jax", words)  # raises for an option or argument that is not

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -35,7 +36,8 @@ def bench(
     from deeplab_jax.benchmark.cases import cases
     from deeplab_jax.errors import UserError
 
-    console = Console(highlight=False, soft_wrap=True)
+    # Wide enough for the table, also where there is no terminal.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     result, chosen = start_result(only, quick)
     if not chosen:
@@ -90,29 +92,31 @@ def write(path: pathlib.Path, result: dict[str, Any]) -> None:
 
 def table(result: dict[str, Any]) -> Table:
     grid = Table(
-        *("case", "ours", "theirs", "theirs by", "ratio", "spread", "share of peak"),
-        *("memory: ours", "theirs", "compiling: ours", "theirs"),
-        title=f"{result['device']}, seconds an execution; ratio above 1: ours is faster",
+        *("case", "ours, s", "theirs, s", "ratio", "spread", "of peak", "GiB", "compiling, s"),
+        title=f"{result['device']}: medians; ratio above 1: ours is faster; pairs: ours, theirs",
+        box=None,
+        pad_edge=False,
     )
     for row in result["rows"]:
         low, high = row["ratio_low"], row["ratio_high"]
+        memory = (_spell(row[f"{side}_bytes"], "{:.1f}", 2**30) for side in ("ours", "theirs"))
+        compiling = (
+            _spell(row[f"{side}_compile_seconds"], "{:.0f}") for side in ("ours", "theirs")
+        )
         grid.add_row(
             row["name"],
             f"{row['ours_seconds']:.4f}",
             _spell(row["theirs_seconds"], "{:.4f}"),
-            row["theirs"] or "-",
             _spell(row["ratio"], "{:.2f}"),
             "-" if low is None else f"{low:.2f} to {high:.2f}",
             f"{row['share_of_peak']:.0%}",
-            *(
-                _spell(row[f"{side}_bytes"] and row[f"{side}_bytes"] / 2**30, "{:.1f} GiB")
-                for side in ("ours", "theirs")
-            ),
-            f"{row['ours_compile_seconds']:.0f} s",
-            _spell(row["theirs_compile_seconds"], "{:.0f} s"),
+            ", ".join(memory),
+            ", ".join(compiling),
         )
+        for mode, seconds in row["theirs_by_mode"].items():
+            grid.add_row(f"  theirs: {mode}", "", f"{seconds:.4f}")
     return grid
 
 
-def _spell(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
+def _spell(value: float | None, form: str, unit: float = 1) -> str:
+    return "-" if value is None else form.format(value / unit)
