@@ -10,6 +10,7 @@ from deeplab_jax.commands.bench import bench
 from deeplab_jax.commands.convert import convert
 from deeplab_jax.commands.data import data
 from deeplab_jax.commands.evaluate import evaluate
+from deeplab_jax.commands.export import export
 from deeplab_jax.commands.predict import predict
 from deeplab_jax.commands.summary import summary
 from deeplab_jax.errors import UserError
@@ -24,6 +25,7 @@ app.command()(bench)
 app.command()(convert)
 app.add_typer(data, name="data")
 app.command()(evaluate)
+app.command()(export)
 app.command()(predict)
 app.command()(summary)
 

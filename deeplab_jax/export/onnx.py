@@ -1,0 +1,116 @@
+"""ONNX: a graph of the standard's operators, written directly, with batch norm in convolutions."""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import json
+import pathlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from deeplab_jax.errors import UserError
+from deeplab_jax.export.program import Program
+from deeplab_jax.models import atrous
+from deeplab_jax.models.operations import naming_operations
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+PACKAGES = ("onnx", "onnxruntime")
+# Axes of images, probabilities and logits, of those in JAX.
+LAYOUTS = {"nhwc": (0, 1, 2, 3), "nchw": (0, 3, 1, 2)}
+
+
+def require() -> None:
+    """Sees that the extra's packages are there, before anything is done.
+
+    Raises:
+      UserError: one is missing.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"exporting to ONNX needs {' and '.join(missing)}: pip install 'deeplab-jax[onnx]'"
+        )
+
+
+def check_layout(layout: str) -> None:
+    """Raises UserError for one that there is not."""
+    if layout not in LAYOUTS:
+        raise UserError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+
+
+def to_onnx(program: Program, layout: str = "nhwc") -> ModelProto:
+    """The program as an ONNX model, checked by ONNX's own checker.
+
+    Args:
+      program: to export.
+      layout: of the images and, unless they are ids, of the output; see `LAYOUTS`.
+
+    Raises:
+      UserError: an operation of the model has no counterpart, with the module that it stands in.
+    """
+    import onnx
+    from onnx import helper
+
+    from deeplab_jax.export.onnx_graph import Constant, Graph, Tensor
+    from deeplab_jax.export.onnx_lowering import lower
+
+    images = program.images
+    with atrous.using("native"), naming_operations():
+        trace = jax.make_jaxpr(program)(program.variables, images)
+    variables = [
+        Constant(np.asarray(array), path[-1].key)
+        for path, array in jax.tree_util.tree_leaves_with_path(program.variables)
+    ]
+    graph = Graph()
+    argument = Tensor("images", images.shape, "")
+    if layout == "nhwc":
+        argument = graph.add("Transpose", ["images"], images.shape, "", perm=[0, 3, 1, 2])
+    result: Any = lower(graph, trace.jaxpr, trace.consts, [*variables, argument])
+    if layout == "nhwc" and len(result.shape) == 4:
+        scope = result.scope
+        result = graph.add("Transpose", [result.name], result.shape, scope, perm=[0, 2, 3, 1])
+
+    def info(name: str, aval: Any) -> Any:
+        axes = LAYOUTS[layout] if len(aval.shape) == 4 else range(len(aval.shape))
+        sides = [aval.shape[axis] for axis in axes]
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(aval.dtype))
+        named = [side if isinstance(side, int) else str(side) for side in sides]
+        return helper.make_tensor_value_info(name, kind, named)
+
+    (output,) = trace.out_avals
+    model = graph.model(info("images", images), info(program.output, output), result)
+    texts = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in (program.description | {"layout": layout}).items()
+    }
+    helper.set_model_props(model, texts)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def count_nodes(model: ModelProto) -> dict[str, int]:
+    """Nodes of each type, the most frequent first."""
+    return dict(collections.Counter(node.op_type for node in model.graph.node).most_common())
+
+
+def load(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
+    """The graph of a file in onnxruntime on CPU, as a function of uint8 `[n, h, w, c]`."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    layout = session.get_modelmeta().custom_metadata_map["layout"]
+
+    def run(images: np.ndarray) -> np.ndarray:
+        channels_last = layout == "nhwc"
+        feed = images if channels_last else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        (result,) = session.run(None, {"images": feed})
+        channels_first = result.ndim == 4 and not channels_last
+        return result.transpose(0, 2, 3, 1) if channels_first else result
+
+    return run

@@ -1,0 +1,107 @@
+"""What is exported: a function of uint8 images, with the model's arrays and all around it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import export
+from jaxtyping import Array, Float, UInt8
+
+from deeplab_jax.models.architecture import Architecture
+from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
+from deeplab_jax.models.operations import operation
+from deeplab_jax.training.checkpoint import SavedModel
+
+# Images of larger sides overflow 32 bits where logits are resized.
+MAX_SIDE = 32767  # pixels
+
+
+class Dimensions(NamedTuple):
+    """Sizes that the exported program takes; None: any."""
+
+    batch: int | None = None
+    height: int | None = None
+    width: int | None = None
+
+
+@operation
+def softmax(logits: Float[Array, "n h w classes"]) -> Float[Array, "n h w classes"]:
+    """Probabilities of each pixel's classes."""
+    return jax.nn.softmax(logits, axis=-1)
+
+
+def class_ids(logits: Float[Array, "n h w classes"]) -> UInt8[Array, "n h w"]:
+    """The class of the highest logit, the first of equal ones."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.uint8)
+
+
+# What the program gives, of logits at the images' size.
+OUTPUTS: dict[str, Callable[[Array], Array]] = {
+    "ids": class_ids,
+    "probabilities": softmax,
+    "logits": lambda logits: logits,
+}
+
+
+class Program:
+    """A model from pixels to an output, in float32 whatever type it was trained in.
+
+    Attributes:
+      saved: the model, as it is described.
+      model: its functions.
+      variables: its arrays.
+      output: a name in `OUTPUTS`.
+      dimensions: sizes that it takes.
+    """
+
+    def __init__(self, saved: SavedModel, output: str, dimensions: Dimensions) -> None:
+        architecture = Architecture(**saved.info["architecture"])
+        self.saved = saved
+        self.model = FunctionalModel(dataclasses.replace(architecture, dtype="float32"))
+        self.variables: Variables = saved.variables
+        self.output = output
+        self.dimensions = dimensions
+
+    def __call__(
+        self, variables: Variables, images: UInt8[Array, "n h w c"]
+    ) -> Float[Array, "n h w classes"] | UInt8[Array, "n h w"]:
+        return OUTPUTS[self.output](self._logits(variables, images, fold_bn=True))
+
+    def reference(
+        self, variables: Variables, images: UInt8[Array, "n h w c"]
+    ) -> Float[Array, "n h w classes"]:
+        """The logits by the model as it is evaluated, its batch norms by themselves."""
+        return self._logits(variables, images, fold_bn=False)
+
+    def _logits(self, variables: Variables, images: Array, *, fold_bn: bool) -> Array:
+        info = self.saved.info
+        pixels = normalize(images, tuple(info["mean"]), tuple(info["std"]))
+        return self.model.apply(variables, pixels, fold_bn=fold_bn)[0]["out"]
+
+    @property
+    def images(self) -> jax.ShapeDtypeStruct:
+        """Of the argument: sizes that are left open are `batch`, `height` and `width`."""
+        dimensions = self.dimensions._asdict()
+        channels = self.model.architecture.in_channels
+        spec = ", ".join(str(size or name) for name, size in dimensions.items())
+        limits = [f"{name} <= {MAX_SIDE}" for name in ("height", "width") if not dimensions[name]]
+        shape: Any = export.symbolic_shape(f"{spec}, {channels}", constraints=limits)
+        return jax.ShapeDtypeStruct(shape, jnp.uint8)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a user of the file needs to know of the model, for JSON."""
+        info = self.saved.info
+        return {
+            "architecture": self.model.architecture.name,
+            "output_stride": self.model.architecture.output_stride,
+            "output": self.output,
+            "classes": info["classes"],
+            "palette": info["palette"],
+            "mean": info["mean"],
+            "std": info["std"],
+        }
