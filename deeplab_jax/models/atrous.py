@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import export, lax
 from jaxtyping import Array, Float
 
+from deeplab_jax.models.operations import Size
+
 Method = Callable[..., Float[Array, "n ho wo cout"]]
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("method", default=None)
@@ -198,7 +200,7 @@ _on_cuda.defvjp(_on_cuda_forward, _on_cuda_backward)
 
 
 def _taps_win_on_cpu(
-    x_shape: tuple[int, ...], kernel_shape: tuple[int, ...], stride: int, rate: int
+    x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], stride: int, rate: int
 ) -> bool:
     """Whether XLA:CPU is faster with products than with its convolution.
 
@@ -232,7 +234,7 @@ def _taps_win_on_cpu(
     return share <= 0.71 and in_channels >= 256
 
 
-def _any_size(x_shape: tuple[int, ...]) -> bool:
+def _any_size(x_shape: tuple[Size, ...]) -> bool:
     """Whether a map's height or width is left open, as in an exported program."""
     return any(map(export.is_symbolic_dim, x_shape[1:3]))
 
@@ -249,7 +251,9 @@ def _span(size: int, offset: int, stride: int) -> tuple[int, int]:
     return (start, stop) if start < stop else (0, 0)
 
 
-def _check(x_shape: tuple[int, ...], kernel_shape: tuple[int, ...], stride: int, rate: int) -> None:
+def _check(
+    x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], stride: int, rate: int
+) -> None:
     side, other_side, kernel_channels, _ = kernel_shape
     if side != other_side or side % 2 == 0:
         raise ValueError(f"kernel must have one odd side, got {side}x{other_side}")

@@ -202,8 +202,6 @@ class _Reader:
         name, params = equation.primitive.name, equation.params
         if name in _CALLS:
             return self.run(params[_CALLS[name]].jaxpr, inputs)
-        if name == "cond":  # on the platform: the default is last, after the index among the inputs
-            return self.run(params["branches"][-1].jaxpr, inputs[1:])
         for value in inputs:
             if isinstance(value, _Variable):
                 self.first_use.setdefault(value.name, len(self.found))

@@ -17,7 +17,7 @@ from jax import export, lax
 from jaxtyping import Array, Float, Int
 
 from deeplab_jax.models.atrous import atrous_conv
-from deeplab_jax.models.operations import operation
+from deeplab_jax.models.operations import Size, operation
 from deeplab_jax.models.padding import fill_padding
 
 Initializer = Callable[..., Array]
@@ -300,8 +300,8 @@ def _max_of_three(x: Array, axis: int) -> Array:
 @operation
 def resize_bilinear(
     x: Float[Array, "n h w c"],
-    height: int,
-    width: int,
+    height: Size,
+    width: Size,
     *,
     in_sizes: Int[Array, "n 2"] | None = None,
     out_sizes: Int[Array, "n 2"] | None = None,
@@ -338,7 +338,7 @@ def resize_bilinear(
     return product("nHh,nhWc->nHWc", jnp.broadcast_to(rows, (x.shape[0], *rows.shape)), wide)
 
 
-def bilinear_matrix(out_size: int, in_size: int) -> Any:
+def bilinear_matrix(out_size: Size, in_size: Size) -> Any:
     """float64 `[out_size, in_size]`: weight of each input for each output.
 
     Of sizes that are left open, as in an exported program, it is traced, and float32.
@@ -352,7 +352,7 @@ def bilinear_matrix(out_size: int, in_size: int) -> Any:
 
 
 def _bilinear_matrices(
-    out_side: int, in_side: int, out_sizes: Int[Array, " n"], in_sizes: Int[Array, " n"]
+    out_side: Size, in_side: Size, out_sizes: Int[Array, " n"], in_sizes: Int[Array, " n"]
 ) -> Float[Array, "n out_side in_side"]:
     """`bilinear_matrix` of each image's own sizes, in the padded ones.
 
@@ -398,8 +398,8 @@ class TransposedDecoder(nnx.Module):
     def __call__(
         self,
         logits: Float[Array, "n h w classes"],
-        height: int,
-        width: int,
+        height: Size,
+        width: Size,
         *,
         in_sizes: Int[Array, "n 2"] | None = None,
         out_sizes: Int[Array, "n 2"] | None = None,

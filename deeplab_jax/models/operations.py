@@ -1,4 +1,4 @@
-"""Layers that an exporter is to see as one operation each, not as the arithmetic in them."""
+"""What exporters ask of the models: sizes that are left open, and layers as one operation each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, TypeVar, cast
 
 import jax
 
+# Of a map, pixels: an int, or where a program is traced for any size an expression of jax.export.
+Size = Any
 Function = TypeVar("Function", bound=Callable[..., jax.Array])
 
 _named: contextvars.ContextVar[bool] = contextvars.ContextVar("named", default=False)

@@ -24,7 +24,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deeplab_jax.models.operations import operation
+from deeplab_jax.models.operations import Size, operation
 
 _STRIDES = (1, 2, 4, 8, 16, 32)
 
@@ -32,14 +32,14 @@ _STRIDES = (1, 2, 4, 8, 16, 32)
 @dataclasses.dataclass(frozen=True)
 class _Area:
     sizes: Int[Array, "n 2"]
-    padded: tuple[int, int]
+    padded: tuple[Size, Size]
 
 
 _area: contextvars.ContextVar[_Area | None] = contextvars.ContextVar("valid_area", default=None)
 
 
 @contextlib.contextmanager
-def valid_area(sizes: Int[Array, "n 2"] | None, shape: tuple[int, ...]) -> Iterator[None]:
+def valid_area(sizes: Int[Array, "n 2"] | None, shape: tuple[Size, ...]) -> Iterator[None]:
     """Within it, what lies beyond each image's size is padding.
 
     Args:
