@@ -111,7 +111,9 @@ class Segmenter:
         self._mode = mode
         self._large_window = large_window or mode.window
         self._inferences: dict[int | None, Inference] = {}
-        self._apply = jax.jit(lambda variables, images: self.model.apply(variables, images)[0])
+        self._apply = jax.jit(
+            lambda variables, images: self.model.apply(variables, images, fold_bn=True)[0]
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -12,14 +12,22 @@ from jaxtyping import install_import_hook
 # (`models.architecture` and `models.deeplab` have checks of their own, in better words.)
 install_import_hook(
     [
+        "deeplab_jax.evaluation.boundary",
         "deeplab_jax.evaluation.confusion",
+        "deeplab_jax.evaluation.windows",
+        "deeplab_jax.files",
+        "deeplab_jax.images",
         "deeplab_jax.models.aspp",
         "deeplab_jax.models.atrous",
         "deeplab_jax.models.depthwise",
         "deeplab_jax.models.functional",
         "deeplab_jax.models.layers",
         "deeplab_jax.models.mobilenet_v3",
+        "deeplab_jax.models.padding",
         "deeplab_jax.models.resnet",
+        "deeplab_jax.pictures",
+        "deeplab_jax.prediction",
+        "deeplab_jax.training.class_weights",
         "deeplab_jax.training.losses",
     ],
     "shape_checks.check",

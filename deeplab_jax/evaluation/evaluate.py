@@ -128,7 +128,9 @@ class Evaluator:
         images, sizes = batch["image"], batch["size"]
         if self._protocol.padding_is_image:
             if tuple(settings.scales) == (1.0,) and not settings.flip:
-                outputs, _ = self._model.apply(variables, normalize(images, data.mean, data.std))
+                outputs, _ = self._model.apply(
+                    variables, normalize(images, data.mean, data.std), fold_bn=True
+                )
                 return jnp.argmax(outputs["out"], axis=-1).astype(jnp.uint8)
             sizes = jnp.full_like(sizes, jnp.array(images.shape[1:3]))
         return class_ids(
