@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from deeplab_jax.descriptions import Description
 
 _WIDTH_IN_A_FILE = 200  # columns of the table where there is no terminal
 
@@ -32,6 +38,15 @@ def summary(
     json_file: Annotated[
         str, typer.Option("--json", help="Write all numbers here; -: to stdout, alone.")
     ] = "",
+    plot: Annotated[
+        str, typer.Option(help="Draw its blocks, and valid taps against the rate, here (.png).")
+    ] = "",
+    receptive_field: Annotated[
+        str, typer.Option(help="Draw what the logits really depend on here (.png); computes.")
+    ] = "",
+    samples: Annotated[
+        int, typer.Option(min=1, help="Random images of which the receptive field is the mean.")
+    ] = 4,
 ) -> None:
     """Explain a model: each convolution's stride, atrous rate, field of view, taps and arithmetic.
 
@@ -42,6 +57,8 @@ def summary(
       deeplab-jax summary torchvision_resnet50 --size 520 --markdown
 
       deeplab-jax summary runs/voc --output-stride 8 --size 360x480 --json summary.json
+
+      deeplab-jax summary runs/voc --plot blocks.png --receptive-field field.png
     """
     import json
     import pathlib
@@ -49,10 +66,13 @@ def summary(
     from deeplab_jax import descriptions
     from deeplab_jax import summary as summaries
     from deeplab_jax.evaluation.setup import check_output
-    from deeplab_jax.files import write_bytes
+    from deeplab_jax.files import write_bytes, write_png
 
     if json_file and json_file != "-":
         check_output("--json", json_file, ".json")
+    for option, file in (("--plot", plot), ("--receptive-field", receptive_field)):
+        if file:
+            check_output(option, file, ".png")
     described = descriptions.read(model, num_classes=num_classes)
     height, width = descriptions.parse_size(size) if size else described.size
     architecture = described.architecture
@@ -73,6 +93,16 @@ def summary(
     line = "- {}: {}" if markdown else "{:<20}{}"
     for name, value in summaries.totals(found):
         console.print(line.format(name, value), markup=False)
+    if plot:
+        from deeplab_jax.figures import model_figure
+
+        write_png(pathlib.Path(plot), model_figure(found))
+    if receptive_field:
+        described = dataclasses.replace(described, architecture=architecture)
+        picture, facts = _fields(described, height, width, samples)
+        for name, fact in facts:
+            console.print(line.format("receptive field", f"{name}: {fact}"), markup=False)
+        write_png(pathlib.Path(receptive_field), picture)
     text = json.dumps(found.to_json(), indent=2) + "\n"
     if json_file == "-":
         print(text, end="")
@@ -87,3 +117,42 @@ def _table(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> Table:
     for line in lines:
         table.add_row(*line)
     return table
+
+
+def _fields(
+    description: Description, height: int, width: int, samples: int
+) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """The picture of effective receptive fields, and a line about each."""
+    import jax
+    from rich.progress import Progress
+
+    from deeplab_jax import field_figure
+    from deeplab_jax.compilation import use_compilation_cache
+    from deeplab_jax.models.functional import FunctionalModel
+    from deeplab_jax.receptive_field import effective_field, variants
+
+    use_compilation_cache()
+    architecture, saved = description.architecture, description.saved
+    if saved is None:
+        model = FunctionalModel(dataclasses.replace(architecture, dtype="float32"))
+        variables = jax.jit(model.init)(jax.random.key(0))
+    else:
+        variables = jax.device_put(saved.variables)
+    chosen, fields = variants(architecture), []
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("receptive field", total=len(chosen) * samples)
+        for name, variant in chosen:
+            field = effective_field(
+                variant,
+                variables,
+                height,
+                width,
+                samples=samples,
+                progress=lambda: bar.advance(task),
+            )
+            fields.append((name, field))
+    weights = "trained weights" if saved is not None else "random weights"
+    title = f"Effective receptive field of {architecture.name}, {weights}, {height}x{width}"
+    lines = [(name, field_figure.facts(field)[0]) for name, field in fields]
+    return field_figure.field_figure(fields, title), lines
