@@ -1,0 +1,263 @@
+"""Convolutions read from the traced model: against torch, gradients, and the model's modules."""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from deeplab_jax.models.architecture import architecture
+from deeplab_jax.models.atrous import using
+from deeplab_jax.models.convolutions import Convolution, convolutions
+from deeplab_jax.models.deeplab import DeepLabV3
+from deeplab_jax.models.functional import FunctionalModel, Variables
+from deeplab_jax.models.layers import Conv
+from torch_reference import torchvision
+
+VARIANTS = {
+    "paper": ("paper_resnet18", {}),
+    "pre": (
+        "torchvision_resnet18",
+        {"residual": "pre", "stem": "deep", "decoder": "transposed", "output_stride": 16},
+    ),
+    "mobilenet": ("torchvision_mobilenet_v3_large", {}),
+}
+
+
+@functools.cache
+def model_of(variant):
+    name, options = VARIANTS[variant]
+    return FunctionalModel(architecture(name, num_classes=3, width=0.125, **options))
+
+
+# --- Counts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backbone", "height", "width"), [("resnet50", 97, 161), ("mobilenet_v3_large", 129, 65)]
+)
+def test_arithmetic_is_what_torch_counts(backbone, height, width):
+    """FLOPs of each module of torchvision's model, on PyTorch's meta device."""
+    build = getattr(torchvision.models.segmentation, f"deeplabv3_{backbone}")
+    with torch.device("meta"):
+        theirs = build(weights=None, weights_backbone=None, aux_loss=True).eval()
+        with FlopCounterMode(display=False) as counter:
+            theirs(torch.empty(1, 3, height, width))
+    counts = counter.get_flop_counts()
+    found = convolutions(
+        FunctionalModel(architecture(f"torchvision_{backbone}", num_classes=21)), height, width
+    )
+    ours = [2 * conv.macs for conv in found]
+    assert sum(ours) == counter.get_total_flops()
+    per_module = [
+        sum(flops.values()) for name, flops in counts.items() if name.endswith("aux_classifier")
+    ]
+    aux = [2 * c.macs for c in found if c.name.startswith("aux_classifier")]
+    assert per_module == [sum(aux)]
+
+
+@given(
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    kernel_size=st.sampled_from([1, 3, 5, 7]),
+    stride=st.integers(1, 3),
+    rate=st.integers(1, 45),
+)
+def test_valid_share_is_what_ones_convolved_with_ones_give(
+    height, width, kernel_size, stride, rate
+):
+    ones = torch.ones(1, 1, height, width, dtype=torch.float64)
+    kernel = torch.ones(1, 1, kernel_size, kernel_size, dtype=torch.float64)
+    padding = rate * (kernel_size - 1) // 2
+    counts = torch.nn.functional.conv2d(ones, kernel, None, stride, padding, rate)[0, 0]
+    conv = Convolution(
+        *("some", kernel_size, stride, rate, 1, (height, width, 4), (*counts.shape, 6)),
+        *(1, 1, False, 0),
+    )
+    assert conv.valid_share == pytest.approx(float(counts.mean()) / kernel_size**2, abs=1e-12)
+    assert conv.valid_macs == int(counts.sum()) * 4 * 6
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_convolution_is_found_once_with_its_parameters(variant):
+    model = model_of(variant)
+    found = convolutions(model, 65, 33)
+    module = nnx.eval_shape(lambda: DeepLabV3(model.architecture, rngs=nnx.Rngs(0)))
+    theirs = {
+        ".".join(map(str, path)): (conv.kernel.shape[0], conv.stride, conv.rate)
+        for path, conv in nnx.iter_modules(module)
+        if isinstance(conv, Conv)
+    }
+    assert {c.name: (c.kernel_size, c.stride, c.rate) for c in found} == theirs
+    assert len(found) == len(theirs)
+    total = sum(leaf.size for leaf in model.abstract.params.values())
+    decoder = model.abstract.params.get("decoder.kernel", np.empty(0)).size
+    assert sum(conv.params for conv in found) == total - decoder
+
+
+def test_parameters_of_a_norm_go_with_the_convolution_before_it():
+    found = {conv.name: conv.params for conv in convolutions(model_of("paper"), 33)}
+    assert found["backbone.conv1"] == 7 * 7 * 3 * 8 + 2 * 8
+    assert found["backbone.layer2.0.downsample.0"] == 8 * 16 + 2 * 16
+    assert found["classifier.4"] == 32 * 3 + 3
+
+
+def test_order_is_that_of_execution():
+    names = [conv.name for conv in convolutions(model_of("paper"), 33)]
+    unit = [f"backbone.layer2.0.{name}" for name in ("conv1", "conv2", "downsample.0")]
+    assert names[5:8] == unit
+    assert names[-2:] == ["classifier.0.project.0", "classifier.4"]
+
+
+def test_bfloat16_is_read_as_float32_is():
+    half = FunctionalModel(
+        architecture("paper_resnet18", num_classes=3, width=0.125, dtype="bfloat16")
+    )
+    assert convolutions(half, 65) == convolutions(model_of("paper"), 65)
+
+
+# --- What a convolution sees -------------------------------------------------------------------
+
+
+def without_pooling(model):
+    """Variables with which each local path has a positive gradient, and pooling has none.
+
+    Kernels are positive means, so that activations stay positive and pass each relu.
+    """
+    params = {}
+    for name, leaf in model.abstract.params.items():
+        module, _, kind = name.rpartition(".")
+        value = np.zeros(leaf.shape, np.float32)
+        if kind == "kernel":
+            value += 1 / np.prod(leaf.shape[:3])
+        if kind == "scale" and not module.startswith("classifier.0.convs.4"):
+            value += 1
+        if module.endswith("fc2"):  # squeeze-excite: its hard sigmoid is at its end, 1
+            value = np.full(leaf.shape, 3.5 if kind == "bias" else 0, np.float32)
+        params[name] = value
+    stats = {
+        name: np.full(leaf.shape, name.endswith("var"), np.float32)
+        for name, leaf in model.abstract.batch_stats.items()
+    }
+    return Variables(params, stats)
+
+
+def spans(model, size, axis):
+    """First and last pixel that the middle logits of each head depend on, and the next ones.
+
+    Along an axis of images one pixel thin. Maxima take the first pixel of a falling ramp and the
+    last of a rising one.
+    """
+    variables = without_pooling(model)
+    shape = [1, 1, 1, 3]
+    shape[axis] = size
+    ramp = np.linspace(1, 2, size, dtype=np.float32).reshape([s if s > 3 else 1 for s in shape])
+    ramps = [np.broadcast_to(r, shape) for r in (ramp, np.flip(ramp, axis))]
+
+    def heads(image):
+        outputs, _ = model.apply(variables, image, upsample=False)
+        return {name: logits.sum(3).ravel() for name, logits in outputs.items()}
+
+    gradient = jax.jit(lambda image, weights: jax.vjp(heads, image)[1](weights)[0])
+    lengths = {name: line.size for name, line in jax.eval_shape(heads, ramps[0]).items()}
+
+    def span(name, place):
+        weights = {other: np.zeros(length, np.float32) for other, length in lengths.items()}
+        weights[name][place] = 1
+        touched = sum(np.abs(gradient(ramp, weights)).sum(3).ravel() for ramp in ramps) > 0
+        return int(touched.argmax()), size - 1 - int(touched[::-1].argmax())
+
+    return {
+        name: [span(name, length // 2), span(name, length // 2 + 1)]
+        for name, length in lengths.items()
+    }
+
+
+@pytest.mark.parametrize(("variant", "axis"), [("paper", 1), ("pre", 2), ("mobilenet", 1)])
+def test_field_of_view_and_stride_are_those_of_the_gradient(variant, axis):
+    bilinear = dataclasses.replace(model_of(variant).architecture, decoder="bilinear")
+    model = FunctionalModel(bilinear)
+    last = {conv.name.split(".")[0]: conv for conv in convolutions(model)}
+    with using("native"):
+        seen = spans(model, last["classifier"].field_of_view + 200, axis)
+    assert set(seen) == ({"out"} if variant == "paper" else {"out", "aux"})
+    for name, ((first, end), (next_first, next_end)) in seen.items():
+        conv = last["classifier" if name == "out" else "aux_classifier"]
+        assert end - first + 1 == conv.field_of_view, name
+        assert next_first - first == next_end - end == conv.output_stride, name
+
+
+def test_what_follows_pooling_sees_the_image():
+    found = {conv.name: conv for conv in convolutions(model_of("paper"), 65)}
+    pooled = found.pop("classifier.0.convs.4.1")
+    assert (pooled.output_stride, pooled.field_of_view, pooled.sees_image) == (None, None, True)
+    assert {n for n, c in found.items() if c.sees_image} == {
+        "classifier.0.project.0",
+        "classifier.4",
+    }
+    assert all(conv.field_of_view for conv in found.values())
+
+
+@pytest.mark.parametrize("size", [(65, 97), (1, 1), (2, 31)])
+def test_maps_have_the_sizes_that_output_strides_say(size):
+    for conv in convolutions(model_of("pre"), *size):
+        stride = conv.output_stride
+        if stride is not None:
+            assert conv.out_shape[:2] == tuple(-(-side // stride) for side in size)
+        assert 0 < conv.valid_share <= 1
+
+
+# --- Mistakes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(0, 65), (65, 0), (-1, 5)])
+def test_refuses_an_image_without_pixels(size):
+    with pytest.raises(ValueError, match="height and width must be 1 or more, got"):
+        convolutions(model_of("paper"), *size)
+
+
+def stub(apply):
+    kernel = jax.ShapeDtypeStruct((3, 3, 3, 2), jnp.float32)
+    return types.SimpleNamespace(
+        architecture=types.SimpleNamespace(in_channels=3),
+        abstract=Variables({"some.kernel": kernel}, {}),
+        apply=lambda variables, x, upsample: (apply(variables.params["some.kernel"], x), {}),
+    )
+
+
+def conv(x, kernel):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@pytest.mark.parametrize(
+    ("apply", "message"),
+    [
+        (lambda w, x: conv(x[:, ::-1], w), "what some sees is not known: .* 'rev'"),
+        (lambda w, x: conv(x.transpose(0, 2, 1, 3), w), "some sees is not known: .* 'transpose'"),
+        (lambda w, x: conv(jnp.ones_like(x), w), "some sees is not known: .* no image"),
+        (lambda w, x: conv(x, jnp.abs(w)), "has a kernel that is no array of the model"),
+        (lambda w, x: conv(x + x[:, ::-1], w), "what some sees is not known: .* 'rev'"),
+    ],
+)
+def test_what_is_not_followed_is_no_wrong_number(apply, message):
+    with pytest.raises(ValueError, match=message):
+        convolutions(stub(apply), 9)
+
+
+def test_a_map_joined_with_one_of_another_stride_is_refused():
+    def apply(w, x):
+        small = jax.lax.slice(x, (0, 0, 0, 0), x.shape, (1, 9, 9, 1))
+        return conv(x[:, :1, :1] + small, w)
+
+    with pytest.raises(ValueError, match="maps of strides 1 and 9 are joined"):
+        convolutions(stub(apply), 9)
