@@ -9,7 +9,7 @@ import pathlib
 import re
 
 from deeplab_jax import config as config_lib
-from deeplab_jax import config_files, conversion, labels
+from deeplab_jax import config_files, config_rules, conversion, labels
 from deeplab_jax.config import Config
 from deeplab_jax.errors import UserError
 from deeplab_jax.models.architecture import ARCHITECTURES, Architecture, architecture
@@ -81,7 +81,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def _of_config(config: Config, source: str, num_classes: int | None) -> Description:
-    config_lib.validate(config)
+    config_rules.validate(config)
     fields = dataclasses.asdict(config.model)
     name, classes = fields.pop("architecture"), fields.pop("num_classes")
     classes = num_classes or classes or _data_classes(config)

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import ROOT
 from deeplab_jax import config as config_lib
-from deeplab_jax import flags
+from deeplab_jax import config_rules, flags
 from deeplab_jax.config import Config
 from deeplab_jax.errors import UserError
 
@@ -22,7 +22,7 @@ def test_configs_are_valid_and_say_what_they_are(path):
     module: dict = {}
     source = (ROOT / path).read_text()
     exec(compile(source, str(path), "exec"), module)
-    config_lib.validate(module["get_config"]())
+    config_rules.validate(module["get_config"]())
     assert f"--config {path}" in module["__doc__"]
 
 
@@ -52,7 +52,7 @@ def test_a_wrong_value_is_named(field, value, message):
     branch, name = field.split(".")
     setattr(getattr(config, branch), name, value)
     with pytest.raises(UserError, match=f"config.{field} .*{message}"):
-        config_lib.validate(config)
+        config_rules.validate(config)
 
 
 def test_all_wrong_values_are_named_together():
@@ -60,7 +60,7 @@ def test_all_wrong_values_are_named_together():
     config.train.steps = 0
     config.eval.size = 0
     with pytest.raises(UserError, match=r"(?s)train\.steps.*eval\.size"):
-        config_lib.validate(config)
+        config_rules.validate(config)
 
 
 def test_differences_name_fields_and_skip_those_that_may_change():

@@ -14,8 +14,7 @@ from ml_collections import config_flags
 
 import saved_model
 from conftest import ROOT
-from deeplab_jax import cli
-from deeplab_jax import config as config_lib
+from deeplab_jax import cli, config_rules
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = [
@@ -34,7 +33,7 @@ def test_training_commands_give_valid_configs(line):
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     assert values(argv) == ["train.py"]
     assert values.workdir
-    config_lib.validate(values.config)
+    config_rules.validate(values.config)
 
 
 def test_there_are_training_commands():

@@ -79,7 +79,7 @@ def _settings(
 ) -> DataConfig:
     """The config's settings of data, with what the command line says laid over them."""
     from deeplab_jax import config as config_lib
-    from deeplab_jax import config_files
+    from deeplab_jax import config_files, config_rules
 
     whole = config_files.from_python(config) if config else config_lib.Config()
     settings = whole.data
@@ -92,7 +92,7 @@ def _settings(
     if channels is not None:  # mean and std matter to a training alone
         settings.folder.channels = channels
         settings.mean = settings.std = (0.5,) * channels
-    config_lib.validate(whole)
+    config_rules.validate(whole)
     return settings
 
 

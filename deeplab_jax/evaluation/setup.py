@@ -7,8 +7,7 @@ import os
 import pathlib
 import re
 
-from deeplab_jax import config as config_lib
-from deeplab_jax import config_files
+from deeplab_jax import config_files, config_rules
 from deeplab_jax import data as data_lib
 from deeplab_jax.config import Config, DataConfig
 from deeplab_jax.data.dataset import Dataset, Example, Source
@@ -48,7 +47,7 @@ def validate(config: Config) -> None:
       UserError: naming each option that is wrong and what it must be.
     """
     try:
-        config_lib.validate(config)
+        config_rules.validate(config)
     except UserError as error:
         raise UserError(
             re.sub(r"(?:config\.)?eval\.(\w+)", lambda m: "--" + m[1].replace("_", "-"), str(error))

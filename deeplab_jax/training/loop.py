@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from deeplab_jax import config as config_lib
+from deeplab_jax import config_rules
 from deeplab_jax import data as data_lib
 from deeplab_jax.compilation import use_compilation_cache
 from deeplab_jax.config import Config
@@ -72,7 +73,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
     Raises:
       UserError: if the config, the data or the workdir is wrong; if the loss is not finite.
     """
-    config_lib.validate(config)
+    config_rules.validate(config)
     folder = pathlib.Path(workdir).absolute()
     is_writer = jax.process_index() == 0
     use_compilation_cache()

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from conftest import ROOT
 from deeplab_jax import config as config_lib
+from deeplab_jax import config_rules
 from deeplab_jax.cli import app
 from deeplab_jax.errors import UserError
 from own_data import NAMES, Maker
@@ -137,7 +138,7 @@ def test_documented_trainings_have_valid_configs(line):
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     assert values(argv) == ["train.py"]
-    config_lib.validate(values.config)
+    config_rules.validate(values.config)
     assert values.config.data.name == "folder"
 
 

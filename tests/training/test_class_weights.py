@@ -8,8 +8,7 @@ from absl import flags
 from ml_collections import config_flags
 
 import tiny
-from deeplab_jax import config as config_lib
-from deeplab_jax import labels
+from deeplab_jax import config_rules, labels
 from deeplab_jax.config import Config, LossConfig
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.errors import UserError
@@ -86,7 +85,7 @@ def parsed(argument):
 def test_the_command_line_takes_numbers_auto_and_none(text, value):
     config = parsed(f"--config.loss.class_weights={text}")
     assert config.loss.class_weights == value
-    config_lib.validate(config)
+    config_rules.validate(config)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +105,7 @@ def test_the_command_line_takes_numbers_auto_and_none(text, value):
 def test_a_wrong_loss_is_named(fields, message):
     config = Config(loss=LossConfig(**fields))
     with pytest.raises(UserError, match=rf"config\.loss\.\w+ .*{message}"):
-        config_lib.validate(config)
+        config_rules.validate(config)
 
 
 def test_a_run_steps_with_its_weights_and_keeps_auto_in_its_config(tmp_path, capfd, monkeypatch):
