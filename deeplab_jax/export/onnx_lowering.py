@@ -38,7 +38,8 @@ class Step(NamedTuple):
       inputs: of it.
       shape: of its result.
       once: of each input, whether nothing else depends on it.
-      scope: the module that it belongs to.
+      scope: the module that it belongs to, or follows.
+      source: line of code that it comes from.
     """
 
     equation: core.JaxprEqn
@@ -46,6 +47,7 @@ class Step(NamedTuple):
     shape: tuple[Any, ...]
     once: list[bool]
     scope: str
+    source: str
 
 
 # A rule writes nodes and gives the result, or None where an operation is not as it knows it.
@@ -53,7 +55,11 @@ Rule = Callable[[Graph, Step], Value | None]
 
 
 def lower(
-    graph: Graph, jaxpr: core.Jaxpr, constants: Sequence[Any], arguments: Sequence[Value]
+    graph: Graph,
+    jaxpr: core.Jaxpr,
+    constants: Sequence[Any],
+    arguments: Sequence[Value],
+    source: str = "",
 ) -> Value:
     """Writes a trace into a graph, and gives its one result.
 
@@ -62,9 +68,10 @@ def lower(
       jaxpr: the trace.
       constants: the arrays that it closes over.
       arguments: what it is called with.
+      source: line of code that calls it.
 
     Raises:
-      UserError: an operation that there is no rule for, with the module that it stands in.
+      UserError: an operation that there is no rule for, with where it stands.
     """
     values: dict[core.Var, Value] = dict(zip(jaxpr.invars, arguments, strict=True))
     values |= zip(jaxpr.constvars, map(Constant, constants), strict=True)
@@ -75,7 +82,9 @@ def lower(
         inputs = [_read(atom, values) for atom in equation.invars]
         once = [uses[id(atom)] == 1 for atom in equation.invars]
         (result,) = equation.outvars
-        step = Step(equation, inputs, _shape(result), once, _scope(inputs))
+        # A line of this package: JAX's own are left out, and may be all that there are.
+        line = source_info_util.summarize(equation.source_info) or source
+        step = Step(equation, inputs, _shape(result), once, _scope(inputs), line)
         values[result] = _lower_step(graph, step)
     return _read(jaxpr.outvars[0], values)
 
@@ -87,14 +96,13 @@ def _lower_step(graph: Graph, step: Step) -> Value:
         called = params[CALLS[name]]
         rule = OPERATIONS.get(params.get("name", ""))
         if rule is None:
-            return lower(graph, called.jaxpr, called.consts, step.inputs)
+            return lower(graph, called.jaxpr, called.consts, step.inputs, step.source)
     written = None if rule is None else rule(graph, step)
     if written is None:
         raise UserError(
-            f"the model cannot be exported to ONNX: there is no rule for {name!r} in "
-            f"{step.scope or 'what is done to the images'} "
-            f"({source_info_util.summarize(step.equation.source_info)}). Export it to .stablehlo, "
-            "which takes every model."
+            f"the model cannot be exported to ONNX: there is no rule for {name!r}, in or behind "
+            f"{step.scope or 'the images'}, at {step.source}. Export it to .stablehlo, which takes "
+            "every model."
         )
     return written
 

@@ -1,0 +1,215 @@
+"""`deeplab-jax export`: what differs from the model is not kept, and mistakes are said."""
+
+import errno
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import saved_model
+from deeplab_jax.cli import app
+from deeplab_jax.errors import UserError
+from deeplab_jax.export import compare, stablehlo
+from deeplab_jax.export.export import export
+from deeplab_jax.export.program import OUTPUTS
+from deeplab_jax.models import depthwise
+from deeplab_jax.models.atrous import using
+from deeplab_jax.models.layers import max_pool, resize_bilinear
+from deeplab_jax.models.operations import naming_operations
+from deeplab_jax.training import checkpoint
+
+SIZES = {"batch": 1, "height": 33, "width": 41}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "model"
+    saved_model.write(path)
+    return path
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def test_what_was_compared_is_printed_and_classes_are_beside(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "OPEN_SHAPES", ((1, 33, 41), (2, 33, 41)))
+    done = command("export", saved, tmp_path / "a.stablehlo", "--output", "logits")
+    assert done.exit_code == 0, done.output
+    assert "limit 1e-05" in done.output
+    rows = [line.split() for line in done.output.splitlines() if "x33x41" in line]
+    assert [row[:2] for row in rows] == [
+        [images, size] for size in ("1x33x41", "2x33x41") for images in ("noise", "smooth")
+    ]
+    assert all(float(row[2]) <= 1e-5 and row[3] == "100.0000%" for row in rows)
+    described = json.loads((tmp_path / "a.stablehlo.json").read_text())
+    assert described["classes"] == ["background", "red fox", "bluebird"]
+    assert described["palette"][1] == [200, 0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.stablehlo", "a.stablehlo.json"]
+
+
+@pytest.mark.parametrize(
+    ("output", "wrong"),
+    [
+        ("logits", lambda logits: logits * (1 + 2e-5)),
+        ("logits", lambda logits: logits * np.float32(np.nan)),
+        ("probabilities", lambda probabilities: probabilities[::-1]),
+        ("ids", lambda ids: ids[:, ::-1]),
+    ],
+    ids=["scaled", "not a number", "upside down", "mirrored"],
+)
+def test_a_program_that_differs_is_not_kept(saved, tmp_path, monkeypatch, output, wrong):
+    (tmp_path / "a.stablehlo").write_text("of an earlier time")
+    programs = []
+
+    def keep(program, platforms):
+        programs.append(program)
+        return b"a program"
+
+    def load_wrong(path):
+        assert (path.name, path.read_bytes()) == (".a.stablehlo.partial", b"a program")
+        (program,) = programs
+        logits = jax.jit(program.reference)
+
+        def run(images):
+            result = np.asarray(OUTPUTS[output](logits(program.variables, images)))
+            return wrong(result[0])[None].astype(result.dtype)
+
+        return run
+
+    monkeypatch.setattr(stablehlo, "serialize", keep)
+    monkeypatch.setattr(stablehlo, "load", load_wrong)
+    with pytest.raises(UserError, match=rf"(?s)not written: its {output} differ.*1x33x41, noise: "):
+        export(saved, tmp_path / "a.stablehlo", output=output, **SIZES)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.stablehlo"]
+    assert (tmp_path / "a.stablehlo").read_text() == "of an earlier time"
+
+
+def test_a_full_disk_leaves_nothing(saved, tmp_path, monkeypatch):
+    def write_bytes(path, content):
+        with open(path, "wb") as file:
+            file.write(content[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", write_bytes)
+    with pytest.raises(UserError, match=r"a\.stablehlo cannot be written: No space left on device"):
+        export(saved, tmp_path / "a.stablehlo", **SIZES)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("destination", "options", "message"),
+    [
+        ("a.pb", {}, r"a\.pb must end in \.stablehlo or \.onnx.*'\.pb'"),
+        ("a", {}, "must end in"),
+        ("a.stablehlo", {"height": 0}, "height must be 1 to 32767, .*got 0"),
+        ("a.stablehlo", {"width": 40000}, "width must be 1 to 32767"),
+        ("a.stablehlo", {"batch": -1}, "batch must be"),
+        ("a.stablehlo", {"output": "labels"}, "output must be one of ids, probabilities, logits"),
+        ("a.stablehlo", {"platforms": ("gpu",)}, "platforms must be of cpu, cuda, tpu"),
+        ("a.onnx", {"layout": "chw"}, "layout must be one of nhwc, nchw"),
+        ("none/a.onnx", {}, "none cannot be written to: No such file"),
+        ("folder.onnx", {}, "is a folder"),
+    ],
+)
+def test_mistakes_are_said(saved, tmp_path, destination, options, message):
+    if destination.endswith(".onnx"):
+        pytest.importorskip("onnxruntime", reason="install the `onnx` extra")
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        export(saved, tmp_path / destination, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.onnx"]
+
+
+def test_sizes_on_the_command_line(saved, tmp_path):
+    done = command("export", saved, tmp_path / "a.stablehlo", "--height", "many")
+    assert isinstance(done.exception, UserError)
+    assert "--height must be a whole number or symbolic, got 'many'" in str(done.exception)
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
+def test_without_the_extra_it_is_named(saved, tmp_path, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=rf"needs.* {missing}.*pip install 'deeplab-jax\[onnx\]'"):
+        export(saved, tmp_path / "a.onnx")
+
+
+def test_a_checkpoint_of_another_version_is_said(saved, tmp_path):
+    read = checkpoint.read(saved)
+    checkpoint.write_model(tmp_path / "new", read.variables, read.info | {"format": 99})
+    with pytest.raises(UserError, match="has format 99, this version reads format 1"):
+        export(tmp_path / "new", tmp_path / "a.stablehlo")
+
+
+# Differences, by hand
+
+LOGITS = np.array([[[[4.0, 1.0, 0.0], [0.0, 1.0, -8.0]]]], np.float32)
+
+
+def test_difference_of_logits_is_relative_to_the_largest():
+    result = LOGITS + np.array([0.0, 0.0, 0.4], np.float32)
+    assert compare.difference("logits", LOGITS, result) == (pytest.approx(0.05), 1.0)
+    result = LOGITS + np.array([2.0, 0.0, 0.0], np.float32)
+    assert compare.difference("logits", LOGITS, result) == (pytest.approx(0.25), 0.5)
+
+
+def test_difference_of_ids_is_how_much_the_model_prefers_another():
+    same = np.array([[[0, 1]]], np.uint8)
+    assert compare.difference("ids", LOGITS, same) == (0.0, 1.0)
+    other = np.array([[[1, 1]]], np.uint8)
+    assert compare.difference("ids", LOGITS, other) == (pytest.approx(3 / 8), 0.5)
+
+
+def test_difference_of_probabilities():
+    probabilities = np.array(jax.nn.softmax(LOGITS))
+    assert compare.difference("probabilities", LOGITS, probabilities)[0] < 1e-7
+    probabilities[0, 0, 0, 0] -= 0.08
+    result = compare.difference("probabilities", LOGITS, probabilities)
+    assert result == (pytest.approx(0.01), 1.0)
+
+
+def test_another_shape_or_type_is_no_result():
+    for output, result in (("logits", LOGITS[:, :, :1]), ("ids", np.zeros((1, 1, 2), np.int32))):
+        with pytest.raises(ValueError, match=f"{output} must be"):
+            compare.difference(output, LOGITS, result)
+
+
+# What it asks of the models
+
+
+def test_sizes_left_open_resize_as_fixed_ones_do():
+    height, width = jax.export.symbolic_shape("h, w")
+    resize = jax.jit(lambda x, like: resize_bilinear(x, 2 * x.shape[1] + 1, like.shape[1]))
+    shapes = ((1, height, 3, 2), (5, width))
+    exported = jax.export.export(resize)(
+        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    )
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 7, 3, 2)), jnp.float32)
+    np.testing.assert_allclose(
+        exported.call(x, np.zeros((5, 11), np.float32)), resize_bilinear(x, 15, 11), atol=1e-6
+    )
+
+
+def test_depthwise_convolution_is_one_where_that_is_asked_for():
+    x, kernel = jnp.zeros((1, 9, 9, 4)), jnp.zeros((3, 3, 1, 4))
+    texts = []
+    for method in (None, "native"):
+        with using(method):  # of a function of its own: traces are kept
+            trace = jax.make_jaxpr(lambda x, kernel: depthwise.depthwise_conv(x, kernel))(x, kernel)
+        texts.append(str(trace))
+    assert ["cond" in text for text in texts] == [True, False]
+    assert "conv_general_dilated" in texts[1]
+
+
+def test_operations_are_named_only_where_that_is_asked_for():
+    x = jnp.zeros((1, 9, 9, 4))
+    assert "name=max_pool" not in str(jax.make_jaxpr(lambda x: max_pool(x))(x))
+    with naming_operations():
+        trace = jax.make_jaxpr(lambda x: max_pool(x))(x)
+    (equation,) = trace.eqns
+    assert equation.params["name"] == "max_pool"

@@ -1,0 +1,216 @@
+"""ONNX: the graph is the model's, and onnxruntime gives what the model gives."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from typer.testing import CliRunner
+
+from deeplab_jax import labels
+from deeplab_jax.cli import app
+from deeplab_jax.errors import UserError
+from deeplab_jax.export import onnx as onnx_export
+from deeplab_jax.export.program import Dimensions, Program
+from deeplab_jax.models.deeplab import DeepLabV3, architecture
+from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.models.layers import Conv
+from deeplab_jax.training import checkpoint
+from random_modules import random_variables
+
+onnx = pytest.importorskip("onnx", reason="install the `onnx` extra")
+onnxruntime = pytest.importorskip("onnxruntime", reason="install the `onnx` extra")
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+class Exported:
+    """A random model of an architecture, its graph, and both as functions of uint8 images."""
+
+    def __init__(self, name, output="logits", layout="nhwc", sizes=Dimensions(), **options):  # noqa: B008
+        arch = architecture(name, num_classes=5, width=0.125, **options)
+        self.model = FunctionalModel(arch)
+        self.variables = random_variables(self.model)
+        channels = arch.in_channels
+        self.mean, self.std = np.array(MEAN[:channels]), np.array(STD[:channels])
+        info = checkpoint.describe(
+            arch, labels.named(*"abcde"), mean=self.mean, std=self.std, resize="", size=(1, 1)
+        )
+        info |= {"mean": self.mean.tolist(), "std": self.std.tolist()}
+        saved = checkpoint.SavedModel(pathlib.Path(), self.variables, info)
+        self.graph = onnx_export.to_onnx(Program(saved, output, sizes), layout)
+        session = onnxruntime.InferenceSession(self.graph.SerializeToString())
+        self.run = lambda images: session.run(None, {"images": images})[0]
+        self._apply = jax.jit(lambda pixels: self.model.apply(self.variables, pixels)[0]["out"])
+
+    def logits(self, images):
+        pixels = ((images / 255 - self.mean) / self.std).astype(np.float32)
+        return np.asarray(self._apply(pixels))
+
+    def nodes(self, op_type):
+        return [node for node in self.graph.graph.node if node.op_type == op_type]
+
+
+def picture(*shape, channels=3):
+    rng = np.random.default_rng(sum(shape))
+    return rng.integers(0, 256, (*shape, channels), dtype=np.uint8)
+
+
+def attributes(node):
+    return {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+
+
+def assert_near(result, logits):
+    assert (result.shape, result.dtype) == (logits.shape, np.float32)
+    assert np.abs(result - logits).max() <= 1e-5 * np.abs(logits).max()
+
+
+@pytest.fixture(scope="module")
+def basic():
+    return Exported("paper_resnet18")
+
+
+@pytest.mark.parametrize("shape", [(1, 33, 41), (2, 33, 41), (5, 40, 33), (1, 1, 1)], ids=str)
+def test_one_graph_gives_the_models_logits_at_each_batch_and_size(basic, shape):
+    images = picture(*shape)
+    assert_near(basic.run(images), basic.logits(images))
+
+
+ARCHITECTURES = {
+    "bottlenecks, auxiliary head": ("torchvision_resnet50", {}),
+    "depthwise": ("torchvision_mobilenet_v3_large", {}),
+    "pre-activation, deep stem, grey": (
+        "paper_resnet18",
+        {"residual": "pre", "stem": "deep", "in_channels": 1},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def exported(request):
+    name, options = ARCHITECTURES[request.param]
+    return Exported(name, layout="nchw", **options)
+
+
+def test_architectures(exported):
+    images = picture(2, 34, 47, channels=exported.model.architecture.in_channels)
+    logits = exported.logits(images)
+    result = exported.run(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    assert_near(result.transpose(0, 2, 3, 1), logits)
+
+
+def test_convolutions_are_the_models(exported):
+    """Each by its module's name, with its rate; batch norm and the auxiliary head are gone."""
+    arch = exported.model.architecture
+    module = nnx.eval_shape(lambda: DeepLabV3(arch, rngs=nnx.Rngs(0)))
+    expected = {
+        ".".join(map(str, path)): ([conv.kernel.shape[0]] * 2, [conv.stride] * 2, [conv.rate] * 2)
+        for path, conv in nnx.iter_modules(module)
+        if isinstance(conv, Conv) and path[0] != "aux_classifier"
+    }
+    written = {}
+    for node in exported.nodes("Conv"):
+        values = attributes(node)
+        written[node.name] = (values["kernel_shape"], values["strides"], values["dilations"])
+    assert written == expected
+    assert {rate for _, _, (rate, _) in written.values()} > {1}
+    types = onnx_export.count_nodes(exported.graph)
+    assert not types.keys() & {"BatchNormalization", "Transpose", "Pad", "Slice", "Einsum"}
+    arrays = {array.name: array for array in exported.graph.graph.initializer}
+    kernels = [arrays[node.input[1]] for node in exported.nodes("Conv")]
+    depthwise = [kernel for kernel in kernels if kernel.dims[1] == 1 and kernel.dims[2] > 1]
+    mobile = arch.backbone == "mobilenet_v3_large"
+    assert (len(depthwise) > 10) is mobile
+    assert ("HardSwish" in types) is mobile
+
+
+def test_there_are_transposes_at_the_ends_alone(basic):
+    types = onnx_export.count_nodes(basic.graph)
+    assert types.pop("Transpose") == 2
+    assert types == {
+        "Conv": 27, "Relu": 23, "Add": 8, "Div": 2, "Shape": 2, "Concat": 2, "Cast": 1, "Sub": 1,
+        "MaxPool": 1, "GlobalAveragePool": 1, "Expand": 1, "Resize": 1,
+    }  # fmt: skip
+    first, *_, last = basic.graph.graph.node
+    assert (first.op_type, last.op_type) == ("Transpose", "Transpose")
+
+
+def test_names_say_where_a_node_stands(basic):
+    names = [node.name for node in basic.graph.graph.node]
+    assert len(set(names)) == len(names)
+    assert "backbone.layer4.1.conv2" in names
+    assert "backbone.layer4.1.conv2/Relu" in names
+    assert "classifier.4/Resize" in names
+    (image,), (output,) = basic.graph.graph.input, basic.graph.graph.output
+    assert (image.name, output.name) == ("images", "logits")
+
+    def sides(info):
+        return [side.dim_param or side.dim_value for side in info.type.tensor_type.shape.dim]
+
+    assert sides(image) == ["batch", "height", "width", 3]
+    assert sides(output) == ["batch", "height", "width", 5]
+
+
+def test_metadata_says_what_ids_mean(basic):
+    texts = {one.key: one.value for one in basic.graph.metadata_props}
+    assert json.loads(texts["classes"]) == list("abcde")
+    assert json.loads(texts["palette"])[1] == [128, 0, 0]
+    assert (json.loads(texts["mean"]), json.loads(texts["std"])) == (list(MEAN), list(STD))
+    assert (texts["architecture"], texts["layout"]) == ("paper_resnet18", "nhwc")
+
+
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+def test_ids_and_probabilities_of_a_fixed_size(basic, layout):
+    images = picture(2, 33, 41)
+    logits = basic.logits(images)
+    feed = images if layout == "nhwc" else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    sizes = Dimensions(height=33, width=41)
+
+    ids = Exported("paper_resnet18", "ids", layout, sizes)
+    assert onnx_export.count_nodes(ids.graph).get("Transpose", 0) == (layout == "nhwc")
+    assert not ids.nodes("Shape")
+    result = ids.run(feed)
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(result, logits.argmax(-1))
+    assert len(np.unique(result)) > 1
+
+    result = Exported("paper_resnet18", "probabilities", layout, sizes).run(feed)
+    result = result if layout == "nhwc" else result.transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(result, jax.nn.softmax(logits), atol=2e-5)
+    with pytest.raises(Exception, match="invalid dimensions"):
+        ids.run(feed[:, :, :-1])
+
+
+def test_what_has_no_counterpart_is_said_with_its_module():
+    place = r"in or behind classifier\.4, at .*layers\.py.*TransposedDecoder.*stablehlo"
+    with pytest.raises(UserError, match=rf"no rule for '\w+', {place}"):
+        Exported("paper_resnet18", decoder="transposed", sizes=Dimensions(1, 32, 32))
+
+
+def test_from_torchvisions_file_in_two_commands(tmp_path):
+    """What torchvision's own model gives of the same pixels."""
+    torch_reference = pytest.importorskip("torch_reference")
+    torch = torch_reference.torch
+    reference = torch_reference.segmentation_model("deeplabv3_mobilenet_v3_large", aux=True)
+    torch.save(reference.state_dict(), tmp_path / "model.pth")
+
+    def command(*arguments):
+        done = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    command("convert", tmp_path / "model.pth", tmp_path / "model", "--quiet")
+    path = tmp_path / "model.onnx"
+    sizes = ["--batch", "1", "--height", "49", "--width", "65"]
+    said = command("export", tmp_path / "model", path, *sizes, "--output", "logits")
+    assert "1 Resize" in said
+    assert "1x49x65" in said
+    images = picture(1, 49, 65)
+    pixels = (images / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        inputs = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32))
+        expected = reference(inputs)["out"].numpy().transpose(0, 2, 3, 1)
+    (result,) = onnxruntime.InferenceSession(path).run(None, {"images": images})
+    assert_near(result, expected)

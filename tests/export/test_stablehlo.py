@@ -1,0 +1,159 @@
+"""StableHLO: what the file gives is what the model gives, at any size, in another process."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import saved_model
+from deeplab_jax.errors import UserError
+from deeplab_jax.export import stablehlo
+from deeplab_jax.export.program import Dimensions, Program
+from deeplab_jax.models.deeplab import architecture
+from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.training import checkpoint
+from random_modules import random_variables
+
+DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "export.md"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "model"
+    saved_model.write(path)
+    return checkpoint.read(path)
+
+
+@pytest.fixture(scope="module")
+def logits_of(saved):
+    """The model's own logits of uint8 images, normalised by NumPy, batch norm by itself."""
+    model = FunctionalModel(architecture("paper_resnet18", num_classes=3, width=0.125))
+    apply = jax.jit(lambda pixels: model.apply(saved.variables, pixels)[0]["out"])
+
+    def logits(images):
+        pixels = (images / 255 - np.array(saved_model.MEAN)) / np.array(saved_model.STD)
+        return np.asarray(apply(pixels.astype(np.float32)))
+
+    return logits
+
+
+@pytest.fixture(scope="module")
+def written(saved, tmp_path_factory):
+    """A function that writes the model's program to a file."""
+    folder = tmp_path_factory.mktemp("programs")
+
+    def write(output, dimensions=Dimensions()):  # noqa: B008
+        path = folder / f"{output}{dimensions}"
+        if not path.exists():
+            path.write_bytes(stablehlo.serialize(Program(saved, output, dimensions)))
+        return path
+
+    return write
+
+
+def picture(*shape):
+    return np.random.default_rng(sum(shape)).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+def assert_near(result, logits, limit=1e-5):
+    assert (result.shape, result.dtype) == (logits.shape, np.float32)
+    assert np.abs(result - logits).max() <= limit * np.abs(logits).max()
+
+
+@pytest.mark.parametrize("shape", [(1, 33, 41), (2, 33, 41), (5, 40, 33), (1, 1, 1)], ids=str)
+def test_one_file_gives_the_models_logits_at_each_batch_and_size(written, logits_of, shape):
+    images = picture(*shape)
+    assert_near(stablehlo.load(written("logits"))(images), logits_of(images))
+
+
+def test_of_a_fixed_size_too(written, logits_of):
+    run = stablehlo.load(written("logits", Dimensions(height=33, width=41)))
+    images = picture(2, 33, 41)
+    assert_near(run(images), logits_of(images))
+    with pytest.raises(ValueError, match="33"):
+        run(picture(2, 33, 40))
+
+
+def test_depthwise_convolutions_and_squeeze_excite():
+    model = FunctionalModel(
+        architecture("torchvision_mobilenet_v3_large", num_classes=4, width=0.125)
+    )
+    variables = random_variables(model)
+    info = checkpoint.describe(
+        model.architecture, saved_model.CLASSES, mean=(0,) * 3, std=(1,) * 3, resize="", size=(1, 1)
+    )
+    program = Program(
+        checkpoint.SavedModel(pathlib.Path(), variables, info), "logits", Dimensions()
+    )
+    exported = jax.export.deserialize(bytearray(stablehlo.serialize(program)))
+    images = picture(2, 47, 34)
+    expected = jax.jit(model.apply)(variables, (images / 255).astype(np.float32))[0]["out"]
+    assert_near(np.asarray(exported.call(images)), np.asarray(expected))
+
+
+def test_probabilities_and_ids_are_those_of_the_logits(written, logits_of):
+    images = picture(2, 33, 41)
+    logits = logits_of(images)
+    probabilities = stablehlo.load(written("probabilities"))(images)
+    np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), atol=2e-5)
+    ids = stablehlo.load(written("ids"))(images)
+    assert ids.dtype == np.uint8
+    np.testing.assert_array_equal(ids, logits.argmax(-1))
+    assert len(np.unique(ids)) > 1
+
+
+def test_ids_on_photos(written, logits_of, shared_data):
+    files = sorted((shared_data / "photos").iterdir())
+    crops = [np.asarray(Image.open(file).convert("RGB"))[100:165, 80:177] for file in files]
+    images = np.stack(crops)
+    logits = logits_of(images)
+    assert_near(stablehlo.load(written("logits"))(images), logits)
+    ids = stablehlo.load(written("ids"))(images)
+    # A pixel may differ where two classes are as likely as each other up to rounding, and only so.
+    best = np.sort(logits, axis=-1)
+    clear = best[..., -1] - best[..., -2] > 2e-5 * np.abs(logits).max()
+    np.testing.assert_array_equal(ids[clear], logits.argmax(-1)[clear])
+    assert clear.mean() > 0.999
+    assert len(np.unique(ids)) > 1
+
+
+def test_the_loader_in_the_docs_runs_without_this_package(written, logits_of, tmp_path):
+    (loader,) = re.findall(r"```python\n(.*?export\.deserialize.*?)```", DOCS.read_text(), re.S)
+    assert len([line for line in loader.splitlines() if line]) <= 6
+    images = picture(1, 33, 41)
+    np.save(tmp_path / "images.npy", images)
+    os.symlink(written("ids"), tmp_path / "voc.stablehlo")
+    loader = loader.replace("np.zeros((1, 480, 640, 3), np.uint8)", "np.load('images.npy')")
+    code = (
+        "import sys\n"
+        "for name in ('deeplab_jax', 'flax', 'orbax'): sys.modules[name] = None\n"
+        f"{loader}\nnp.save('ids.npy', ids)"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "ids.npy"), logits_of(images).argmax(-1))
+
+
+def test_a_file_is_for_all_platforms_or_those_asked_for(saved):
+    program = Program(saved, "ids", Dimensions())
+    for platforms in (stablehlo.PLATFORMS, ("cpu",)):
+        content = stablehlo.serialize(program, platforms)
+        assert jax.export.deserialize(bytearray(content)).platforms == platforms
+
+
+@pytest.mark.parametrize("platforms", [("tpu",), ("cpu", "gpu"), ()])
+def test_platforms_that_cannot_be_are_refused(saved, platforms):
+    with pytest.raises(UserError, match="platforms must be of cpu, cuda, tpu"):
+        stablehlo.serialize(Program(saved, "ids", Dimensions()), platforms)
+
+
+def test_sizes_that_could_overflow_are_refused(written):
+    exported = jax.export.deserialize(bytearray(written("ids").read_bytes()))
+    with pytest.raises(ValueError, match="refining shapes"):
+        exported.call(picture(1, 32768, 1))
