@@ -13,7 +13,8 @@ from PIL import Image
 
 import tiny
 from deeplab_jax import data, labels
-from deeplab_jax.config import Config, DataConfig, validate
+from deeplab_jax.config import Config, DataConfig
+from deeplab_jax.config_rules import validate
 from deeplab_jax.data import masks, pipeline, reading
 from deeplab_jax.errors import UserError
 from deeplab_jax.labels import IGNORE

@@ -12,7 +12,8 @@ from sklearn.metrics import confusion_matrix as reference
 
 import torch_reference
 from deeplab_jax import config as config_lib
-from deeplab_jax.config import Config, DataConfig, EvalConfig, MeshConfig, validate
+from deeplab_jax.config import Config, DataConfig, EvalConfig, MeshConfig
+from deeplab_jax.config_rules import validate
 from deeplab_jax.data import pipeline
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.errors import UserError
