@@ -158,10 +158,18 @@ def test_tap_shares_are_counted(height, width):
         assert figures.tap_shares(height, width, rate) == pytest.approx(expected)
 
 
+class Texts(list):
+    """What is written, and where each was last (x in pixels)."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = {}
+
+
 @pytest.fixture
 def texts(monkeypatch):
     """What is written on canvases; each text must lie on its canvas."""
-    written = []
+    written = Texts()
     write = canvas.Canvas.text
 
     def text(self, x, y, text, *, size=14, anchor="lm", **options):
@@ -172,6 +180,7 @@ def texts(monkeypatch):
         assert y - size / 2 >= 0, text
         assert y + size / 2 <= self.height, text
         written.append(text)
+        written.places[text] = x
         write(self, x, y, text, size=size, anchor=anchor, **options)
 
     monkeypatch.setattr(canvas.Canvas, "text", text)
@@ -217,8 +226,8 @@ def test_rates_are_marked_on_the_models_own_map(texts, monkeypatch):
     places = np.array([group.mean() for group in groups])
     rates = np.array([1, 2, 4, 12, 24, 36])
     assert len(places) == len(rates)
-    slope = (places[-1] - places[0]) / (rates[-1] - rates[0])
-    np.testing.assert_allclose(places, places[0] + slope * (rates - 1), atol=1.5)
+    ten, sixty = texts.places["10"], texts.places["60"]
+    np.testing.assert_allclose(places, ten + (rates - 10) * (sixty - ten) / 50, atol=1.5)
 
 
 def test_blocks_with_rates_have_the_colour_of_rates():

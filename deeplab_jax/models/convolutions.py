@@ -171,7 +171,7 @@ _ELEMENTWISE = (
     *("gt", "integer_pow", "le", "log", "logistic", "lt", "max", "min", "mul", "ne", "neg", "pow"),
     *("rsqrt", "select_n", "sign", "sqrt", "square", "stop_gradient", "sub", "tanh"),
 )
-_CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
+_CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
 
 
 class _Reader:

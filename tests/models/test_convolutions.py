@@ -215,16 +215,8 @@ def test_maps_have_the_sizes_that_output_strides_say(size):
         assert 0 < conv.valid_share <= 1
 
 
-# --- Mistakes ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [(0, 65), (65, 0), (-1, 5)])
-def test_refuses_an_image_without_pixels(size):
-    with pytest.raises(ValueError, match="height and width must be 1 or more, got"):
-        convolutions(model_of("paper"), *size)
-
-
 def stub(apply):
+    """A model of one kernel, `some`, whose logits `apply(kernel, image)` are."""
     kernel = jax.ShapeDtypeStruct((3, 3, 3, 2), jnp.float32)
     return types.SimpleNamespace(
         architecture=types.SimpleNamespace(in_channels=3),
@@ -237,6 +229,37 @@ def conv(x, kernel):
     return jax.lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+def moved(x, rows):
+    """The map shifted down by some rows."""
+    return jnp.pad(x, ((0, 0), (rows, 0), (0, 0), (0, 0)))[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize(
+    ("apply", "field_of_view", "output_stride"),
+    [
+        (lambda w, x: conv(x, w), 3, 1),
+        (lambda w, x: conv(x + moved(x, 2), w), 5, 1),
+        (lambda w, x: conv(moved(x, 2), w), 3, 1),
+        (lambda w, x: conv(x[:, 1::3], w), 7, 3),
+        (lambda w, x: conv(jnp.maximum(x[:, :6:2], x[:, 3::2]), w), 8, 2),
+        (lambda w, x: conv(jnp.concatenate([x[..., :1], moved(x[..., 1:], 4)], 3), w), 7, 1),
+    ],
+)
+def test_shifted_and_strided_maps(apply, field_of_view, output_stride):
+    (found,) = convolutions(stub(apply), 9)
+    assert (found.name, found.params) == ("some", 54)
+    assert (found.field_of_view, found.output_stride) == (field_of_view, output_stride)
+
+
+# --- Mistakes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(0, 65), (65, 0), (-1, 5)])
+def test_refuses_an_image_without_pixels(size):
+    with pytest.raises(ValueError, match="height and width must be 1 or more, got"):
+        convolutions(model_of("paper"), *size)
 
 
 @pytest.mark.parametrize(
