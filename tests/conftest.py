@@ -24,6 +24,7 @@ install_import_hook(
         "deeplab_jax.models.layers",
         "deeplab_jax.models.mobilenet_v3",
         "deeplab_jax.models.padding",
+        "deeplab_jax.models.resize",
         "deeplab_jax.models.resnet",
         "deeplab_jax.pictures",
         "deeplab_jax.prediction",

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32, Int, Num, UInt8
 from deeplab_jax.errors import UserError
 from deeplab_jax.evaluation import windows
 from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
-from deeplab_jax.models.layers import resize_bilinear
+from deeplab_jax.models.resize import resize_bilinear
 
 BUCKET = 128  # pixels between padded sides
 MAX_SIDE = 32767  # pixels; coordinates of larger images overflow 32 bits while they are resized

@@ -14,15 +14,14 @@ from deeplab_jax.models.architecture import ARCHITECTURES, Architecture, archite
 from deeplab_jax.models.aspp import ASPP
 from deeplab_jax.models.layers import (
     LayerMaker,
-    TransposedDecoder,
     dropout,
     folding_norms,
     normalized,
-    resize_bilinear,
     scaled_channels,
 )
 from deeplab_jax.models.mobilenet_v3 import MobileNetV3
 from deeplab_jax.models.padding import valid_area, valid_sizes
+from deeplab_jax.models.resize import TransposedDecoder, resize_bilinear
 from deeplab_jax.models.resnet import SPECS, ResNet
 
 __all__ = [

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from deeplab_jax.config import LossConfig
 from deeplab_jax.labels import IGNORE
-from deeplab_jax.models.layers import bilinear_matrix, resize_bilinear
+from deeplab_jax.models.resize import bilinear_matrix, resize_bilinear
 
 Logits = Float[Array, "n h w classes"]
 Labels = UInt8[Array, "n h w"]

@@ -19,8 +19,9 @@ from deeplab_jax.export.export import export
 from deeplab_jax.export.program import OUTPUTS
 from deeplab_jax.models import depthwise
 from deeplab_jax.models.atrous import using
-from deeplab_jax.models.layers import max_pool, resize_bilinear
+from deeplab_jax.models.layers import max_pool
 from deeplab_jax.models.operations import naming_operations
+from deeplab_jax.models.resize import resize_bilinear
 from deeplab_jax.training import checkpoint
 
 SIZES = {"batch": 1, "height": 33, "width": 41}

@@ -11,12 +11,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from deeplab_jax.models.layers import (
     BatchNorm,
     Conv,
-    TransposedDecoder,
     dropout,
     max_pool,
-    resize_bilinear,
     scaled_channels,
 )
+from deeplab_jax.models.resize import TransposedDecoder, resize_bilinear
 
 
 def to_torch(x):

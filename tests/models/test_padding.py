@@ -12,8 +12,9 @@ from flax import nnx
 
 from deeplab_jax.models.deeplab import DeepLabV3, architecture
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.models.layers import max_pool, resize_bilinear
+from deeplab_jax.models.layers import max_pool
 from deeplab_jax.models.padding import fill_padding, mean_over_image, valid_area, valid_sizes
+from deeplab_jax.models.resize import resize_bilinear
 from random_modules import random_variables
 
 PADDED = (65, 49)

@@ -11,7 +11,7 @@ import torch
 from deeplab_jax import config as config_lib
 from deeplab_jax.config import LossConfig, MeshConfig
 from deeplab_jax.labels import IGNORE
-from deeplab_jax.models.layers import resize_bilinear
+from deeplab_jax.models.resize import resize_bilinear
 from deeplab_jax.parallel.mesh import batch_sharding, make_mesh
 from deeplab_jax.training import losses
 
