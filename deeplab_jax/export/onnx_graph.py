@@ -95,15 +95,20 @@ class Graph:
 
         Sizes left open are those of the first map of such a shape.
         """
+        if not any(map(export.is_symbolic_dim, shape[1:3])):
+            return self.constant(np.array(shape[1:3], np.int64), f"{scope}/sides")
         key = str(shape[1:3])
         if key not in self._sides:
-            if any(map(export.is_symbolic_dim, shape[1:3])):
-                like = self._maps[key]
-                sides = self.add("Shape", [like], (2,), scope, start=2, end=4).name
-            else:
-                sides = self.constant(np.array(shape[1:3], np.int64), f"{scope}/sides")
-            self._sides[key] = sides
+            first = self._maps[key]
+            self._sides[key] = self.add("Shape", [first], (2,), scope, start=2, end=4).name
         return self._sides[key]
+
+    def spread(self, shape: tuple[Any, ...], scope: str) -> str:
+        """Name of int64 `[1, 1, height, width]`, to which `Expand` spreads one number a channel."""
+        if not any(map(export.is_symbolic_dim, shape[1:3])):
+            return self.constant(np.array([1, 1, *shape[1:3]], np.int64), f"{scope}/spread")
+        ones = self.constant(np.array([1, 1], np.int64), f"{scope}/ones")
+        return self.add("Concat", [ones, self.sides(shape, scope)], (4,), scope, axis=0).name
 
     def model(
         self, images: onnx.ValueInfoProto, output: onnx.ValueInfoProto, result: Tensor

@@ -220,10 +220,9 @@ def _broadcast(graph: Graph, step: Step) -> Value | None:
     (x, *_), axes = step.inputs, step.equation.params["broadcast_dimensions"]
     if not isinstance(x, Tensor) or axes != (0, 1, 2, 3) or x.shape[1:3] != (1, 1):
         return None
-    ones = graph.constant(np.array([1, 1], np.int64), f"{step.scope}/ones")
-    sides = graph.sides(step.shape, step.scope)
-    shape = graph.add("Concat", [ones, sides], (4,), step.scope, axis=0)
-    return graph.add("Expand", [x.name, shape.name], step.shape, step.scope)
+    return graph.add(
+        "Expand", [x.name, graph.spread(step.shape, step.scope)], step.shape, step.scope
+    )
 
 
 def _argmax(graph: Graph, step: Step) -> Value | None:

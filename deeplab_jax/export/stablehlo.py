@@ -1,4 +1,4 @@
-"""StableHLO: a program for CPU, CUDA and TPU that `jax.export` reads, with jax alone."""
+"""StableHLO: a program for CPU, CUDA and TPU that `jax.export` reads, without this package."""
 
 from __future__ import annotations
 
