@@ -75,7 +75,7 @@ def basic():
     return Exported("paper_resnet18")
 
 
-@pytest.mark.parametrize("shape", [(1, 33, 41), (2, 33, 41), (5, 40, 33), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 33, 41), (5, 40, 33)], ids=str)
 def test_one_graph_gives_the_models_logits_at_each_batch_and_size(basic, shape):
     images = picture(*shape)
     assert_near(basic.run(images), basic.logits(images))
