@@ -143,5 +143,7 @@ def test_unknown_split(split):
 
 
 def test_unknown_data_set():
-    with pytest.raises(UserError, match=r"config.data.name .*voc, shapes.*'shape'.*'shapes'\?"):
+    with pytest.raises(
+        UserError, match=r"config.data.name .*voc, folder, shapes.*'shape'.*'shapes'\?"
+    ):
         data.load(DataConfig(name="shape"), "train")
