@@ -8,9 +8,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-# Programs of tests are small: compiling them costs more than running them, and most of that are
-# LLVM's optimisations. Read when the first
-# program is compiled, also by the commands that tests start.
+# Programs of tests are small: compiling them costs more than running them, and much of that are
+# LLVM's optimisations. Read when the first program is compiled, also by commands that tests start.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 # Before the package is imported: shapes that stand in signatures are checked at every call.
