@@ -29,7 +29,8 @@ from rich.console import Console
 
 from deeplab_jax import data as data_lib
 from deeplab_jax.benchmark import measure
-from deeplab_jax.benchmark.theirs import AUX_WEIGHT, import_torchvision
+from deeplab_jax.benchmark.cases import AUX_WEIGHT
+from deeplab_jax.benchmark.theirs import import_torchvision
 from deeplab_jax.config import (
     Config,
     DataConfig,
@@ -42,7 +43,8 @@ from deeplab_jax.config import (
 from deeplab_jax.data import pipeline
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.errors import UserError
-from deeplab_jax.evaluation.confusion import scores
+from deeplab_jax.evaluation.confusion import count, scores
+from deeplab_jax.files import write_bytes
 from deeplab_jax.labels import IGNORE
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.training.loop import resolve_architecture, train
@@ -176,10 +178,7 @@ def run_theirs(config: Config, dataset: Dataset, val: Dataset) -> dict[str, Any]
             example = pipeline.read(val, index)
             logits = model(to_device(example["image"][None]))["out"]
             ids = logits.argmax(1)[0].cpu().numpy()
-            label = example["label"]
-            valid = label != IGNORE
-            pairs = label[valid].astype(np.int64) * classes + ids[valid]
-            matrix += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+            matrix += count(example["label"], ids.astype(np.uint8), classes)
     return {
         "miou": scores(matrix).miou,
         "seconds": time.perf_counter() - begun,
@@ -220,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
         result[side] = run()
         console.print(side, result[side])
         if args.json:
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            write_bytes(args.json, (json.dumps(result, indent=1) + "\n").encode())
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import pathlib
 import zipfile
 from collections.abc import Mapping
@@ -11,30 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deeplab_jax.benchmark.theirs import import_torchvision
+
 torch = pytest.importorskip("torch", reason="install the `test` extra")
 
 
-def _import_torchvision() -> Any:
-    """torchvision, also beside a PyTorch that its compiled operators do not load with.
-
-    The wheel on the package registry is built for CUDA. Beside a CPU build of PyTorch its
-    operators are missing, and the import fails where one of them is given a fake kernel. The
-    models need none of them: a declaration alone lets the import pass.
-    """
-    with contextlib.suppress(ImportError, RuntimeError):
-        import torchvision.models.segmentation
-
-        return torchvision
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _import_torchvision.library = library  # type: ignore[attr-defined]  # it undoes itself when freed
-    import torchvision.models.segmentation
-
-    return torchvision
-
-
-torchvision = _import_torchvision()
+torchvision = import_torchvision()
 
 
 def segmentation_model(

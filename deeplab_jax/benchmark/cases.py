@@ -5,6 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+# Both sides' alike.
+NUM_CLASSES = 21
+AUX_WEIGHT = 0.5  # of torchvision's reference training
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 1e-4
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:

@@ -42,18 +42,28 @@ class Row:
 
     name: str
     ours_seconds: float
-    theirs_seconds: float | None
-    theirs: str | None
-    ratio: float | None
-    ratio_low: float | None
-    ratio_high: float | None
-    theirs_by_mode: dict[str, float]
     ours_bytes: int | None
-    theirs_bytes: int | None
     ours_compile_seconds: float
-    theirs_compile_seconds: float | None
     flops: float
     share_of_peak: float
+    theirs_by_mode: dict[str, float]
+    theirs_seconds: float | None = None
+    theirs: str | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    theirs_bytes: int | None = None
+    theirs_compile_seconds: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Match:
+    """What is kept of turns against one mode; not the side itself, which holds memory."""
+
+    ours: list[float]
+    theirs: list[float]
+    bytes: int | None
+    compile_seconds: float
 
 
 def measure(
@@ -75,45 +85,50 @@ def measure(
     """
     log(f"{case.name}: compiling ours")
     our_side = ours.build(case)
-    results: dict[str, tuple[list[float], list[float], Built]] = {}
+    matches: dict[str, _Match] = {}
     for mode in [m for m in theirs.modes(case) if modes is not None and modes in m]:
         log(f"{case.name}: building theirs ({mode})")
-        their_side = theirs.build(case, mode)
-        our_times, their_times = alternate(our_side, their_side, turns)
-        results[mode] = (our_times, their_times, their_side)
-        log(
-            f"{case.name}: ours {statistics.median(our_times):.4f} s, theirs ({mode}) "
-            f"{statistics.median(their_times):.4f} s"
-        )
+        matches[mode] = _play(our_side, theirs.build(case, mode), turns)
         gc.collect()
-    flops = ours.dense_flops(case)
-    if not results:
-        seconds = statistics.median(_turn(our_side, _repeats(our_side)) for _ in range(turns))
-        share = flops / seconds / peak
-        return Row(
-            case.name, seconds, None, None, None, None, None, {}, our_side.peak_bytes, None,
-            our_side.compile_seconds, None, flops, share,
-        )  # fmt: skip
-    best = min(results, key=lambda mode: statistics.median(results[mode][1]))
-    our_times, their_times, their_side = results[best]
-    ratios = [b / a for a, b in zip(our_times, their_times, strict=True)]
-    seconds = statistics.median(our_times)
+        log(
+            f"{case.name}: ours {statistics.median(matches[mode].ours):.4f} s, theirs ({mode}) "
+            f"{statistics.median(matches[mode].theirs):.4f} s"
+        )
+    by_mode = {mode: statistics.median(match.theirs) for mode, match in matches.items()}
+    versus: dict[str, Any] = {}
+    if matches:
+        best = min(by_mode, key=by_mode.__getitem__)
+        match = matches[best]
+        our_times = match.ours
+        ratios = [b / a for a, b in zip(match.ours, match.theirs, strict=True)]
+        versus = {
+            "theirs_seconds": by_mode[best],
+            "theirs": best,
+            "ratio": statistics.median(ratios),
+            "ratio_low": min(ratios),
+            "ratio_high": max(ratios),
+            "theirs_bytes": match.bytes,
+            "theirs_compile_seconds": match.compile_seconds,
+        }
+    else:
+        count = _repeats(our_side)
+        our_times = [_turn(our_side, count) for _ in range(turns)]
+    seconds, flops = statistics.median(our_times), ours.dense_flops(case)
     return Row(
         name=case.name,
         ours_seconds=seconds,
-        theirs_seconds=statistics.median(their_times),
-        theirs=best,
-        ratio=statistics.median(ratios),
-        ratio_low=min(ratios),
-        ratio_high=max(ratios),
-        theirs_by_mode={mode: statistics.median(times[1]) for mode, times in results.items()},
         ours_bytes=our_side.peak_bytes,
-        theirs_bytes=their_side.peak_bytes,
         ours_compile_seconds=our_side.compile_seconds,
-        theirs_compile_seconds=their_side.compile_seconds,
         flops=flops,
         share_of_peak=flops / seconds / peak,
+        theirs_by_mode=by_mode,
+        **versus,
     )
+
+
+def _play(our_side: Built, their_side: Built, turns: int) -> _Match:
+    times = alternate(our_side, their_side, turns)
+    return _Match(*times, their_side.peak_bytes, their_side.compile_seconds)
 
 
 def alternate(one: Built, other: Built, turns: int) -> tuple[list[float], list[float]]:

@@ -9,10 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deeplab_jax.benchmark.cases import Built, Case
-from deeplab_jax.config import Config, MeshConfig, OptimizerConfig
+from deeplab_jax.benchmark.cases import (
+    AUX_WEIGHT,
+    LEARNING_RATE,
+    MOMENTUM,
+    NUM_CLASSES,
+    WEIGHT_DECAY,
+    Built,
+    Case,
+)
+from deeplab_jax.config import Config, LossConfig, MeshConfig, OptimizerConfig
 from deeplab_jax.models.architecture import architecture
-from deeplab_jax.models.atrous import using
 from deeplab_jax.models.convolutions import convolutions
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.parallel import mesh as mesh_lib
@@ -20,13 +27,10 @@ from deeplab_jax.training.optimizer import make_optimizer, poly_schedule
 from deeplab_jax.training.state import start_state
 from deeplab_jax.training.step import make_train_step
 
-NUM_CLASSES = 21
 
-
-def build(case: Case, *, method: str | None = None) -> Built:
-    """Compiles a case, with one implementation of the atrous convolution or the chosen ones."""
-    with using(method):
-        return _build_forward(case) if case.kind == "forward" else _build_train(case)
+def build(case: Case) -> Built:
+    """Compiles a case."""
+    return _build_forward(case) if case.kind == "forward" else _build_train(case)
 
 
 def _model(case: Case) -> FunctionalModel:
@@ -45,10 +49,9 @@ def _build_forward(case: Case) -> Built:
     begun = time.perf_counter()
     variables = model.init(jax.random.key(0))
     images = _images(case)
-    fold_bn = jax.default_backend() == "gpu"
 
     def forward(variables: Any, images: Any) -> Any:
-        return model.apply(variables, images, fold_bn=fold_bn)[0]["out"]
+        return model.apply(variables, images, fold_bn=True)[0]["out"]
 
     compiled = jax.jit(forward).lower(variables, images).compile()
     kept: list[Any] = [compiled(variables, images)]
@@ -69,10 +72,12 @@ def _build_train(case: Case) -> Built:
     model = _model(case)
     begun = time.perf_counter()
     config = Config(
-        optimizer=OptimizerConfig(learning_rate=1e-3, momentum=0.9, weight_decay=1e-4),
+        optimizer=OptimizerConfig(
+            learning_rate=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+        ),
+        loss=LossConfig(aux_weight=AUX_WEIGHT),
         mesh=MeshConfig(data=1),
     )
-    config.loss.aux_weight = 0.5
     schedule = poly_schedule(config.optimizer, config.train.steps)
     tx = make_optimizer(config.optimizer, schedule, model.abstract.params)
     mesh = mesh_lib.make_mesh(config.mesh)

@@ -9,11 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from deeplab_jax.benchmark.cases import Built, Case
+from deeplab_jax.benchmark.cases import (
+    AUX_WEIGHT,
+    LEARNING_RATE,
+    MOMENTUM,
+    NUM_CLASSES,
+    WEIGHT_DECAY,
+    Built,
+    Case,
+)
 from deeplab_jax.errors import UserError
-
-NUM_CLASSES = 21
-AUX_WEIGHT = 0.5  # of torchvision's reference training
 
 
 def import_torchvision() -> Any:
@@ -144,7 +149,11 @@ def _train(torch: Any, model: Any, images: Any, case: Case, autocast: Any, compi
     target = torch.from_numpy(labels).to(images.device)
     options = {"fused": True} if images.device.type == "cuda" else {}
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, **options
+        model.parameters(),
+        lr=LEARNING_RATE,
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+        **options,
     )
     cross_entropy = torch.nn.functional.cross_entropy
 

@@ -32,62 +32,44 @@ def bench(
 
       deeplab-jax bench --only train --json bench.json
     """
+    import dataclasses
+    import json
+
+    import jax
+
     from deeplab_jax.benchmark import measure
     from deeplab_jax.benchmark.cases import cases
     from deeplab_jax.errors import UserError
+    from deeplab_jax.files import write_bytes
 
     # Wide enough for the table, also where there is no terminal.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     log = Console(stderr=True, highlight=False, soft_wrap=True)
-    result, chosen = start_result(only, quick)
+    platform = jax.default_backend()
+    known = cases(platform, quick=quick)
+    chosen = [case for case in known if only in case.name]
     if not chosen:
-        names = "\n".join(f"  {case.name}" for case in cases(result["platform"], quick=quick))
+        names = "\n".join(f"  {case.name}" for case in known)
         raise UserError(f"no case holds {only!r}; they are:\n{names}")
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"--json {json_file}: its folder does not exist")
-    peaks: dict[str, float] = result["matmul_flops_per_second"]
+    peaks: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    result = measure.conditions() | {
+        "platform": platform,
+        "matmul_flops_per_second": peaks,
+        "rows": rows,
+    }
     for case in chosen:
         if case.dtype not in peaks:
             peaks[case.dtype] = measure.matmul_peak(case.dtype)
         row = measure.measure(
             case, peaks[case.dtype], turns=turns, modes=None if alone else modes, log=log.print
         )
-        result["rows"].append(row_of(row))
+        rows.append(dataclasses.asdict(row))
         if json_file is not None:
-            write(json_file, result)
+            write_bytes(json_file, (json.dumps(result, indent=1) + "\n").encode())
     console.print(table(result))
-
-
-def start_result(only: str, quick: bool) -> tuple[dict[str, Any], list[Any]]:
-    """An empty result of this machine, and the cases to fill it with."""
-    import jax
-
-    from deeplab_jax.benchmark import measure
-    from deeplab_jax.benchmark.cases import cases
-
-    platform = jax.default_backend()
-    chosen = [case for case in cases(platform, quick=quick) if only in case.name]
-    result = measure.conditions() | {
-        "platform": platform,
-        "matmul_flops_per_second": {},
-        "rows": [],
-    }
-    return result, chosen
-
-
-def row_of(row: Any) -> dict[str, Any]:
-    import dataclasses
-
-    return dataclasses.asdict(row)
-
-
-def write(path: pathlib.Path, result: dict[str, Any]) -> None:
-    """Writes aside, then renames: the file is whole at any time."""
-    import json
-
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(json.dumps(result, indent=1) + "\n")
-    aside.replace(path)
 
 
 def table(result: dict[str, Any]) -> Table:

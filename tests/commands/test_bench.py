@@ -1,0 +1,122 @@
+"""`deeplab-jax bench`: which sides are measured, and what is told of them."""
+
+import json
+import sys
+
+import jax
+import pytest
+
+from deeplab_jax import cli
+from deeplab_jax.benchmark import measure, ours, theirs
+from deeplab_jax.benchmark.cases import Built, Case, cases
+
+CASE = Case("forward", "resnet50", 8, 1, 33, 49, "float32")
+
+
+class Side:
+    """A side that takes a known time, by a clock of its own."""
+
+    clock = 0.0
+    alive = 0
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        Side.alive += 1
+
+    def __del__(self):
+        Side.alive -= 1
+
+    def start(self):
+        Side.clock += self.seconds
+
+
+def built(seconds, num_bytes=None):
+    return Built(Side(seconds).start, lambda: None, 10 * seconds, num_bytes)
+
+
+@pytest.fixture
+def sides(monkeypatch):
+    """Ours takes 0.2 s; of theirs compile is best, 0.3 s. At most one of theirs is ever held."""
+    seconds = {"eager": 0.5, "channels_last": 0.4, "channels_last, compile": 0.3}
+
+    def build(case, mode):
+        assert Side.alive == 1, "a side of theirs is still held"
+        return built(seconds[mode], num_bytes=7)
+
+    monkeypatch.setattr(ours, "build", lambda case: built(0.2, num_bytes=5))
+    monkeypatch.setattr(theirs, "build", build)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: Side.clock)
+    return seconds
+
+
+def test_the_comparison_is_with_their_best(sides):
+    row = measure.measure(CASE, 1e9, turns=3)
+    assert row.theirs_by_mode == pytest.approx(sides)
+    assert (row.theirs, row.theirs_bytes, row.ours_bytes) == ("channels_last, compile", 7, 5)
+    assert (row.ours_seconds, row.theirs_seconds) == pytest.approx((0.2, 0.3))
+    assert (row.ratio, row.ratio_low, row.ratio_high) == pytest.approx((1.5, 1.5, 1.5))
+    assert (row.ours_compile_seconds, row.theirs_compile_seconds) == pytest.approx((2, 3))
+    assert row.share_of_peak == pytest.approx(row.flops / 0.2 / 1e9)
+
+
+def test_alone_or_against_some_modes(sides):
+    row = measure.measure(CASE, 1e9, turns=2, modes="eager")
+    assert (row.theirs, row.ratio) == ("eager", pytest.approx(2.5))
+    row = measure.measure(CASE, 1e9, turns=2, modes=None)
+    assert (row.theirs, row.ratio, row.theirs_by_mode) == (None, None, {})
+    assert row.ours_seconds == pytest.approx(0.2)
+
+
+def test_a_step_is_three_forward_passes():
+    train = Case("train", "resnet50", 8, 2, 33, 49, "float32")
+    with_aux = ours.convolutions(ours._model(train), 33, 49)
+    assert ours.dense_flops(train) == 3 * 2 * 2 * sum(conv.macs for conv in with_aux)
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["deeplab-jax", "bench", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return stop.value.code or 0, out, err
+
+
+def test_table_and_json(sides, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(measure, "matmul_peak", lambda dtype: 1e12)
+    path = tmp_path / "bench.json"
+    code, out, err = run(
+        monkeypatch, capsys, "--quick", "--only", "forward", "--turns", 1, "--json", path
+    )
+    assert code == 0
+    (case,) = [case for case in cases(jax.default_backend(), quick=True) if case.kind == "forward"]
+    assert case.name in out
+    assert "1.50 to 1.50" in out
+    assert "theirs: channels_last, compile" in out
+    assert "building theirs (eager)" in err
+    result = json.loads(path.read_text())
+    (row,) = result["rows"]
+    assert (row["name"], row["theirs"]) == (case.name, "channels_last, compile")
+    assert row["ratio"] == pytest.approx(1.5)
+    assert result["matmul_flops_per_second"] == {"float32": 1e12}
+    assert {"date", "device", "versions"} <= result.keys()
+
+
+def test_alone(sides, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "matmul_peak", lambda dtype: 1e12)
+    code, out, _ = run(monkeypatch, capsys, "--quick", "--only", "train", "--alone")
+    assert code == 0
+    assert "theirs:" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "vgg"], "no case holds 'vgg'; they are:\n  forward resnet50"),
+        (["--json", "nowhere/bench.json"], "--json nowhere/bench.json: its folder does not exist"),
+    ],
+)
+def test_mistakes(arguments, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert message in err
