@@ -169,17 +169,17 @@ def _classes(report: Report) -> Table:
 def _write_json(path: str, report: Report) -> None:
     import json
 
-    pathlib.Path(path).write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    from deeplab_jax.files import write_bytes
+
+    write_bytes(pathlib.Path(path), (json.dumps(report.to_json(), indent=2) + "\n").encode())
 
 
 def _draw(path: str, checked: Checked, num_channels: int) -> None:
-    import cv2
-
     from deeplab_jax.data import contact_sheet
+    from deeplab_jax.files import write_png
 
     if checked.mask_format is None or not any(scan.readable for scan in checked.scans):
         print(f"{path} was not drawn: no pair could be read", file=sys.stderr)
         return
     picture = contact_sheet.draw(checked.scans, checked.mask_format, num_channels)
-    encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1]
-    pathlib.Path(path).write_bytes(encoded.tobytes())
+    write_png(pathlib.Path(path), picture)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 import time
@@ -14,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-_WIDTH_IN_A_FILE = 200  # columns of the table where there is no terminal
+from deeplab_jax.commands import outputs
 
 if TYPE_CHECKING:
     from deeplab_jax.evaluation.evaluate import Evaluation, Evaluator
@@ -77,14 +76,13 @@ def evaluate(
     from deeplab_jax.evaluation import setup
     from deeplab_jax.evaluation.evaluate import Evaluator
     from deeplab_jax.evaluation.report import make_report
-    from deeplab_jax.files import write_bytes, write_png
+    from deeplab_jax.files import write_png
     from deeplab_jax.parallel.mesh import make_mesh
     from deeplab_jax.visualize import confusion_plot
 
-    if json_file and json_file != "-":
-        setup.check_output("--json", json_file, ".json")
+    outputs.check_json(json_file)
     if confusion:
-        setup.check_output("--confusion", confusion, ".png")
+        outputs.check("--confusion", confusion, ".png")
     base = setup.base_config(data, checkpoint)
     config = Config(
         data=base.data,
@@ -94,7 +92,7 @@ def evaluate(
             size=base.eval.size if size is None else size,
             num_pictures=0,
             protocol=protocol or ("native" if window else "paper"),
-            scales=setup.parse_scales(scales),
+            scales=outputs.parse_scales(scales),
             flip=flip,
             window=window,
             overlap=overlap,
@@ -130,18 +128,12 @@ def evaluate(
         "images_per_second": round(report.images / seconds, 3),
         "num_compilations": evaluator.num_compilations,
     }
-    console = Console(stderr=json_file == "-", highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = _WIDTH_IN_A_FILE
+    console = outputs.console(json_file)
     console.print(_class_table(report))
     console.print("", *_summary(report, facts), sep="\n", markup=False)
     if confusion:
         write_png(pathlib.Path(confusion), confusion_plot(report.matrix, dataset.labels))
-    text = json.dumps(facts | report.to_json(), indent=2, allow_nan=False) + "\n"
-    if json_file == "-":
-        print(text, end="")
-    elif json_file:
-        write_bytes(pathlib.Path(json_file), text.encode())
+    outputs.write_json(json_file, facts | report.to_json())
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     for warning in warnings + report.warnings():
         errors.print(f"warning: {warning}", markup=False)

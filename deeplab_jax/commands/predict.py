@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from deeplab_jax.commands import outputs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,41 +69,34 @@ def predict(
     from deeplab_jax import prediction, segmenter
     from deeplab_jax.data.reading import raise_together, watch
     from deeplab_jax.errors import UserError
-    from deeplab_jax.evaluation import setup
-    from deeplab_jax.files import write_bytes
 
     folder = pathlib.Path(out)
     jobs = prediction.find(images, folder)
     prediction.prepare_folder(folder)
-    if json_file and json_file != "-":
-        setup.check_output("--json", json_file, ".json")
+    outputs.check_json(json_file)
     model = segmenter.load(
         checkpoint,
         output_stride=output_stride,
-        scales=setup.parse_scales(scales),
+        scales=outputs.parse_scales(scales),
         flip=flip,
         window=window,
     )
     heat = dict.fromkeys(prediction.class_id(name, model.labels) for name in heatmap or ())
-    outputs = prediction.Outputs(folder, opacity, tuple(heat), side_by_side)
+    wanted = prediction.Outputs(folder, opacity, tuple(heat), side_by_side)
 
     predicted: list[Predicted] = []
     problems: list[str] = []
     for job in watch(jobs, "predict", len(jobs)):
         try:
-            predicted.append(prediction.predict(model, job, outputs))
+            predicted.append(prediction.predict(model, job, wanted))
         except prediction.OutputError:
             raise
         except UserError as error:
             problems.append(str(error))
 
     report = {"checkpoint": str(model.path)} | prediction.to_json(predicted, model.labels)
-    text = json.dumps(report | {"problems": problems}, indent=2) + "\n"
-    if json_file == "-":
-        print(text, end="")
-    elif json_file:
-        write_bytes(pathlib.Path(json_file), text.encode())
-    console = Console(stderr=json_file == "-", highlight=False, soft_wrap=True)
+    outputs.write_json(json_file, report | {"problems": problems})
+    console = outputs.console(json_file)
     windowed = [one for one in predicted if window is None and model.window_of(*one.size)]
     if windowed:
         console.print(

@@ -9,12 +9,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from deeplab_jax.commands import outputs
+
 if TYPE_CHECKING:
     import numpy as np
 
     from deeplab_jax.descriptions import Description
-
-_WIDTH_IN_A_FILE = 200  # columns of the table where there is no terminal
 
 
 def summary(
@@ -60,19 +60,16 @@ def summary(
 
       deeplab-jax summary runs/voc --plot blocks.png --receptive-field field.png
     """
-    import json
     import pathlib
 
     from deeplab_jax import descriptions
     from deeplab_jax import summary as summaries
-    from deeplab_jax.evaluation.setup import check_output
-    from deeplab_jax.files import write_bytes, write_png
+    from deeplab_jax.files import write_png
 
-    if json_file and json_file != "-":
-        check_output("--json", json_file, ".json")
+    outputs.check_json(json_file)
     for option, file in (("--plot", plot), ("--receptive-field", receptive_field)):
         if file:
-            check_output(option, file, ".png")
+            outputs.check(option, file, ".png")
     described = descriptions.read(model, num_classes=num_classes)
     height, width = descriptions.parse_size(size) if size else described.size
     architecture = described.architecture
@@ -80,9 +77,7 @@ def summary(
         architecture = architecture.at_output_stride(output_stride)
     found = summaries.summarize(architecture, height, width)
 
-    console = Console(stderr=json_file == "-", highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = _WIDTH_IN_A_FILE
+    console = outputs.console(json_file)
     tables = (
         (summaries.COLUMNS, summaries.rows(found)),
         (summaries.PART_COLUMNS, summaries.part_rows(found)),
@@ -103,11 +98,7 @@ def summary(
         for name, fact in facts:
             console.print(line.format("receptive field", f"{name}: {fact}"), markup=False)
         write_png(pathlib.Path(receptive_field), picture)
-    text = json.dumps(found.to_json(), indent=2) + "\n"
-    if json_file == "-":
-        print(text, end="")
-    elif json_file:
-        write_bytes(pathlib.Path(json_file), text.encode())
+    outputs.write_json(json_file, found.to_json())
 
 
 def _table(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> Table:

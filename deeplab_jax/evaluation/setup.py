@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import pathlib
 import re
 
 from deeplab_jax import config_files, config_rules
@@ -52,37 +50,6 @@ def validate(config: Config) -> None:
         raise UserError(
             re.sub(r"(?:config\.)?eval\.(\w+)", lambda m: "--" + m[1].replace("_", "-"), str(error))
         ) from None
-
-
-def parse_scales(text: str) -> tuple[float, ...]:
-    """Numbers of a text such as "0.5,1,1.5".
-
-    Raises:
-      UserError: a part of it is no number.
-    """
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--scales must be numbers such as 0.5,1,1.5, got {text!r}") from None
-
-
-def check_output(option: str, path: str, suffix: str) -> None:
-    """Sees that a file can be written, before there is something to be lost.
-
-    Raises:
-      UserError: it has another suffix, is a folder, or its folder cannot be written.
-    """
-    file = pathlib.Path(path).absolute()
-    if file.suffix.lower() != suffix:
-        raise UserError(f"{option} must be a file that ends in {suffix}, got {path}")
-    if file.is_dir():
-        raise UserError(f"{option}: {path} is a folder")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{option}: cannot make {file.parent}: {error.strerror}") from None
-    if not os.access(file.parent, os.W_OK):
-        raise UserError(f"{option}: {file.parent} cannot be written to")
 
 
 def load_dataset(config: DataConfig, limit: int) -> Dataset:

@@ -22,23 +22,7 @@ from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.training import checkpoint, initialize, loop
 from deeplab_jax.training.loop import resolve_architecture
-from own_data import COLORS, NAMES, Maker
-
-
-@pytest.fixture
-def maker(tmp_path):
-    maker = Maker(tmp_path / "my data")
-    maker.text("classes.txt", *NAMES)
-    return maker
-
-
-@pytest.fixture
-def flat(maker):
-    """Two pairs in one folder each, both of train."""
-    maker.pair("a")
-    maker.pair("b")
-    maker.text("train.txt", "a", "b")
-    return maker
+from own_data import COLORS, NAMES
 
 
 @pytest.mark.parametrize("holds", ["ids", "palette"])

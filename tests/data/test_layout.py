@@ -9,23 +9,6 @@ from deeplab_jax import data
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data import layout
 from deeplab_jax.errors import UserError
-from own_data import NAMES, Maker
-
-
-@pytest.fixture
-def maker(tmp_path):
-    maker = Maker(tmp_path / "my data")
-    maker.text("classes.txt", *NAMES)
-    return maker
-
-
-@pytest.fixture
-def flat(maker):
-    """Two pairs in one folder each, both of train."""
-    maker.pair("a")
-    maker.pair("b")
-    maker.text("train.txt", "a", "b")
-    return maker
 
 
 def test_folders_of_splits(maker):

@@ -1,0 +1,71 @@
+"""What commands share: words of several options, files to be written, JSON, and wide tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from rich.console import Console
+
+from deeplab_jax.errors import UserError
+
+STDOUT = "-"  # in place of a file for JSON: it is printed, alone
+_WIDTH_IN_A_FILE = 200  # columns of a table where there is no terminal
+
+
+def parse_scales(text: str) -> tuple[float, ...]:
+    """Numbers of a text such as "0.5,1,1.5".
+
+    Raises:
+      UserError: a part of it is no number.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--scales must be numbers such as 0.5,1,1.5, got {text!r}") from None
+
+
+def check(option: str, path: str, suffix: str) -> None:
+    """Sees that a file can be written, before there is something to be lost.
+
+    Raises:
+      UserError: it has another suffix, is a folder, or its folder cannot be written.
+    """
+    file = pathlib.Path(path).absolute()
+    if file.suffix.lower() != suffix:
+        raise UserError(f"{option} must be a file that ends in {suffix}, got {path}")
+    if file.is_dir():
+        raise UserError(f"{option}: {path} is a folder")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}: cannot make {file.parent}: {error.strerror}") from None
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"{option}: {file.parent} cannot be written to")
+
+
+def check_json(path: str) -> None:
+    """As `check`, for --json; nothing to see where it is empty or `STDOUT`."""
+    if path and path != STDOUT:
+        check("--json", path, ".json")
+
+
+def write_json(path: str, value: Any) -> None:
+    """Writes what --json asks for: nothing where it is empty."""
+    from deeplab_jax.files import write_bytes
+
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    if path == STDOUT:
+        print(text, end="")
+    elif path:
+        write_bytes(pathlib.Path(path), text.encode())
+
+
+def console(json_path: str) -> Console:
+    """Where tables go: to stderr if JSON has stdout for itself."""
+    chosen = Console(stderr=json_path == STDOUT, highlight=False, soft_wrap=True)
+    if not chosen.is_terminal:
+        chosen.width = _WIDTH_IN_A_FILE
+    return chosen
