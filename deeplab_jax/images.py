@@ -15,17 +15,11 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from deeplab_jax.data import reading
+from deeplab_jax.data import layout, reading
 from deeplab_jax.errors import UserError
 
 # Taken from a folder; a file that is named is read whatever its suffix.
-SUFFIXES = frozenset(
-    f".{kind}"
-    for kind in (
-        *("jpg", "jpeg", "jpe", "jfif", "png", "bmp", "tif", "tiff", "webp", "gif", "tga", "jp2"),
-        *("avif", "ppm", "pgm", "pbm", "pnm", "npy"),
-    )
-)
+SUFFIXES = layout.SUFFIXES | {".jfif"}
 _EXPECTED = "Expected an image: JPEG, PNG, TIFF, WebP, BMP, GIF, ..."
 
 # What begins with these bytes at this place, and is no image that Pillow reads.
@@ -118,10 +112,7 @@ def _is_text(head: bytes) -> bool:
 def _read(path: pathlib.Path) -> bytes:
     if path.is_dir():
         raise UserError(f"{path}: is a folder. {_EXPECTED}")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+    return reading.read_bytes(path)
 
 
 def _to_8_bits(image: Image.Image, path: pathlib.Path) -> Image.Image:

@@ -83,7 +83,7 @@ def read_image(path: pathlib.Path, num_channels: int = 3) -> UInt8[np.ndarray, "
     """
     if path.suffix.lower() == ".npy":
         return _array_image(path, num_channels)
-    data = _read(path)
+    data = read_bytes(path)
     if _ends_early(data):
         _decode_with_pillow(data, path)
     try:
@@ -145,7 +145,7 @@ def _ends_early(data: bytes) -> bool:
 def read_array(path: pathlib.Path) -> np.ndarray:
     """The array in a `.npy` file; nothing in it is executed."""
     try:
-        return np.load(io.BytesIO(_read(path)), allow_pickle=False)
+        return np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise UserError(f"{path}: truncated, or no NumPy array ({error}). Replace it.") from None
 
@@ -174,7 +174,7 @@ def check_image(path: pathlib.Path) -> tuple[int, int]:
     Raises:
       UserError: the file is missing, truncated or no image.
     """
-    data = _read(path)
+    data = read_bytes(path)
     try:
         with Image.open(io.BytesIO(data)) as image:
             # Lets libjpeg decode an eighth of the size: all bytes are read, in half the time.
@@ -215,7 +215,7 @@ def read_picture(path: pathlib.Path) -> Image.Image:
     Raises:
       UserError: the file is missing, truncated or no image.
     """
-    return _decode_with_pillow(_read(path), path)
+    return _decode_with_pillow(read_bytes(path), path)
 
 
 def _decode_with_pillow(data: bytes, path: pathlib.Path) -> Image.Image:
@@ -236,7 +236,7 @@ def _reason(error: Exception) -> str:
 
 
 def _read_image_ids(path: pathlib.Path) -> np.ndarray:
-    data = _read(path)
+    data = read_bytes(path)
     image = _decode_with_pillow(data, path)
     if image.mode in ("1", "P") or image.mode.startswith("I"):
         return np.asarray(image).astype(np.int32)
@@ -251,7 +251,7 @@ def _read_image_ids(path: pathlib.Path) -> np.ndarray:
 
 def _read_sbd_ids(path: pathlib.Path) -> np.ndarray:
     """`GTcls.Segmentation` of a file in `benchmark_RELEASE/dataset/cls`."""
-    data = _read(path)
+    data = read_bytes(path)
     try:
         variables = scipy.io.loadmat(io.BytesIO(data), variable_names=["GTcls"])
     except Exception as error:  # SciPy lets through what its parser stumbles on
@@ -387,7 +387,8 @@ def raise_together(headline: str, problems: Iterable[str]) -> None:
     raise UserError("\n".join([f"{headline}: {count}", *told]))
 
 
-def _read(path: pathlib.Path) -> bytes:
+def read_bytes(path: pathlib.Path) -> bytes:
+    """What a file holds; raises a UserError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:

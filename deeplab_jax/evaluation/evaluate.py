@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -20,7 +19,7 @@ from deeplab_jax.evaluation.confusion import Scores, confusion_matrices, count, 
 from deeplab_jax.evaluation.inference import Inference, Mode, class_ids
 from deeplab_jax.evaluation.protocols import PROTOCOLS
 from deeplab_jax.labels import LabelSet
-from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
+from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.parallel.mesh import batch_sharding, host_rows, replicated, to_global
 
 
@@ -125,19 +124,11 @@ class Evaluator:
     def _ids(self, variables: Variables, batch: dict[str, Array]) -> Array:
         """The class of each pixel, uint8 `[b, h, w]`."""
         data, settings = self._config.data, self._config.eval
-        images, sizes = batch["image"], batch["size"]
-        if self._protocol.padding_is_image:
-            if tuple(settings.scales) == (1.0,) and not settings.flip:
-                outputs, _ = self._model.apply(
-                    variables, normalize(images, data.mean, data.std), fold_bn=True
-                )
-                return jnp.argmax(outputs["out"], axis=-1).astype(jnp.uint8)
-            sizes = jnp.full_like(sizes, jnp.array(images.shape[1:3]))
         return class_ids(
             self._model,
             variables,
-            images,
-            sizes,
+            batch["image"],
+            None if self._protocol.padding_is_image else batch["size"],
             mean=data.mean,
             std=data.std,
             scales=settings.scales,

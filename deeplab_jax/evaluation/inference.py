@@ -21,10 +21,9 @@ from jaxtyping import Array, Float, Float32, Int, Num, UInt8
 from deeplab_jax.errors import UserError
 from deeplab_jax.evaluation import windows
 from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
-from deeplab_jax.models.resize import resize_bilinear
+from deeplab_jax.models.resize import MAX_SIDE, resize_bilinear
 
 BUCKET = 128  # pixels between padded sides
-MAX_SIDE = 32767  # pixels; coordinates of larger images overflow 32 bits while they are resized
 MIN_WINDOW = 32  # pixels: one of the features at the largest output stride
 WINDOWS_AT_ONCE = 2  # a window of 513 pixels nearly fills a device by itself
 
@@ -76,7 +75,7 @@ def probabilities(
     model: FunctionalModel,
     variables: Variables,
     images: Num[Array, "n h w c"],
-    sizes: Int[Array, "n 2"],
+    sizes: Int[Array, "n 2"] | None,
     *,
     mean: Sequence[float],
     std: Sequence[float],
@@ -96,7 +95,7 @@ def probabilities(
       model: an architecture's functions.
       variables: its arrays.
       images: pixels 0..255; what lies beyond an image's size does not matter.
-      sizes: height and width of each image, pixels.
+      sizes: height and width of each image, pixels; None: nothing is padding.
       mean, std: of the channels, 0..1.
       scales: relative to the image's size.
       flip: whether each view is predicted mirrored too, within its own width.
@@ -105,7 +104,8 @@ def probabilities(
       What lies beyond an image's size has no meaning.
     """
     pixels = normalize(images, tuple(mean), tuple(std))
-    sizes = jnp.clip(sizes, 1, jnp.asarray(pixels.shape[1:3]))
+    whole = jnp.asarray(pixels.shape[1:3])
+    sizes = jnp.tile(whole, (len(pixels), 1)) if sizes is None else jnp.clip(sizes, 1, whole)
     views = (_probabilities_at(scale, model, variables, pixels, sizes, flip) for scale in scales)
     return functools.reduce(jnp.add, views) / len(scales)
 
@@ -114,7 +114,7 @@ def class_ids(
     model: FunctionalModel,
     variables: Variables,
     images: Num[Array, "n h w c"],
-    sizes: Int[Array, "n 2"],
+    sizes: Int[Array, "n 2"] | None,
     *,
     mean: Sequence[float],
     std: Sequence[float],

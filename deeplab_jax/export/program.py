@@ -14,10 +14,8 @@ from jaxtyping import Array, Float, UInt8
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
 from deeplab_jax.models.operations import operation
+from deeplab_jax.models.resize import MAX_SIDE
 from deeplab_jax.training.checkpoint import SavedModel
-
-# Images of larger sides overflow 32 bits where logits are resized.
-MAX_SIDE = 32767  # pixels
 
 
 class Dimensions(NamedTuple):

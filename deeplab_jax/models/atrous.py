@@ -166,8 +166,8 @@ METHODS: dict[str, Method] = {"native": _native, "valid_taps": _valid_taps, "pha
 def _on_cuda(x: Array, kernel: Array, rate: int) -> Array:
     """cuDNN's convolution of the whole map, or of its phases, and always the phases' gradient.
 
-    Measured on one H100, bfloat16, milliseconds of native / phases (cuDNN through PyTorch), by
-    `benchmarks/atrous_methods.py`:
+    Measured on one H100, bfloat16, milliseconds of native / phases (cuDNN through PyTorch);
+    `benchmarks/atrous_methods.py` measures such rows again:
 
     | kernel, channels, maps, rate           | forward             | both gradients      |
     |----------------------------------------|---------------------|---------------------|

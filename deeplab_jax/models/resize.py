@@ -15,6 +15,11 @@ from jaxtyping import Array, Float, Int
 from deeplab_jax.models.layers import full_precision
 from deeplab_jax.models.operations import Size, operation
 
+MAX_SIDE = 32767  # pixels; coordinates of larger sides overflow 32 bits where sizes are traced
+
+# Precision is asked for because a product's default on GPU and TPU rounds logits to ~3 digits.
+product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
 
 @operation
 def resize_bilinear(
@@ -38,8 +43,6 @@ def resize_bilinear(
       out_sizes: those of the result that `in_sizes` are resized to; what lies beyond them has no
         meaning. Given together with `in_sizes`.
     """
-    # Precision is asked for because a product's default on GPU and TPU rounds logits to ~3 digits.
-    product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
     # Columns first, while there are few rows: the large product then is one plain product an image.
     if in_sizes is not None and out_sizes is not None:
         down, across = (
@@ -53,8 +56,16 @@ def resize_bilinear(
     columns = bilinear_matrix(width, x.shape[2]).astype(x.dtype)
     rows = bilinear_matrix(height, x.shape[1]).astype(x.dtype)
     wide = product("Ww,nhwc->nhWc", columns, x)
-    # One matrix an image: otherwise the product's natural order is Hnwc, which is then transposed.
-    return product("nHh,nhWc->nHWc", jnp.broadcast_to(rows, (x.shape[0], *rows.shape)), wide)
+    return product("nHh,nhWc->nHWc", for_each_image(rows, x), wide)
+
+
+def for_each_image(matrix: Any, images: Array) -> Float[Array, "n rows columns"]:
+    """The matrix once an image of a batch.
+
+    The natural order of a product's axes is then nHWc; with one matrix it is HnWc, which would be
+    transposed.
+    """
+    return jnp.broadcast_to(matrix, (images.shape[0], *matrix.shape))
 
 
 def bilinear_matrix(out_size: Size, in_size: Size) -> Any:

@@ -10,7 +10,6 @@ the number of images that have a valid pixel.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from deeplab_jax.config import LossConfig
 from deeplab_jax.labels import IGNORE
-from deeplab_jax.models.resize import bilinear_matrix, resize_bilinear
+from deeplab_jax.models.resize import bilinear_matrix, for_each_image, product, resize_bilinear
 
 Logits = Float[Array, "n h w classes"]
 Labels = UInt8[Array, "n h w"]
@@ -133,16 +132,7 @@ def _parts(wide: Float[Array, "n ho w classes"], targets: Labels) -> _Part:
 
 def _upsampled(wide: Array, part: _Part) -> Logits:
     window = lax.dynamic_slice_in_dim(wide, part.start, part.matrix.shape[1], axis=1)
-    return _product("nHh,nhWc->nHWc", _an_image(part.matrix, wide), window)
-
-
-def _an_image(matrix: Array, images: Array) -> Array:
-    """One matrix an image: the product's natural order of axes is then the one wanted."""
-    return jnp.broadcast_to(matrix, (len(images), *matrix.shape))
-
-
-# Precision is asked for because a product's default on GPU and TPU rounds logits to ~3 digits.
-_product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    return product("nHh,nhWc->nHWc", for_each_image(part.matrix, wide), window)
 
 
 @jax.custom_vjp
@@ -178,7 +168,7 @@ def _cross_entropy_by_rows_backward(
         logits = _upsampled(wide, part)
         probabilities = jnp.exp(logits - normalizer[..., None])
         error = (probabilities - _is_target(logits, part.targets)) * cotangent[..., None]
-        of_window = _product("nHh,nHWc->nhWc", _an_image(part.matrix, wide), error)
+        of_window = product("nHh,nHWc->nhWc", for_each_image(part.matrix, wide), error)
         of_window += lax.dynamic_slice_in_dim(gradient, part.start, part.matrix.shape[1], axis=1)
         return lax.dynamic_update_slice_in_dim(gradient, of_window, part.start, axis=1), None
 
