@@ -26,12 +26,13 @@ from rich.console import Console
 from rich.table import Table
 
 from deeplab_jax import data
-from deeplab_jax.config import DataConfig, crop_shape
+from deeplab_jax.config import DataConfig, ShapesConfig, crop_shape
 from deeplab_jax.data import pipeline, randomness, shapes
 from deeplab_jax.data.augment import augment
 from deeplab_jax.data.dataset import Dataset, Example
 
 _SIZE = (375, 500)  # height and width of most images of VOC, pixels
+_SHAPES = ShapesConfig(size=_SIZE[1])
 _NUM_IMAGES = 64
 _JPEG_QUALITY = 92  # makes files of about 100 kB, as VOC's
 
@@ -43,7 +44,7 @@ class Files:
         self._folder = folder
         for index in range(_NUM_IMAGES):
             rng = randomness.generator(0, randomness.SHAPES_TRAIN, index)
-            image, label = (array[: _SIZE[0], : _SIZE[1]] for array in shapes.draw(rng, _SIZE[1]))
+            image, label = (array[: _SIZE[0], : _SIZE[1]] for array in shapes.draw(rng, _SHAPES))
             quality = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]
             cv2.imwrite(str(folder / f"{index:03d}.jpg"), image[:, :, ::-1], quality)
             cv2.imwrite(str(folder / f"{index:03d}.png"), label)

@@ -43,6 +43,8 @@ class ShapesConfig:
     size: int = 64  # side of an image, pixels
     num_train: int = 4000  # images
     num_eval: int = 200  # images
+    radius_range: tuple[float, ...] = (0.2, 0.4)  # of the shapes, of an image's side
+    max_shapes: int = 3  # in an image
     seed: int = 0  # of the images, apart from the run's
 
 

@@ -90,7 +90,7 @@ def _rules(config: Config) -> list[tuple[str, str, bool]]:
     blocks = model.cascade if model.cascade in (1, 2, 3) else 0
     strides = output_strides(blocks)
     spelled = f"must be {', '.join(map(str, strides[:-1]))} or {strides[-1]}"
-    scales = data.scale_range
+    scales, radii = data.scale_range, data.shapes.radius_range
     return [
         (
             "model.output_stride",
@@ -138,6 +138,12 @@ def _rules(config: Config) -> list[tuple[str, str, bool]]:
         ("data.shapes.size", "must be 16 or more", data.shapes.size >= 16),
         ("data.shapes.num_train", "must be 1 or more", data.shapes.num_train >= 1),
         ("data.shapes.num_eval", "must be 1 or more", data.shapes.num_eval >= 1),
+        (
+            "data.shapes.radius_range",
+            "must be two shares of the side, above 0 and below 1, the smaller first",
+            len(radii) == 2 and 0 < radii[0] <= radii[1] < 1,
+        ),
+        ("data.shapes.max_shapes", "must be 1 or more", data.shapes.max_shapes >= 1),
         ("optimizer.learning_rate", "must be above 0", optimizer.learning_rate > 0),
         ("optimizer.power", "must be 0 or more", optimizer.power >= 0),
         ("optimizer.momentum", "must be in [0, 1)", 0 <= optimizer.momentum < 1),

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import operator
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.
 
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
 def test_configs_are_valid_and_say_what_they_are(path):
-    module: dict = {}
+    module: dict = {"__file__": str(ROOT / path)}
     source = (ROOT / path).read_text()
     exec(compile(source, str(path), "exec"), module)
     config_rules.validate(module["get_config"]())
@@ -36,6 +37,9 @@ def test_configs_are_valid_and_say_what_they_are(path):
         ("data.crop_size", (0,), "1 pixel or more"),
         ("data.crop_size", (1, 2, 3), "one side or height,width"),
         ("data.scale_range", (2.0, 0.5), "the smaller first"),
+        ("data.shapes.radius_range", (0.4, 0.2), "the smaller first"),
+        ("data.shapes.radius_range", (0.2, 1.0), "below 1"),
+        ("data.shapes.max_shapes", 0, "1 or more"),
         ("data.std", (1.0,), "as many numbers above 0 as data.mean"),
         ("optimizer.accumulate", 3, "must divide train.batch_size = 16"),
         ("optimizer.warmup_steps", 30_000, "below train.steps = 30000"),
@@ -49,8 +53,8 @@ def test_configs_are_valid_and_say_what_they_are(path):
 )
 def test_a_wrong_value_is_named(field, value, message):
     config = Config()
-    branch, name = field.split(".")
-    setattr(getattr(config, branch), name, value)
+    branch, name = field.rsplit(".", 1)
+    setattr(operator.attrgetter(branch)(config), name, value)
     with pytest.raises(UserError, match=f"config.{field} .*{message}"):
         config_rules.validate(config)
 

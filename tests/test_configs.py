@@ -23,12 +23,17 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "configs.json"
 ALL = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.py"))
 PAPER = [path for path in ALL if path.startswith("configs/paper/")]
+STUDY_BASE = "configs/study/base.py"
+STUDY = [path for path in ALL if path.startswith("configs/study/") and path != STUDY_BASE]
 
 
 def resolved(path: str) -> dict:
-    """The fields in which a config differs from the defaults, and its model from the named one."""
+    """The fields in which a config differs from the defaults, and its model from the named one.
+
+    Those of the study differ from its base.
+    """
     config = config_files.from_python(ROOT / path)
-    defaults = flatten(Config())
+    defaults = flatten(config_files.from_python(ROOT / STUDY_BASE) if path in STUDY else Config())
     fields = {name: value for name, value in flatten(config).items() if value != defaults[name]}
     named = dataclasses.asdict(ARCHITECTURES[config.model.architecture])
     chosen = dataclasses.asdict(architecture_of(config)).items()
@@ -97,6 +102,18 @@ def test_those_of_the_paper_are_what_they_are_called(path, short):
     model = FunctionalModel(dataclasses.replace(ours, width=1 / 64)).abstract
     copies = {name.split(".")[1] for name in model.params if name.startswith("backbone.layer")}
     assert copies == {f"layer{number}" for number in range(1, 5 + (ours.cascade or 0))}
+
+
+@pytest.mark.parametrize("path", [STUDY_BASE, *STUDY])
+def test_those_of_the_study_have_the_rates_of_their_output_stride_and_grid(path, short):
+    ours = architecture_of(config_files.from_python(ROOT / path))
+    *_, block4 = plan_stages(ours)
+    grid = {"grid121": (1, 2, 1), "grid124": (1, 2, 4)}.get(pathlib.Path(path).stem, (1, 1, 1))
+    assert [unit.rate for unit in block4] == [32 // ours.output_stride * rate for rate in grid]
+    spans = {rate * ours.output_stride for rate in ours.atrous_rates}  # in pixels of the image
+    extra = {"rates123": {16, 32, 48}, "rates2468": {32, 64, 96, 128}, "block4": set()}
+    assert spans == extra.get(pathlib.Path(path).stem, {32, 64, 96})
+    assert FunctionalModel(dataclasses.replace(ours, width=1 / 64)).abstract.params
 
 
 def test_the_paper_trains_otherwise_where_its_tables_say_so():

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from deeplab_jax.config import DataConfig
+from deeplab_jax.config import DataConfig, ShapesConfig
 from deeplab_jax.data import randomness
 from deeplab_jax.data.dataset import Dataset, Example
 from deeplab_jax.errors import UserError
@@ -19,13 +19,10 @@ LABELS = LabelSet(
     colors=((0, 0, 0), (230, 60, 60), (255, 225, 25), (0, 130, 200), (145, 30, 180)),
 )
 
-# Of the side of an image: at 64 pixels, diameters of 26 to 51, wide against an output stride of 8.
-_RADIUS_RANGE = (0.20, 0.40)
 _SPREAD = (0.12, 0.88)  # of centres over the sides, and of colours over their range
 # Shapes are lighter than the ground, so that a short training need not first learn to see them.
 _GROUND_COLORS = (0, 110)
 _SHAPE_COLORS = (110, 255)
-_MAX_SHAPES = 3  # in an image
 _NOISE = 10  # at most, of 255
 _SUBPIXEL_BITS = 6  # of the vertices that OpenCV draws
 
@@ -68,15 +65,15 @@ def load(config: DataConfig, split: str) -> Dataset:
         raise UserError(f"data set shapes has the splits train and val, got {split!r}")
     shapes = config.shapes
     length = shapes.num_train if split == "train" else shapes.num_eval
-    return Dataset(Shapes(split, shapes.size, length, shapes.seed), LABELS)
+    return Dataset(Shapes(split, length, shapes), LABELS)
 
 
 class Shapes:
     """Examples drawn when they are asked for."""
 
-    def __init__(self, split: str, size: int, length: int, seed: int) -> None:
-        """`size` is the side of an image in pixels, `length` the number of images."""
-        self._split, self._size, self._length, self._seed = split, size, length, seed
+    def __init__(self, split: str, length: int, config: ShapesConfig) -> None:
+        """`length` is the number of images."""
+        self._split, self._length, self._config = split, length, config
 
     def __len__(self) -> int:
         return self._length
@@ -84,20 +81,21 @@ class Shapes:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < self._length:
             raise IndexError(f"index must be in [0, {self._length}), got {index}")
-        rng = randomness.generator(self._seed, _SPLITS[self._split], index)
-        image, label = draw(rng, self._size)
+        rng = randomness.generator(self._config.seed, _SPLITS[self._split], index)
+        image, label = draw(rng, self._config)
         return {"image": image, "label": label, "name": f"shapes-{self._split}-{index:06d}"}
 
 
 def draw(
-    rng: np.random.Generator, size: int
+    rng: np.random.Generator, config: ShapesConfig
 ) -> tuple[UInt8[np.ndarray, "size size 3"], UInt8[np.ndarray, "size size"]]:
-    """An image of 1 to 3 shapes, later ones over earlier ones, and its label.
+    """An image of 1 to `max_shapes` shapes, later ones over earlier ones, and its label.
 
     Class, colour and texture of a shape are drawn independently. A pixel belongs to the class
     that covers at least half of it; a border around each shape is `labels.IGNORE`, as in VOC.
     """
-    num_shapes = int(rng.integers(1, _MAX_SHAPES + 1))
+    size, (smallest, largest) = config.size, config.radius_range
+    num_shapes = int(rng.integers(1, config.max_shapes + 1))
     ground, *colors = _far_apart(rng, num_shapes + 1, 3)
     centers = _far_apart(rng, num_shapes, 2) * size
     # Channels first: NumPy's loops then run along rows.
@@ -105,7 +103,8 @@ def draw(
     label = np.zeros((size, size), np.uint8)
     for center, color in zip(centers, colors, strict=True):
         class_id = int(rng.integers(1, LABELS.num_classes))
-        coverage = _coverage(rng, size, class_id, center)
+        radius = size * rng.uniform(smallest, largest)
+        coverage = _coverage(rng, size, class_id, center, radius)
         texture = _texture(rng, size, np.interp(color, (0, 1), _SHAPE_COLORS))
         image += (coverage / np.float32(255)) * (texture - image)
         inside = (coverage > 127).astype(np.uint8)
@@ -117,10 +116,9 @@ def draw(
 
 
 def _coverage(
-    rng: np.random.Generator, size: int, class_id: int, center: np.ndarray
+    rng: np.random.Generator, size: int, class_id: int, center: np.ndarray, radius: float
 ) -> UInt8[np.ndarray, "size size"]:
-    """How much of each pixel a shape of random size and rotation covers, 0..255."""
-    radius = size * rng.uniform(*_RADIUS_RANGE)
+    """How much of each pixel a shape of random rotation covers, 0..255."""
     angle = rng.uniform(0, 2 * np.pi)
     rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     outlines = [

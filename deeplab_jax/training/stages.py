@@ -10,7 +10,8 @@ import sys
 import jax
 
 from deeplab_jax import config_rules
-from deeplab_jax.config import Config, InitConfig, SecondStageConfig
+from deeplab_jax.config import Config, InitConfig, ModelConfig, SecondStageConfig
+from deeplab_jax.models.deeplab import architecture
 from deeplab_jax.parallel import agreement
 from deeplab_jax.training import loop
 from deeplab_jax.training.loop import Result
@@ -57,15 +58,29 @@ def split(config: Config, folder: pathlib.Path) -> tuple[Config, Config | None]:
     last = folder / FIRST / "checkpoints" / str(config.train.steps)
     second = dataclasses.replace(
         first,
-        model=dataclasses.replace(
-            config.model, output_stride=stage.output_stride or config.model.output_stride
-        ),
+        model=_at_output_stride(config.model, stage.output_stride),
         data=dataclasses.replace(config.data, split=stage.split or config.data.split),
         init=InitConfig(path=str(last)),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=stage.learning_rate),
         train=dataclasses.replace(config.train, steps=stage.steps, freeze_bn=stage.freeze_bn),
     )
     return first, second
+
+
+def _at_output_stride(model: ModelConfig, output_stride: int | None) -> ModelConfig:
+    """The same parameters there: ASPP's rates, where the config gives them, scale with features."""
+    if output_stride is None:
+        return model
+    rates = model.atrous_rates
+    if rates is not None:
+        given = architecture(
+            model.architecture,
+            num_classes=1,
+            output_stride=model.output_stride,
+            atrous_rates=tuple(rates),
+        )
+        rates = given.at_output_stride(output_stride).atrous_rates
+    return dataclasses.replace(model, output_stride=output_stride, atrous_rates=rates)
 
 
 def _say(text: str) -> None:

@@ -74,12 +74,29 @@ def test_a_border_lies_between_any_two_classes():
             np.testing.assert_array_equal(one[known], other[known])
 
 
+def test_radii_and_number_of_shapes_are_the_configs():
+    """A disc's area is its radius; the border takes one pixel off its rim."""
+    discs = source(size=128, max_shapes=1, radius_range=(0.25, 0.25))
+    areas = [(discs[index]["label"] == 1).sum() for index in range(40)]
+    whole = np.pi * (0.25 * 128 - 1) ** 2
+    assert max(areas) == pytest.approx(whole, rel=0.05)
+    small = source(size=128, max_shapes=9, radius_range=(0.04, 0.05))
+    counts = [
+        cv2.connectedComponents((small[index]["label"] != 0).astype(np.uint8))[0] - 1
+        for index in range(40)
+    ]
+    assert max(counts) in (8, 9)
+    assert min(counts) == 1
+
+
 def test_outlines_are_of_their_class():
     """Area over that of the convex hull, and holes, tell most classes apart without this code."""
     solidity = {"disc": 1, "triangle": 1, "cross": 0.72}
     circularity = {"disc": 1.0, "triangle": np.pi / (3 * np.sqrt(3))}
     for class_id, name in enumerate(shapes.LABELS.names[1:], start=1):
-        coverage = shapes._coverage(np.random.default_rng(0), 800, class_id, np.array([400, 400]))
+        coverage = shapes._coverage(
+            np.random.default_rng(0), 800, class_id, np.array([400, 400]), 300
+        )
         contours, nesting = cv2.findContours(
             (coverage > 127).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
         )

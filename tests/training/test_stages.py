@@ -99,6 +99,19 @@ def test_configs_of_the_stages(tmp_path):
     assert split(tiny.get_config(), tmp_path)[1] is None
 
 
+def test_rates_that_a_config_gives_scale_with_the_seconds_features(tmp_path):
+    config = get_config()
+    config.model.output_stride, config.model.atrous_rates = 16, (2, 4, 6)
+    assert split(config, tmp_path)[1].model.atrous_rates == (4, 8, 12)
+    config.model.output_stride = None  # the architecture's: 16 too
+    assert split(config, tmp_path)[1].model.atrous_rates == (4, 8, 12)
+    config.second_stage.output_stride = 32
+    assert split(config, tmp_path)[1].model.atrous_rates == (1, 2, 3)
+    config.model.atrous_rates = (1, 2, 3)
+    with pytest.raises(UserError, match=r"atrous_rates .* not whole"):
+        split(config, tmp_path)
+
+
 def test_killed_in_each_stage_it_ends_as_if_never_killed(unbroken, tmp_path):
     for stage in ("stage 1 of 2", "stage 2 of 2"):
         process = start_command(tmp_path)

@@ -1,0 +1,15 @@
+"""ASPP with a fourth rate, without image pooling.
+
+python train.py --config configs/study/rates2468.py --workdir runs/study/rates2468
+"""
+
+import pathlib
+
+from deeplab_jax.config import Config
+from deeplab_jax.config_files import from_python, override
+
+_BASE = pathlib.Path(__file__).with_name("base.py")
+
+
+def get_config() -> Config:
+    return override(from_python(_BASE), ["model.image_pooling=false", "model.atrous_rates=2,4,6,8"])
