@@ -81,6 +81,7 @@ def test_those_of_the_paper_are_what_they_are_called(path, short):
     ours = architecture_of(config)
     _, _, block3, *blocks = plan_stages(ours)
     assert [unit.rate for unit in block3] == [1 if ours.output_stride > 8 else 2]
+    assert ours.image_pooling == (not name.startswith("table5"))
     if table := re.fullmatch(r"table1_os(\d+)", name):
         halvings = [16, 32, 64, 128, 256]  # output strides at which block4 to block7 lose theirs
         rates = [max(1, stride // int(table[1])) for stride in halvings[1:]]
@@ -95,9 +96,12 @@ def test_those_of_the_paper_are_what_they_are_called(path, short):
         assert ours.backbone == f"resnet{table[2] or 101}"
     else:
         grid = {"table5_grid111": (1, 1, 1), "table5_grid121": (1, 2, 1)}.get(name, (1, 2, 4))
-        assert [[unit.rate for unit in block] for block in blocks] == [[2 * g for g in grid]]
-        assert ours.atrous_rates == (6, 12, 18) + ((24,) if name == "table5_rate24" else ())
-        assert ours.image_pooling == (not name.startswith("table5"))
+        finer = 16 / int(name.removeprefix("table10_os")) if name.startswith("table10") else 1
+        assert [[unit.rate for unit in block] for block in blocks] == [
+            [2 * finer * g for g in grid]
+        ]
+        rates = (6, 12, 18) + ((24,) if name == "table5_rate24" else ())
+        assert ours.atrous_rates == tuple(rate * finer for rate in rates)
         assert ours.backbone == "resnet101"
     model = FunctionalModel(dataclasses.replace(ours, width=1 / 64)).abstract
     copies = {name.split(".")[1] for name in model.params if name.startswith("backbone.layer")}
@@ -125,6 +129,21 @@ def test_the_paper_trains_otherwise_where_its_tables_say_so():
         "table9_batch4": {"train.batch_size": 4},
         "table9_batch8": {"train.batch_size": 8},
         "table9_batch12": {"train.batch_size": 12},
+        "table10_os8": {
+            "train.batch_size": 6,
+            "model.output_stride": 8,
+            "eval.output_stride": 16,
+        },
+        "table10_os32": {
+            "train.batch_size": 24,
+            "model.output_stride": 32,
+            "eval.output_stride": 16,
+        },
+        "table6_coco": {
+            "init.backbone": "",
+            "init.path": "runs/coco",
+            "optimizer.learning_rate": 0.0001,
+        },
     }
     for name, fields in changed.items():
         config = flatten(config_files.from_python(ROOT / "configs" / "paper" / f"{name}.py"))
