@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from deeplab_jax.commands import outputs
+
 
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="The two most telling cases.")] = False,
@@ -19,6 +21,11 @@ def bench(
     alone: Annotated[bool, typer.Option("--alone", help="Do not run torchvision.")] = False,
     json_file: Annotated[
         pathlib.Path | None, typer.Option("--json", help="Write the results there.")
+    ] = None,
+    plot: Annotated[str, typer.Option(help="Draw the times as bars there (.png).")] = "",
+    recorded: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Show a file that --json wrote, and measure nothing."),
     ] = None,
 ) -> None:
     """Measure forward passes and training steps here, against torchvision where it is installed.
@@ -31,7 +38,45 @@ def bench(
       deeplab-jax bench --quick
 
       deeplab-jax bench --only train --json bench.json
+
+      deeplab-jax bench --recorded bench.json --plot bench.png
     """
+    from deeplab_jax.benchmark.figure import speed_figure
+    from deeplab_jax.errors import UserError
+    from deeplab_jax.files import write_png
+
+    if plot:
+        outputs.check("--plot", plot, ".png")
+    if recorded is not None:
+        result = _read(recorded)
+    else:
+        if json_file is not None and not json_file.absolute().parent.is_dir():
+            raise UserError(f"--json {json_file}: its folder does not exist")
+        result = _measure(quick, only, turns, None if alone else modes, json_file)
+    # Wide enough for the table, also where there is no terminal.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(table(result))
+    if plot:
+        write_png(pathlib.Path(plot), speed_figure(result))
+
+
+def _read(file: pathlib.Path) -> dict[str, Any]:
+    import json
+
+    from deeplab_jax.errors import UserError
+
+    try:
+        result = json.loads(file.read_text())
+        assert result["rows"][0]["theirs_by_mode"] is not None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--recorded {file}: no results of `deeplab-jax bench`: {error}") from error
+    return dict(result)
+
+
+def _measure(
+    quick: bool, only: str, turns: int, modes: str | None, json_file: pathlib.Path | None
+) -> dict[str, Any]:
+    """Runs the cases one after the other; what is known by then is written after each."""
     import dataclasses
     import json
 
@@ -42,8 +87,6 @@ def bench(
     from deeplab_jax.errors import UserError
     from deeplab_jax.files import write_bytes
 
-    # Wide enough for the table, also where there is no terminal.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     platform = jax.default_backend()
     known = cases(platform, quick=quick)
@@ -51,8 +94,6 @@ def bench(
     if not chosen:
         names = "\n".join(f"  {case.name}" for case in known)
         raise UserError(f"no case holds {only!r}; they are:\n{names}")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise UserError(f"--json {json_file}: its folder does not exist")
     peaks: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     result = measure.conditions() | {
@@ -63,13 +104,11 @@ def bench(
     for case in chosen:
         if case.dtype not in peaks:
             peaks[case.dtype] = measure.matmul_peak(case.dtype)
-        row = measure.measure(
-            case, peaks[case.dtype], turns=turns, modes=None if alone else modes, log=log.print
-        )
+        row = measure.measure(case, peaks[case.dtype], turns=turns, modes=modes, log=log.print)
         rows.append(dataclasses.asdict(row))
         if json_file is not None:
             write_bytes(json_file, (json.dumps(result, indent=1) + "\n").encode())
-    console.print(table(result))
+    return result
 
 
 def table(result: dict[str, Any]) -> Table:

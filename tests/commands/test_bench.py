@@ -3,12 +3,16 @@
 import json
 import sys
 
+import cv2
 import jax
+import numpy as np
 import pytest
 
+from conftest import ROOT
 from deeplab_jax import cli
 from deeplab_jax.benchmark import measure, ours, theirs
 from deeplab_jax.benchmark.cases import Built, Case, cases
+from deeplab_jax.benchmark.figure import speed_figure
 
 CASE = Case("forward", "resnet50", 8, 1, 33, 49, "float32")
 
@@ -101,6 +105,31 @@ def test_table_and_json(sides, monkeypatch, capsys, tmp_path):
     assert {"date", "device", "versions"} <= result.keys()
 
 
+@pytest.mark.parametrize("machine", ["cpu", "h100"])
+def test_recorded_results_are_shown_and_drawn_as_in_docs(machine, monkeypatch, capsys, tmp_path):
+    record = ROOT / "benchmarks" / "results" / f"bench_{machine}.json"
+    plot = tmp_path / "bench.png"
+    code, out, _ = run(monkeypatch, capsys, "--recorded", record, "--plot", plot)
+    assert code == 0
+    for row in json.loads(record.read_text())["rows"]:
+        assert row["name"] in out
+    ours, docs = (
+        cv2.imread(str(path)).astype(int)
+        for path in (plot, ROOT / "docs" / "images" / f"bench_{machine}.png")
+    )
+    assert ours.shape == docs.shape
+    assert np.abs(ours - docs).mean() < 0.5  # versions of Pillow differ a little
+
+
+def test_bars_are_as_long_as_times():
+    row = {"name": "", "ours_seconds": 1.0, "ratio": 2.0, "theirs_by_mode": {"eager": 2.0}}
+    picture = speed_figure({"device": "", "rows": [row]})
+    blue, orange = (
+        (picture == color).all(axis=2).any(axis=0).sum() for color in ((0, 114, 178), (230, 159, 0))
+    )
+    assert orange == pytest.approx(2 * blue, abs=2)
+
+
 def test_alone(sides, monkeypatch, capsys):
     monkeypatch.setattr(measure, "matmul_peak", lambda dtype: 1e12)
     code, out, _ = run(monkeypatch, capsys, "--quick", "--only", "train", "--alone")
@@ -113,6 +142,8 @@ def test_alone(sides, monkeypatch, capsys):
     [
         (["--only", "vgg"], "no case holds 'vgg'; they are:\n  forward resnet50"),
         (["--json", "nowhere/bench.json"], "--json nowhere/bench.json: its folder does not exist"),
+        (["--recorded", "none.json"], "--recorded none.json: no results of `deeplab-jax bench`"),
+        (["--plot", "bench.jpg"], "--plot must be a file that ends in .png"),
     ],
 )
 def test_mistakes(arguments, message, monkeypatch, capsys, tmp_path):
