@@ -1,0 +1,1 @@
+"""The pictures of `docs/guide.md`; `docs/draw.py` is their command."""
