@@ -17,7 +17,6 @@ from typing import TypeVar
 
 import cv2
 import numpy as np
-import scipy.io
 from jaxtyping import Integer, UInt8
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
@@ -255,6 +254,8 @@ def _read_image_ids(path: pathlib.Path) -> np.ndarray:
 
 def _read_sbd_ids(path: pathlib.Path) -> np.ndarray:
     """`GTcls.Segmentation` of a file in `benchmark_RELEASE/dataset/cls`."""
+    import scipy.io  # here, as it takes a quarter of a second and other data sets do without
+
     data = read_bytes(path)
     try:
         variables = scipy.io.loadmat(io.BytesIO(data), variable_names=["GTcls"])

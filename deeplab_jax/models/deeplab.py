@@ -133,7 +133,8 @@ class DeepLabV3(nnx.Module):
       decoder: what upsamples the "out" logits if that is learned; None: they are resized.
     """
 
-    def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs | None) -> None:
+        """`rngs.params` draws the kernels; None: they are 0, for those who need their shapes."""
         make = LayerMaker(
             architecture.dtype, architecture.bn_momentum, architecture.bn_epsilon, rngs
         )

@@ -30,8 +30,7 @@ class FunctionalModel:
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
-        # The key is never drawn from: eval_shape makes shapes, not values.
-        module = nnx.eval_shape(lambda: DeepLabV3(architecture, rngs=nnx.Rngs(0)))
+        module = nnx.eval_shape(lambda: DeepLabV3(architecture, rngs=None))
         self._graph: Any
         self._graph, params, batch_stats = _split(module)
         self._param_paths = _paths(params)

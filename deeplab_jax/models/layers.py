@@ -70,11 +70,15 @@ class Conv(nnx.Module):
         use_bias: bool = False,
         kernel_init: Initializer = HE_FAN_OUT,
         dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ) -> None:
+        """`rngs.params` draws the kernel; None: it is 0, and shapes are traced far faster."""
         shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
         param_dtype = full_precision(dtype)
-        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        if rngs is None:
+            self.kernel = nnx.Param(jnp.zeros(shape, param_dtype))
+        else:
+            self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(jnp.zeros(out_channels, param_dtype)) if use_bias else None
         self.stride = stride
         self.rate = rate
@@ -228,7 +232,7 @@ class LayerMaker:
     dtype: Any
     bn_momentum: float
     bn_epsilon: float
-    rngs: nnx.Rngs
+    rngs: nnx.Rngs | None
 
     def conv(
         self, in_channels: int, out_channels: int, kernel_size: int = 1, **options: Any

@@ -207,7 +207,7 @@ class MobileNetV3(nnx.List):
     # the authors of DeepLabv3+ take them for MobileNets.
     low_level_feature = f"{LOW_LEVEL_BLOCK}.expanded"
 
-    def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs | None) -> None:
         _require_fixed(architecture)
         make = LayerMaker(architecture.dtype, *architecture.backbone_bn, rngs)
         plans = plan_blocks(architecture)

@@ -241,7 +241,7 @@ class ResNet(nnx.Module):
     aux_feature = "layer3"
     low_level_feature = "layer1"  # of stride 4, "Conv2" of arXiv 1802.02611
 
-    def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs | None) -> None:
         make = LayerMaker(architecture.dtype, *architecture.backbone_bn, rngs)
         pre_activation = architecture.residual == "pre"
         stem_channels = scaled_channels(STEM_CHANNELS, architecture.width)
