@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from deeplab_jax.config import LossConfig
 from deeplab_jax.labels import IGNORE
@@ -60,11 +60,21 @@ def loss_count(labels: Labels, config: LossConfig) -> Scalar:
 
 
 def shrink_labels(labels: Labels, stride: int) -> UInt8[Array, "n ho wo"]:
-    """The label at the centre of each pixel of features of a stride, as earlier DeepLabs train.
+    """The label of the pixel on which upsampling lays each pixel of features of a stride.
 
-    Source: arXiv 1706.05587, section 4.1, "Upsampling logits", which names what is lost by it.
+    Those of the stride's own grid, 0, `stride`, ..., lie half a stride away: a model trained on
+    them would put all it sees that far aside when it is evaluated.
+
+    Source: arXiv 1706.05587, section 4.1, "Upsampling logits": earlier DeepLabs trained so.
     """
-    return labels[:, ::stride, ::stride]
+    rows, columns = (_upsampled_places(size, stride) for size in labels.shape[1:])
+    return labels[:, rows][:, :, columns]
+
+
+def _upsampled_places(size: int, stride: int) -> Int[np.ndarray, " places"]:
+    """Of `size` pixels those nearest to the centres of a map that is resized to them."""
+    places = -(-size // stride)
+    return np.rint((np.arange(places) + 0.5) * size / places - 0.5).astype(np.int32)
 
 
 def mean(total: Scalar, count: Scalar) -> Scalar:

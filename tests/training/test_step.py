@@ -3,14 +3,17 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import tiny
 from deeplab_jax.config import MeshConfig
 from deeplab_jax.errors import UserError
 from deeplab_jax.models.functional import Variables, normalize
 from deeplab_jax.parallel.mesh import check_batch, make_mesh
+from deeplab_jax.training.losses import shrink_labels
 from deeplab_jax.training.step import gradients
 
 
@@ -82,12 +85,31 @@ def test_labels_shrunk_to_the_logits():
     pixels = normalize(batch["image"], config.data.mean, config.data.std)
     outputs, _ = run.model.apply(state.variables, pixels, train=True, upsample=False)
     logits = np.asarray(outputs["out"], np.float64)
-    labels = np.asarray(batch["label"])[:, ::16, ::16]
+    # 3 pixels of features over the 33 of the image: each covers 11, the first with its middle at 5.
+    labels = np.asarray(batch["label"])[:, 5::11, 5::11]
+    assert batch["label"].shape[1:] == (33, 33)
     assert logits.shape[1:3] == labels.shape[1:] == (3, 3)
     places = np.nonzero(labels != 255)
     chosen = logits[places]
     losses = np.log(np.exp(chosen).sum(-1)) - chosen[np.arange(len(chosen)), labels[places]]
     assert found["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(40, 16), (128, 16), (193, 32), (65, 8), (7, 16)])
+def test_shrunk_labels_are_those_of_pixels_that_upsampling_lays_features_on(size, stride):
+    """There torch's resize of 0, 1, 2, ... comes nearest to whole numbers."""
+    features = torch.arange(-(-size // stride), dtype=torch.float64)
+    resized = torch.nn.functional.interpolate(features[None, None], size, mode="linear")[0, 0]
+    distance = np.abs(resized.numpy() - features.numpy()[:, None])
+    pixels = np.broadcast_to(np.arange(size, dtype=np.uint8), (1, size, size))  # each its column
+    columns, rows = (
+        np.asarray(shrink_labels(jnp.asarray(labels), stride))
+        for labels in (pixels, pixels.swapaxes(1, 2))
+    )
+    np.testing.assert_array_equal(columns, rows.swapaxes(1, 2))
+    chosen = np.take_along_axis(distance, columns[0, :1].T.astype(int), axis=1)[:, 0]
+    # Half a pixel off at most, where a middle lies between two.
+    np.testing.assert_allclose(chosen, distance.min(axis=1), atol=0.5 / stride + 1e-9)
 
 
 def test_averaged_parameters_follow_the_formula():
