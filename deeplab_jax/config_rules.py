@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import types
@@ -18,7 +17,7 @@ from deeplab_jax.config import (
     DataConfig,
     output_strides,
 )
-from deeplab_jax.errors import UserError
+from deeplab_jax.errors import UserError, did_you_mean
 
 
 def validate(config: Config) -> None:
@@ -204,7 +203,7 @@ def _rules(config: Config) -> list[tuple[str, str, bool]]:
         ("eval.num_pictures", "must be 0 or more", evaluation.num_pictures >= 0),
         (
             "eval.protocol",
-            f"must be {', '.join(PROTOCOLS)}{_nearest_name(evaluation.protocol, PROTOCOLS)}",
+            f"must be {', '.join(PROTOCOLS)}{did_you_mean(evaluation.protocol, PROTOCOLS)}",
             evaluation.protocol in PROTOCOLS,
         ),
         (
@@ -275,11 +274,6 @@ def _are_weights(values: object) -> bool:
         return False
     weights = typing.cast(tuple[float, ...], values)
     return _all_from(0, weights) and any(weights) and all(map(math.isfinite, weights))
-
-
-def _nearest_name(name: str, known: tuple[str, ...]) -> str:
-    closest = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {closest[0]}?)" if closest else ""
 
 
 def _nearest_stride(stride: int | None, strides: tuple[int, ...]) -> str:

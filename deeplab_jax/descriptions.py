@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import pathlib
 import re
@@ -11,7 +10,7 @@ import re
 from deeplab_jax import config as config_lib
 from deeplab_jax import config_files, config_rules, conversion, labels
 from deeplab_jax.config import Config
-from deeplab_jax.errors import UserError
+from deeplab_jax.errors import UserError, did_you_mean
 from deeplab_jax.models.architecture import ARCHITECTURES, Architecture, architecture
 from deeplab_jax.training.checkpoint import SavedModel
 from deeplab_jax.weights import hub
@@ -129,10 +128,9 @@ def _data_classes(config: Config) -> int | None:
 
 def _unknown(source: str) -> str:
     published = [name for name in hub.FILES if name.startswith("deeplab") and "." not in name]
-    near = difflib.get_close_matches(source, [*ARCHITECTURES, *published], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(source, [*ARCHITECTURES, *published])
     return (
-        f"there is nothing at {source!r}, and it is no name of a model{hint}\n"
+        f"there is nothing at {source!r}, and it is no name of a model{hint}.\n"
         "Expected a config file that ends in .py, a workdir, a checkpoint, a file of weights, or "
         f"one of {', '.join([*ARCHITECTURES, *published])}"
     )

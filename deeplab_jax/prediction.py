@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import difflib
 import glob
 import io
 import os
@@ -19,7 +18,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from deeplab_jax import images, pictures
-from deeplab_jax.errors import UserError
+from deeplab_jax.errors import UserError, did_you_mean
 from deeplab_jax.files import write_bytes, write_png
 from deeplab_jax.labels import LabelSet
 from deeplab_jax.segmenter import Segmenter
@@ -167,11 +166,9 @@ def class_id(text: str, labels: LabelSet) -> int:
         return lower.index(text.strip().lower())
     if text.strip().isdecimal() and int(text) < labels.num_classes:
         return int(text)
-    near = difflib.get_close_matches(text.lower(), lower, n=1, cutoff=0.4)
-    hint = f"; did you mean {labels.names[lower.index(near[0])]!r}?" if near else ""
     raise UserError(
-        f"there is no class {text!r}{hint} The classes are {', '.join(labels.names)}, and ids 0 "
-        f"to {labels.num_classes - 1} may be given too."
+        f"there is no class {text!r}{did_you_mean(text, labels.names)}. The classes are "
+        f"{', '.join(labels.names)}, and ids 0 to {labels.num_classes - 1} may be given too."
     )
 
 

@@ -96,9 +96,9 @@ def test_classes_by_name_and_id(text, index):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dgo", "no class 'dgo'; did you mean 'dog'"),
+        ("dgo", r"no class 'dgo' \(did you mean 'dog'"),
         ("Persn", "did you mean 'person'"),
-        ("21", "no class '21' .*ids 0 to 20"),
+        ("21", "no class '21'.*ids 0 to 20"),
         ("-1", "no class '-1'"),
         ("", "no class ''"),
     ],

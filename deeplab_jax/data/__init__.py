@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data.dataset import Dataset
-from deeplab_jax.errors import UserError
+from deeplab_jax.errors import UserError, did_you_mean
 
 
 def load(config: DataConfig, split: str) -> Dataset:
@@ -79,6 +78,4 @@ _LOADERS: dict[str, tuple[Callable[[DataConfig, str], Dataset], tuple[str, ...]]
 
 
 def _unknown(what: str, name: str, known: dict | tuple[str, ...]) -> str:
-    closest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {closest[0]!r}?" if closest else ""
-    return f"{what} must be one of {', '.join(known)}, got {name!r}{hint}"
+    return f"{what} must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}"

@@ -7,7 +7,6 @@ bicycle, chair, table, potted plant or sofa are duplicated in the training set.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +16,7 @@ from rich.console import Console
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data import passes
 from deeplab_jax.data.dataset import Dataset, Example, Source
-from deeplab_jax.errors import UserError
+from deeplab_jax.errors import UserError, did_you_mean
 
 
 def apply(config: DataConfig, dataset: Dataset, *, quiet: bool = False) -> Dataset:
@@ -71,10 +70,9 @@ def class_ids(classes: Sequence[str], names: Sequence[str]) -> list[int]:
     ]
     for name in chosen:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            hint = did_you_mean(name, names)
             raise UserError(
-                f"config.data.duplicate_classes: there is no class {name!r}{hint} "
+                f"config.data.duplicate_classes: there is no class {name!r}{hint}. "
                 f"The classes are {', '.join(names)}"
             )
     return sorted({names.index(name) for name in chosen})

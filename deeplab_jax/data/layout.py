@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import difflib
 import hashlib
 import os
 import pathlib
@@ -12,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data.reading import MAX_PROBLEMS_TOLD, Pair
-from deeplab_jax.errors import UserError
+from deeplab_jax.errors import UserError, nearest
 
 SPLITS = ("train", "val", "test")
 
@@ -245,8 +244,8 @@ def _guess_pattern(names: list[str], masks: Mapping[str, pathlib.Path]) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (nearest name: {close[0]})" if close else ""
+    close = nearest(name, known)
+    return f" (nearest name: {close})" if close else ""
 
 
 def _read_list(path: pathlib.Path) -> list[str]:

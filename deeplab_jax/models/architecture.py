@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable
 from typing import Any
 
 from deeplab_jax.config import output_strides
-from deeplab_jax.errors import UserError
+from deeplab_jax.errors import UserError, did_you_mean
 
 # What each field that names a variant may be.
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -243,6 +242,4 @@ def architecture(name: str, *, num_classes: int, **overrides: Any) -> Architectu
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> str:
     known = sorted(known)
-    closest = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {closest[0]!r}?" if closest else ""
-    return f"unknown {what} {name!r}{hint} Known: {', '.join(known)}"
+    return f"unknown {what} {name!r}{did_you_mean(name, known)}. Known: {', '.join(known)}"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 
-from deeplab_jax.errors import UserError
+from deeplab_jax.errors import UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +164,7 @@ def parse(text: str, slices: int = 1) -> Topology:
         raise UserError(f"--slices must be 1 or more, got {slices}")
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", text.strip().lower())
     if match is None or match[1] not in CHIPS:
-        near = difflib.get_close_matches(match[1] if match else text.split(":")[0], CHIPS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(match[1] if match else text.split(":")[0], CHIPS)
         raise UserError(
             f"--topology must be a chip and the shape of a slice, such as v5e:4x4 or v5p:4x4x4, "
             f"got {text!r}{hint}\nChips: {', '.join(CHIPS)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import http.client
 import logging
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 import rich.progress
 from rich.console import Console
 
-from deeplab_jax.errors import UserError
+from deeplab_jax.errors import UserError, did_you_mean
 
 BASE_URL = "https://download.pytorch.org/models/"
 
@@ -83,9 +82,8 @@ def fetch(name: str, *, base_url: str = BASE_URL) -> pathlib.Path:
     """
     file_name = FILES.get(name)
     if file_name is None:
-        closest = difflib.get_close_matches(name, FILES, n=1)
-        hint = f"; did you mean {closest[0]!r}?" if closest else ""
-        raise UserError(f"unknown weights {name!r}{hint} Known: {', '.join(sorted(FILES))}")
+        hint = did_you_mean(name, FILES)
+        raise UserError(f"unknown weights {name!r}{hint}. Known: {', '.join(sorted(FILES))}")
     target = cache_folder() / file_name
     for path in (target, torch_cache_folder() / file_name):
         if path.is_file() and _is_usable(path):

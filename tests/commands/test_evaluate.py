@@ -182,7 +182,7 @@ def test_a_folder_of_ones_own_through_a_config_file(network, command, tmp_path):
 
 
 BAD = {
-    "a protocol": (["--protocol", "nativ"], r"--protocol must be .*did you mean native"),
+    "a protocol": (["--protocol", "nativ"], r"--protocol must be .*did you mean 'native'"),
     "a window of whole images": (
         ["--protocol", "paper", "--window", "64"],
         r"--window must be 0 under --protocol = paper",

@@ -81,10 +81,10 @@ def test_rates_that_would_not_be_whole_are_refused():
         (
             "paper_resnet5",
             {},
-            "unknown architecture 'paper_resnet5'; did you mean 'paper_resnet50'",
+            r"unknown architecture 'paper_resnet5' \(did you mean 'paper_resnet50'",
         ),
         ("vgg", {}, "Known: paper_resnet101, .*torchvision_resnet50"),
-        ("paper_resnet18", {"multigrid": (1,)}, "'multigrid'; did you mean 'multi_grid'"),
+        ("paper_resnet18", {"multigrid": (1,)}, r"'multigrid' \(did you mean 'multi_grid'"),
         ("paper_resnet18", {"output_stride": 12}, "output_stride must be one of 8, 16, 32, got 12"),
         ("paper_resnet18", {"output_stride": 0}, "output_stride must be one of 8, 16, 32, got 0"),
         ("paper_resnet18", {"dilation_rule": "none"}, "dilation_rule must be one of paper, torch"),

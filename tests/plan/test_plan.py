@@ -216,7 +216,7 @@ def test_a_pod_reduces_as_fast_as_is_published():
 @pytest.mark.parametrize(
     ("text", "slices", "message"),
     [
-        ("v5f:4x4", 1, "did you mean v5[ep]?"),
+        ("v5f:4x4", 1, "did you mean 'v5[ep]'?"),
         ("h100", 1, "such as v5e:4x4"),
         ("v5e", 1, "such as v5e:4x4"),
         ("v5e:4x4x4", 1, "has 2 sides of 1 to 16 chips, as v5e:4x4"),
