@@ -1,10 +1,14 @@
 """Images a second that the host prepares for training, by number of worker processes.
 
 Each image is decoded from JPEG (its mask from PNG), scaled, cropped to 513 x 513, flipped, and
-stacked into batches of 16, as in `configs/voc_os16.py`.
+stacked into batches of 16, as in `configs/voc_os16.py`. torchvision's reference transforms do the
+same with the same files in PyTorch's DataLoader, in turns with this package.
 
     python benchmarks/input_pipeline.py                      # on generated images of VOC's size
     python benchmarks/input_pipeline.py --root ~/data/voc    # on VOC 2012 itself
+    python benchmarks/input_pipeline.py --alone              # without torchvision
+
+Needs the `test` extra, or torch and torchvision, unless --alone.
 """
 
 from __future__ import annotations
@@ -16,9 +20,11 @@ import json
 import os
 import pathlib
 import platform
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import cv2
 import numpy as np
@@ -34,6 +40,7 @@ from deeplab_jax.data.dataset import Dataset, Example
 _SIZE = (375, 500)  # height and width of most images of VOC, pixels
 _SHAPES = ShapesConfig(size=_SIZE[1])
 _NUM_IMAGES = 64
+_PACKAGES = ("grain", "numpy", "opencv-python-headless", "torch", "torchvision", "pillow")
 _JPEG_QUALITY = 92  # makes files of about 100 kB, as VOC's
 
 
@@ -49,6 +56,11 @@ class Files:
             cv2.imwrite(str(folder / f"{index:03d}.jpg"), image[:, :, ::-1], quality)
             cv2.imwrite(str(folder / f"{index:03d}.png"), label)
 
+    @property
+    def pairs(self) -> list[tuple[pathlib.Path, pathlib.Path]]:
+        names = [f"{index:03d}" for index in range(_NUM_IMAGES)]
+        return [(self._folder / f"{name}.jpg", self._folder / f"{name}.png") for name in names]
+
     def __len__(self) -> int:
         return _NUM_IMAGES
 
@@ -57,6 +69,16 @@ class Files:
         image = cv2.imread(str(self._folder / f"{name}.jpg"), cv2.IMREAD_COLOR_RGB)
         label = cv2.imread(str(self._folder / f"{name}.png"), cv2.IMREAD_GRAYSCALE)
         return {"image": image, "label": label, "name": name}
+
+
+def voc_pairs(root: str, split: str) -> list[tuple[pathlib.Path, pathlib.Path]]:
+    """Files of images and masks, as torchvision's own data set finds them."""
+    (folder,) = pathlib.Path(root).glob("**/VOC2012")
+    names = (folder / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
+    return [
+        (folder / "JPEGImages" / f"{name}.jpg", folder / "SegmentationClass" / f"{name}.png")
+        for name in names
+    ]
 
 
 def median_cpu_seconds(function: Callable[[int], object], count: int) -> float:
@@ -94,28 +116,50 @@ def stage_milliseconds(dataset: Dataset, config: DataConfig) -> dict[str, float]
     }
 
 
-def throughput(
-    dataset: Dataset, config: DataConfig, num_workers: int, batch_size: int, steps: int
-) -> dict[str, float]:
-    """Images a second once all buffers have been emptied, and the wait for the first batch."""
-    config = dataclasses.replace(config, num_workers=num_workers)
-    warmup = 4 * max(num_workers, 1)
-    start = time.perf_counter()
-    with pipeline.train_batches(
-        dataset, config, batch_size=batch_size, seed=0, start_step=0
-    ) as batches:
+def their_milliseconds(files: Any) -> float:
+    """CPU time of one image in torchvision's transforms, on one core."""
+    import torch
+
+    torch.set_num_threads(1)
+    return 1e3 * median_cpu_seconds(lambda index: files[index], _NUM_IMAGES)
+
+
+def throughput(batches: Iterator[object], warmup: int, batch_size: int, steps: int) -> float:
+    """Images a second once all buffers have been emptied."""
+    for _ in range(warmup):
         next(batches)
-        first = time.perf_counter() - start
-        for _ in range(warmup):
-            next(batches)
-        start = time.perf_counter()
-        for _ in range(steps):
-            next(batches)
-        seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(steps):
+        next(batches)
+    return batch_size * steps / (time.perf_counter() - start)
+
+
+def turns(
+    dataset: Dataset, config: DataConfig, files: Any | None, num_workers: int, args: Any
+) -> dict[str, Any]:
+    """Both sides, one after the other, `args.turns` times; medians, and the spread of the ratio."""
+    config = dataclasses.replace(config, num_workers=num_workers)
+    warmup, size = 4 * max(num_workers, 1) + 1, args.batch_size
+    ours, theirs = [], []
+    for _ in range(args.turns):
+        with pipeline.train_batches(
+            dataset, config, batch_size=size, seed=0, start_step=0
+        ) as batches:
+            ours.append(throughput(batches, warmup, size, args.steps))
+        if files is not None:
+            from torchvision_input import batches as their_batches
+
+            loader = their_batches(files, num_workers, size)
+            theirs.append(throughput(loader, warmup, size, args.steps))
+            del loader  # ends its processes
+    ratios = [one / other for one, other in zip(ours, theirs, strict=False)]
     return {
         "workers": num_workers,
-        "images_per_second": batch_size * steps / seconds,
-        "first_batch_seconds": first,
+        "images_per_second": statistics.median(ours),
+        "theirs_images_per_second": statistics.median(theirs) if theirs else None,
+        "ratio": statistics.median(ratios) if ratios else None,
+        "ratio_low": min(ratios, default=None),
+        "ratio_high": max(ratios, default=None),
     }
 
 
@@ -128,6 +172,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20, help="batches timed (default: 20)")
+    parser.add_argument("--turns", type=int, default=3, help="of each side (default: 3)")
+    parser.add_argument("--alone", action="store_true", help="without torchvision")
     parser.add_argument("--machine", default=f"{os.cpu_count()} cores", help="as it is to be named")
     parser.add_argument("--json", type=pathlib.Path, help="file that the results are written to")
     return parser.parse_args()
@@ -139,22 +185,29 @@ def main() -> None:
     config = DataConfig(root=args.root or "")
     with tempfile.TemporaryDirectory() as folder:
         if args.root:
-            dataset = data.load(config, args.split)
+            dataset, pairs = data.load(config, args.split), voc_pairs(args.root, args.split)
         else:
-            dataset = Dataset(Files(pathlib.Path(folder)), shapes.LABELS)
+            source = Files(pathlib.Path(folder))
+            dataset, pairs = Dataset(source, shapes.LABELS), source.pairs
+        files = None
+        if not args.alone:
+            import torchvision_input
+
+            files = torchvision_input.Files(pairs, config, shorter_side=min(_SIZE))
         stages = stage_milliseconds(dataset, config)
-        rows = [
-            throughput(dataset, config, workers, args.batch_size, args.steps)
-            for workers in args.workers
-        ]
+        theirs = None if files is None else their_milliseconds(files)
+        rows = [turns(dataset, config, files, workers, args) for workers in args.workers]
     console = Console()
     table = Table("stage", "CPU ms an image")
     for stage, milliseconds in stages.items():
         table.add_row(stage, f"{milliseconds:.2f}")
+    table.add_row("all", f"{sum(stages.values()):.2f}")
+    if theirs is not None:
+        table.add_row("torchvision, all", f"{theirs:.2f}")
     console.print(table)
-    table = Table("workers", "images/s", "first batch, s")
+    table = Table("workers", "images/s", "torchvision's", "ratio", "least", "largest")
     for row in rows:
-        table.add_row(*(f"{value:.4g}" for value in row.values()))
+        table.add_row(*("-" if value is None else f"{value:.4g}" for value in row.values()))
     console.print(table)
     if args.json:
         result = {
@@ -162,14 +215,12 @@ def main() -> None:
             "machine": args.machine,
             "load_average_before": load_before,  # of other programs: they share the cores
             "versions": {"python": platform.python_version()}
-            | {
-                package: importlib.metadata.version(package)
-                for package in ("grain", "numpy", "opencv-python-headless")
-            },
+            | {package: importlib.metadata.version(package) for package in _PACKAGES},
             "images": f"VOC {args.split}" if args.root else "generated, 500 x 375, JPEG",
             "crop": list(crop_shape(config)),
             "batch_size": args.batch_size,
             "cpu_milliseconds_an_image": stages,
+            "theirs_cpu_milliseconds_an_image": theirs,
             "rows": rows,
         }
         args.json.write_text(json.dumps(result, indent=2) + "\n")
