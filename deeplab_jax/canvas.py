@@ -46,6 +46,10 @@ class Canvas:
         head = [(x, y), (x - 7, y - 4), (x - 7, y + 4)]
         self._draw.polygon([(a * _FINE, b * _FINE) for a, b in head], fill=color)
 
+    def dot(self, x: float, y: float, radius: float, color: Color = INK) -> None:
+        fine = [value * _FINE for value in (x - radius, y - radius, x + radius, y + radius)]
+        self._draw.ellipse(fine, fill=color)
+
     def box(
         self,
         left: float,

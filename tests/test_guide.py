@@ -7,11 +7,11 @@ import re
 import shlex
 import sys
 
-import cv2
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import typer
+from drawings import BOUND, committed, difference
 from PIL import Image
 
 from conftest import ROOT
@@ -108,20 +108,6 @@ def test_links_lead_somewhere():
 
 
 # --- The pictures drawn again ------------------------------------------------------------------
-
-CELL = 12  # pixels: a digit is about as large
-BOUND = 8  # of 255: other versions of Pillow and OpenCV draw edges a little otherwise
-
-
-def difference(first, second):
-    """The largest mean absolute difference of a square of the picture, 0..255."""
-    assert first.shape == second.shape
-    by_pixel = np.abs(first.astype(np.float32) - second).mean(2)
-    return cv2.blur(by_pixel, (CELL, CELL)).max()
-
-
-def committed(name):
-    return np.asarray(Image.open(DOCS / "images" / f"{name}.png").convert("RGB"))
 
 
 @pytest.mark.parametrize("name", [name for name in draw.PICTURES if name != "receptive_field"])

@@ -1,0 +1,306 @@
+"""A small study: which of the paper's choices matter on generated shapes, over several seeds.
+
+Trains the configs of configs/study, each from several random starts, and evaluates the base in
+other ways too. Writes what was found as JSON, draws it, and prints the tables of docs/study.md.
+
+    python benchmarks/study.py --jobs 2               # an hour and a half on two cores
+    python benchmarks/study.py --only base,os8 --seeds 1
+    python benchmarks/study.py --set train.steps=20 --workdir runs/trial   # does it run here?
+    python benchmarks/study.py --json study.json --draw-only --plot study.png
+
+Run again with the same --workdir, it goes on where it stopped. On a GPU, one run at a time is best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import study_figures
+from rich.console import Console
+from rich.markdown import Markdown
+from study_runs import Run, Scoring, Training, run_all
+
+from deeplab_jax import data
+from deeplab_jax.benchmark import measure
+from deeplab_jax.errors import UserError
+from deeplab_jax.files import write_bytes, write_png
+from deeplab_jax.summary import summarize
+from deeplab_jax.training.loop import resolve_architecture
+
+
+class Row(NamedTuple):
+    name: str  # of a config, or of one of `SCORINGS`
+    words: str
+
+
+BASE = "base"
+GROUPS: dict[str, tuple[Row, ...]] = {
+    "Output stride": (
+        Row("os32", "32"),
+        Row(BASE, "16, the base of all below"),
+        Row("os8", "8"),
+    ),
+    "Multi-grid in block4": (
+        Row(BASE, "(1, 1, 1), the base"),
+        Row("grid121", "(1, 2, 1)"),
+        Row("grid124", "(1, 2, 4)"),
+    ),
+    "ASPP": (
+        Row("block4", "none: block4 alone"),
+        Row("no_pooling", "rates (2, 4, 6), no image pooling"),
+        Row("rates2468", "rates (2, 4, 6, 8), no image pooling"),
+        Row(BASE, "rates (2, 4, 6) and image pooling, the base"),
+        Row("rates123", "rates (1, 2, 3) and image pooling"),
+    ),
+    "Loss": (
+        Row("shrunk_labels", "labels shrunk to the logits"),
+        Row(BASE, "logits upsampled to the labels, the base"),
+    ),
+    "Batch norm": (
+        Row("frozen_bn", "never trained"),
+        Row("bn_decay9997", "decay 0.9997, the paper's"),
+        Row("batch4", "batches of 4"),
+        Row("bn_of_4", "batches of 16, statistics of 4"),
+        Row(BASE, "decay 0.9, batches of 16, the base"),
+        Row("two_stages", "half of the steps so, half at output stride 8 with it frozen"),
+    ),
+    "Evaluation of the base's checkpoints": (
+        Row(BASE, "output stride 16"),
+        Row("eval_os8", "output stride 8"),
+        Row("eval_scales", "and six scales"),
+        Row("eval_flip", "and mirrored"),
+    ),
+    "The same, of images of 129 pixels": (
+        Row("size129", "output stride 16"),
+        Row("eval129_os8", "output stride 8"),
+        Row("eval129_scales", "and six scales"),
+        Row("eval129_flip", "and mirrored"),
+    ),
+}
+
+_OS8 = ("--output-stride", "8")
+_SCALES = (*_OS8, "--scales", "0.5,0.75,1,1.25,1.5,1.75")
+_FLIP = (*_SCALES, "--flip")
+# Name: whose checkpoints are evaluated, and how.
+SCORINGS = {
+    "eval_os8": (BASE, _OS8),
+    "eval_scales": (BASE, _SCALES),
+    "eval_flip": (BASE, _FLIP),
+    "eval129_os8": ("size129", _OS8),
+    "eval129_scales": ("size129", _SCALES),
+    "eval129_flip": ("size129", _FLIP),
+}
+
+
+class Claim(NamedTuple):
+    """Of the paper: one choice is better than another."""
+
+    words: str
+    better: str  # row
+    worse: str
+    paper: tuple[float, float]  # mIoU of both in arXiv 1706.05587, %
+    tables: tuple[int, int]  # there
+
+
+CLAIMS = (
+    Claim("output stride 16 over 32", BASE, "os32", (73.88, 70.06), (1, 1)),
+    Claim("output stride 8 over 16", "os8", BASE, (75.18, 73.88), (1, 1)),
+    Claim("multi-grid (1, 2, 1) over none", "grid121", BASE, (75.93, 75.36), (5, 5)),
+    Claim("multi-grid (1, 2, 4) over (1, 2, 1)", "grid124", "grid121", (76.58, 75.93), (5, 5)),
+    Claim("ASPP over block4 alone", "no_pooling", "block4", (75.36, 68.39), (5, 2)),
+    Claim("three rates over four", "no_pooling", "rates2468", (76.58, 76.46), (5, 5)),
+    Claim("image pooling over none", BASE, "no_pooling", (77.21, 76.58), (5, 5)),
+    Claim("upsampled logits over shrunk labels", BASE, "shrunk_labels", (77.21, 76.01), (8, 8)),
+    Claim("batch norm trained over frozen", BASE, "frozen_bn", (77.21, 75.95), (8, 8)),
+    Claim("batches of 16 over 4", BASE, "batch4", (77.21, 64.43), (9, 9)),
+    Claim("evaluated at output stride 8 over 16", "eval_os8", BASE, (78.51, 77.21), (6, 6)),
+    Claim("the same, of 129 pixels", "eval129_os8", "size129", (78.51, 77.21), (6, 6)),
+    Claim("six scales over one", "eval_scales", "eval_os8", (79.45, 78.51), (6, 6)),
+    Claim("the same, of 129 pixels", "eval129_scales", "eval129_os8", (79.45, 78.51), (6, 6)),
+    Claim("mirrored too over not", "eval_flip", "eval_scales", (79.77, 79.45), (6, 6)),
+    Claim("the same, of 129 pixels", "eval129_flip", "eval129_scales", (79.77, 79.45), (6, 6)),
+)
+
+Record = dict[str, Any]
+
+
+def trainings(
+    workdir: pathlib.Path, seeds: int, settings: Sequence[str], only: Sequence[str]
+) -> list[Training]:
+    """All seeds of all configs, the first seed of each first."""
+    names = dict.fromkeys(row.name for rows in GROUPS.values() for row in rows)
+    return [
+        Training(name, seed, tuple(settings), workdir / name / f"seed{seed}")
+        for seed in range(seeds)
+        for name in names
+        if name not in SCORINGS and (not only or name in only)
+    ]
+
+
+def scorings(trained: Sequence[Training], only: Sequence[str]) -> list[Scoring]:
+    return [
+        Scoring(name, training, options)
+        for training in trained
+        for name, (of, options) in SCORINGS.items()
+        if of == training.name and (not only or name in only)
+    ]
+
+
+def make_record(runs: Sequence[Run], settings: Sequence[str]) -> Record:
+    """mIoU by row, in the order of the seeds, and what one image costs."""
+    miou: dict[str, list[float]] = {}
+    gflop: dict[str, float] = {}
+    for run in runs:
+        found = run.miou()
+        assert found is not None  # `run_all` came to its end
+        miou.setdefault(run.name, []).append(found)
+        if isinstance(run, Training) and run.name not in gflop:
+            config = run.last_stage()
+            shapes = data.load(config.data, config.data.eval_split)
+            size = config.data.crop_size[0]
+            macs = summarize(resolve_architecture(config, shapes), size).all.macs
+            gflop[run.name] = round(2 * macs / 1e9, 4)
+    return {
+        "conditions": measure.conditions(),
+        "settings": list(settings),
+        "gflop_an_image": gflop,
+        "miou": miou,
+    }
+
+
+# --- Tables --------------------------------------------------------------------------------------
+
+
+def tables(record: Record) -> str:
+    """Markdown: what each row came to, then the paper's claims beside it."""
+    return "\n".join([*_rows(record), "", *_claims(record)]) + "\n"
+
+
+def _rows(record: Record) -> Iterator[str]:
+    miou, gflop = record["miou"], record["gflop_an_image"]
+    yield "| | config | mIoU, % | least to largest | GFLOP an image |"
+    yield "|---|---|---:|---:|---:|"
+    for title, rows in GROUPS.items():
+        known = [row for row in rows if row.name in miou]
+        if not known:
+            continue
+        yield f"| **{title}** | | | | |"
+        for row in known:
+            values = [100 * value for value in miou[row.name]]
+            config = "" if row.name in SCORINGS else f"`{row.name}`"
+            cost = f"{gflop[row.name]:.3f}" if row.name in gflop else ""
+            spread = f"{min(values):.1f} to {max(values):.1f}"
+            yield f"| {row.words} | {config} | {statistics.mean(values):.1f} | {spread} | {cost} |"
+
+
+def _claims(record: Record) -> Iterator[str]:
+    yield "| the paper's claim | its table | points there | points here | by seed | seen here |"
+    yield "|---|---|---:|---:|---|---|"
+    for claim in CLAIMS:
+        if {claim.better, claim.worse} <= record["miou"].keys():
+            gains = differences(record, claim.better, claim.worse)
+            tables = ", ".join(str(number) for number in dict.fromkeys(claim.tables))
+            by_seed = ", ".join(f"{gain:+.1f}" for gain in gains)
+            yield (
+                f"| {claim.words} | {tables} | {claim.paper[0] - claim.paper[1]:+.2f} | "
+                f"{statistics.mean(gains):+.1f} | {by_seed} | {verdict(gains)} |"
+            )
+
+
+def differences(record: Record, better: str, worse: str) -> list[float]:
+    """Points of mIoU between two rows, seed by seed."""
+    pairs = zip(record["miou"][better], record["miou"][worse], strict=True)
+    return [100 * (one - other) for one, other in pairs]
+
+
+def verdict(gains: Sequence[float]) -> str:
+    """A claim is seen where all seeds agree on it."""
+    if all(gain > 0 for gain in gains):
+        return "yes"
+    return "the opposite" if all(gain < 0 for gain in gains) else "no: seeds disagree"
+
+
+# --- Command -------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    arguments = _parse()
+    only = [name for name in arguments.only.split(",") if name]
+    known = dict.fromkeys(row.name for rows in GROUPS.values() for row in rows)
+    if unknown := set(only) - set(known):
+        raise UserError(f"--only: no row {', '.join(sorted(unknown))}; rows: {', '.join(known)}")
+    if arguments.seeds < 1 or arguments.jobs < 1:
+        raise UserError("--seeds and --jobs must be 1 or more")
+    trained = trainings(arguments.workdir, arguments.seeds, arguments.settings, only)
+    if arguments.draw_only:
+        if arguments.json is None or not arguments.json.is_file():
+            raise UserError("--draw-only needs --json FILE of an earlier study")
+        record = json.loads(arguments.json.read_text())
+    else:
+        scored = scorings(trained, only)
+        run_all(trained, arguments.jobs)
+        run_all(scored, arguments.jobs)
+        record = make_record([*trained, *scored], arguments.settings)
+        if arguments.json:
+            write_bytes(arguments.json, (json.dumps(record, indent=1) + "\n").encode())
+    if arguments.plot:
+        write_png(arguments.plot, plot(record))
+    if arguments.examples:
+        first = {run.name: run for run in trained if run.seed == 0}
+        chosen = [first[name] for name in ("os32", BASE, "os8") if name in first]
+        write_png(arguments.examples, study_figures.examples(chosen))
+    if arguments.markdown:
+        print(tables(record))
+    else:
+        Console().print(Markdown(tables(record)))
+
+
+def plot(record: Record) -> study_figures.Picture:
+    miou = record["miou"]
+    groups = {
+        title: [(row.words, miou.get(row.name, [])) for row in rows]
+        for title, rows in GROUPS.items()
+    }
+    return study_figures.seeds_figure(groups, miou.get(BASE, []))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    path = pathlib.Path
+    parser.add_argument("--workdir", type=path, default=path("runs/study"), help="of all runs")
+    parser.add_argument("--seeds", type=int, default=3, help="random starts of each config")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores")
+    parser.add_argument("--only", default="", help="rows, as in base,os8,eval_os8; default: all")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="settings",
+        help="of each config, as in train.steps=20; may be repeated",
+    )
+    parser.add_argument("--json", type=path, help="write (with --draw-only: read) all numbers here")
+    parser.add_argument("--plot", type=path, help="draw all seeds of all rows here (.png)")
+    parser.add_argument("--examples", type=path, help="draw predictions here (.png)")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown text")
+    parser.add_argument("--draw-only", action="store_true", help="train nothing; show --json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; run again to go on", file=sys.stderr)
+        sys.exit(130)

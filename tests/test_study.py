@@ -1,0 +1,148 @@
+"""`benchmarks/study.py`: runs that resume, verdicts that follow from the seeds, docs that agree."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+
+import pytest
+from drawings import BOUND, committed, difference
+
+from conftest import ROOT
+from deeplab_jax import config as config_lib
+from deeplab_jax.errors import UserError
+
+RECORD = ROOT / "benchmarks" / "results" / "study_cpu.json"
+CONFIGS = {path.stem for path in (ROOT / "configs" / "study").glob("*.py")}
+
+
+@pytest.fixture(scope="module")
+def study():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import study
+
+    yield study
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fake:
+    """A run that appends a letter to a file, or does what else it is told."""
+
+    name: str
+    folder: pathlib.Path
+    code: str = "file.write_text(file.read_text() + 'x' if file.exists() else 'x')"
+    seed: int = 0
+
+    def command(self):
+        file = f"import pathlib; file = pathlib.Path({str(self.folder / self.name)!r})"
+        return [sys.executable, "-S", "-c", f"{file}; {self.code}"]
+
+    @property
+    def log(self):
+        return self.folder / f"{self.name}.log"
+
+    def miou(self):
+        return 0.5 if (self.folder / self.name).exists() else None
+
+
+def test_runs_are_made_once_and_those_that_lack_later(study, tmp_path):
+    runs = [Fake(name, tmp_path) for name in "abc"]
+    study.run_all(runs[:2], jobs=2)
+    study.run_all(runs, jobs=2)
+    assert [(tmp_path / name).read_text() for name in "abc"] == ["x", "x", "x"]
+
+
+def test_a_run_that_fails_ends_the_study_with_its_last_words_and_stops_the_others(study, tmp_path):
+    waits = "import time; file.with_suffix('.began').touch(); time.sleep(60); file.touch()"
+    fails = (
+        "import time, sys\n"
+        "while not file.with_name('slow.began').exists(): time.sleep(0.01)\n"
+        "sys.exit('the disk is gone')"
+    )
+    runs = [Fake("slow", tmp_path, waits), Fake("bad", tmp_path, fails), Fake("later", tmp_path)]
+    with pytest.raises(UserError, match=r"(?s)bad, seed 0: exit code 1; .*the disk is gone"):
+        study.run_all(runs, jobs=2)
+    assert not (tmp_path / "slow").exists()
+    assert not (tmp_path / "later").exists()
+    with pytest.raises(UserError, match="quiet, seed 0: it was stopped"):
+        study.run_all([Fake("quiet", tmp_path, "pass")], jobs=1)
+
+
+def test_a_training_is_finished_when_its_last_step_is_scored(study, tmp_path):
+    run = study.Training("os8", 1, ("train.steps=30", "optimizer.warmup_steps=2"), tmp_path)
+    assert run.miou() is None
+    config = run.last_stage()
+    assert (config.seed, config.train.steps, config.model.output_stride) == (1, 30, 8)
+    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    scored = '{"step": 20, "eval/miou": 0.1}\n{"step": 30, "loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(scored)
+    assert run.miou() is None
+    (tmp_path / "metrics.jsonl").write_text(scored + '{"step": 30, "eval/miou": 0.25}\n{"st')
+    assert run.miou() == 0.25
+    with pytest.raises(UserError, match=r"another config \(seed: 2 here, 1 there\)"):
+        dataclasses.replace(run, seed=2).miou()
+
+
+def test_of_two_stages_the_workdir_holds_the_second(study, tmp_path):
+    run = study.Training("two_stages", 0, (), tmp_path)
+    config = run.last_stage()
+    assert (config.train.steps, config.train.freeze_bn, config.model.output_stride) == (
+        400,
+        True,
+        8,
+    )
+    assert run.checkpoint() == tmp_path / "checkpoints" / "400"
+
+
+def test_every_config_is_a_row_and_every_claim_is_of_rows(study):
+    rows = {row.name for group in study.GROUPS.values() for row in group}
+    assert rows == CONFIGS | set(study.SCORINGS)
+    assert {name for claim in study.CLAIMS for name in (claim.better, claim.worse)} <= rows
+    runs = study.trainings(pathlib.Path("w"), 2, [], ["base", "eval_os8"])
+    assert [(run.name, run.seed) for run in runs] == [("base", 0), ("base", 1)]
+    assert [run.name for run in study.scorings(runs, ["eval_os8"])] == ["eval_os8"] * 2
+
+
+def test_the_papers_numbers_are_those_of_its_tables(study):
+    """As docs/paper.md has them, which its own test holds to the configs."""
+    sections = re.split(r"^## ", (ROOT / "docs" / "paper.md").read_text(), flags=re.MULTILINE)
+    for claim in study.CLAIMS:
+        for number, table in zip(claim.paper, claim.tables, strict=True):
+            (section,) = [
+                text for text in sections if re.match(rf"Tables? (\d+ and )?{table}\b", text)
+            ]
+            assert f"{number:.2f}" in section, claim
+
+
+def test_a_claim_is_seen_where_all_seeds_agree(study):
+    record = {
+        "gflop_an_image": {"base": 0.25, "os32": 0.125},
+        "miou": {
+            "base": [0.5, 0.625, 0.75],
+            "os32": [0.4, 0.6, 0.7],
+            "os8": [0.51, 0.6, 0.8],
+            "shrunk_labels": [0.6, 0.7, 0.8],
+        },
+    }
+    text = study.tables(record)
+    assert "| 16, the base of all below | `base` | 62.5 | 50.0 to 75.0 | 0.250 |" in text
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    seen = {line.split(" | ")[0][2:]: line.split(" | ")[3:] for line in lines}
+    assert seen["output stride 16 over 32"] == ["+5.8", "+10.0, +2.5, +5.0", "yes |"]
+    assert seen["output stride 8 over 16"] == ["+1.2", "+1.0, -2.5, +5.0", "no: seeds disagree |"]
+    assert seen["upsampled logits over shrunk labels"][2] == "the opposite |"
+    assert "mirrored" not in text
+    assert "Multi-grid" in text  # by its base
+
+
+def test_the_document_has_the_recorded_table_and_picture(study):
+    record = json.loads(RECORD.read_text())
+    assert record["settings"] == []
+    assert {len(values) for values in record["miou"].values()} == {3}
+    assert record["miou"].keys() == CONFIGS | set(study.SCORINGS)
+    assert study.tables(record) in (ROOT / "docs" / "study.md").read_text()
+    assert difference(study.plot(record), committed("study")) < BOUND
+    record["miou"]["os8"][0] -= 0.01
+    assert difference(study.plot(record), committed("study")) > BOUND
