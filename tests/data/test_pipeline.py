@@ -341,6 +341,8 @@ class Damaged:
         return self.source[index]
 
 def main(end):
+    # A shell's background jobs inherit that SIGINT is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config = DataConfig(name="shapes", crop_size=(32,), num_workers=2)
     dataset = data.load(config, "train")
     batches = pipeline.train_batches(dataset, config, batch_size=2, seed=0, start_step=0)

@@ -26,7 +26,7 @@ CHANGED = {f"second_stage.{name}" for name in ("steps", "output_stride", "split"
 def get_config():
     config = tiny.get_config()
     config.train = dataclasses.replace(config.train, steps=3, eval_every=0, save_every=1)
-    config.second_stage = STAGE
+    config.second_stage = dataclasses.replace(STAGE)
     return config
 
 
