@@ -11,7 +11,7 @@ from study_runs import Training
 
 import deeplab_jax as dl
 from deeplab_jax import data
-from deeplab_jax.canvas import GREY, INK, LIGHT, Canvas, Color, text_width
+from deeplab_jax.canvas import BLUE, GREY, INK, LIGHT, VERMILLION, Canvas, Color, text_width
 from deeplab_jax.errors import UserError
 from deeplab_jax.labels import LabelSet
 from deeplab_jax.visualize import colorize
@@ -21,7 +21,7 @@ Picture = UInt8[np.ndarray, "h w 3"]
 _LEFT, _RIGHT, _ROW, _TITLE = 430, 40, 24, 40  # pixels
 _WIDTH = 960
 _SPAN = 0.4  # mIoU from left to right; what lies farther left is written
-_DOT, _MEAN = (0, 114, 178), (213, 94, 0)  # told apart by all eyes (Okabe and Ito 2008)
+_DOT, _MEAN = BLUE, VERMILLION
 _BAND: Color = (240, 240, 240)
 
 

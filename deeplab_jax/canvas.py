@@ -17,6 +17,15 @@ _FINE = 3
 Color = tuple[int, int, int]
 Point = tuple[float, float]
 
+# Okabe and Ito's colours, which the colour-blind can tell apart too.
+ORANGE: Color = (230, 159, 0)
+SKY: Color = (86, 180, 233)
+GREEN: Color = (0, 158, 115)
+YELLOW: Color = (240, 228, 66)
+BLUE: Color = (0, 114, 178)
+VERMILLION: Color = (213, 94, 0)
+PURPLE: Color = (204, 121, 167)
+
 
 class Canvas:
     """White, `width` by `height` pixels; all arguments are in these."""

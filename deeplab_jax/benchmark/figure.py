@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from deeplab_jax.canvas import GREY, Canvas, Color
+from deeplab_jax.canvas import BLUE, GREY, ORANGE, Canvas, Color
 
 _WIDTH, _LEFT, _RIGHT = 960, 300, 170  # pixels
 _BAR, _STEP, _CASE = 16, 24, 50
-_OURS: Color = (0, 114, 178)  # told apart by all eyes (Okabe and Ito 2008)
+_OURS, _BEST = BLUE, ORANGE
 _THEIRS: Color = (200, 200, 200)
-_BEST: Color = (230, 159, 0)
 
 
 def speed_figure(result: dict[str, Any]) -> UInt8[np.ndarray, "h w 3"]:

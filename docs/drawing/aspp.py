@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from deeplab_jax import summary as summaries
-from deeplab_jax.canvas import GREY, INK, Canvas, Color
+from deeplab_jax.canvas import GREY, INK, ORANGE, PURPLE, SKY, VERMILLION, Canvas, Color
 from deeplab_jax.figures import model_figure
 from deeplab_jax.models.architecture import Architecture, architecture
 from deeplab_jax.models.atrous import atrous_conv
@@ -19,11 +19,7 @@ from deeplab_jax.receptive_field import SHARE, EffectiveField, effective_field
 from drawing.network import SIZE, summary_of
 from drawing.sheet import (
     MARGIN,
-    ORANGE,
-    PURPLE,
-    SKY,
     STRIDE_COLORS,
-    VERMILLION,
     WIDTH,
     Picture,
     colored,

@@ -9,15 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from deeplab_jax.canvas import GREY, LIGHT, Canvas
+from deeplab_jax.canvas import BLUE, GREY, LIGHT, ORANGE, VERMILLION, Canvas
 from deeplab_jax.models.atrous import atrous_conv
 from drawing.labels import images
 from drawing.sheet import (
-    BLUE,
     MARGIN,
-    ORANGE,
     PAPER,
-    VERMILLION,
     WIDTH,
     Picture,
     colored,

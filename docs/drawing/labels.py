@@ -9,7 +9,20 @@ import numpy as np
 from jaxtyping import Float, Float32, Int, UInt8
 from scipy import ndimage
 
-from deeplab_jax.canvas import GREY, INK, Canvas, Color, text_width
+from deeplab_jax.canvas import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    YELLOW,
+    Canvas,
+    Color,
+    text_width,
+)
 from deeplab_jax.config import DataConfig, ShapesConfig
 from deeplab_jax.data import shapes
 from deeplab_jax.data.dataset import Example
@@ -17,16 +30,9 @@ from deeplab_jax.evaluation.confusion import count, scores
 from deeplab_jax.labels import IGNORE
 from deeplab_jax.models.resize import TransposedDecoder, bilinear_matrix
 from drawing.sheet import (
-    BLUE,
-    GREEN,
     MARGIN,
-    ORANGE,
     PAPER,
-    PURPLE,
-    SKY,
-    VERMILLION,
     WIDTH,
-    YELLOW,
     Axes,
     Picture,
     colored,

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from deeplab_jax import summary as summaries
-from deeplab_jax.canvas import GREY, INK, LIGHT, Canvas
+from deeplab_jax.canvas import GREY, INK, LIGHT, VERMILLION, Canvas
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.convolutions import Convolution
 from deeplab_jax.summary import Part, Summary
 from drawing.sheet import (
     MARGIN,
     STRIDE_COLORS,
-    VERMILLION,
     WIDTH,
     Picture,
     fitting,

@@ -18,15 +18,6 @@ WIDTH = 900  # pixels, about as many as a page on GitHub shows
 MARGIN = 20
 PAPER: Color = (255, 255, 255)
 
-# Okabe and Ito's colours, which the colour-blind can tell apart too.
-ORANGE: Color = (230, 159, 0)
-SKY: Color = (86, 180, 233)
-GREEN: Color = (0, 158, 115)
-YELLOW: Color = (240, 228, 66)
-BLUE: Color = (0, 114, 178)
-VERMILLION: Color = (213, 94, 0)
-PURPLE: Color = (204, 121, 167)
-
 # From light to dark with the output stride.
 STRIDE_COLORS: dict[int | None, Color] = {
     1: (246, 246, 246),

@@ -6,10 +6,15 @@ import dataclasses
 
 import numpy as np
 
-from deeplab_jax.canvas import GREY, Canvas
+from deeplab_jax.canvas import BLUE, GREEN, GREY, ORANGE, Canvas
 from deeplab_jax.config import Config
 from deeplab_jax.training.optimizer import poly_schedule
-from drawing.sheet import BLUE, GREEN, MARGIN, ORANGE, WIDTH, Axes, Picture
+from drawing.sheet import (
+    MARGIN,
+    WIDTH,
+    Axes,
+    Picture,
+)
 
 
 def poly() -> Picture:

@@ -11,12 +11,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import Literal
 
-from deeplab_jax.canvas import GREY, INK, Canvas, Color, Point
+from deeplab_jax.canvas import GREY, INK, VERMILLION, Canvas, Color, Point
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.atrous import using
 from deeplab_jax.models.layers import LayerMaker
 from deeplab_jax.models.resnet import SPECS, plan_stages
-from drawing.sheet import MARGIN, VERMILLION, WIDTH, Picture, down_arrow
+from drawing.sheet import (
+    MARGIN,
+    WIDTH,
+    Picture,
+    down_arrow,
+)
 
 # Title, architecture and its choices: the first unit of block3 in each.
 UNITS: tuple[tuple[tuple[str, str], str, dict[str, Any]], ...] = (
