@@ -67,7 +67,7 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
 
     try:
         result = json.loads(file.read_text())
-        assert result["rows"][0]["theirs_by_mode"] is not None
+        dict(result["rows"][0]["theirs_by_mode"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"--recorded {file}: no results of `deeplab-jax bench`: {error}") from error
     return dict(result)

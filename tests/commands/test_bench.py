@@ -105,6 +105,14 @@ def test_table_and_json(sides, monkeypatch, capsys, tmp_path):
     assert {"date", "device", "versions"} <= result.keys()
 
 
+@pytest.mark.parametrize("content", ["[", "{}", '{"rows": [{"theirs_by_mode": null}]}'])
+def test_a_file_of_other_things_is_no_result(content, monkeypatch, capsys, tmp_path):
+    (tmp_path / "other.json").write_text(content)
+    code, _, err = run(monkeypatch, capsys, "--recorded", tmp_path / "other.json")
+    assert code == 2
+    assert "no results of `deeplab-jax bench`" in err
+
+
 @pytest.mark.parametrize("machine", ["cpu", "h100"])
 def test_recorded_results_are_shown_and_drawn_as_in_docs(machine, monkeypatch, capsys, tmp_path):
     record = ROOT / "benchmarks" / "results" / f"bench_{machine}.json"
