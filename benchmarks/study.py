@@ -6,7 +6,7 @@ other ways too. Writes what was found as JSON, draws it, and prints the tables o
     python benchmarks/study.py --jobs 2               # an hour and a half on two cores
     python benchmarks/study.py --only base,os8 --seeds 1
     python benchmarks/study.py --set train.steps=20 --workdir runs/trial   # does it run here?
-    python benchmarks/study.py --json study.json --draw-only --plot study.png
+    python benchmarks/study.py --recorded study.json --plot study.png
 
 Run again with the same --workdir, it goes on where it stopped. On a GPU, one run at a time is best.
 """
@@ -238,10 +238,10 @@ def main() -> None:
     if arguments.seeds < 1 or arguments.jobs < 1:
         raise UserError("--seeds and --jobs must be 1 or more")
     trained = trainings(arguments.workdir, arguments.seeds, arguments.settings, only)
-    if arguments.draw_only:
-        if arguments.json is None or not arguments.json.is_file():
-            raise UserError("--draw-only needs --json FILE of an earlier study")
-        record = json.loads(arguments.json.read_text())
+    if arguments.recorded:
+        if not arguments.recorded.is_file():
+            raise UserError(f"--recorded: there is no file {arguments.recorded}")
+        record = json.loads(arguments.recorded.read_text())
     else:
         scored = scorings(trained, only)
         run_all(trained, arguments.jobs)
@@ -287,11 +287,11 @@ def _parse() -> argparse.Namespace:
         dest="settings",
         help="of each config, as in train.steps=20; may be repeated",
     )
-    parser.add_argument("--json", type=path, help="write (with --draw-only: read) all numbers here")
+    parser.add_argument("--json", type=path, help="write all numbers here")
     parser.add_argument("--plot", type=path, help="draw all seeds of all rows here (.png)")
     parser.add_argument("--examples", type=path, help="draw predictions here (.png)")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown text")
-    parser.add_argument("--draw-only", action="store_true", help="train nothing; show --json")
+    parser.add_argument("--recorded", type=path, help="show what --json wrote, and train nothing")
     return parser.parse_args()
 
 

@@ -146,3 +146,27 @@ def test_the_document_has_the_recorded_table_and_picture(study):
     assert difference(study.plot(record), committed("study")) < BOUND
     record["miou"]["os8"][0] -= 0.01
     assert difference(study.plot(record), committed("study")) > BOUND
+
+
+def test_a_recorded_study_is_shown_and_drawn_without_training(study, monkeypatch, capsys, tmp_path):
+    plot = tmp_path / "study.png"
+    options = ["--recorded", str(RECORD), "--plot", str(plot), "--markdown"]
+    monkeypatch.setattr(sys, "argv", ["study", "--workdir", str(tmp_path / "runs"), *options])
+    study.main()
+    assert capsys.readouterr().out.strip() == study.tables(json.loads(RECORD.read_text())).strip()
+    assert plot.exists()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recorded", "none.json"], "there is no file none.json"),
+        (["--only", "base,os9"], "no row os9; rows: os32, base"),
+        (["--jobs", "0"], "must be 1 or more"),
+    ],
+)
+def test_mistakes(study, options, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["study", *options])
+    with pytest.raises(UserError, match=message):
+        study.main()
