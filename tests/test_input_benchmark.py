@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import ROOT
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data.augment import augment
 from deeplab_jax.labels import IGNORE
@@ -14,9 +13,7 @@ from deeplab_jax.labels import IGNORE
 
 @pytest.fixture(scope="module")
 def benchmark():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    yield importlib.import_module("input_pipeline"), importlib.import_module("torchvision_input")
-    sys.path.remove(str(ROOT / "benchmarks"))
+    return importlib.import_module("input_pipeline"), importlib.import_module("torchvision_input")
 
 
 def test_both_sides_read_the_same_files_into_the_same_crops(benchmark, tmp_path, monkeypatch):

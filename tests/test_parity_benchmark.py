@@ -1,6 +1,6 @@
 """`benchmarks/parity.py`: it measures, resumes and tells what is broken, and docs quote it."""
 
-import importlib.util
+import importlib
 import json
 import pathlib
 
@@ -13,10 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def parity():
-    spec = importlib.util.spec_from_file_location("parity", ROOT / "benchmarks" / "parity.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("parity")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """`benchmarks/study.py`: runs that resume, verdicts that follow from the seeds, docs that agree."""
 
 import dataclasses
+import importlib
 import json
 import pathlib
 import re
@@ -19,11 +20,7 @@ CONFIGS = {path.stem for path in (ROOT / "configs" / "study").glob("*.py")}
 
 @pytest.fixture(scope="module")
 def study():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import study
-
-    yield study
-    sys.path.remove(str(ROOT / "benchmarks"))
+    return importlib.import_module("study")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Meshes: what is computed does not depend on them, and what cannot be divided is refused."""
 
-import importlib.util
+import importlib
 
 import jax
 import numpy as np
@@ -16,10 +16,7 @@ from deeplab_jax.parallel.mesh import make_mesh
 @pytest.fixture(scope="module")
 def benchmark():
     """`benchmarks/mesh.py`, of whose cases some are run here, and all in its recorded results."""
-    spec = importlib.util.spec_from_file_location("mesh", ROOT / "benchmarks" / "mesh.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
+    yield importlib.import_module("mesh")
     jax.config.update("jax_enable_x64", False)
 
 

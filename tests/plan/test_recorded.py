@@ -1,23 +1,12 @@
 """docs/plan.md and docs/pods.md quote what the benchmarks of plans and meshes recorded."""
 
-import importlib.util
+import importlib
 import json
 import re
-import sys
 
 import pytest
 
 from conftest import ROOT
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(
-        f"{name}_benchmark", ROOT / "benchmarks" / f"{name}.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look up their names
-    spec.loader.exec_module(module)
-    return module
 
 
 def result(name):
@@ -35,7 +24,7 @@ def tables(text):
 
 @pytest.fixture(scope="module")
 def plan():
-    return load("plan"), result("plan_tpu")["rows"]
+    return importlib.import_module("plan"), result("plan_tpu")["rows"]
 
 
 def test_the_plan_is_quoted(plan):
