@@ -77,9 +77,13 @@ def bilinear_matrix(out_size: Size, in_size: Size) -> Any:
     if export.is_symbolic_dim(out_size) or export.is_symbolic_dim(in_size):
         sizes = (jnp.asarray([size], jnp.int32) for size in (out_size, in_size))
         return _bilinear_matrices(out_size, in_size, *sizes)[0]
-    centres = (np.arange(out_size) + 0.5) * in_size / out_size - 0.5
-    centres = np.clip(centres, 0, in_size - 1)
-    return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(in_size)[None, :]))
+    places = np.clip(centres(out_size, in_size), 0, in_size - 1)
+    return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(in_size)[None, :]))
+
+
+def centres(pixels: int, others: int) -> Float[np.ndarray, " pixels"]:
+    """Where the middles of a side's pixels lie on a side of others that covers the same."""
+    return (np.arange(pixels) + 0.5) * others / pixels - 0.5
 
 
 def _bilinear_matrices(

@@ -17,11 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from deeplab_jax.config import LossConfig
 from deeplab_jax.labels import IGNORE
-from deeplab_jax.models.resize import bilinear_matrix, for_each_image, product, resize_bilinear
+from deeplab_jax.models.resize import (
+    bilinear_matrix,
+    centres,
+    for_each_image,
+    product,
+    resize_bilinear,
+)
 
 Logits = Float[Array, "n h w classes"]
 Labels = UInt8[Array, "n h w"]
@@ -67,14 +73,10 @@ def shrink_labels(labels: Labels, stride: int) -> UInt8[Array, "n ho wo"]:
 
     Source: arXiv 1706.05587, section 4.1, "Upsampling logits": earlier DeepLabs trained so.
     """
-    rows, columns = (_upsampled_places(size, stride) for size in labels.shape[1:])
+    rows, columns = (
+        np.rint(centres(-(-size // stride), size)).astype(np.int32) for size in labels.shape[1:]
+    )
     return labels[:, rows][:, :, columns]
-
-
-def _upsampled_places(size: int, stride: int) -> Int[np.ndarray, " places"]:
-    """Of `size` pixels those nearest to the centres of a map that is resized to them."""
-    places = -(-size // stride)
-    return np.rint((np.arange(places) + 0.5) * size / places - 0.5).astype(np.int32)
 
 
 def mean(total: Scalar, count: Scalar) -> Scalar:
