@@ -155,8 +155,7 @@ def through_stride(label: Ids, stride: int, method: str) -> Ids:
       stride: pixels.
       method: "nearest": ids at the centres, repeated. "bilinear": scores of 0 and 1 of the ids at
         the centres, resized as logits are. "shares": scores that are each class's share of a cell.
-        "grid": as "bilinear", of the ids at each `stride`-th pixel, as `loss.upsample=False` takes
-        them.
+        "grid": as "bilinear", of the ids at each `stride`-th pixel from the first on.
     """
     size = label.shape[0]
     side = -(-size // stride)
