@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import itertools
+import math
 from collections.abc import Callable, Collection, Iterator
 
 import jax
@@ -15,6 +17,7 @@ from jaxtyping import Array, Float
 from deeplab_jax.models.operations import Size
 
 Method = Callable[..., Float[Array, "n ho wo cout"]]
+Gradient = Callable[[Array], tuple[Array, Array]]
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("method", default=None)
 
@@ -73,10 +76,12 @@ def atrous_conv(
     if method is not None:
         return METHODS[method](x, kernel, stride=stride, rate=rate)
     native = functools.partial(_native, stride=stride, rate=rate)
-    chosen = {}
-    if _taps_win_on_cpu(x.shape, kernel.shape, stride, rate):
+    chosen: dict[str, Callable[..., Array]] = {}
+    if _is_product(x.shape, kernel.shape, stride):
         chosen["cpu"] = functools.partial(_valid_taps, stride=stride, rate=rate)
-    if stride == 1 and rate > 1 and not _any_size(x.shape):
+    elif stride == 1 and rate > 1 and not _any_size(x.shape):
+        if _taps_win_on_cpu(x.shape, kernel.shape, rate):
+            chosen["cpu"] = functools.partial(_on_cpu, rate=rate)
         chosen["cuda"] = functools.partial(_on_cuda, rate=rate)
     if not chosen:
         return native(x, kernel)
@@ -105,19 +110,9 @@ def _native(x: Array, kernel: Array, *, stride: int, rate: int) -> Array:
 def _valid_taps(x: Array, kernel: Array, *, stride: int, rate: int) -> Array:
     """One matrix product a tap, over the window where the tap falls on the map; nothing else."""
     _, height, width, _ = x.shape
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
     centre = kernel.shape[0] // 2
-
-    def product(row: int, column: int, rows: slice, columns: slice) -> Array:
-        return jnp.einsum(
-            "nhwc,cd->nhwd",
-            x[:, rows, columns],
-            kernel[row, column],
-            preferred_element_type=accumulator,
-        )
-
     # The centre's tap is valid everywhere, so it starts the sum; of a 1x1 kernel it is all.
-    out = product(centre, centre, slice(None, None, stride), slice(None, None, stride))
+    out = _product(x[:, ::stride, ::stride], kernel[centre, centre])
     for row, dy in enumerate(_offsets(kernel.shape[0], rate)):
         for column, dx in enumerate(_offsets(kernel.shape[1], rate)):
             if (dy, dx) == (0, 0):
@@ -127,8 +122,43 @@ def _valid_taps(x: Array, kernel: Array, *, stride: int, rate: int) -> Array:
                 continue
             rows = slice(top * stride + dy, (bottom - 1) * stride + dy + 1, stride)
             columns = slice(left * stride + dx, (right - 1) * stride + dx + 1, stride)
-            out = out.at[:, top:bottom, left:right].add(product(row, column, rows, columns))
+            product = _product(x[:, rows, columns], kernel[row, column])
+            out = out.at[:, top:bottom, left:right].add(product)
     return out.astype(x.dtype)
+
+
+def _valid_blocks(x: Array, kernel: Array, *, stride: int, rate: int) -> Array:
+    """The same products by blocks of the map, so that its pixels are copied once.
+
+    The windows of `_valid_taps` overlap; blocks between all their edges do not. A block's products
+    with the taps that are valid on all of it are added where these taps lay it.
+    """
+    _, height, width, _ = x.shape
+    offsets = _offsets(kernel.shape[0], rate)
+    centre = kernel.shape[0] // 2
+    out = _product(x, kernel[centre, centre])
+    for (top, bottom), rows in _blocks(height, offsets):
+        for (left, right), columns in _blocks(width, offsets):
+            block = x[:, top:bottom, left:right]
+            for row, column in itertools.product(rows, columns):
+                if row == column == centre:
+                    continue
+                dy, dx = offsets[row], offsets[column]
+                where = (slice(top - dy, bottom - dy), slice(left - dx, right - dx))
+                out = out.at[:, *where].add(_product(block, kernel[row, column]))
+    return out[:, ::stride, ::stride].astype(x.dtype)
+
+
+def _product(x: Array, weights: Array) -> Array:
+    """`[n h w cin]` times `[cin cout]`, as a product of two matrices.
+
+    Of `[n h w cin]` itself XLA:CPU would lay the cotangent out anew for the weights' gradient.
+    """
+    n, height, width, channels = x.shape
+    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    pixels = x.reshape(n * height * width, channels)
+    product = jnp.dot(pixels, weights, preferred_element_type=accumulator)
+    return product.reshape(n, height, width, weights.shape[1])
 
 
 def _phases(x: Array, kernel: Array, *, stride: int, rate: int) -> Array:
@@ -159,7 +189,12 @@ def _phases(x: Array, kernel: Array, *, stride: int, rate: int) -> Array:
     return y.reshape(n, tall * rows, wide * columns, -1)[:, :height:stride, :width:stride]
 
 
-METHODS: dict[str, Method] = {"native": _native, "valid_taps": _valid_taps, "phases": _phases}
+METHODS: dict[str, Method] = {
+    "native": _native,
+    "valid_taps": _valid_taps,
+    "valid_blocks": _valid_blocks,
+    "phases": _phases,
+}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -199,39 +234,58 @@ def _on_cuda_backward(
 _on_cuda.defvjp(_on_cuda_forward, _on_cuda_backward)
 
 
-def _taps_win_on_cpu(
-    x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], stride: int, rate: int
-) -> bool:
-    """Whether XLA:CPU is faster with products than with its convolution.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _on_cpu(x: Array, kernel: Array, rate: int) -> Array:
+    """Products over valid taps: by blocks, or where gradients are wanted by whole windows.
 
-    Measured on two cores, float32, forward and both gradients, native over valid taps:
+    Measured on two cores, float32, milliseconds of native / taps / blocks (oneDNN through PyTorch):
 
-    | kernel, channels, map, rate              | share of valid taps | ratio of times |
-    |------------------------------------------|---------------------|----------------|
-    | 1x1, 1024 -> 256, 33x33                  | 1                   | 1.7            |
-    | 1x1, 2048 -> 512, 33x33                  | 1                   | 2.9            |
-    | 1x1, 64 -> 256, 65x65                    | 1                   | 2.6            |
-    | 3x3, 512 -> 512, 33x33, rate 4           | 0.84                | 0.8            |
-    | 3x3, 2048 -> 256, 33x33, rate 6          | 0.77                | 1.2 (forward 0.8) |
-    | 3x3, 512 -> 512, 33x33, rate 8           | 0.70                | 1.1            |
-    | 3x3, 2048 -> 256, 33x33, rate 12         | 0.57                | 1.5            |
-    | 3x3, 2048 -> 256, 33x33, rate 18         | 0.40                | 2.4            |
-    | 3x3, 64 -> 64, 33x33, rate 16            | 0.46                | 0.7            |
-
-    So 1x1 kernels always gain, larger ones where much of the work is dead and each product is
-    large enough to be worth a call.
+    | kernel, channels, maps, rate         | valid | forward              | with both gradients    |
+    |--------------------------------------|-------|----------------------|------------------------|
+    | 3x3, 256 -> 256, 2x33x33, rate 2     | 0.92  | 14 / 11 / 8 (6)      | 29 / 35 / 42 (24)      |
+    | 3x3, 512 -> 512, 2x33x33, rate 2     | 0.92  | 35 / 36 / 36 (26)    | 99 / 98 / 122 (78)     |
+    | 3x3, 512 -> 512, 4x33x33, rate 4     | 0.84  | 60 / 66 / 68 (47)    | 211 / 183 / 209 (156)  |
+    | 3x3, 512 -> 512, 1x65x65, rate 8     | 0.84  | 58 / 62 / 67 (42)    | 231 / 177 / 212 (158)  |
+    | 3x3, 128 -> 128, 1x65x65, rate 12    | 0.77  | 7 / 7 / 3 (3)        | 18 / 13 / 13 (8)       |
+    | 3x3, 256 -> 256, 1x65x65, rate 12    | 0.77  | 20 / 21 / 15 (9)     | 61 / 54 / 62 (37)      |
+    | 3x3, 2048 -> 256, 1x65x65, rate 12   | 0.77  | 203 / 153 / 118 (91) | 595 / 402 / 470 (394)  |
+    | 3x3, 2048 -> 256, 2x33x33, rate 12   | 0.57  | 122 / 52 / 44 (33)   | 327 / 144 / 205 (131)  |
+    | 3x3, 2048 -> 256, 1x65x65, rate 24   | 0.57  | 287 / 105 / 79 (67)  | 742 / 301 / 364 (304)  |
+    | 3x3, 2048 -> 256, 1x65x65, rate 36   | 0.40  | 396 / 68 / 64 (51)   | 872 / 209 / 224 (397)  |
     """
-    _, height, width, in_channels = x_shape
-    kernel_size, _, kernel_channels, _ = kernel_shape
-    if kernel_channels != in_channels:  # groups
+    method = _valid_blocks if _valid(x.shape, kernel.shape, rate) <= 0.8 else _native
+    return method(x, kernel, stride=1, rate=rate)
+
+
+def _on_cpu_forward(x: Array, kernel: Array, rate: int) -> tuple[Array, Gradient]:
+    return jax.vjp(functools.partial(_valid_taps, stride=1, rate=rate), x, kernel)
+
+
+def _on_cpu_backward(_: int, gradient: Gradient, cotangent: Array) -> tuple[Array, Array]:
+    return gradient(cotangent)
+
+
+_on_cpu.defvjp(_on_cpu_forward, _on_cpu_backward)
+
+
+def _taps_win_on_cpu(x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], rate: int) -> bool:
+    """Whether enough of the work falls into the padding for `_on_cpu` to gain, by its table."""
+    _, _, kernel_channels, _ = kernel_shape
+    grouped = kernel_channels != x_shape[3]
+    return not grouped and kernel_channels >= 64 and _valid(x_shape, kernel_shape, rate) <= 0.85
+
+
+def _valid(x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], rate: int) -> float:
+    """Share of the taps that fall on the map, 0..1."""
+    return math.prod(valid_share(size, kernel_shape[0], rate=rate) for size in x_shape[1:3])
+
+
+def _is_product(x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], stride: int) -> bool:
+    """Whether it is one matrix product, which on CPU is 1.7 to 2.9 times as fast with gradients."""
+    side, _, kernel_channels, _ = kernel_shape
+    if side > 1 or kernel_channels != x_shape[3]:
         return False
-    if _any_size(x_shape):  # the strided product's size is the same, but JAX cannot tell
-        return kernel_size == stride == 1
-    if kernel_size == 1:
-        return True
-    share = valid_share(height, kernel_size, stride=stride, rate=rate)
-    share *= valid_share(width, kernel_size, stride=stride, rate=rate)
-    return share <= 0.71 and in_channels >= 256
+    return stride == 1 or not _any_size(x_shape)  # else JAX cannot tell that the sizes agree
 
 
 def _any_size(x_shape: tuple[Size, ...]) -> bool:
@@ -249,6 +303,19 @@ def _span(size: int, offset: int, stride: int) -> tuple[int, int]:
     start = max(0, -(offset // stride))
     stop = min((size - 1 - offset) // stride + 1, -(-size // stride))
     return (start, stop) if start < stop else (0, 0)
+
+
+def _blocks(size: int, offsets: list[int]) -> list[tuple[tuple[int, int], list[int]]]:
+    """Start and stop of the blocks of an axis, and the taps at `offsets` that all of it gives to.
+
+    Pixel s gives to output s - offset, where the map has that.
+    """
+    ends = (min(max(end, 0), size) for offset in offsets for end in (offset, size + offset))
+    cuts = sorted({0, size, *ends})
+    return [
+        ((start, stop), [k for k, at in enumerate(offsets) if at <= start and stop <= size + at])
+        for start, stop in itertools.pairwise(cuts)
+    ]
 
 
 def _check(

@@ -1,5 +1,6 @@
 """Atrous convolution against a float64 loop, a dense kernel with zeros, torch's gradients."""
 
+import functools
 import itertools
 
 import jax
@@ -123,25 +124,34 @@ def test_gradients_equal_torch(x64, method, h, w, k, stride, rate):
     np.testing.assert_allclose(ours[1], torch_kernel.grad.numpy().transpose(2, 3, 1, 0), atol=1e-11)
 
 
-@pytest.mark.parametrize(("h", "w", "rate"), [(7, 9, 2), (5, 9, 7), (19, 17, 8)])
-def test_what_cuda_is_given_has_the_gradients_of_the_native_one(x64, h, w, rate):
+@pytest.mark.parametrize("chosen", [atrous._on_cpu, atrous._on_cuda])
+@pytest.mark.parametrize(("h", "w", "rate"), [(7, 9, 2), (5, 9, 7), (19, 17, 3), (19, 17, 8)])
+def test_what_a_platform_is_given_has_the_gradients_of_the_native_one(x64, chosen, h, w, rate):
     x, kernel = (jnp.asarray(a) for a in random_case(h, w, 3))
 
     def gradients(conv):
         value, gradient = jax.vjp(conv, x, kernel)
         return value, *gradient(jnp.cos(value))
 
-    ours = jax.jit(gradients, static_argnums=0)(lambda *a: atrous._on_cuda(*a, rate))
-    native = jax.jit(gradients, static_argnums=0)(lambda *a: atrous_conv(*a, rate=rate))
-    for mine, theirs in zip(ours, native, strict=True):
+    def native(x, kernel):
+        return atrous_conv(x, kernel, rate=rate, method="native")
+
+    def on_platform(x, kernel):
+        return chosen(x, kernel, rate)
+
+    expected = jax.jit(gradients, static_argnums=0)(native)
+    ours = jax.jit(gradients, static_argnums=0)(on_platform)
+    for mine, theirs in zip(ours, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-11)
+    # What is not differentiated may be computed otherwise.
+    np.testing.assert_allclose(jax.jit(on_platform)(x, kernel), expected[0], atol=1e-12)
 
 
 def test_one_method_everywhere():
     with atrous.using("phases"):
         assert "convolution" in lowered("cpu", 1, 64, 33, 1)
     assert "convolution" not in lowered("cpu", 1, 64, 33, 1)
-    message = "one of native, valid_taps, phases, got 'fast'"
+    message = "one of native, valid_taps, valid_blocks, phases, got 'fast'"
     with pytest.raises(ValueError, match=message), atrous.using("fast"):
         pass
 
@@ -175,9 +185,10 @@ def lowered(platform, k, in_channels, size, rate, gradient=False):
     ("platform", "k", "in_channels", "size", "rate", "products"),
     [
         ("cpu", 1, 64, 33, 1, True),
-        ("cpu", 3, 2048, 33, 6, False),  # 77 % of the taps are valid
-        ("cpu", 3, 2048, 33, 12, True),  # 57 %
-        ("cpu", 3, 64, 33, 18, False),  # 40 %, but of too few channels
+        ("cpu", 3, 512, 33, 2, False),  # 92 % of the taps are valid
+        ("cpu", 3, 2048, 33, 6, True),  # 77 %
+        ("cpu", 3, 64, 33, 18, True),
+        ("cpu", 3, 32, 33, 18, False),  # 40 %, but of too few channels
         ("tpu", 1, 64, 33, 1, False),
         ("tpu", 3, 2048, 33, 18, False),
         ("cuda", 3, 2048, 33, 18, False),
@@ -189,6 +200,27 @@ def test_the_method_is_chosen_when_lowering(
     text = lowered(platform, k, in_channels, size, rate, gradient)
     assert ("stablehlo.dot_general" in text) == products
     assert ("stablehlo.convolution" in text) != products
+
+
+def test_on_cpu_forward_and_gradients_have_limits_of_their_own():
+    assert "stablehlo.convolution" in lowered("cpu", 3, 512, 33, 4)  # 84 %
+    assert "stablehlo.convolution" not in lowered("cpu", 3, 512, 33, 4, gradient=True)
+
+
+def test_blocks_read_each_pixel_once(x64):
+    """Beyond the centre's product with the whole map, the slices add up to its pixels."""
+
+    def sizes(size, rate):
+        conv = functools.partial(atrous_conv, rate=rate, method="valid_blocks")
+        shapes = (jnp.zeros((1, size, size, 1)), jnp.zeros((3, 3, 1, 1)))
+        equations = jax.make_jaxpr(conv)(*shapes).eqns
+        return [
+            e.outvars[0].aval.size
+            for e in equations
+            if e.primitive.name == "slice" and e.invars[0].aval.shape == (1, size, size, 1)
+        ]
+
+    assert sum(sizes(33, 12)) == sum(sizes(33, 20)) == 33**2
 
 
 @pytest.mark.parametrize(
@@ -204,7 +236,7 @@ def test_valid_share_counts_taps(size, k, stride, rate):
 def test_the_rule_of_choice_reads_both_axes():
     wide, tall = (1, 8, 200, 256), (1, 200, 8, 256)
     for shape in (wide, tall):  # one axis has only its centre's taps left
-        assert atrous._taps_win_on_cpu(shape, (3, 3, 256, 8), 1, 8)
+        assert atrous._taps_win_on_cpu(shape, (3, 3, 256, 8), 8)
 
 
 @pytest.mark.parametrize(
