@@ -33,7 +33,8 @@ def build(case: Case) -> Built:
     return _build_forward(case) if case.kind == "forward" else _build_train(case)
 
 
-def _model(case: Case) -> FunctionalModel:
+def model_of(case: Case) -> FunctionalModel:
+    """torchvision's architecture in the size of a case."""
     chosen = architecture(
         f"torchvision_{case.backbone}",
         num_classes=NUM_CLASSES,
@@ -45,7 +46,7 @@ def _model(case: Case) -> FunctionalModel:
 
 
 def _build_forward(case: Case) -> Built:
-    model = _model(case)
+    model = model_of(case)
     begun = time.perf_counter()
     variables = model.init(jax.random.key(0))
     images = _images(case)
@@ -69,7 +70,7 @@ def _build_forward(case: Case) -> Built:
 
 
 def _build_train(case: Case) -> Built:
-    model = _model(case)
+    model = model_of(case)
     begun = time.perf_counter()
     config = Config(
         optimizer=OptimizerConfig(
@@ -132,6 +133,6 @@ def dense_flops(case: Case) -> float:
     All taps count, also those that fall into the padding; a train step counts three times its
     forward pass, whose convolutions have two gradients.
     """
-    found = convolutions(_model(case), case.height, case.width)
+    found = convolutions(model_of(case), case.height, case.width)
     forward = 2.0 * case.batch * sum(conv.macs for conv in found)
     return forward * (3 if case.kind == "train" else 1)

@@ -77,6 +77,8 @@ def build(case: Case, mode: str) -> Built:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
+    # Else a case of another size is compiled for any size, and after eight cases not at all.
+    torch.compiler.reset()
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

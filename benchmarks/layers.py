@@ -1,0 +1,278 @@
+"""Where a case's time goes: each convolution alone, in turns with PyTorch's, and what is left.
+
+    python benchmarks/layers.py                          # the first case of `deeplab-jax bench`
+    python benchmarks/layers.py "train resnet50 os8" --json layers.json
+    python benchmarks/layers.py --recorded layers.json   # the tables again; measures nothing
+
+Convolutions of one shape are measured once and counted as often as they occur; of a training step
+forward and gradients together. The bound is the roofline: no less than the arithmetic of the taps
+on the map takes at the speed of the machine's best matrix product, nor than reading and writing
+each map and kernel once takes at the speed of a large copy. What is left is the whole program
+without its convolutions: batch norm, relu, pooling, resizing, the loss, the optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from deeplab_jax.benchmark import measure, ours, theirs
+from deeplab_jax.benchmark.cases import Built, Case, cases
+from deeplab_jax.models.atrous import atrous_conv
+from deeplab_jax.models.convolutions import Convolution, convolutions
+
+_COPIED = {"cpu": 2**28, "gpu": 2**31}  # bytes
+_THEIR_MODES = {"float32": "channels_last", "bfloat16": "channels_last, autocast"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What makes convolutions equal; channels of the input first, then of the output.
+
+    Attributes:
+      reads_image: the first of a model, whose input wants no gradient.
+    """
+
+    kernel_size: int
+    channels: tuple[int, int]
+    map: tuple[int, int]
+    stride: int
+    rate: int
+    reads_image: bool
+
+    @classmethod
+    def of(cls, conv: Convolution) -> Shape:
+        height, width, channels = conv.in_shape
+        out = conv.out_shape[2]
+        first = conv.output_stride == conv.stride
+        return cls(
+            conv.kernel_size, (channels, out), (height, width), conv.stride, conv.rate, first
+        )
+
+    def __str__(self) -> str:
+        stride = f", stride {self.stride}" if self.stride > 1 else ""
+        rate = f", rate {self.rate}" if self.rate > 1 else ""
+        channels, map_ = " -> ".join(map(str, self.channels)), "x".join(map(str, self.map))
+        return f"{self.kernel_size}x{self.kernel_size}, {channels}, {map_}{stride}{rate}"
+
+
+def bound_ms(conv: Convolution, case: Case, peak: float, bandwidth: float) -> float:
+    """Roofline of a convolution, or of it and its gradients, milliseconds.
+
+    Args:
+      conv: for one image.
+      case: whose batch, type and kind count.
+      peak: of matrix products, FLOP/s.
+      bandwidth: of memory, bytes/s.
+    """
+    passes = 1 if case.kind == "forward" else 2 if Shape.of(conv).reads_image else 3
+    seconds = 2.0 * case.batch * passes * conv.valid_macs / peak
+    kernel = conv.kernel_size**2 * conv.in_shape[2] // conv.groups * conv.out_shape[2]
+    maps = case.batch * (math.prod(conv.in_shape) + math.prod(conv.out_shape))
+    moved = jnp.dtype(case.dtype).itemsize * passes * (maps + kernel)
+    return 1e3 * max(seconds, moved / bandwidth)
+
+
+def bandwidth() -> float:
+    """Bytes a second that a large copy reads and writes."""
+    size = _COPIED[jax.default_backend()]
+    x = jnp.zeros(size // 4, jnp.float32)
+    built = _built(jax.jit(lambda x: x + 1), x)
+    built.start()
+    built.wait()
+    return 2 * size / min(measure.alternate(built, built, 3)[0])
+
+
+def _built(function: Callable[..., Any], *arguments: Any) -> Built:
+    kept: list[Any] = [None]
+
+    def start() -> None:
+        kept[0] = function(*arguments)
+
+    return Built(start, lambda: jax.block_until_ready(kept), 0.0, None)
+
+
+def our_side(conv: Convolution, case: Case) -> Built:
+    shape = Shape.of(conv)
+
+    def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return atrous_conv(x, kernel, stride=shape.stride, rate=shape.rate)
+
+    def step(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> Any:
+        if shape.reads_image:
+            y, gradient = jax.vjp(lambda kernel: forward(x, kernel), kernel)
+        else:
+            y, gradient = jax.vjp(forward, x, kernel)
+        return y, gradient(cotangent)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    side, (c_in, c_out) = shape.kernel_size, shape.channels
+    shapes = [
+        (case.batch, *conv.in_shape),
+        (side, side, c_in // conv.groups, c_out),
+        (case.batch, *conv.out_shape),
+    ]
+    x, kernel, cotangent = (
+        jax.random.normal(key, shape, case.dtype) for key, shape in zip(keys, shapes, strict=True)
+    )
+    if case.kind == "forward":
+        return _built(jax.jit(forward).lower(x, kernel).compile(), x, kernel)
+    return _built(jax.jit(step).lower(x, kernel, cotangent).compile(), x, kernel, cotangent)
+
+
+def their_side(conv: Convolution, case: Case) -> Built:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.benchmark = True
+    shape = Shape.of(conv)
+    options: dict[str, Any] = {"device": device, "dtype": getattr(torch, case.dtype)}
+    side, (c_in, c_out) = shape.kernel_size, shape.channels
+    layout = torch.channels_last
+
+    def random(*sizes: int) -> Any:
+        return torch.randn(*sizes, **options).contiguous(memory_format=layout)
+
+    x = random(case.batch, c_in, *conv.in_shape[:2])
+    kernel = random(c_out, c_in // conv.groups, side, side)
+    cotangent = random(case.batch, c_out, *conv.out_shape[:2])
+    trains = case.kind == "train"
+    kernel.requires_grad_(trains)
+    x.requires_grad_(trains and not shape.reads_image)
+    wanted = [leaf for leaf in (x, kernel) if leaf.requires_grad]
+
+    def start() -> None:
+        with torch.set_grad_enabled(trains):
+            y = torch.nn.functional.conv2d(
+                x,
+                kernel,
+                stride=shape.stride,
+                padding=shape.rate * (side // 2),
+                dilation=shape.rate,
+                groups=conv.groups,
+            )
+            if trains:
+                torch.autograd.grad(y, wanted, cotangent)
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return Built(start, wait, 0.0, None)
+
+
+def measured(case: Case, *, turns: int, whole: bool = True) -> dict[str, Any]:
+    """The rows of a case, most of the time first, and what they were measured by.
+
+    Args:
+      case: the workload.
+      turns: of each side, for each convolution.
+      whole: whether the whole programs are measured too.
+    """
+    peak, copied = measure.matmul_peak(case.dtype), bandwidth()
+    by_shape: dict[Shape, list[Convolution]] = collections.defaultdict(list)
+    model = ours.model_of(case)
+    for conv in convolutions(model, case.height, case.width):
+        by_shape[Shape.of(conv)].append(conv)
+    rows = []
+    console = Console(stderr=True)
+    for shape, convs in track(by_shape.items(), "convolutions", console=console):
+        sides = our_side(convs[0], case), their_side(convs[0], case)
+        mine, their = (1e3 * statistics.median(t) for t in measure.alternate(*sides, turns))
+        rows.append(
+            {
+                "convolution": str(shape),
+                "first": convs[0].name,
+                "count": len(convs),
+                "ours_ms": mine,
+                "theirs_ms": their,
+                "bound_ms": bound_ms(convs[0], case, peak, copied),
+            }
+        )
+    rows.sort(key=lambda row: -row["count"] * row["ours_ms"])
+    found = {
+        "case": case.name,
+        **measure.conditions(),
+        "matmul_peak_flops": peak,
+        "copy_bytes_per_second": copied,
+        "rows": rows,
+    }
+    if whole:
+        mode = _THEIR_MODES[case.dtype]
+        programs = ours.build(case), theirs.build(case, mode)
+        times = [1e3 * statistics.median(t) for t in measure.alternate(*programs, turns)]
+        found |= {"ours_whole_ms": times[0], "theirs_whole_ms": times[1], "theirs": mode}
+    return found
+
+
+def table(found: dict[str, Any]) -> Table:
+    """The convolutions, those first that take most, their sum, and the rest of the program."""
+    flops, copied = found["matmul_peak_flops"] / 1e9, found["copy_bytes_per_second"] / 1e9
+    result = Table(
+        title=f"{found['case']}: ms; bound: {flops:.0f} GFLOP/s, {copied:.0f} GB/s", box=None
+    )
+    result.add_column("convolution")
+    for name in ("times", "bound", "ours", "theirs", "ratio", "all: bound", "ours", "theirs"):
+        result.add_column(name, justify="right")
+    sums = dict.fromkeys(("bound_ms", "ours_ms", "theirs_ms"), 0.0)
+    for row in found["rows"]:
+        all_of = {key: row["count"] * row[key] for key in sums}
+        sums = {key: sums[key] + all_of[key] for key in sums}
+        one = [f"{row[key]:.1f}" for key in sums]
+        result.add_row(row["convolution"], str(row["count"]), *one, *_ratio_and_times(all_of))
+    none = [""] * 4
+    result.add_section()
+    result.add_row("all convolutions", *none, *_ratio_and_times(sums))
+    if "ours_whole_ms" in found:
+        whole = {key: found[key.replace("_ms", "_whole_ms")] for key in ("ours_ms", "theirs_ms")}
+        left = {key: whole[key] - sums[key] for key in whole}
+        result.add_row("what is left", *none, *_ratio_and_times(left))
+        result.add_row(f"whole (theirs: {found['theirs']})", *none, *_ratio_and_times(whole))
+    return result
+
+
+def _ratio_and_times(times: dict[str, float]) -> list[str]:
+    bound = f"{times['bound_ms']:.0f}" if "bound_ms" in times else ""
+    ours_ms, theirs_ms = times["ours_ms"], times["theirs_ms"]
+    return [f"{theirs_ms / ours_ms:.2f}", bound, f"{ours_ms:.0f}", f"{theirs_ms:.0f}"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = cases(jax.default_backend(), quick=False)
+    parser.add_argument("case", nargs="?", default=known[0].name, help="name, or part of it")
+    parser.add_argument("--turns", type=int, default=3, help="of each side, for each convolution")
+    parser.add_argument("--json", type=pathlib.Path, help="write the results there")
+    parser.add_argument("--recorded", type=pathlib.Path, help="show a file that --json wrote")
+    args = parser.parse_args()
+    if args.recorded is not None:
+        found = json.loads(args.recorded.read_text())
+    else:
+        chosen = [case for case in known if args.case in case.name]
+        if not chosen:
+            parser.error(f"no case holds {args.case!r}; known: {', '.join(c.name for c in known)}")
+        found = measured(chosen[0], turns=args.turns)
+        if args.json is not None:
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

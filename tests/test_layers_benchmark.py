@@ -1,0 +1,67 @@
+"""`benchmarks/layers.py`: its bounds against arithmetic by hand, its rows, its table again."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+from layers import Shape, bound_ms, main, measured
+
+from deeplab_jax.benchmark import measure
+from deeplab_jax.benchmark.cases import Case
+from deeplab_jax.models.convolutions import Convolution
+
+FORWARD = Case("forward", "resnet50", 8, 2, 33, 33, "float32")
+TRAIN = dataclasses.replace(FORWARD, kind="train")
+ATROUS = Convolution("aspp", 3, 1, 4, 1, (6, 5, 32), (6, 5, 16), 8, 100, False, 0)
+STEM = Convolution("conv1", 7, 2, 1, 1, (33, 33, 3), (17, 17, 8), 2, 7, False, 0)
+
+
+def test_bounds_by_hand():
+    # Of 6 rows a tap 4 away falls on 2, of 5 columns on 1: (2 + 6 + 2) (1 + 5 + 1) products.
+    macs = 10 * 7 * 32 * 16
+    moved = 4 * (2 * 6 * 5 * (32 + 16) + 9 * 32 * 16)
+    slow_arithmetic, slow_memory = (1e3, 1e12), (1e15, 1e3)
+    assert bound_ms(ATROUS, FORWARD, *slow_arithmetic) == pytest.approx(2 * 2 * macs)
+    assert bound_ms(ATROUS, FORWARD, *slow_memory) == pytest.approx(moved)
+    assert bound_ms(ATROUS, TRAIN, *slow_arithmetic) == pytest.approx(3 * 2 * 2 * macs)
+    # Nobody wants the gradient of the image.
+    twice = bound_ms(STEM, TRAIN, *slow_arithmetic) / bound_ms(STEM, FORWARD, *slow_arithmetic)
+    assert twice == pytest.approx(2)
+
+
+def test_shapes_say_what_tells_them_apart():
+    assert str(Shape.of(ATROUS)) == "3x3, 32 -> 16, 6x5, rate 4"
+    assert str(Shape.of(STEM)) == "7x7, 3 -> 8, 33x33, stride 2"
+
+
+@pytest.mark.parametrize("case", [FORWARD, TRAIN])
+def test_equal_convolutions_are_one_row(monkeypatch, case):
+    again = dataclasses.replace(ATROUS, name="again", params=1)
+    monkeypatch.setattr("layers.convolutions", lambda *_: [STEM, ATROUS, again])
+    monkeypatch.setattr(measure, "_SECONDS_A_TURN", 0)
+    monkeypatch.setattr(measure, "matmul_peak", lambda _: 1e12)
+    monkeypatch.setattr("layers._COPIED", {"cpu": 2**16})
+    found = measured(case, turns=1, whole=False)
+    assert {row["first"]: row["count"] for row in found["rows"]} == {"conv1": 1, "aspp": 2}
+    assert all(row[key] > 0 for row in found["rows"] for key in ("ours_ms", "theirs_ms"))
+
+
+def test_shows_a_recorded_file(monkeypatch, tmp_path, capsys):
+    row = {"convolution": "1x1", "count": 3, "ours_ms": 2.0, "theirs_ms": 3.0, "bound_ms": 1.0}
+    found = {
+        "case": "forward",
+        "matmul_peak_flops": 4e11,
+        "copy_bytes_per_second": 2e10,
+        "rows": [row],
+        "ours_whole_ms": 10.0,
+        "theirs_whole_ms": 11.0,
+        "theirs": "channels_last",
+    }
+    file = tmp_path / "layers.json"
+    file.write_text(json.dumps(found))
+    monkeypatch.setattr(sys, "argv", ["layers", "--recorded", str(file)])
+    assert main() == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["1x1", "3", "1.0", "2.0", "3.0", "1.50", "3", "6", "9"] in lines
+    assert ["what", "is", "left", "0.50", "4", "2"] in lines
