@@ -24,11 +24,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
+from jax import lax
 from jax.nn import relu
 from jaxtyping import Array, Float
 
 from deeplab_jax.models.architecture import Architecture
+from deeplab_jax.models.atrous import METHODS, forced
 from deeplab_jax.models.layers import (
     BatchNorm,
     ConvNorm,
@@ -145,7 +148,42 @@ def _post_activation_unit(
     for index, (conv, norm) in enumerate(layers):
         y = normalized(conv, norm, relu(y) if index else y, update_bn=update_bn)
     shortcut = x if downsample is None else downsample(x, update_bn=update_bn)
+    return _activated_sum(shortcut, y, layers[-1][1].var[...][0])
+
+
+def _activated_sum(shortcut: Array, y: Array, variance: Array) -> Array:
+    """relu(shortcut + y); a variance, which is not negative, only keeps XLA from knowing so."""
+    if forced(METHODS):  # for a reader of the program, or for XLA's partitioner
+        return _plain_sum(shortcut, y)
+    return lax.platform_dependent(
+        shortcut, y, variance, cpu=_sum_once, default=lambda shortcut, y, _: _plain_sum(shortcut, y)
+    )
+
+
+def _plain_sum(shortcut: Array, y: Array) -> Array:
     return relu(shortcut + y)
+
+
+@jax.custom_vjp
+def _sum_once(shortcut: Array, y: Array, variance: Array) -> Array:
+    """The sum behind a conditional, which XLA:CPU does not fuse into what reads it.
+
+    Where no gradient keeps the sum XLA:CPU would compute it anew for each reader, and one of these
+    is the next unit's sum: so each unit would add up all before it, which in ResNet-101 is a fifth
+    of the forward pass. An optimization barrier is gone before XLA:CPU fuses.
+    """
+    return lax.cond(variance >= 0, _plain_sum, _plain_sum, shortcut, y)
+
+
+def _sum_forward(shortcut: Array, y: Array, _: Array) -> tuple[Array, Any]:
+    return jax.vjp(_plain_sum, shortcut, y)
+
+
+def _sum_backward(gradient: Any, cotangent: Array) -> tuple[Array, Array, None]:
+    return *gradient(cotangent), None
+
+
+_sum_once.defvjp(_sum_forward, _sum_backward)
 
 
 def _pre_activation_unit(

@@ -73,7 +73,7 @@ def test_alone_or_against_some_modes(sides):
 
 def test_a_step_is_three_forward_passes():
     train = Case("train", "resnet50", 8, 2, 33, 49, "float32")
-    with_aux = ours.convolutions(ours._model(train), 33, 49)
+    with_aux = ours.convolutions(ours.model_of(train), 33, 49)
     assert ours.dense_flops(train) == 3 * 2 * 2 * sum(conv.macs for conv in with_aux)
 
 

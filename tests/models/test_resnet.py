@@ -7,6 +7,8 @@ import pytest
 import torch
 from flax import nnx
 
+from deeplab_jax.models import resnet
+from deeplab_jax.models.atrous import using
 from deeplab_jax.models.convolutions import convolutions
 from deeplab_jax.models.deeplab import architecture
 from deeplab_jax.models.functional import FunctionalModel
@@ -306,3 +308,40 @@ def test_remat_recomputes_each_unit_and_moves_the_same_statistics():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), recomputed, plain
     )
+
+
+@pytest.mark.parametrize(
+    ("platform", "gradient", "method", "once"),
+    [
+        ("cpu", False, None, True),
+        ("cpu", True, None, False),
+        ("cpu", False, "native", False),  # read by exporters and the partitioner
+        ("cuda", False, None, False),
+    ],
+)
+def test_the_sum_of_a_unit_is_computed_once_on_cpu(platform, gradient, method, once):
+    def total(shortcut, y, variance):
+        return resnet._activated_sum(shortcut, y, variance).sum()
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 3, 3, 2),) * 2 + ((),)]
+    function = jax.grad(total, argnums=(0, 1)) if gradient else total
+    with using(method):
+        traced = jax.jit(function).trace(*shapes)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert (text.count("%arg2") > 1) == once  # whether the condition is read
+
+
+@pytest.mark.parametrize("variance", [0.0, float("nan")])
+def test_the_sum_of_a_unit_and_its_gradients(variance):
+    rng = np.random.default_rng(0)
+    shortcut, y, cotangent = jnp.asarray(rng.normal(size=(3, 1, 3, 3, 2)), jnp.float32)
+
+    def activated_sum(shortcut, y):
+        return resnet._activated_sum(shortcut, y, jnp.float32(variance))
+
+    expected = np.maximum(shortcut + y, 0)
+    np.testing.assert_array_equal(activated_sum(shortcut, y), expected)
+    value, gradient = jax.vjp(activated_sum, shortcut, y)
+    np.testing.assert_array_equal(value, expected)
+    for each in gradient(cotangent):
+        np.testing.assert_array_equal(each, np.where(shortcut + y > 0, cotangent, 0))
