@@ -248,7 +248,9 @@ def table(found: dict[str, Any]) -> Table:
 def _ratio_and_times(times: dict[str, float]) -> list[str]:
     bound = f"{times['bound_ms']:.0f}" if "bound_ms" in times else ""
     ours_ms, theirs_ms = times["ours_ms"], times["theirs_ms"]
-    return [f"{theirs_ms / ours_ms:.2f}", bound, f"{ours_ms:.0f}", f"{theirs_ms:.0f}"]
+    # What is left is a difference, and may be lost in the noise of its parts.
+    ratio = f"{theirs_ms / ours_ms:.2f}" if ours_ms > 0 else ""
+    return [ratio, bound, f"{ours_ms:.0f}", f"{theirs_ms:.0f}"]
 
 
 def main() -> int:
