@@ -21,7 +21,6 @@ import math
 import pathlib
 import statistics
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,7 +34,6 @@ from deeplab_jax.benchmark.cases import Built, Case, cases
 from deeplab_jax.models.atrous import atrous_conv
 from deeplab_jax.models.convolutions import Convolution, convolutions
 
-_COPIED = {"cpu": 2**28, "gpu": 2**31}  # bytes
 _THEIR_MODES = {"float32": "channels_last", "bfloat16": "channels_last, autocast"}
 
 
@@ -87,25 +85,6 @@ def bound_ms(conv: Convolution, case: Case, peak: float, bandwidth: float) -> fl
     return 1e3 * max(seconds, moved / bandwidth)
 
 
-def bandwidth() -> float:
-    """Bytes a second that a large copy reads and writes."""
-    size = _COPIED[jax.default_backend()]
-    x = jnp.zeros(size // 4, jnp.float32)
-    built = _built(jax.jit(lambda x: x + 1), x)
-    built.start()
-    built.wait()
-    return 2 * size / min(measure.alternate(built, built, 3)[0])
-
-
-def _built(function: Callable[..., Any], *arguments: Any) -> Built:
-    kept: list[Any] = [None]
-
-    def start() -> None:
-        kept[0] = function(*arguments)
-
-    return Built(start, lambda: jax.block_until_ready(kept), 0.0, None)
-
-
 def our_side(conv: Convolution, case: Case) -> Built:
     shape = Shape.of(conv)
 
@@ -130,8 +109,10 @@ def our_side(conv: Convolution, case: Case) -> Built:
         jax.random.normal(key, shape, case.dtype) for key, shape in zip(keys, shapes, strict=True)
     )
     if case.kind == "forward":
-        return _built(jax.jit(forward).lower(x, kernel).compile(), x, kernel)
-    return _built(jax.jit(step).lower(x, kernel, cotangent).compile(), x, kernel, cotangent)
+        return measure.running(jax.jit(forward).lower(x, kernel).compile(), x, kernel)
+    return measure.running(
+        jax.jit(step).lower(x, kernel, cotangent).compile(), x, kernel, cotangent
+    )
 
 
 def their_side(conv: Convolution, case: Case) -> Built:
@@ -175,15 +156,14 @@ def their_side(conv: Convolution, case: Case) -> Built:
     return Built(start, wait, 0.0, None)
 
 
-def measured(case: Case, *, turns: int, whole: bool = True) -> dict[str, Any]:
+def measured(case: Case, *, turns: int) -> dict[str, Any]:
     """The rows of a case, most of the time first, and what they were measured by.
 
     Args:
       case: the workload.
-      turns: of each side, for each convolution.
-      whole: whether the whole programs are measured too.
+      turns: of each side, for each convolution and for the whole.
     """
-    peak, copied = measure.matmul_peak(case.dtype), bandwidth()
+    peak, copied = measure.matmul_peak(case.dtype), measure.copy_bandwidth()
     by_shape: dict[Shape, list[Convolution]] = collections.defaultdict(list)
     model = ours.model_of(case)
     for conv in convolutions(model, case.height, case.width):
@@ -204,19 +184,19 @@ def measured(case: Case, *, turns: int, whole: bool = True) -> dict[str, Any]:
             }
         )
     rows.sort(key=lambda row: -row["count"] * row["ours_ms"])
-    found = {
+    mode = _THEIR_MODES[case.dtype]
+    programs = ours.build(case), theirs.build(case, mode)
+    our_ms, their_ms = (1e3 * statistics.median(t) for t in measure.alternate(*programs, turns))
+    return {
         "case": case.name,
         **measure.conditions(),
         "matmul_peak_flops": peak,
         "copy_bytes_per_second": copied,
         "rows": rows,
+        "ours_whole_ms": our_ms,
+        "theirs_whole_ms": their_ms,
+        "theirs": mode,
     }
-    if whole:
-        mode = _THEIR_MODES[case.dtype]
-        programs = ours.build(case), theirs.build(case, mode)
-        times = [1e3 * statistics.median(t) for t in measure.alternate(*programs, turns)]
-        found |= {"ours_whole_ms": times[0], "theirs_whole_ms": times[1], "theirs": mode}
-    return found
 
 
 def table(found: dict[str, Any]) -> Table:
@@ -237,11 +217,10 @@ def table(found: dict[str, Any]) -> Table:
     none = [""] * 4
     result.add_section()
     result.add_row("all convolutions", *none, *_ratio_and_times(sums))
-    if "ours_whole_ms" in found:
-        whole = {key: found[key.replace("_ms", "_whole_ms")] for key in ("ours_ms", "theirs_ms")}
-        left = {key: whole[key] - sums[key] for key in whole}
-        result.add_row("what is left", *none, *_ratio_and_times(left))
-        result.add_row(f"whole (theirs: {found['theirs']})", *none, *_ratio_and_times(whole))
+    whole = {"ours_ms": found["ours_whole_ms"], "theirs_ms": found["theirs_whole_ms"]}
+    left = {key: whole[key] - sums[key] for key in whole}
+    result.add_row("what is left", *none, *_ratio_and_times(left))
+    result.add_row(f"whole (theirs: {found['theirs']})", *none, *_ratio_and_times(whole))
     return result
 
 
@@ -263,7 +242,13 @@ def main() -> int:
     parser.add_argument("--json", type=pathlib.Path, help="write the results there")
     parser.add_argument("--recorded", type=pathlib.Path, help="show a file that --json wrote")
     args = parser.parse_args()
+    if args.turns < 1:
+        parser.error(f"--turns must be 1 or more, got {args.turns}")
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: its folder does not exist")
     if args.recorded is not None:
+        if not args.recorded.is_file():
+            parser.error(f"--recorded: there is no file {args.recorded}")
         found = json.loads(args.recorded.read_text())
     else:
         chosen = [case for case in known if args.case in case.name]

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import sys
+import time
 
 import pytest
 from layers import Shape, bound_ms, main, measured
 
-from deeplab_jax.benchmark import measure
+from deeplab_jax.benchmark import measure, ours, theirs
 from deeplab_jax.benchmark.cases import Case
 from deeplab_jax.models.convolutions import Convolution
 
@@ -41,10 +42,14 @@ def test_equal_convolutions_are_one_row(monkeypatch, case):
     monkeypatch.setattr("layers.convolutions", lambda *_: [STEM, ATROUS, again])
     monkeypatch.setattr(measure, "_SECONDS_A_TURN", 0)
     monkeypatch.setattr(measure, "matmul_peak", lambda _: 1e12)
-    monkeypatch.setattr("layers._COPIED", {"cpu": 2**16})
-    found = measured(case, turns=1, whole=False)
+    monkeypatch.setattr(measure, "_COPIED_BYTES", {"cpu": 2**16})
+    program = measure.running(lambda: time.sleep(1e-3))
+    monkeypatch.setattr(ours, "build", lambda case: program)
+    monkeypatch.setattr(theirs, "build", lambda case, mode: program)
+    found = measured(case, turns=1)
     assert {row["first"]: row["count"] for row in found["rows"]} == {"conv1": 1, "aspp": 2}
     assert all(row[key] > 0 for row in found["rows"] for key in ("ours_ms", "theirs_ms"))
+    assert min(found["ours_whole_ms"], found["theirs_whole_ms"]) >= 1
 
 
 def test_shows_a_recorded_file(monkeypatch, tmp_path, capsys):
@@ -65,3 +70,19 @@ def test_shows_a_recorded_file(monkeypatch, tmp_path, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["1x1", "3", "1.0", "2.0", "3.0", "1.50", "3", "6", "9"] in lines
     assert ["what", "is", "left", "0.50", "4", "2"] in lines
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["no such"], "no case holds 'no such'; known: forward resnet50"),
+        (["--turns", "0"], "must be 1 or more, got 0"),
+        (["--json", "none/layers.json"], "its folder does not exist"),
+        (["--recorded", "none.json"], "there is no file none.json"),
+    ],
+)
+def test_mistakes(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["layers", *options])
+    with pytest.raises(SystemExit):
+        main()
+    assert message in capsys.readouterr().err

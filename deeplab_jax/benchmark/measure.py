@@ -20,6 +20,7 @@ from deeplab_jax.benchmark.cases import Built, Case
 
 _SECONDS_A_TURN = 0.5  # a side runs at least so long before the other takes over
 _MATMUL_SIDE = {"cpu": 2048, "gpu": 8192}
+_COPIED_BYTES = {"cpu": 2**28, "gpu": 2**31}
 PACKAGES = ("flax", "jax", "jaxlib", "torch", "torchvision")
 
 
@@ -160,15 +161,29 @@ def matmul_peak(dtype: str) -> float:
     side = _MATMUL_SIDE[jax.default_backend()]
     keys = jax.random.split(jax.random.key(0), 2)
     a, b = (jax.random.normal(key, (side, side), jnp.dtype(dtype)) for key in keys)
-    product = jax.jit(lambda a, b: a @ b)
-    kept = [product(a, b)]
+    return 2.0 * side**3 / _fastest(running(jax.jit(lambda a, b: a @ b), a, b))
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a large copy reads and writes."""
+    size = _COPIED_BYTES[jax.default_backend()]
+    x = jnp.zeros(size // 4, jnp.float32)
+    return 2 * size / _fastest(running(jax.jit(lambda x: x + 1), x))
+
+
+def running(function: Callable[..., Any], *arguments: Any) -> Built:
+    """A compiled function of arrays as a side: its last result is kept."""
+    kept: list[Any] = [function(*arguments)]
 
     def start() -> None:
-        kept[0] = product(a, b)
+        kept[0] = function(*arguments)
 
-    built = Built(start, lambda: jax.block_until_ready(kept), 0.0, None)
-    count = _repeats(built)
-    return 2.0 * side**3 / min(_turn(built, count) for _ in range(3))
+    return Built(start, lambda: jax.block_until_ready(kept), 0.0, None)
+
+
+def _fastest(side: Built) -> float:
+    count = _repeats(side)
+    return min(_turn(side, count) for _ in range(3))
 
 
 def conditions() -> dict[str, Any]:

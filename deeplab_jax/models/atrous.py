@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 from deeplab_jax.models.operations import Size
 
 Method = Callable[..., Float[Array, "n ho wo cout"]]
-Gradient = Callable[[Array], tuple[Array, Array]]
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("method", default=None)
 
@@ -86,6 +85,26 @@ def atrous_conv(
     if not chosen:
         return native(x, kernel)
     return lax.platform_dependent(x, kernel, **chosen, default=native)
+
+
+def unless_differentiated(
+    inference: Callable[..., Array], training: Callable[..., Array]
+) -> Callable[..., Array]:
+    """A function of arrays that is computed one way alone, and another way where its gradient is.
+
+    Args:
+      inference: how it is computed where no gradient is wanted.
+      training: the same function, up to rounding; differentiated.
+    """
+
+    @jax.custom_vjp
+    def function(*arrays: Array) -> Array:
+        return inference(*arrays)
+
+    function.defvjp(
+        lambda *arrays: jax.vjp(training, *arrays), lambda gradient, cotangent: gradient(cotangent)
+    )
+    return function
 
 
 def valid_share(size: int, kernel_size: int, *, stride: int = 1, rate: int = 1) -> float:
@@ -234,8 +253,7 @@ def _on_cuda_backward(
 _on_cuda.defvjp(_on_cuda_forward, _on_cuda_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _on_cpu(x: Array, kernel: Array, rate: int) -> Array:
+def _on_cpu(x: Array, kernel: Array, *, rate: int) -> Array:
     """Products over valid taps: by blocks, or where gradients are wanted by whole windows.
 
     Measured on two cores, float32, milliseconds of native / taps / blocks (oneDNN through PyTorch);
@@ -255,18 +273,10 @@ def _on_cpu(x: Array, kernel: Array, rate: int) -> Array:
     | 3x3, 2048 -> 256, 1x65x65, rate 36   | 0.40  | 396 / 68 / 64 (51)   | 872 / 209 / 224 (397)  |
     """
     method = _valid_blocks if _valid(x.shape, kernel.shape, rate) <= 0.8 else _native
-    return method(x, kernel, stride=1, rate=rate)
-
-
-def _on_cpu_forward(x: Array, kernel: Array, rate: int) -> tuple[Array, Gradient]:
-    return jax.vjp(functools.partial(_valid_taps, stride=1, rate=rate), x, kernel)
-
-
-def _on_cpu_backward(_: int, gradient: Gradient, cotangent: Array) -> tuple[Array, Array]:
-    return gradient(cotangent)
-
-
-_on_cpu.defvjp(_on_cpu_forward, _on_cpu_backward)
+    inference, training = (
+        functools.partial(each, stride=1, rate=rate) for each in (method, _valid_taps)
+    )
+    return unless_differentiated(inference, training)(x, kernel)
 
 
 def _taps_win_on_cpu(x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], rate: int) -> bool:

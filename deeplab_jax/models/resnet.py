@@ -24,14 +24,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 from flax import nnx
 from jax import lax
 from jax.nn import relu
 from jaxtyping import Array, Float
 
 from deeplab_jax.models.architecture import Architecture
-from deeplab_jax.models.atrous import METHODS, forced
+from deeplab_jax.models.atrous import METHODS, forced, unless_differentiated
 from deeplab_jax.models.layers import (
     BatchNorm,
     ConvNorm,
@@ -154,17 +153,15 @@ def _post_activation_unit(
 def _activated_sum(shortcut: Array, y: Array, variance: Array) -> Array:
     """relu(shortcut + y); a variance, which is not negative, only keeps XLA from knowing so."""
     if forced(METHODS):  # for a reader of the program, or for XLA's partitioner
-        return _plain_sum(shortcut, y)
-    return lax.platform_dependent(
-        shortcut, y, variance, cpu=_sum_once, default=lambda shortcut, y, _: _plain_sum(shortcut, y)
-    )
+        return _plain_sum(shortcut, y, variance)
+    on_cpu = unless_differentiated(_sum_once, _plain_sum)
+    return lax.platform_dependent(shortcut, y, variance, cpu=on_cpu, default=_plain_sum)
 
 
-def _plain_sum(shortcut: Array, y: Array) -> Array:
+def _plain_sum(shortcut: Array, y: Array, _: Array) -> Array:
     return relu(shortcut + y)
 
 
-@jax.custom_vjp
 def _sum_once(shortcut: Array, y: Array, variance: Array) -> Array:
     """The sum behind a conditional, which XLA:CPU does not fuse into what reads it.
 
@@ -172,18 +169,7 @@ def _sum_once(shortcut: Array, y: Array, variance: Array) -> Array:
     is the next unit's sum: so each unit would add up all before it, which in ResNet-101 is a fifth
     of the forward pass. An optimization barrier is gone before XLA:CPU fuses.
     """
-    return lax.cond(variance >= 0, _plain_sum, _plain_sum, shortcut, y)
-
-
-def _sum_forward(shortcut: Array, y: Array, _: Array) -> tuple[Array, Any]:
-    return jax.vjp(_plain_sum, shortcut, y)
-
-
-def _sum_backward(gradient: Any, cotangent: Array) -> tuple[Array, Array, None]:
-    return *gradient(cotangent), None
-
-
-_sum_once.defvjp(_sum_forward, _sum_backward)
+    return lax.cond(variance >= 0, _plain_sum, _plain_sum, shortcut, y, variance)
 
 
 def _pre_activation_unit(

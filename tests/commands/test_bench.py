@@ -1,11 +1,14 @@
 """`deeplab-jax bench`: which sides are measured, and what is told of them."""
 
+import dataclasses
+import functools
 import json
 import sys
 
 import cv2
 import jax
 import pytest
+import torch
 from drawings import BOUND, committed, difference
 
 from conftest import ROOT
@@ -61,6 +64,27 @@ def test_the_comparison_is_with_their_best(sides):
     assert (row.ratio, row.ratio_low, row.ratio_high) == pytest.approx((1.5, 1.5, 1.5))
     assert (row.ours_compile_seconds, row.theirs_compile_seconds) == pytest.approx((2, 3))
     assert row.share_of_peak == pytest.approx(row.flops / 0.2 / 1e9)
+
+
+def test_torch_compiles_each_case_anew(monkeypatch):
+    """Else it compiles the second case for any size, and uses that from then on."""
+    heights = []
+
+    def compiler(graph, inputs):
+        heights.append(inputs[-1].shape[2])
+        return graph.forward
+
+    class Doubling(torch.nn.Module):
+        def forward(self, x):
+            return {"out": 2 * x}
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
+    monkeypatch.setattr(theirs, "import_torchvision", lambda: None)
+    monkeypatch.setattr(theirs, "_model", lambda vision, case: Doubling())
+    for height in (33, 35, 37):
+        case = dataclasses.replace(CASE, height=height)
+        theirs.build(case, "channels_last, compile")
+    assert heights == [33, 35, 37]
 
 
 def test_alone_or_against_some_modes(sides):

@@ -137,7 +137,7 @@ def test_what_a_platform_is_given_has_the_gradients_of_the_native_one(x64, chose
         return atrous_conv(x, kernel, rate=rate, method="native")
 
     def on_platform(x, kernel):
-        return chosen(x, kernel, rate)
+        return chosen(x, kernel, rate=rate)
 
     expected = jax.jit(gradients, static_argnums=0)(native)
     ours = jax.jit(gradients, static_argnums=0)(on_platform)
@@ -187,6 +187,7 @@ def lowered(platform, k, in_channels, size, rate, gradient=False):
         ("cpu", 1, 64, 33, 1, True),
         ("cpu", 3, 512, 33, 2, False),  # 92 % of the taps are valid
         ("cpu", 3, 2048, 33, 6, True),  # 77 %
+        ("cpu", 3, 2048, 33, 12, True),  # 57 %
         ("cpu", 3, 64, 33, 18, True),
         ("cpu", 3, 32, 33, 18, False),  # 40 %, but of too few channels
         ("tpu", 1, 64, 33, 1, False),
