@@ -100,7 +100,7 @@ def differences(name: str, folder: pathlib.Path, keep: Callable[[Row], None]) ->
         images = photo_like(shape)
         with torch.no_grad():
             theirs = reference(normalized(program, images))["out"].numpy().transpose(0, 2, 3, 1)
-        logits = np.asarray(model(program.variables, images))
+        logits = np.asarray(model(program.saved.variables, images))
         for suffix, run in exports.items():
             result = run(images)
             to_model, agreement = difference("logits", logits, result)

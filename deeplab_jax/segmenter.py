@@ -20,7 +20,7 @@ from deeplab_jax.evaluation.inference import Inference, Mode
 from deeplab_jax.images import read_image
 from deeplab_jax.labels import LabelSet
 from deeplab_jax.models.architecture import Architecture
-from deeplab_jax.models.functional import FunctionalModel, Variables
+from deeplab_jax.models.functional import FoldedVariables, FunctionalModel
 from deeplab_jax.training.checkpoint import SavedModel
 
 # Images of more pixels than this are segmented window by window, unless it is said otherwise.
@@ -79,7 +79,7 @@ class Segmenter:
       labels: names and colours of its classes.
       architecture: of the model, at the output stride that is used.
       model: as pure functions.
-      variables: its arrays, on the default device.
+      variables: its arrays, folded (see `FunctionalModel.fold`), on the default device.
       mean: of the channels, 0..1, with which images are normalised.
       std: likewise.
     """
@@ -105,15 +105,13 @@ class Segmenter:
         self.labels = LabelSet(tuple(saved.info["classes"]), tuple(colors))
         self.architecture: Architecture = _architecture(saved.info)
         self.model = FunctionalModel(self.architecture)
-        self.variables: Variables = jax.device_put(saved.variables)
+        self.variables: FoldedVariables = jax.device_put(self.model.fold(saved.variables))
         self.mean: tuple[float, ...] = tuple(saved.info["mean"])
         self.std: tuple[float, ...] = tuple(saved.info["std"])
         self._mode = mode
         self._large_window = large_window or mode.window
         self._inferences: dict[int | None, Inference] = {}
-        self._apply = jax.jit(
-            lambda variables, images: self.model.apply(variables, images, fold_bn=True)[0]
-        )
+        self._apply = jax.jit(lambda variables, images: self.model.apply(variables, images)[0])
 
     @property
     def classes(self) -> tuple[str, ...]:

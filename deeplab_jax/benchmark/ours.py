@@ -48,11 +48,11 @@ def model_of(case: Case) -> FunctionalModel:
 def _build_forward(case: Case) -> Built:
     model = model_of(case)
     begun = time.perf_counter()
-    variables = model.init(jax.random.key(0))
+    variables = jax.jit(lambda key: model.fold(model.init(key)))(jax.random.key(0))
     images = _images(case)
 
     def forward(variables: Any, images: Any) -> Any:
-        return model.apply(variables, images, fold_bn=True)[0]["out"]
+        return model.apply(variables, images)[0]["out"]
 
     compiled = jax.jit(forward).lower(variables, images).compile()
     kept: list[Any] = [compiled(variables, images)]

@@ -102,6 +102,7 @@ class Evaluator:
             self._batch_size = jax.process_count()
         self._num_compilations = 0
         whole = mesh_lib.replicated(mesh)
+        self._fold = jax.jit(self._model.fold)
         self._step = jax.jit(
             self._evaluate_batch,
             static_argnames="height",
@@ -202,7 +203,7 @@ class Evaluator:
 
     def _whole(self, variables: Variables) -> Callable[[pipeline.EvalBatch], _Outcome]:
         """Evaluates a batch of whole images on all devices."""
-        variables = mesh_lib.replicate(variables, self._mesh)
+        variables = self._fold(mesh_lib.replicate(variables, self._mesh))
 
         def run(batch: pipeline.EvalBatch) -> _Outcome:
             height, stride = batch["label"].shape[1], self._model.architecture.output_stride
@@ -223,7 +224,7 @@ class Evaluator:
         data, settings = self._config.data, self._config.eval
         inference = Inference(
             self._model,
-            jax.device_get(mesh_lib.replicate(variables, self._mesh)),
+            self._model.fold(jax.device_get(mesh_lib.replicate(variables, self._mesh))),
             mean=data.mean,
             std=data.std,
             mode=Mode(tuple(settings.scales), settings.flip, settings.window, settings.overlap),

@@ -127,7 +127,7 @@ def class_ids(
     """
     if tuple(scales) == (1.0,) and not flip:
         pixels = normalize(images, tuple(mean), tuple(std))
-        scores = model.apply(variables, pixels, sizes=sizes, fold_bn=True)[0]["out"]
+        scores = model.apply(variables, pixels, sizes=sizes)[0]["out"]
     else:
         scores = probabilities(
             model, variables, images, sizes, mean=mean, std=std, scales=scales, flip=flip
@@ -165,7 +165,6 @@ def _probabilities_at(
         variables,
         jnp.concatenate(directions),
         sizes=jnp.concatenate([view_sizes] * len(directions)),
-        fold_bn=True,
     )
     result = jax.nn.softmax(outputs["out"], axis=-1)
     if flip:
@@ -213,7 +212,7 @@ class Inference:
 
         Args:
           model: an architecture's functions.
-          variables: its arrays.
+          variables: its arrays; `FunctionalModel.fold` makes them faster.
           mean, std: of the channels, 0..1.
           mode: how each image is predicted.
         """

@@ -40,7 +40,7 @@ def compare(program: Program, exported: Callable[[np.ndarray], np.ndarray]) -> l
       exported: function of uint8 `[n, h, w, c]`, whose output is the program's.
     """
     reference = jax.jit(program.reference)
-    variables = jax.device_put(program.variables)
+    variables = jax.device_put(program.saved.variables)
     channels = program.model.architecture.in_channels
     comparisons = []
     for shape in _shapes(program.dimensions):

@@ -12,7 +12,7 @@ from jax import export
 from jaxtyping import Array, Float, UInt8
 
 from deeplab_jax.models.architecture import Architecture
-from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
+from deeplab_jax.models.functional import FoldedVariables, FunctionalModel, Variables, normalize
 from deeplab_jax.models.operations import operation
 from deeplab_jax.models.resize import MAX_SIDE
 from deeplab_jax.training.checkpoint import SavedModel
@@ -51,7 +51,7 @@ class Program:
     Attributes:
       saved: the model, as it is described.
       model: its functions.
-      variables: its arrays.
+      variables: its arrays, folded (see `FunctionalModel.fold`).
       output: a name in `OUTPUTS`.
       dimensions: sizes that it takes.
     """
@@ -60,25 +60,25 @@ class Program:
         architecture = Architecture(**saved.info["architecture"])
         self.saved = saved
         self.model = FunctionalModel(dataclasses.replace(architecture, dtype="float32"))
-        self.variables: Variables = saved.variables
+        self.variables: FoldedVariables = self.model.fold(saved.variables)
         self.output = output
         self.dimensions = dimensions
 
     def __call__(
-        self, variables: Variables, images: UInt8[Array, "n h w c"]
+        self, variables: FoldedVariables, images: UInt8[Array, "n h w c"]
     ) -> Float[Array, "n h w classes"] | UInt8[Array, "n h w"]:
-        return OUTPUTS[self.output](self._logits(variables, images, fold_bn=True))
+        return OUTPUTS[self.output](self._logits(variables, images))
 
     def reference(
         self, variables: Variables, images: UInt8[Array, "n h w c"]
     ) -> Float[Array, "n h w classes"]:
-        """The logits by the model as it is evaluated, its batch norms by themselves."""
-        return self._logits(variables, images, fold_bn=False)
+        """The logits by the saved model's own variables, its batch norms by themselves."""
+        return self._logits(variables, images)
 
-    def _logits(self, variables: Variables, images: Array, *, fold_bn: bool) -> Array:
+    def _logits(self, variables: Variables, images: Array) -> Array:
         info = self.saved.info
         pixels = normalize(images, tuple(info["mean"]), tuple(info["std"]))
-        return self.model.apply(variables, pixels, fold_bn=fold_bn)[0]["out"]
+        return self.model.apply(variables, pixels)[0]["out"]
 
     @property
     def images(self) -> jax.ShapeDtypeStruct:

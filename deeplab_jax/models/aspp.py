@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.layers import (
+    BatchNorm,
+    Conv,
     LayerMaker,
     dropout,
     full_precision,
@@ -26,6 +28,9 @@ class ImagePooling(nnx.List):
 
     def __init__(self, in_channels: int, out_channels: int, make: LayerMaker) -> None:
         super().__init__([None, make.conv(in_channels, out_channels), make.norm(out_channels)])
+
+    def conv_norms(self) -> list[tuple[Conv, BatchNorm]]:
+        return [(self[1], self[2])]
 
     def __call__(self, x: Float[Array, "n h w cin"], *, update_bn: bool = False) -> Array:
         mean = mean_over_image(x, full_precision(x.dtype))

@@ -13,9 +13,11 @@ from jaxtyping import Array, Float, Int
 from deeplab_jax.models.architecture import ARCHITECTURES, Architecture, architecture
 from deeplab_jax.models.aspp import ASPP
 from deeplab_jax.models.layers import (
+    BatchNorm,
+    Conv,
     LayerMaker,
     dropout,
-    folding_norms,
+    folded_norms,
     normalized,
     scaled_channels,
 )
@@ -76,6 +78,9 @@ class DeepLabHead(nnx.List):
         super().__init__([aspp, *layers, plus, make.logits(channels, architecture.num_classes)])
         self.dropout = architecture.dropout
 
+    def conv_norms(self) -> list[tuple[Conv, BatchNorm]]:
+        return [] if self[1] is None else [(self[1], self[2])]
+
     def __call__(
         self,
         features: Float[Array, "n h w c"],
@@ -109,6 +114,9 @@ class FCNHead(nnx.List):
         conv, norm = make.conv(in_channels, channels, 3), make.norm(channels)
         super().__init__([conv, norm, None, None, make.logits(channels, architecture.num_classes)])
         self.dropout = min(AUX_DROPOUT, architecture.dropout)
+
+    def conv_norms(self) -> list[tuple[Conv, BatchNorm]]:
+        return [(self[0], self[1])]
 
     def __call__(
         self,
@@ -165,7 +173,7 @@ class DeepLabV3(nnx.Module):
         freeze_bn: bool = False,
         remat: bool = False,
         sizes: Int[Array, "n 2"] | None = None,
-        fold_bn: bool = False,
+        folded: bool = False,
         upsample: bool = True,
     ) -> dict[str, Float[Array, "n ho wo classes"]]:
         """Logits "out", and "aux" where there is that head, float32, at the images' size.
@@ -181,8 +189,7 @@ class DeepLabV3(nnx.Module):
           sizes: height and width of each image, pixels. What lies beyond is padding: the logits on
             the image are then those of the image alone, up to rounding, and have no meaning beyond.
             Not when `train`.
-          fold_bn: whether batch norm by its running statistics is part of the convolution before
-            it, where one is: the same up to rounding, and faster on GPU.
+          folded: whether the variables are those of `FunctionalModel.fold`. Not when `train`.
           upsample: whether the logits are resized to the images' size; False: as they are, for a
             loss that does it in parts. A learned decoder always gives the images' size.
 
@@ -195,7 +202,7 @@ class DeepLabV3(nnx.Module):
         if train and key is not None:
             out_key, aux_key = jax.random.split(key)
         update_bn = train and not freeze_bn
-        with valid_area(sizes, images.shape), folding_norms(fold_bn):
+        with valid_area(sizes, images.shape), folded_norms(folded):
             features = self.backbone(images, update_bn=update_bn, remat=remat)
 
             out = self.classifier(

@@ -25,12 +25,17 @@ class Variables(NamedTuple):
     batch_stats: Arrays  # running means and variances of batch norm
 
 
+class FoldedVariables(Variables):
+    """Arrays for inference, see `FunctionalModel.fold`."""
+
+
 class FunctionalModel:
-    """`init` and `apply` of one architecture; holds no arrays."""
+    """`init`, `fold` and `apply` of one architecture; holds no arrays."""
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
         module = nnx.eval_shape(lambda: DeepLabV3(architecture, rngs=None))
+        self._norms = _norms_behind_convolutions(module)
         self._graph: Any
         self._graph, params, batch_stats = _split(module)
         self._param_paths = _paths(params)
@@ -43,6 +48,22 @@ class FunctionalModel:
         _, params, batch_stats = _split(module)
         return Variables(_flatten(params), _flatten(batch_stats))
 
+    def fold(self, variables: Variables) -> FoldedVariables:
+        """Batch norm by running statistics put into the convolution before it, where one is.
+
+        `apply` then computes the same up to rounding with less: a convolution and its bias. Kernels
+        are scaled, and the norms' biases are the shifts; what else norms have is left, unused.
+
+        Args:
+          variables: of the model, as NumPy's arrays or JAX's: the result's are of the same kind.
+        """
+        params, stats = dict(variables.params), variables.batch_stats
+        for conv, (norm, epsilon) in self._norms.items():
+            scale = params[f"{norm}.scale"] * (stats[f"{norm}.var"] + epsilon) ** -0.5
+            params[f"{conv}.kernel"] = params[f"{conv}.kernel"] * scale
+            params[f"{norm}.bias"] = params[f"{norm}.bias"] - stats[f"{norm}.mean"] * scale
+        return FoldedVariables(params, stats)
+
     def apply(
         self,
         variables: Variables,
@@ -53,13 +74,12 @@ class FunctionalModel:
         freeze_bn: bool = False,
         remat: bool = False,
         sizes: Int[Array, "n 2"] | None = None,
-        fold_bn: bool = False,
         upsample: bool = True,
     ) -> tuple[dict[str, Float[Array, "n ho wo classes"]], Arrays]:
         """Logits by head, and the running statistics after this batch.
 
         Args:
-          variables: arrays of the model.
+          variables: arrays of the model; for inference `fold` makes them faster.
           images: normalised pixels.
           train: normalise by the batch's statistics and drop units.
           key: of dropout; needed when training with it.
@@ -67,13 +87,14 @@ class FunctionalModel:
           remat: recompute each residual unit in the backward pass.
           sizes: height and width of each image, pixels; what lies beyond is padding, of which the
             logits on the image do not depend. At inference alone; see `models.padding`.
-          fold_bn: have batch norm by running statistics in the convolutions; the same up to
-            rounding.
           upsample: resize the logits to the images' size.
 
         Raises:
-          ValueError: as `DeepLabV3` does.
+          ValueError: as `DeepLabV3` does, or folded variables are trained.
         """
+        folded = isinstance(variables, FoldedVariables)
+        if folded and train:
+            raise ValueError("folded variables are for inference: train those that were folded")
         module = nnx.merge(
             self._graph,
             _unflatten(variables.params, self._param_paths, nnx.Param),
@@ -86,7 +107,7 @@ class FunctionalModel:
             freeze_bn=freeze_bn,
             remat=remat,
             sizes=sizes,
-            fold_bn=fold_bn,
+            folded=folded,
             upsample=upsample,
         )
         return outputs, _flatten(nnx.state(module, nnx.BatchStat))
@@ -97,6 +118,18 @@ def normalize(
 ) -> Float[Array, "n h w c"]:
     """Pixels 0..255 to (pixel / 255 - mean) / std, with mean and std one number a channel."""
     return (images.astype(jnp.float32) / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def _norms_behind_convolutions(module: DeepLabV3) -> dict[str, tuple[str, float]]:
+    """Name and epsilon of the batch norm behind each convolution that one is folded into."""
+    parts = list(nnx.iter_modules(module))
+    names = {id(part): _name(path) for path, part in parts}
+    return {
+        names[id(conv)]: (names[id(norm)], norm.epsilon)
+        for _, part in parts
+        if hasattr(part, "conv_norms")
+        for conv, norm in part.conv_norms()
+    }
 
 
 def _split(module: DeepLabV3) -> tuple[Any, Any, Any]:

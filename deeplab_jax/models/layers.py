@@ -31,12 +31,9 @@ _norms_folded: contextvars.ContextVar[bool] = contextvars.ContextVar("folded", d
 
 
 @contextlib.contextmanager
-def folding_norms(fold: bool) -> Iterator[None]:
-    """Whether what is traced within has batch norm as part of the convolution before it.
-
-    By running statistics alone: see `normalized`.
-    """
-    token = _norms_folded.set(fold)
+def folded_norms(folded: bool) -> Iterator[None]:
+    """Whether what is traced within has batch norm in its convolutions: see `normalized`."""
+    token = _norms_folded.set(folded)
     try:
         yield
     finally:
@@ -85,13 +82,10 @@ class Conv(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(
-        self,
-        x: Float[Array, "n h w cin"],
-        scale: Float[Array, " cout"] | None = None,
-        shift: Float[Array, " cout"] | None = None,
+        self, x: Float[Array, "n h w cin"], shift: Float[Array, " cout"] | None = None
     ) -> Float[Array, "n ho wo cout"]:
-        """Convolves; scale and shift, of the batch norm behind it, go into kernel and bias."""
-        kernel = self.kernel[...] if scale is None else self.kernel[...] * scale
+        """Convolves; `shift`, of a folded batch norm, is its bias."""
+        kernel = self.kernel[...]
         if kernel.shape[0] > 1:
             x = fill_padding(x)
         y = self.convolve(x.astype(self.dtype), kernel.astype(self.dtype))
@@ -140,15 +134,10 @@ class BatchNorm(nnx.Module):
             self._move(self.mean, mean)
             self._move(self.var, var)
             return y
-        # Not `affine`: for a large mean the shift would cancel it with fewer digits left.
+        # Not x * scale + shift: for a large mean the shift would cancel it with fewer digits left.
         scale, bias = self.scale[...], self.bias[...]
         values = x.astype(full_precision(x.dtype)) - self.mean[...]
         return (values * (scale * lax.rsqrt(self.var[...] + self.epsilon)) + bias).astype(x.dtype)
-
-    def affine(self) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
-        """Scale and shift that normalising by the running statistics is."""
-        scale = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)
-        return scale, self.bias[...] - self.mean[...] * scale
 
     def _move(self, running: nnx.BatchStat, batch: Array) -> None:
         moved = self.momentum * running[...] + (1 - self.momentum) * lax.stop_gradient(batch)
@@ -204,14 +193,14 @@ _normalize_by_batch.defvjp(_normalize_by_batch_forward, _normalize_by_batch_back
 def normalized(
     conv: Conv, norm: BatchNorm, x: Float[Array, "n h w cin"], *, update_bn: bool
 ) -> Float[Array, "n ho wo cout"]:
-    """`norm(conv(x))`; as one convolution with a bias where `folding_norms` says so.
+    """`norm(conv(x))`; or, where the kernel has `norm`'s scale in it, `conv(x)` plus its shift.
 
-    That is the same up to rounding, and on GPU one pass over the map less. The convolution has no
-    bias of its own.
+    The convolution has no bias of its own. Who calls this names the pair in a method `conv_norms`,
+    by which `FunctionalModel.fold` finds it.
     """
-    if update_bn or not _norms_folded.get():
-        return norm(conv(x), update_bn=update_bn)
-    return conv(x, *norm.affine())
+    if _norms_folded.get():
+        return conv(x, norm.bias[...])
+    return norm(conv(x), update_bn=update_bn)
 
 
 class ConvNorm(nnx.List):
@@ -219,6 +208,9 @@ class ConvNorm(nnx.List):
 
     def __init__(self, conv: Conv, norm: BatchNorm) -> None:
         super().__init__([conv, norm])
+
+    def conv_norms(self) -> list[tuple[Conv, BatchNorm]]:
+        return [(self[0], self[1])]
 
     def __call__(self, x: Float[Array, "n h w cin"], *, update_bn: bool = False) -> Array:
         conv, norm = self

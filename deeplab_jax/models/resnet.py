@@ -65,7 +65,30 @@ class UnitPlan(NamedTuple):
     activated: bool = False
 
 
-class BasicUnit(nnx.Module):
+class _Unit(nnx.Module):
+    """A residual unit of some `layers`.
+
+    Attributes:
+      pre_activation: whether batch norm and relu come before each convolution.
+      downsample: `[conv, norm]` of the shortcut, see `_shortcut`.
+    """
+
+    pre_activation: bool
+    downsample: nnx.List | None
+
+    def layers(self) -> list[tuple[Any, Any]]:
+        """(convolution, batch norm) in the order of use."""
+        raise NotImplementedError
+
+    def conv_norms(self) -> list[tuple[Any, Any]]:
+        return [] if self.pre_activation else self.layers()
+
+    def __call__(self, x: Float[Array, "n h w cin"], *, update_bn: bool = False) -> Array:
+        unit = _pre_activation_unit if self.pre_activation else _post_activation_unit
+        return unit(x, self.layers(), self.downsample, update_bn)
+
+
+class BasicUnit(_Unit):
     """Two 3x3 convolutions and a shortcut."""
 
     expansion = 1
@@ -79,12 +102,11 @@ class BasicUnit(nnx.Module):
         self.bn2 = make.norm(c)
         self.downsample = _shortcut(plan, c, make, self.pre_activation)
 
-    def __call__(self, x: Float[Array, "n h w cin"], *, update_bn: bool = False) -> Array:
-        layers = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
-        return _residual(x, layers, self.downsample, self.pre_activation, update_bn)
+    def layers(self) -> list[tuple[Any, Any]]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
 
-class BottleneckUnit(nnx.Module):
+class BottleneckUnit(_Unit):
     """A 1x1, a 3x3 and a 1x1 convolution to four times the channels, and a shortcut."""
 
     expansion = 4
@@ -105,9 +127,8 @@ class BottleneckUnit(nnx.Module):
         self.bn3 = make.norm(c if self.pre_activation else c_out)
         self.downsample = _shortcut(plan, c_out, make, self.pre_activation)
 
-    def __call__(self, x: Float[Array, "n h w cin"], *, update_bn: bool = False) -> Array:
-        layers = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
-        return _residual(x, layers, self.downsample, self.pre_activation, update_bn)
+    def layers(self) -> list[tuple[Any, Any]]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
 
 
 def _first_norm(plan: UnitPlan, make: LayerMaker, pre_activation: bool) -> BatchNorm | None:
@@ -125,18 +146,6 @@ def _shortcut(
         return None
     conv = make.conv(plan.in_channels, out_channels, 1, stride=plan.stride)
     return nnx.List([conv]) if pre_activation else ConvNorm(conv, make.norm(out_channels))
-
-
-def _residual(
-    x: Array,
-    layers: list[tuple[Any, Any]],
-    downsample: nnx.List | None,
-    pre_activation: bool,
-    update_bn: bool,
-) -> Array:
-    if pre_activation:
-        return _pre_activation_unit(x, layers, downsample, update_bn)
-    return _post_activation_unit(x, layers, downsample, update_bn)
 
 
 def _post_activation_unit(
@@ -303,7 +312,7 @@ class ResNet(nnx.Module):
           remat: whether each unit is computed again in the backward pass, to save memory.
         """
         x = images
-        for conv, norm in self._stem_layers():
+        for conv, norm in self.conv_norms():
             x = relu(normalized(conv, norm, x, update_bn=update_bn))
         features = {"stem": max_pool(x)}
         x = features["stem"]
@@ -318,8 +327,8 @@ class ResNet(nnx.Module):
             features[self.out_feature] = relu(self.final_bn(x, update_bn=update_bn))
         return features
 
-    def _stem_layers(self) -> list[tuple[Any, Any]]:
-        """(convolution, batch norm) in the order of use."""
+    def conv_norms(self) -> list[tuple[Any, Any]]:
+        """(convolution, batch norm) of the stem, in the order of use."""
         if isinstance(self.conv1, nnx.List):
             conv_a, bn_a, _, conv_b, bn_b, _, conv_c = self.conv1
             return [(conv_a, bn_a), (conv_b, bn_b), (conv_c, self.bn1)]

@@ -61,7 +61,10 @@ class ByPixel:
 
     architecture = architecture("paper_resnet18", num_classes=CLASSES)
 
-    def apply(self, variables, images, *, sizes=None, fold_bn=False):
+    def fold(self, variables):
+        return variables
+
+    def apply(self, variables, images, *, sizes=None):
         # Sums of whole numbers, exact in any order; 3 a pixel lets the padding be seen.
         whole = jnp.round(images * 16).sum(-1) + 3
         if sizes is not None:
@@ -76,7 +79,7 @@ class Smooth(ByPixel):
     """Logits that follow smoothly from the pixel, for what is resized, and from its column, for
     what is mirrored or cut into windows."""
 
-    def apply(self, variables, images, *, sizes=None, fold_bn=False):
+    def apply(self, variables, images, *, sizes=None):
         weights = np.random.default_rng(0).normal(size=(4, CLASSES)).astype(np.float32)
         columns = jnp.arange(images.shape[2])[:, None] / 10
         return {"out": 3 * images @ weights[:3] + columns * weights[3]}, {}

@@ -28,7 +28,7 @@ def test_folded_logits_are_the_same(x64, variant):
 
     @jax.jit
     def both(variables, images):
-        return [model.apply(variables, images, fold_bn=fold) for fold in (False, True)]
+        return [model.apply(v, images) for v in (variables, model.fold(variables))]
 
     (plain, kept), (folded, _) = both(variables, images)
     for head in plain:
@@ -43,25 +43,36 @@ def test_folding_leaves_no_normalisation_in_the_program():
     model = FunctionalModel(architecture("paper_resnet18", num_classes=3, width=0.125))
     images = jax.ShapeDtypeStruct((2, 33, 33, 3), jnp.float32)
 
-    def multiplications_of_maps(fold):
-        jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x, fold_bn=fold)[0])
-        equations = jaxpr(model.abstract, images).eqns
+    def multiplications_of_maps(variables):
+        jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x)[0])
+        equations = jaxpr(variables, images).eqns
         shapes = [e.outvars[0].aval.shape for e in equations if e.primitive.name == "mul"]
         return sum(len(shape) == 4 and shape[0] == 2 for shape in shapes)
 
-    assert multiplications_of_maps(False) > 20
-    assert multiplications_of_maps(True) == 0
+    assert multiplications_of_maps(model.abstract) > 20
+    assert multiplications_of_maps(jax.eval_shape(model.fold, model.abstract)) == 0
 
 
-def test_training_does_not_fold():
+def test_folding_keeps_the_kind_of_arrays():
+    """NumPy's on the host stay there, and JAX's on their device."""
+    model = FunctionalModel(architecture("paper_resnet18", num_classes=3, width=0.125))
+    variables = random_variables(model)
+    on_host = model.fold(jax.device_get(variables))
+    for expected, found in zip(
+        jax.tree.leaves(model.fold(variables)), jax.tree.leaves(on_host), strict=True
+    ):
+        assert type(found) is np.ndarray
+        assert found.dtype == expected.dtype == np.float32
+        assert isinstance(expected, jax.Array)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_folded_variables_are_not_trained():
     """The batch's statistics are known only when the convolution is done."""
     model = FunctionalModel(architecture("paper_resnet18", num_classes=3, width=0.125, dropout=0))
-    variables = random_variables(model)
-    images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 33, 33, 3)), jnp.float32)
-    run = jax.jit(lambda fold: model.apply(variables, images, train=True, fold_bn=fold),
-                  static_argnums=0)  # fmt: skip
-    for plain, folded in zip(jax.tree.leaves(run(False)), jax.tree.leaves(run(True)), strict=True):
-        np.testing.assert_array_equal(plain, folded)
+    folded = model.fold(random_variables(model))
+    with pytest.raises(ValueError, match="train those that were folded"):
+        model.apply(folded, jnp.zeros((2, 33, 33, 3)), train=True)
 
 
 @pytest.mark.parametrize("decoder", ["bilinear", "transposed"])
