@@ -31,6 +31,7 @@ from rich.table import Table
 
 from deeplab_jax.benchmark import measure, ours, theirs
 from deeplab_jax.benchmark.cases import Built, Case, cases
+from deeplab_jax.compilation import jit_inference
 from deeplab_jax.models.atrous import atrous_conv
 from deeplab_jax.models.convolutions import Convolution, convolutions
 
@@ -109,7 +110,8 @@ def our_side(conv: Convolution, case: Case) -> Built:
         jax.random.normal(key, shape, case.dtype) for key, shape in zip(keys, shapes, strict=True)
     )
     if case.kind == "forward":
-        return measure.running(jax.jit(forward).lower(x, kernel).compile(), x, kernel)
+        compiled = jit_inference(forward).lower(x, kernel).compile()
+        return measure.running(compiled, x, kernel)
     return measure.running(
         jax.jit(step).lower(x, kernel, cotangent).compile(), x, kernel, cotangent
     )

@@ -1,10 +1,60 @@
-"""Where compiled programs are kept."""
+"""How programs are compiled, and where they are kept."""
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+from deeplab_jax.models import atrous
+
+# XLA:CPU's calls of oneDNN, a convolution with its bias, the residual sum and relu in one. Its own
+# choice, YNNPACK, would come first. Known to jaxlib for some versions before it has any effect.
+ONEDNN: dict[str, Any] = {
+    "xla_cpu_experimental_onednn_custom_call": True,
+    "xla_cpu_experimental_ynn_fusion_type": "",
+}
+
+
+def jit_inference(function: Callable[..., Any], **options: Any) -> Any:
+    """`jax.jit` of what needs no gradients, compiled as it is fastest on the default device.
+
+    On CPUs where XLA has oneDNN all convolutions are left to it: a forward pass takes 0.8 to 0.9 of
+    the time of `atrous_conv`'s choice there, a third of its memory, and a quarter to compile.
+
+    Args:
+      function: of arrays.
+      options: of `jax.jit`.
+    """
+    if jax.default_backend() != "cpu" or not has_onednn():
+        return jax.jit(function, **options)
+    # In these words a program with calls of oneDNN says that it cannot be kept on disk.
+    unkept = "Error writing persistent compilation cache entry .*bad_alloc"
+    warnings.filterwarnings("ignore", unkept, UserWarning)
+
+    @functools.wraps(function)
+    def by_onednn(*args: Any, **kwargs: Any) -> Any:
+        with atrous.using("native"):
+            return function(*args, **kwargs)
+
+    return jax.jit(by_onednn, compiler_options=ONEDNN, **options)
+
+
+@functools.cache
+def has_onednn() -> bool:
+    """Whether XLA on this machine's CPU calls oneDNN if asked to; tried with a small program."""
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 4, 4, 8), (1, 1, 8, 8)))
+    with atrous.using("native"):
+        lowered = jax.jit(atrous.atrous_conv).lower(x, kernel)
+    try:
+        return "__onednn$convolution" in str(lowered.compile(compiler_options=ONEDNN).as_text())
+    except jax.errors.JaxRuntimeError:  # a version without these options
+        return False
 
 
 def use_compilation_cache() -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
-from deeplab_jax.compilation import use_compilation_cache
+from deeplab_jax.compilation import jit_inference, use_compilation_cache
 from deeplab_jax.conversion import read_model
 from deeplab_jax.evaluation.inference import Inference, Mode
 from deeplab_jax.images import read_image
@@ -111,7 +111,9 @@ class Segmenter:
         self._mode = mode
         self._large_window = large_window or mode.window
         self._inferences: dict[int | None, Inference] = {}
-        self._apply = jax.jit(lambda variables, images: self.model.apply(variables, images)[0])
+        self._apply = jit_inference(
+            lambda variables, images: self.model.apply(variables, images)[0]
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:

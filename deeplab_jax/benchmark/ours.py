@@ -18,6 +18,7 @@ from deeplab_jax.benchmark.cases import (
     Built,
     Case,
 )
+from deeplab_jax.compilation import jit_inference
 from deeplab_jax.config import Config, LossConfig, MeshConfig, OptimizerConfig
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.convolutions import convolutions
@@ -54,7 +55,7 @@ def _build_forward(case: Case) -> Built:
     def forward(variables: Any, images: Any) -> Any:
         return model.apply(variables, images)[0]["out"]
 
-    compiled = jax.jit(forward).lower(variables, images).compile()
+    compiled = jit_inference(forward).lower(variables, images).compile()
     kept: list[Any] = [compiled(variables, images)]
     jax.block_until_ready(kept)
 

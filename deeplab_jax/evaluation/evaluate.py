@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from deeplab_jax.compilation import jit_inference
 from deeplab_jax.config import Config
 from deeplab_jax.data import pipeline
 from deeplab_jax.data.dataset import Dataset
@@ -103,7 +104,7 @@ class Evaluator:
         self._num_compilations = 0
         whole = mesh_lib.replicated(mesh)
         self._fold = jax.jit(self._model.fold)
-        self._step = jax.jit(
+        self._step = jit_inference(
             self._evaluate_batch,
             static_argnames="height",
             out_shardings=(whole, whole, mesh_lib.row_sharding(mesh)),

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Num, UInt8
 
+from deeplab_jax.compilation import jit_inference
 from deeplab_jax.errors import UserError
 from deeplab_jax.evaluation import windows
 from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
@@ -231,7 +232,7 @@ class Inference:
             "windows": _weighted_probabilities,
         }
         self._functions = {
-            name: jax.jit(functools.partial(function, model, **options))
+            name: jit_inference(functools.partial(function, model, **options))
             for name, function in networks.items()
         }
         self._functions["add"] = jax.jit(windows.add_windows, donate_argnums=0)

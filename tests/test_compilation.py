@@ -1,0 +1,90 @@
+"""How inference is compiled: by oneDNN where XLA has it, and the same numbers everywhere."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deeplab_jax import compilation
+from deeplab_jax.models import atrous
+from deeplab_jax.models.architecture import architecture
+from deeplab_jax.models.functional import FunctionalModel
+from random_modules import random_variables
+
+ARCHITECTURES = ("paper_resnet18", "torchvision_resnet50", "torchvision_mobilenet_v3_large")
+
+
+@pytest.fixture
+def onednn():
+    if not compilation.has_onednn():
+        pytest.skip("this jaxlib does not call oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def tried_anew():
+    yield
+    compilation.has_onednn.cache_clear()
+
+
+@pytest.mark.parametrize("has_onednn", [True, False])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_inference_is_the_same_however_it_is_compiled(name, has_onednn, monkeypatch):
+    model = FunctionalModel(architecture(name, num_classes=3, width=0.25, output_stride=8))
+    variables = model.fold(random_variables(model))
+    images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 65, 49, 3)), jnp.float32)
+    with atrous.using("native"):
+        expected = jax.jit(lambda v, x: model.apply(v, x)[0])(variables, images)
+    monkeypatch.setattr(compilation, "has_onednn", lambda: has_onednn)
+    run = compilation.jit_inference(lambda v, x: model.apply(v, x)[0])
+    found = run(variables, images)
+    for head, logits in expected.items():
+        scale = float(jnp.abs(logits).max())
+        np.testing.assert_allclose(found[head], logits, atol=1e-5 * scale)
+
+
+def test_all_convolutions_are_onednns_and_take_the_sums_with_them(onednn):
+    model = FunctionalModel(architecture("torchvision_resnet50", num_classes=3, width=0.25))
+    images = jax.ShapeDtypeStruct((1, 65, 65, 3), jnp.float32)
+    variables = jax.eval_shape(model.fold, model.abstract)
+    run = compilation.jit_inference(lambda v, x: model.apply(v, x)[0]["out"])
+    program = run.lower(variables, images).compile().as_text()
+    assert program.count('custom_call_target="__onednn$convolution"') >= 53
+    assert " convolution(" not in program
+    assert program.count("BINARY_ADD") + program.count('"SUM"') == 16  # residual units
+
+
+def test_without_onednn_each_convolution_is_as_elsewhere(monkeypatch):
+    forced = []
+    monkeypatch.setattr(compilation, "has_onednn", lambda: False)
+    compilation.jit_inference(lambda x: forced.append(atrous.forced(atrous.METHODS)))(1.0)
+    monkeypatch.setattr(compilation, "has_onednn", lambda: True)
+    compilation.jit_inference(lambda x: forced.append(atrous.forced(atrous.METHODS)))(1.0)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    compilation.jit_inference(lambda x: forced.append(atrous.forced(atrous.METHODS)))(1.0)
+    assert forced == [None, "native", None]
+
+
+def test_a_version_without_the_options_has_no_onednn(monkeypatch):
+    compilation.has_onednn.cache_clear()
+    monkeypatch.setattr(compilation, "ONEDNN", {"xla_cpu_no_such_option": True})
+    assert not compilation.has_onednn()
+
+
+def test_a_program_that_cannot_be_kept_on_disk_is_no_warning(onednn):
+    option = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[option]
+    arrays = jnp.ones((1, 9, 9, 8)), jnp.ones((3, 3, 8, 8))
+    jax.config.update(option, 0.0)  # else so small a program is not to be kept at all
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            compilation.jit_inference(lambda x, k: atrous.atrous_conv(x, k) + np.pi)(*arrays)
+        with pytest.warns(UserWarning, match="persistent"), atrous.using("native"):
+            jax.jit(
+                lambda x, k: atrous.atrous_conv(x, k) + np.e, compiler_options=compilation.ONEDNN
+            )(*arrays)
+    finally:
+        jax.config.update(option, before)
+    assert [str(warning.message) for warning in said] == []
