@@ -56,7 +56,10 @@ class FunctionalModel:
 
         Args:
           variables: of the model, as NumPy's arrays or JAX's: the result's are of the same kind.
+            Folded ones are given back.
         """
+        if isinstance(variables, FoldedVariables):
+            return variables
         params, stats = dict(variables.params), variables.batch_stats
         for conv, (norm, epsilon) in self._norms.items():
             scale = params[f"{norm}.scale"] * (stats[f"{norm}.var"] + epsilon) ** -0.5

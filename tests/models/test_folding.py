@@ -65,6 +65,7 @@ def test_folding_keeps_the_kind_of_arrays():
         assert found.dtype == expected.dtype == np.float32
         assert isinstance(expected, jax.Array)
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    assert model.fold(on_host) is on_host
 
 
 def test_folded_variables_are_not_trained():
