@@ -256,6 +256,8 @@ _on_cuda.defvjp(_on_cuda_forward, _on_cuda_backward)
 def _on_cpu(x: Array, kernel: Array, *, rate: int) -> Array:
     """Products over valid taps: by blocks, or where gradients are wanted by whole windows.
 
+    Not of inference where XLA calls oneDNN: see `compilation.jit_inference`.
+
     Measured on two cores, float32, milliseconds of native / taps / blocks (oneDNN through PyTorch);
     `benchmarks/atrous_methods.py` measures such rows again, gradients apart from the forward pass:
 
