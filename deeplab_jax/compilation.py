@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from deeplab_jax.models import atrous
 
 # XLA:CPU's calls of oneDNN, each a convolution with its bias, the residual sum and relu. YNNPACK,
-# which would come first, is left the sums over maps. Older jaxlib knows the options, without effect.
+# which would come first, keeps the sums over maps. Older versions know these options, to no effect.
 ONEDNN: dict[str, Any] = {
     "xla_cpu_experimental_onednn_custom_call": True,
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
