@@ -3,6 +3,7 @@
     python benchmarks/layers.py                          # the first case of `deeplab-jax bench`
     python benchmarks/layers.py "train resnet50 os8" --json layers.json
     python benchmarks/layers.py --recorded layers.json   # the tables again; measures nothing
+    python benchmarks/layers.py "train resnet101 os16 16x" --bounds 731e12 3.35e12   # nor does this
 
 Convolutions of one shape are measured once and counted as often as they occur; of a training step
 forward and gradients together. The bound is the roofline: no less than the arithmetic of the taps
@@ -158,6 +159,32 @@ def their_side(conv: Convolution, case: Case) -> Built:
     return Built(start, wait, 0.0, None)
 
 
+def by_shape(case: Case) -> dict[Shape, list[Convolution]]:
+    """The convolutions of a case, equal ones together."""
+    found: dict[Shape, list[Convolution]] = collections.defaultdict(list)
+    for conv in convolutions(ours.model_of(case), case.height, case.width):
+        found[Shape.of(conv)].append(conv)
+    return found
+
+
+def bounds_table(case: Case, peak: float, bandwidth: float) -> Table:
+    """The convolutions' bounds on a machine, those first that take most, and their sum."""
+    result = Table(title=f"{case.name}: bounds, ms", box=None)
+    result.add_column("convolution")
+    for name in ("times", "one", "all"):
+        result.add_column(name, justify="right")
+    rows = [
+        (str(shape), len(convs), bound_ms(convs[0], case, peak, bandwidth))
+        for shape, convs in by_shape(case).items()
+    ]
+    for name, count, bound in sorted(rows, key=lambda row: -row[1] * row[2]):
+        result.add_row(name, str(count), f"{bound:.2f}", f"{count * bound:.2f}")
+    result.add_section()
+    total = sum(count * bound for _, count, bound in rows)
+    result.add_row("all convolutions", "", "", f"{total:.2f}")
+    return result
+
+
 def measured(case: Case, *, turns: int) -> dict[str, Any]:
     """The rows of a case, most of the time first, and what they were measured by.
 
@@ -166,13 +193,9 @@ def measured(case: Case, *, turns: int) -> dict[str, Any]:
       turns: of each side, for each convolution and for the whole.
     """
     peak, copied = measure.matmul_peak(case.dtype), measure.copy_bandwidth()
-    by_shape: dict[Shape, list[Convolution]] = collections.defaultdict(list)
-    model = ours.model_of(case)
-    for conv in convolutions(model, case.height, case.width):
-        by_shape[Shape.of(conv)].append(conv)
     rows = []
     console = Console(stderr=True)
-    for shape, convs in track(by_shape.items(), "convolutions", console=console):
+    for shape, convs in track(by_shape(case).items(), "convolutions", console=console):
         sides = our_side(convs[0], case), their_side(convs[0], case)
         mine, their = (1e3 * statistics.median(t) for t in measure.alternate(*sides, turns))
         rows.append(
@@ -240,10 +263,18 @@ def main() -> int:
     )
     known = cases(jax.default_backend(), quick=False)
     parser.add_argument("case", nargs="?", default=known[0].name, help="name, or part of it")
+    parser.add_argument(
+        "--bounds",
+        nargs=2,
+        type=float,
+        metavar=("FLOPS", "BYTES"),
+        help="show the bounds alone, of a machine of so many FLOP/s and bytes/s, of any case",
+    )
     parser.add_argument("--turns", type=int, default=3, help="of each side, for each convolution")
     parser.add_argument("--json", type=pathlib.Path, help="write the results there")
     parser.add_argument("--recorded", type=pathlib.Path, help="show a file that --json wrote")
     args = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     if args.turns < 1:
         parser.error(f"--turns must be 1 or more, got {args.turns}")
     if args.json is not None and not args.json.absolute().parent.is_dir():
@@ -253,13 +284,20 @@ def main() -> int:
             parser.error(f"--recorded: there is no file {args.recorded}")
         found = json.loads(args.recorded.read_text())
     else:
+        if args.bounds is not None:
+            known = (*cases("cpu", quick=False), *cases("gpu", quick=False))
         chosen = [case for case in known if args.case in case.name]
         if not chosen:
             parser.error(f"no case holds {args.case!r}; known: {', '.join(c.name for c in known)}")
+        if args.bounds is not None:
+            if min(args.bounds) <= 0:
+                parser.error("--bounds must be above 0")
+            console.print(bounds_table(chosen[0], *args.bounds))
+            return 0
         found = measured(chosen[0], turns=args.turns)
         if args.json is not None:
             args.json.write_text(json.dumps(found, indent=1) + "\n")
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table(found))
+    console.print(table(found))
     return 0
 
 

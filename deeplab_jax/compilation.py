@@ -32,11 +32,11 @@ def jit_inference(function: Callable[..., Any], **options: Any) -> Any:
       function: of arrays.
       options: of `jax.jit`.
     """
-    if jax.default_backend() != "cpu" or not has_onednn():
-        return jax.jit(function, **options)
     # In these words a program with calls of oneDNN says that it cannot be kept on disk.
     unkept = "Error writing persistent compilation cache entry .*bad_alloc"
     warnings.filterwarnings("ignore", unkept, UserWarning)
+    if jax.default_backend() != "cpu" or not has_onednn():
+        return jax.jit(function, **options)
 
     @functools.wraps(function)
     def by_onednn(*args: Any, **kwargs: Any) -> Any:

@@ -9,8 +9,8 @@ import pytest
 from layers import Shape, bound_ms, main, measured
 
 from deeplab_jax.benchmark import measure, ours, theirs
-from deeplab_jax.benchmark.cases import Case
-from deeplab_jax.models.convolutions import Convolution
+from deeplab_jax.benchmark.cases import Case, cases
+from deeplab_jax.models.convolutions import Convolution, convolutions
 
 FORWARD = Case("forward", "resnet50", 8, 2, 33, 33, "float32")
 TRAIN = dataclasses.replace(FORWARD, kind="train")
@@ -72,9 +72,25 @@ def test_shows_a_recorded_file(monkeypatch, tmp_path, capsys):
     assert ["what", "is", "left", "0.50", "4", "2"] in lines
 
 
+def test_bounds_of_a_machine_that_is_not_here(monkeypatch, capsys):
+    """All arithmetic at 1 TFLOP/s, where memory is no limit: the case's own, a valid tap once."""
+    case = "forward resnet101 os16 32x513x513"
+    monkeypatch.setattr(sys, "argv", ["layers", case, "--bounds", "1e12", "1e30"])
+    assert main() == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    last = lines[-1]
+    assert last[:2] == ["all", "convolutions"]
+    chosen = next(c for c in cases("gpu", quick=False) if case in c.name)
+    found = convolutions(ours.model_of(chosen), 513, 513)
+    expected = 1e3 * 2 * 32 * sum(conv.valid_macs for conv in found) / 1e12
+    assert float(last[2]) == pytest.approx(expected, abs=0.01)
+    assert ["3x3,", "256", "->", "256,", "33x33", "23"] in [line[:6] for line in lines]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--bounds", "0", "1"], "--bounds must be above 0"),
         (["no such"], "no case holds 'no such'; known: forward resnet50"),
         (["--turns", "0"], "must be 1 or more, got 0"),
         (["--json", "none/layers.json"], "its folder does not exist"),
