@@ -66,6 +66,19 @@ def test_without_onednn_each_convolution_is_as_elsewhere(monkeypatch):
     assert forced == [None, "native", None]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_depthwise_convolutions_are_not_left_to_onednn(monkeypatch, dtype):
+    monkeypatch.setattr(compilation, "has_onednn", lambda: True)
+    chosen = architecture("torchvision_mobilenet_v3_large", num_classes=3, width=0.25, dtype=dtype)
+    model = FunctionalModel(chosen)
+    images = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
+    run = compilation.jit_inference(lambda v, x: model.apply(v, x)[0]["out"])
+    program = run.lower(jax.eval_shape(model.fold, model.abstract), images).as_text()
+    assert "feature_group_count = 1 " in program
+    grouped = [line for line in program.splitlines() if "feature_group_count = " in line]
+    assert all("feature_group_count = 1 " in line for line in grouped)
+
+
 def test_a_version_without_the_options_has_no_onednn(monkeypatch):
     compilation.has_onednn.cache_clear()
     monkeypatch.setattr(compilation, "ONEDNN", {"xla_cpu_no_such_option": True})

@@ -19,28 +19,37 @@ from deeplab_jax.models.operations import Size
 Method = Callable[..., Float[Array, "n ho wo cout"]]
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("method", default=None)
+_forced_depthwise: contextvars.ContextVar[bool] = contextvars.ContextVar("depthwise", default=True)
 
 
 @contextlib.contextmanager
-def using(method: str | None) -> Iterator[None]:
+def using(method: str | None, *, depthwise: bool = True) -> Iterator[None]:
     """What is traced within takes this implementation everywhere: to compare, or to export.
 
     Args:
       method: a name in `METHODS`, or None: what is fastest on the platform.
+      depthwise: whether that holds for depthwise convolutions too.
     """
     if method is not None and method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    token = _forced.set(method)
+    token, depthwise_token = _forced.set(method), _forced_depthwise.set(depthwise)
     try:
         yield
     finally:
         _forced.reset(token)
+        _forced_depthwise.reset(depthwise_token)
 
 
-def forced(methods: Collection[str]) -> str | None:
-    """The implementation that `using` asks for, where it is one of these."""
+def forced(methods: Collection[str], *, depthwise: bool = False) -> str | None:
+    """The implementation that `using` asks for, of depthwise convolutions or of all others.
+
+    Args:
+      methods: those that there are; None if it is none of them.
+      depthwise: of which of the two.
+    """
     method = _forced.get()
-    return method if method in methods else None
+    asked = _forced_depthwise.get() or not depthwise
+    return method if asked and method in methods else None
 
 
 def atrous_conv(

@@ -47,7 +47,7 @@ def depthwise_conv(
     """
     if kernel.shape[2:] != (1, x.shape[3]):
         raise ValueError(f"kernel must be [k, k, 1, {x.shape[3]}], got {list(kernel.shape)}")
-    method = method or forced(METHODS)
+    method = method or forced(METHODS, depthwise=True)
     if method is not None:
         return METHODS[method](x, kernel, stride=stride, rate=rate)
     native, products = (
