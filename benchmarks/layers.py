@@ -282,21 +282,21 @@ def main() -> int:
     if args.recorded is not None:
         if not args.recorded.is_file():
             parser.error(f"--recorded: there is no file {args.recorded}")
-        found = json.loads(args.recorded.read_text())
-    else:
-        if args.bounds is not None:
-            known = (*cases("cpu", quick=False), *cases("gpu", quick=False))
-        chosen = [case for case in known if args.case in case.name]
-        if not chosen:
-            parser.error(f"no case holds {args.case!r}; known: {', '.join(c.name for c in known)}")
-        if args.bounds is not None:
-            if min(args.bounds) <= 0:
-                parser.error("--bounds must be above 0")
-            console.print(bounds_table(chosen[0], *args.bounds))
-            return 0
-        found = measured(chosen[0], turns=args.turns)
-        if args.json is not None:
-            args.json.write_text(json.dumps(found, indent=1) + "\n")
+        console.print(table(json.loads(args.recorded.read_text())))
+        return 0
+    if args.bounds is not None:
+        if min(args.bounds) <= 0:
+            parser.error("--bounds must be above 0")
+        known = (*cases("cpu", quick=False), *cases("gpu", quick=False))
+    chosen = [case for case in known if args.case in case.name]
+    if not chosen:
+        parser.error(f"no case holds {args.case!r}; known: {', '.join(c.name for c in known)}")
+    if args.bounds is not None:
+        console.print(bounds_table(chosen[0], *args.bounds))
+        return 0
+    found = measured(chosen[0], turns=args.turns)
+    if args.json is not None:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
     console.print(table(found))
     return 0
 

@@ -18,8 +18,10 @@ from deeplab_jax.models.operations import Size
 
 Method = Callable[..., Float[Array, "n ho wo cout"]]
 
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("method", default=None)
-_forced_depthwise: contextvars.ContextVar[bool] = contextvars.ContextVar("depthwise", default=True)
+# Of depthwise convolutions, and of all others.
+_forced: contextvars.ContextVar[tuple[str | None, str | None]] = contextvars.ContextVar(
+    "methods", default=(None, None)
+)
 
 
 @contextlib.contextmanager
@@ -32,12 +34,11 @@ def using(method: str | None, *, depthwise: bool = True) -> Iterator[None]:
     """
     if method is not None and method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    token, depthwise_token = _forced.set(method), _forced_depthwise.set(depthwise)
+    token = _forced.set((method if depthwise else None, method))
     try:
         yield
     finally:
         _forced.reset(token)
-        _forced_depthwise.reset(depthwise_token)
 
 
 def forced(methods: Collection[str], *, depthwise: bool = False) -> str | None:
@@ -47,9 +48,9 @@ def forced(methods: Collection[str], *, depthwise: bool = False) -> str | None:
       methods: those that there are; None if it is none of them.
       depthwise: of which of the two.
     """
-    method = _forced.get()
-    asked = _forced_depthwise.get() or not depthwise
-    return method if asked and method in methods else None
+    of_depthwise, of_others = _forced.get()
+    method = of_depthwise if depthwise else of_others
+    return method if method in methods else None
 
 
 def atrous_conv(

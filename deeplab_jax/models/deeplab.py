@@ -194,10 +194,10 @@ class DeepLabV3(nnx.Module):
             loss that does it in parts. A learned decoder always gives the images' size.
 
         Raises:
-          ValueError: the images' channels are not the architecture's, the key is missing, or the
-            sizes are not as `models.padding.valid_area` takes them.
+          ValueError: the images' channels are not the architecture's, the key is missing, folded
+            variables are trained, or the sizes are not as `models.padding.valid_area` takes them.
         """
-        self._check(images, train, key, sizes)
+        self._check(images, train, key, sizes, folded)
         out_key, aux_key = (None, None)
         if train and key is not None:
             out_key, aux_key = jax.random.split(key)
@@ -225,7 +225,12 @@ class DeepLabV3(nnx.Module):
         return outputs
 
     def _check(
-        self, images: Array, train: bool, key: jax.Array | None, sizes: Array | None
+        self,
+        images: Array,
+        train: bool,
+        key: jax.Array | None,
+        sizes: Array | None,
+        folded: bool,
     ) -> None:
         in_channels = self.architecture.in_channels
         if images.ndim != 4 or images.shape[3] != in_channels:
@@ -237,6 +242,8 @@ class DeepLabV3(nnx.Module):
         if train and sizes is not None:
             # Batch norm's statistics would be those of the padding too.
             raise ValueError("train=True takes no sizes: padding is for inference alone")
+        if train and folded:
+            raise ValueError("folded variables are for inference: train those that were folded")
 
 
 def _to_images_size(decode: Callable[..., Array], logits: Array, images: Array) -> Array:

@@ -93,11 +93,8 @@ class FunctionalModel:
           upsample: resize the logits to the images' size.
 
         Raises:
-          ValueError: as `DeepLabV3` does, or folded variables are trained.
+          ValueError: as `DeepLabV3` does.
         """
-        folded = isinstance(variables, FoldedVariables)
-        if folded and train:
-            raise ValueError("folded variables are for inference: train those that were folded")
         module = nnx.merge(
             self._graph,
             _unflatten(variables.params, self._param_paths, nnx.Param),
@@ -110,7 +107,7 @@ class FunctionalModel:
             freeze_bn=freeze_bn,
             remat=remat,
             sizes=sizes,
-            folded=folded,
+            folded=isinstance(variables, FoldedVariables),
             upsample=upsample,
         )
         return outputs, _flatten(nnx.state(module, nnx.BatchStat))
