@@ -20,7 +20,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from deeplab_jax.models.atrous import METHODS, atrous_conv
+from deeplab_jax.models.ops.atrous_conv import METHODS, atrous_conv
 
 # Images, side of the map, channels in and out, rate; of a 3x3 kernel.
 SHAPES = {
@@ -68,7 +68,7 @@ def ours(shape: tuple[int, ...], dtype: str, method: str | None) -> tuple[float,
     n, side, c_in, c_out, rate = shape
     x = jax.random.normal(jax.random.key(0), (n, side, side, c_in), dtype)
     kernel = jax.random.normal(jax.random.key(1), (3, 3, c_in, c_out), dtype)
-    conv = functools.partial(atrous_conv, rate=rate, method=method)
+    conv = functools.partial(atrous_conv, kernel_dilation=rate, method=method)
     forward = jax.jit(conv)
     backward = jax.jit(lambda x, kernel, y: jax.vjp(conv, x, kernel)[1](y))
     y = forward(x, kernel)

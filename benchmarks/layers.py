@@ -32,9 +32,9 @@ from rich.table import Table
 
 from deeplab_jax.benchmark import measure, ours, theirs
 from deeplab_jax.benchmark.cases import Built, Case, cases
-from deeplab_jax.compilation import jit_inference
-from deeplab_jax.models.atrous import atrous_conv
+from deeplab_jax.compilation import ONEDNN_OPTIONS, has_onednn
 from deeplab_jax.models.convolutions import Convolution, convolutions
+from deeplab_jax.models.ops.atrous_conv import atrous_conv
 
 _THEIR_MODES = {"float32": "channels_last", "bfloat16": "channels_last, autocast"}
 
@@ -89,9 +89,17 @@ def bound_ms(conv: Convolution, case: Case, peak: float, bandwidth: float) -> fl
 
 def our_side(conv: Convolution, case: Case) -> Built:
     shape = Shape.of(conv)
+    # As `compilation.jit_inference` compiles a model.
+    by_onednn = case.kind == "forward" and jax.default_backend() == "cpu" and has_onednn()
 
     def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return atrous_conv(x, kernel, stride=shape.stride, rate=shape.rate)
+        return atrous_conv(
+            x,
+            kernel,
+            strides=shape.stride,
+            kernel_dilation=shape.rate,
+            method="native" if by_onednn else None,
+        )
 
     def step(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> Any:
         if shape.reads_image:
@@ -111,7 +119,8 @@ def our_side(conv: Convolution, case: Case) -> Built:
         jax.random.normal(key, shape, case.dtype) for key, shape in zip(keys, shapes, strict=True)
     )
     if case.kind == "forward":
-        compiled = jit_inference(forward).lower(x, kernel).compile()
+        options = ONEDNN_OPTIONS if by_onednn else None
+        compiled = jax.jit(forward, compiler_options=options).lower(x, kernel).compile()
         return measure.running(compiled, x, kernel)
     return measure.running(
         jax.jit(step).lower(x, kernel, cotangent).compile(), x, kernel, cotangent

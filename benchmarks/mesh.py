@@ -32,7 +32,7 @@ import numpy as np
 
 from deeplab_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig
 from deeplab_jax.evaluation.evaluate import Evaluator
-from deeplab_jax.models.deeplab import architecture
+from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.parallel import mesh as mesh_lib
 from deeplab_jax.training.optimizer import make_optimizer, poly_schedule

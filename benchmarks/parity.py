@@ -39,8 +39,9 @@ from rich.table import Table
 
 from deeplab_jax.errors import UserError
 from deeplab_jax.models.architecture import Architecture, architecture
-from deeplab_jax.models.deeplab import DeepLabV3
+from deeplab_jax.models.deeplab import DeepLabV3, build_model
 from deeplab_jax.models.functional import FunctionalModel, Variables
+from deeplab_jax.models.layers import ShapeRngs
 from deeplab_jax.weights import torchvision
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
@@ -164,10 +165,9 @@ def stages(
     def run(state: Any, images: Any) -> dict[str, Any]:
         model: Any = nnx.merge(graph, state)
         features = model.backbone(images)
-        out, aux = (features[getattr(model.backbone, f"{head}_feature")] for head in ("out", "aux"))
-        aspp = model.classifier[0]
-        branches = {f"ASPP branch {i}": branch for i, branch in enumerate(aspp.branches(out))}
-        heads = {"classifier": model.classifier(out), "aux_classifier": model.aux_classifier(aux)}
+        out, aspp = features[model.backbone.out_feature], model.classifier.aspp
+        branches = {f"ASPP branch {i}": branch(out) for i, branch in enumerate(aspp.branches)}
+        heads = {name: getattr(model, name)(features) for name in ("classifier", "aux_classifier")}
         return features | branches | {"ASPP": aspp(out)} | heads
 
     with outputs_of(parts_of(reference)) as theirs, torch.no_grad():
@@ -176,8 +176,9 @@ def stages(
 
 
 def module_of(variables: Variables, chosen: Architecture) -> DeepLabV3:
-    """The model with these variables in their places."""
-    model = nnx.eval_shape(lambda: DeepLabV3(chosen, rngs=nnx.Rngs(0)))
+    """The model for inference with these variables in their places."""
+    model = nnx.eval_shape(lambda: build_model(chosen, rngs=ShapeRngs(0)))
+    model.eval()
     arrays = variables.params | variables.batch_stats
     kept = nnx.state(model, (nnx.Param, nnx.BatchStat))
     filled = {
@@ -195,7 +196,9 @@ def parts_of(reference: Any) -> dict[str, Any]:
         features = {"stem": backbone.maxpool}
         features |= {name: backbone[name] for name in ("layer1", "layer2", "layer3", "layer4")}
     else:
-        features = dict(backbone.items())
+        stem, *blocks, last = backbone.values()
+        numbered = {f"block{number}": block for number, block in enumerate(blocks, start=1)}
+        features = {"stem": stem, **numbered, "last": last}
     aspp = reference.classifier[0]
     branches = {f"ASPP branch {index}": branch for index, branch in enumerate(aspp.convs)}
     heads = {"classifier": reference.classifier, "aux_classifier": reference.aux_classifier}

@@ -7,30 +7,38 @@ if TYPE_CHECKING:
     from deeplab_jax.config import Config
     from deeplab_jax.conversion import convert
     from deeplab_jax.errors import UserError
-    from deeplab_jax.models.deeplab import Architecture, DeepLabV3, architecture
+    from deeplab_jax.models.architecture import Architecture, architecture
+    from deeplab_jax.models.deeplab import DeepLabV3, build_model
+    from deeplab_jax.models.heads import ASPPHead, FCNHead
     from deeplab_jax.segmenter import Segmenter, load
     from deeplab_jax.training.stages import train
 
 # Imported when they are asked for: the models need no data library, and workers no JAX.
 _HOMES = {
-    "Architecture": "models.deeplab",
+    "ASPPHead": "models.heads",
+    "Architecture": "models.architecture",
     "Config": "config",
     "DeepLabV3": "models.deeplab",
+    "FCNHead": "models.heads",
     "Segmenter": "segmenter",
     "UserError": "errors",
-    "architecture": "models.deeplab",
+    "architecture": "models.architecture",
+    "build_model": "models.deeplab",
     "convert": "conversion",
     "load": "segmenter",
     "train": "training.stages",
 }
 
 __all__ = [
+    "ASPPHead",
     "Architecture",
     "Config",
     "DeepLabV3",
+    "FCNHead",
     "Segmenter",
     "UserError",
     "architecture",
+    "build_model",
     "convert",
     "load",
     "train",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
+from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
@@ -35,17 +39,72 @@ app.command()(summary)
 
 
 @app.callback()
-def _commands() -> None:
-    """Keeps `convert` a command of its own although it is the only one."""
+def _commands(
+    modules: Annotated[
+        list[str],
+        typer.Option(
+            "--import",
+            metavar="MODULE",
+            help="Import this module first: it registers a backbone, head, loss or data set of "
+            "your own. May be given several times, before or behind the command.",
+        ),
+    ] = [],  # noqa: B006
+) -> None:
+    """Shows the option, which `main` has taken out already."""
 
 
 def main() -> None:
     """Runs a command; a user's mistake is one message and exit code 2."""
     try:
-        app()
+        modules, arguments = take_imports(sys.argv[1:])
+        import_modules(modules)
+        app(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def take_imports(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits the modules of `--import MODULE` off the other arguments.
+
+    Raises:
+      UserError: no module follows.
+    """
+    modules, others = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        option, equals, module = argument.partition("=")
+        if option != "--import":
+            others.append(argument)
+            continue
+        module = module if equals else next(rest, "")
+        if not module or module.startswith("-"):
+            raise UserError("--import needs the name of a module, as in --import my_backbones")
+        modules.append(module)
+    return modules, others
+
+
+def import_modules(modules: Sequence[str]) -> None:
+    """Imports modules by name, those in the current folder too.
+
+    Raises:
+      UserError: one is not there or fails.
+    """
+    if modules and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise UserError(f"--import {module}: {error.name} is missing") from None
+            raise UserError(
+                f"--import {module}: there is no such module in {os.getcwd()} or on the Python "
+                "path; name it as in an import statement, without .py, and set PYTHONPATH to its "
+                "folder if it lies elsewhere"
+            ) from None
+        except Exception as error:  # whatever the module's own code raises
+            raise UserError(f"--import {module}: {type(error).__name__}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import dataclasses
 import json
 from typing import Any
 
+from deeplab_jax.registry import Registry
+
 
 @dataclasses.dataclass
 class ModelConfig:
@@ -23,6 +25,7 @@ class ModelConfig:
     multi_grid: tuple[int, ...] | None = None  # unit rates of the last stage and its copies
     atrous_rates: tuple[int, ...] | None = None  # of ASPP, at this output stride
     image_pooling: bool | None = None  # whether ASPP has it
+    head: str | None = None  # "aspp", or a name in `models.architecture.HEADS`
     dilation_rule: str | None = None  # "paper" or "torchvision"
     residual: str | None = None  # "post" or "pre" activation
     stem: str | None = None  # "conv7x7" or "deep" (three 3x3)
@@ -64,7 +67,8 @@ class FolderConfig:
 class DataConfig:
     """Where images come from and how they are augmented."""
 
-    name: str = "voc"  # or "coco", "cityscapes", "ade20k", "folder", "shapes"; docs/datasets.md
+    # Or "coco", "cityscapes", "ade20k", "folder", "shapes" (docs/datasets.md), a registered name.
+    name: str = "voc"
     root: str = ""  # folder (or, for "folder", CSV file) of the data; empty: VOC is downloaded
     split: str = "trainaug"  # to train on: "train", "trainaug", "trainval" or "val"
     eval_split: str = "val"
@@ -106,15 +110,23 @@ class OptimizerConfig:
     accumulate: int = 1  # parts that a batch is computed in, one after the other
 
 
-PIXEL_LOSSES = ("cross_entropy", "focal")  # means over pixels
-IMAGE_LOSSES = ("dice", "lovasz")  # means over images
+_LOSSES = "deeplab_jax.training.losses"
+# Means over pixels: functions of the cross-entropies `[n, h, w]` and the `LossConfig`.
+PIXEL_LOSSES: Registry[Any] = Registry(
+    "loss", {"cross_entropy": f"{_LOSSES}:identity", "focal": f"{_LOSSES}:focal"}
+)
+# Means over images: functions of logits `[n, h, w, classes]` and labels `[n, h, w]`, giving `[n]`.
+IMAGE_LOSSES: Registry[Any] = Registry(
+    "loss", {"dice": f"{_LOSSES}:dice", "lovasz": f"{_LOSSES}:lovasz"}
+)
 
 
 @dataclasses.dataclass
 class LossConfig:
     """Over the pixels that are not ignored; see `training.losses`."""
 
-    name: str = "cross_entropy"  # or "focal"; "dice" or "lovasz": by image and class
+    # "cross_entropy" or "focal"; "dice" or "lovasz", by image and class; or a registered name.
+    name: str = "cross_entropy"
     focal_gamma: float = 2.0  # power of the share that is wrong, of "focal"
     # One number a class, or "auto": from the frequency of each class in the training split.
     class_weights: object = None  # (`object` for the command line, which reads no union)

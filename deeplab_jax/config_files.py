@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import sys
 import types
 import typing
 from collections.abc import Iterable
@@ -15,6 +16,13 @@ from typing import Any
 
 from deeplab_jax.config import Config, flatten
 from deeplab_jax.errors import UserError
+
+
+def make_importable(path: str | os.PathLike[str]) -> None:
+    """Lets a config file import modules that lie beside it."""
+    folder = str(pathlib.Path(path).absolute().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
 
 
 def from_python(path: str | os.PathLike[str]) -> Config:
@@ -30,6 +38,7 @@ def from_python(path: str | os.PathLike[str]) -> Config:
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is no Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
+    make_importable(file)
     try:
         spec.loader.exec_module(module)
         config = module.get_config()

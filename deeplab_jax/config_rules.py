@@ -162,8 +162,9 @@ def _rules(config: Config) -> list[tuple[str, str, bool]]:
         ),
         (
             "loss.name",
-            f"must be {', '.join(PIXEL_LOSSES)} or {', '.join(IMAGE_LOSSES)}",
-            loss.name in PIXEL_LOSSES + IMAGE_LOSSES,
+            f"must be {', '.join(PIXEL_LOSSES)} or {', '.join(IMAGE_LOSSES)}"
+            f"{did_you_mean(loss.name, [*PIXEL_LOSSES, *IMAGE_LOSSES])}",
+            loss.name in PIXEL_LOSSES or loss.name in IMAGE_LOSSES,
         ),
         ("loss.focal_gamma", "must be 0 or more", loss.focal_gamma >= 0),
         (

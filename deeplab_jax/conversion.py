@@ -65,7 +65,7 @@ def _to_folder(path: pathlib.Path, target: pathlib.Path) -> Conversion:
         raise UserError(f"{path} is a file of weights: it is converted to a folder, not {target}")
     read = read_weights(path)
     folder = checkpoint.write_model(target, read.model.variables, read.model.info)
-    architecture = Architecture(**read.model.info["architecture"])
+    architecture = read.model.architecture
     return Conversion(path, folder, architecture, read.used, read.dropped, read.notes)
 
 
@@ -143,7 +143,7 @@ def _to_file(path: pathlib.Path, target: pathlib.Path) -> Conversion:
     saved = checkpoint.read(path)
     arrays = torchvision.from_model(saved.variables)
     torch_file.write(target, arrays)
-    architecture = Architecture(**saved.info["architecture"])
+    architecture = saved.architecture
     theirs = [name for name in arrays if not name.endswith("num_batches_tracked")]
     ours = [*saved.variables.params, *saved.variables.batch_stats]
     used = tuple(zip(ours, theirs, strict=True))

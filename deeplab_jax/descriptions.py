@@ -10,6 +10,7 @@ import re
 from deeplab_jax import config as config_lib
 from deeplab_jax import config_files, config_rules, conversion, labels
 from deeplab_jax.config import Config
+from deeplab_jax.data import DATASETS
 from deeplab_jax.errors import UserError, did_you_mean
 from deeplab_jax.models.architecture import ARCHITECTURES, Architecture, architecture
 from deeplab_jax.training.checkpoint import SavedModel
@@ -60,7 +61,7 @@ def read(source: str, *, num_classes: int | None = None) -> Description:
         raise UserError(f"--num-classes: {source} is a trained model, which has its own")
     saved = conversion.read_model(source)
     height, width = saved.info["input_size"]
-    return Description(Architecture(**saved.info["architecture"]), (height, width), saved)
+    return Description(saved.architecture, (height, width), saved)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -103,23 +104,10 @@ def of_config(config: Config, source: str, num_classes: int | None = None) -> De
     return Description(chosen, config_lib.crop_shape(config.data))
 
 
-# Of data sets whose images say nothing about it.
-_NUM_CLASSES = {
-    "voc": labels.VOC.num_classes,
-    "coco": labels.VOC.num_classes,
-    "cityscapes": labels.CITYSCAPES.num_classes,
-    "ade20k": 150,
-}
-
-
 def _data_classes(config: Config) -> int | None:
     """How many classes a config's data have, if that can be told without reading their images."""
-    if config.data.name in _NUM_CLASSES:
-        return _NUM_CLASSES[config.data.name]
-    if config.data.name == "shapes":
-        from deeplab_jax.data import shapes
-
-        return shapes.LABELS.num_classes
+    if config.data.name != "folder":
+        return DATASETS[config.data.name].num_classes
     from deeplab_jax.data import classes
 
     path = pathlib.Path(config.data.folder.classes or f"{config.data.root}/classes.txt")

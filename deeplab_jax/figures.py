@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -150,8 +151,8 @@ def blocks_figure(summary: Summary) -> Picture:
     head = [
         Part(c.name, (c,)) for c in summary.all.convolutions if c.name.startswith("classifier.")
     ]
-    branches = [part for part in head if ".convs." in part.name]
-    tail = [part for part in head if ".convs." not in part.name]
+    branches = [part for part in head if ".branches." in part.name]
+    tail = [part for part in head if ".branches." not in part.name]
     pitch = (WIDTH - 40) / (2 + len(backbone) + len(tail))
 
     def span(column: int) -> tuple[float, float]:
@@ -175,15 +176,18 @@ def blocks_figure(summary: Summary) -> Picture:
     return canvas.picture()
 
 
+_NUMBERED = re.compile(r"(.*?)(\d+)(?:-\d+)?")  # "backbone.block7", "backbone.block7-12"
+
+
 def _merged(parts: list[Part]) -> list[Part]:
-    """Neighbours that are numbered, and alike in size and rates, as one part."""
+    """Neighbours of one name that are numbered, and alike in size and rates, as one part."""
     merged: list[Part] = []
     for part in parts:
         before = merged[-1] if merged else None
-        first, number = (p.name.split(".")[1] if p else "" for p in (before, part))
-        if before and number.isdigit() and _kind(before) == _kind(part):
-            name = f"{first.split('-')[0]}-{number}"
-            merged[-1] = Part(f"backbone.{name}", before.convolutions + part.convolutions)
+        first, last = (_NUMBERED.fullmatch(p.name) if p else None for p in (before, part))
+        if before and first and last and first[1] == last[1] and _kind(before) == _kind(part):
+            name = f"{first[1]}{first[2]}-{last[2]}"
+            merged[-1] = Part(name, before.convolutions + part.convolutions)
         else:
             merged.append(part)
     return merged
@@ -198,7 +202,7 @@ def _part(canvas: Canvas, span: tuple[float, float], part: Part, summary: Summar
     count, kernels = len(part.convolutions), sorted({c.kernel_size for c in part.convolutions})
     what = f"{count} convolutions" if count > 1 else f"{kernels[0]}x{kernels[0]}"
     lines = [
-        part.name.removeprefix("backbone."),
+        part.name.removeprefix("backbone.").removeprefix("classifier.").removesuffix(".conv"),
         _shape(last.out_shape),
         what,
         f"output stride {last.output_stride or '-'}",

@@ -12,12 +12,15 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from deeplab_jax import config
-from deeplab_jax.config_files import nearest_fields
+from deeplab_jax.config_files import make_importable, nearest_fields
 from deeplab_jax.errors import UserError
 
 
 def parse(argv: Sequence[str]) -> list[str]:
     """Parses absl flags; a wrong one ends the program with what is wrong and what is near it."""
+    for argument in argv:
+        if match := re.fullmatch(r"--?config=(.+\.py)(?::.*)?", argument):
+            make_importable(match[1])
     try:
         rest = flags.FLAGS(list(argv))
     except (KeyError, AttributeError) as error:

@@ -81,7 +81,7 @@ def effective_field(
     if architecture.decoder == "transposed":  # it has no logits before they are upsampled
         architecture = dataclasses.replace(architecture, decoder="bilinear")
     model = FunctionalModel(architecture)
-    last = next(c for c in convolutions(model, height, width) if c.name == "classifier.4")
+    last = next(c for c in convolutions(model, height, width) if c.name == "classifier.logits")
     assert last.output_stride is not None
     assert last.field_of_view is not None
     middle = last.out_shape[0] // 2, last.out_shape[1] // 2

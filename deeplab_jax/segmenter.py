@@ -20,7 +20,7 @@ from deeplab_jax.evaluation.inference import Inference, Mode
 from deeplab_jax.images import read_image
 from deeplab_jax.labels import LabelSet
 from deeplab_jax.models.architecture import Architecture
-from deeplab_jax.models.functional import FoldedVariables, FunctionalModel
+from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.training.checkpoint import SavedModel
 
 # Images of more pixels than this are segmented window by window, unless it is said otherwise.
@@ -64,7 +64,7 @@ def load(
     use_compilation_cache()
     saved = read_model(path)
     if output_stride is not None:
-        architecture = _architecture(saved.info).at_output_stride(output_stride)
+        architecture = saved.architecture.at_output_stride(output_stride)
         info = saved.info | {"architecture": dataclasses.asdict(architecture)}
         saved = dataclasses.replace(saved, info=info)
     return Segmenter(saved, mode, large_window=WINDOW if window is None else None)
@@ -78,8 +78,8 @@ class Segmenter:
       info: what it says of itself, see `training.checkpoint.describe`.
       labels: names and colours of its classes.
       architecture: of the model, at the output stride that is used.
-      model: as pure functions.
-      variables: its arrays, folded (see `FunctionalModel.fold`), on the default device.
+      model: as pure functions, with fused batch norm (see `FunctionalModel.fused`).
+      variables: its arrays, on the default device.
       mean: of the channels, 0..1, with which images are normalised.
       std: likewise.
     """
@@ -103,17 +103,16 @@ class Segmenter:
         self.info: dict[str, Any] = saved.info
         colors = (tuple(color) for color in saved.info["palette"])
         self.labels = LabelSet(tuple(saved.info["classes"]), tuple(colors))
-        self.architecture: Architecture = _architecture(saved.info)
-        self.model = FunctionalModel(self.architecture)
-        self.variables: FoldedVariables = jax.device_put(self.model.fold(saved.variables))
+        self.architecture: Architecture = saved.architecture
+        original = FunctionalModel(self.architecture)
+        self.model = original.fused
+        self.variables: Variables = jax.device_put(original.fuse(saved.variables))
         self.mean: tuple[float, ...] = tuple(saved.info["mean"])
         self.std: tuple[float, ...] = tuple(saved.info["std"])
         self._mode = mode
         self._large_window = large_window or mode.window
         self._inferences: dict[int | None, Inference] = {}
-        self._apply = jit_inference(
-            lambda variables, images: self.model.apply(variables, images)[0]
-        )
+        self._apply = jit_inference(_logits, self.model)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -155,7 +154,7 @@ class Segmenter:
         Args:
           images: `(pixel / 255 - mean) / std`.
         """
-        return self._apply(self.variables, jnp.asarray(images))["out"].astype(jnp.float32)
+        return self._apply(self.variables, jnp.asarray(images)).astype(jnp.float32)
 
     def read(self, image: ImageOrPath) -> UInt8[np.ndarray, "h w c"]:
         """The pixels of an image, with as many channels as the model takes; see `predict`."""
@@ -189,5 +188,5 @@ class Segmenter:
         return self._inferences[window]
 
 
-def _architecture(info: dict[str, Any]) -> Architecture:
-    return Architecture(**info["architecture"])
+def _logits(model: FunctionalModel, variables: Variables, images: Array) -> Array:
+    return model.apply(variables, images)[0]["out"]

@@ -7,13 +7,20 @@ from flax import nnx
 from deeplab_jax.models.functional import FunctionalModel, Variables
 
 
+def abstract_module(make):
+    """The module that `make()` returns, with shapes for arrays, in inference mode."""
+    module = nnx.eval_shape(make)
+    module.eval()
+    return module
+
+
 def random_module(make, seed=0):
-    """The module that `make()` returns, with kernels from He's initialisation.
+    """The module that `make()` returns, with kernels from He's initialisation, in inference mode.
 
     Batch norms and biases are as after training, so that a swapped or forgotten one shows.
     """
     rng = np.random.default_rng(seed)
-    graph, state = nnx.split(nnx.eval_shape(make))
+    graph, state = nnx.split(abstract_module(make))
     filled = {
         path: type(variable)(_value(rng, path[-1], variable))
         for path, variable in nnx.to_flat_state(state)

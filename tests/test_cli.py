@@ -11,7 +11,7 @@ import pytest
 
 import deeplab_jax
 from deeplab_jax.errors import UserError
-from deeplab_jax.models.deeplab import architecture
+from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.training import checkpoint
 from deeplab_jax.weights import torch_file, torchvision
@@ -85,7 +85,7 @@ def test_what_was_done_beside_is_said(weights, tmp_path):
     assert done.returncode == 0, done.stderr
     assert 'All names began with "module."' in done.stdout
     assert "arrays were float16 and became float32." in done.stdout
-    name = "backbone.conv1.kernel"
+    name = "backbone.stem.0.conv.kernel"
     half = weights[1].params[name].astype(np.float16).astype(np.float32)
     np.testing.assert_array_equal(checkpoint.read(tmp_path / "model").variables.params[name], half)
 

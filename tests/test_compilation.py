@@ -1,5 +1,6 @@
 """How inference is compiled: by oneDNN where XLA has it, and the same numbers everywhere."""
 
+import functools
 import warnings
 
 import jax
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 from deeplab_jax import compilation
-from deeplab_jax.models import atrous
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.models.ops.atrous_conv import atrous_conv
+from deeplab_jax.models.ops.convolution import FASTEST, ONEDNN, XLA
 from random_modules import random_variables
 
 ARCHITECTURES = ("paper_resnet18", "torchvision_resnet50", "torchvision_mobilenet_v3_large")
@@ -32,12 +34,12 @@ def tried_anew():
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_inference_is_the_same_however_it_is_compiled(name, has_onednn, monkeypatch):
     model = FunctionalModel(architecture(name, num_classes=3, width=0.25, output_stride=8))
-    variables = model.fold(random_variables(model))
+    variables = model.fuse(random_variables(model))
     images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 65, 49, 3)), jnp.float32)
-    with atrous.using("native"):
-        expected = jax.jit(lambda v, x: model.apply(v, x)[0])(variables, images)
+    plain = model.fused.using(XLA)
+    expected = jax.jit(lambda v, x: plain.apply(v, x)[0])(variables, images)
     monkeypatch.setattr(compilation, "has_onednn", lambda: has_onednn)
-    run = compilation.jit_inference(lambda v, x: model.apply(v, x)[0])
+    run = compilation.jit_inference(lambda model, v, x: model.apply(v, x)[0], model.fused)
     found = run(variables, images)
     for head, logits in expected.items():
         scale = float(jnp.abs(logits).max())
@@ -47,23 +49,37 @@ def test_inference_is_the_same_however_it_is_compiled(name, has_onednn, monkeypa
 def test_all_convolutions_are_onednns_and_take_the_sums_with_them(onednn):
     model = FunctionalModel(architecture("torchvision_resnet50", num_classes=3, width=0.25))
     images = jax.ShapeDtypeStruct((1, 65, 65, 3), jnp.float32)
-    variables = jax.eval_shape(model.fold, model.abstract)
-    run = compilation.jit_inference(lambda v, x: model.apply(v, x)[0]["out"])
-    program = run.lower(variables, images).compile().as_text()
+    run = compilation.jit_inference(lambda model, v, x: model.apply(v, x)[0]["out"], model.fused)
+    program = run.lower(model.fused.abstract, images).compile().as_text()
     assert program.count('custom_call_target="__onednn$convolution"') >= 53
     assert " convolution(" not in program
-    assert program.count("BINARY_ADD") + program.count('"SUM"') == 16  # residual units
+    assert program.count("BINARY_ADD") + program.count('"SUM"') == 16  # residual blocks
+
+
+class OneConvolution:
+    """In a model's place: one convolution, of some implementation."""
+
+    def __init__(self, implementation=FASTEST):
+        self.implementation = implementation
+
+    def using(self, implementation):
+        return OneConvolution(implementation)
 
 
 def test_without_onednn_each_convolution_is_as_elsewhere(monkeypatch):
-    forced = []
+    used = []
+
+    def run():
+        function = lambda model, x: used.append(model.implementation)  # noqa: E731
+        compilation.jit_inference(function, OneConvolution())(1.0)
+
     monkeypatch.setattr(compilation, "has_onednn", lambda: False)
-    compilation.jit_inference(lambda x: forced.append(atrous.forced(atrous.METHODS)))(1.0)
+    run()
     monkeypatch.setattr(compilation, "has_onednn", lambda: True)
-    compilation.jit_inference(lambda x: forced.append(atrous.forced(atrous.METHODS)))(1.0)
+    run()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    compilation.jit_inference(lambda x: forced.append(atrous.forced(atrous.METHODS)))(1.0)
-    assert forced == [None, "native", None]
+    run()
+    assert used == [FASTEST, ONEDNN, FASTEST]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -72,8 +88,8 @@ def test_depthwise_convolutions_are_not_left_to_onednn(monkeypatch, dtype):
     chosen = architecture("torchvision_mobilenet_v3_large", num_classes=3, width=0.25, dtype=dtype)
     model = FunctionalModel(chosen)
     images = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
-    run = compilation.jit_inference(lambda v, x: model.apply(v, x)[0]["out"])
-    program = run.lower(jax.eval_shape(model.fold, model.abstract), images).as_text()
+    run = compilation.jit_inference(lambda model, v, x: model.apply(v, x)[0]["out"], model.fused)
+    program = run.lower(model.fused.abstract, images).as_text()
     assert "feature_group_count = 1 " in program
     grouped = [line for line in program.splitlines() if "feature_group_count = " in line]
     assert all("feature_group_count = 1 " in line for line in grouped)
@@ -81,7 +97,7 @@ def test_depthwise_convolutions_are_not_left_to_onednn(monkeypatch, dtype):
 
 def test_a_version_without_the_options_has_no_onednn(monkeypatch):
     compilation.has_onednn.cache_clear()
-    monkeypatch.setattr(compilation, "ONEDNN", {"xla_cpu_no_such_option": True})
+    monkeypatch.setattr(compilation, "ONEDNN_OPTIONS", {"xla_cpu_no_such_option": True})
     assert not compilation.has_onednn()
 
 
@@ -89,16 +105,16 @@ def test_a_program_that_cannot_be_kept_on_disk_is_no_warning(onednn):
     option = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[option]
     arrays = jnp.ones((1, 9, 9, 8)), jnp.ones((3, 3, 8, 8))
+    conv = functools.partial(atrous_conv, method="native")
     jax.config.update(option, 0.0)  # else so small a program is not to be kept at all
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             compilation.has_onednn.cache_clear()
-            compilation.jit_inference(lambda x, k: atrous.atrous_conv(x, k) + np.pi)(*arrays)
-        with pytest.warns(UserWarning, match="persistent"), atrous.using("native"):
-            jax.jit(
-                lambda x, k: atrous.atrous_conv(x, k) + np.e, compiler_options=compilation.ONEDNN
-            )(*arrays)
+            compilation.jit_inference(lambda _, x, k: conv(x, k) + np.pi, OneConvolution())(*arrays)
+        options = compilation.ONEDNN_OPTIONS
+        with pytest.warns(UserWarning, match="persistent"):
+            jax.jit(lambda x, k: conv(x, k) + np.e, compiler_options=options)(*arrays)
     finally:
         jax.config.update(option, before)
     assert [str(warning.message) for warning in said] == []

@@ -14,10 +14,9 @@ import pytest
 from deeplab_jax import config_files
 from deeplab_jax.config import Config, flatten
 from deeplab_jax.config_rules import validate
-from deeplab_jax.models import resnet
 from deeplab_jax.models.architecture import ARCHITECTURES, architecture
+from deeplab_jax.models.backbones.resnet import RESNETS, Bottleneck, Stages, block_specs
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.models.resnet import SPECS, Spec, plan_stages
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "configs.json"
@@ -69,9 +68,9 @@ def test_the_record_is_of_these_configs_and_defaults():
 
 @pytest.fixture
 def short(monkeypatch):
-    """One unit in each of the first stages, which have no rates in the paper's tables."""
+    """One block in each of the first stages, which have no rates in the paper's tables."""
     for name in ("resnet50", "resnet101"):
-        monkeypatch.setitem(SPECS, name, Spec(resnet.BottleneckUnit, (1, 1, 1, 3)))
+        monkeypatch.setitem(RESNETS, name, Stages(Bottleneck, (1, 1, 1, 3)))
 
 
 @pytest.mark.parametrize("path", PAPER)
@@ -79,25 +78,27 @@ def test_those_of_the_paper_are_what_they_are_called(path, short):
     name = pathlib.Path(path).stem
     config = config_files.from_python(ROOT / path)
     ours = architecture_of(config)
-    _, _, block3, *blocks = plan_stages(ours)
-    assert [unit.rate for unit in block3] == [1 if ours.output_stride > 8 else 2]
+    _, _, block3, *stages = block_specs(ours)
+    assert [spec.kernel_dilation for spec in block3] == [1 if ours.output_stride > 8 else 2]
     assert ours.image_pooling == (not name.startswith("table5"))
     if table := re.fullmatch(r"table1_os(\d+)", name):
         halvings = [16, 32, 64, 128, 256]  # output strides at which block4 to block7 lose theirs
         rates = [max(1, stride // int(table[1])) for stride in halvings[1:]]
         assert ours.output_stride == int(table[1])
-        assert [{unit.rate for unit in block} for block in blocks] == [{rate} for rate in rates]
+        assert [{spec.kernel_dilation for spec in stage} for stage in stages] == [
+            {rate} for rate in rates
+        ]
         assert ours.backbone == "resnet50"
     elif table := re.fullmatch(r"table([23])_(?:resnet(\d+)|grid(\d+))_block(\d)", name):
         grid = tuple(map(int, table[3] or "111"))
-        assert [tuple(unit.rate for unit in block) for block in blocks] == [
+        assert [tuple(spec.kernel_dilation for spec in stage) for stage in stages] == [
             tuple(rate * base for rate in grid) for base in (2, 4, 8, 16)[: int(table[4]) - 3]
         ]
         assert ours.backbone == f"resnet{table[2] or 101}"
     else:
         grid = {"table5_grid111": (1, 1, 1), "table5_grid121": (1, 2, 1)}.get(name, (1, 2, 4))
         finer = 16 / int(name.removeprefix("table10_os")) if name.startswith("table10") else 1
-        assert [[unit.rate for unit in block] for block in blocks] == [
+        assert [[spec.kernel_dilation for spec in stage] for stage in stages] == [
             [2 * finer * g for g in grid]
         ]
         rates = (6, 12, 18) + ((24,) if name == "table5_rate24" else ())
@@ -111,9 +112,11 @@ def test_those_of_the_paper_are_what_they_are_called(path, short):
 @pytest.mark.parametrize("path", [STUDY_BASE, *STUDY])
 def test_those_of_the_study_have_the_rates_of_their_output_stride_and_grid(path, short):
     ours = architecture_of(config_files.from_python(ROOT / path))
-    *_, block4 = plan_stages(ours)
+    *_, block4 = block_specs(ours)
     grid = {"grid121": (1, 2, 1), "grid124": (1, 2, 4)}.get(pathlib.Path(path).stem, (1, 1, 1))
-    assert [unit.rate for unit in block4] == [32 // ours.output_stride * rate for rate in grid]
+    assert [spec.kernel_dilation for spec in block4] == [
+        32 // ours.output_stride * rate for rate in grid
+    ]
     spans = {rate * ours.output_stride for rate in ours.atrous_rates}  # in pixels of the image
     extra = {"rates123": {16, 32, 48}, "rates2468": {32, 64, 96, 128}, "block4": set()}
     assert spans == extra.get(pathlib.Path(path).stem, {32, 64, 96})

@@ -19,8 +19,9 @@ from deeplab_jax import canvas, cli, config
 from deeplab_jax import summary as summaries
 from deeplab_jax.evaluation.confusion import count, scores
 from deeplab_jax.models.architecture import ARCHITECTURES
-from deeplab_jax.models.resize import TransposedDecoder, bilinear_matrix
-from deeplab_jax.models.resnet import plan_stages
+from deeplab_jax.models.backbones.resnet import block_specs
+from deeplab_jax.models.decoders import TransposedDecoder
+from deeplab_jax.models.ops.resize import bilinear_matrix
 
 DOCS = ROOT / "docs"
 GUIDE = (DOCS / "guide.md").read_text()
@@ -205,7 +206,8 @@ def test_where_upsampling_lays_features():
     # At both ends the weights are cut, so their means are not the features' places.
     first = at[1] - (at[2] - at[1])
     assert f"{first:.1f}, {at[1]:.1f}, ..., {512 - first:.1f}" in FLAT
-    column = np.asarray(TransposedDecoder(1, 16)(jnp.asarray(impulse), 513, 513))[0, :, 256, 0]
+    image = jnp.zeros((1, 513, 513, 3))
+    column = np.asarray(TransposedDecoder(1, 16)(jnp.asarray(impulse), image))[0, :, 256, 0]
     middle = (column[200:300] * places[200:300]).sum() / column[200:300].sum()
     assert middle == pytest.approx(16 * 16 + 0.5, abs=1e-3)
 
@@ -256,17 +258,17 @@ def test_the_rule_that_keeps_the_field_of_view(stride):
     model = ARCHITECTURES["torchvision_resnet50"].at_output_stride(stride)
     # Each kernel widens the view by its taps' distance in the image; first conv1 and max pool.
     view, pitch = 1 + 6 * 1 + 2 * 2, 4
-    *_, block4 = plans = plan_stages(model)
-    for plan in itertools.chain(*plans):
-        view, pitch = view + 2 * plan.entry_rate * pitch, pitch * plan.stride
+    *_, block4 = stages = block_specs(model)
+    for spec in itertools.chain(*stages):
+        view, pitch = view + 2 * spec.first_dilation * pitch, pitch * spec.strides
     view += 2 * model.atrous_rates[-1] * pitch
     assert f"the field of view is {view} at all three output strides" in FLAT
     if stride == 8:
         traced = network.summary_of("torchvision_resnet50").all.convolutions
-        branch = next(c for c in traced if c.name.startswith("classifier.0.convs.3"))
+        branch = next(c for c in traced if c.name.startswith("classifier.aspp.branches.3"))
         assert branch.field_of_view == view
     if stride == 16:  # all features of block3 are read, other than by the paper's variant
-        behind = [*(plan.entry_rate for plan in block4), *model.atrous_rates, 1]
+        behind = [*(spec.first_dilation for spec in block4), *model.atrous_rates, 1]
         assert behind[0] == 1
         assert (atrous.paths(behind, 33) > 0).all()
 
@@ -298,7 +300,7 @@ def test_residual_units():
 
 def test_aspp():
     convs = network.summary_of("paper_resnet50").all.convolutions
-    branches = {c.rate: c for c in convs if ".convs." in c.name and c.kernel_size == 3}
+    branches = {c.rate: c for c in convs if ".branches." in c.name and c.kernel_size == 3}
     shares = {rate: f"{100 * conv.valid_share:.1f} %" for rate, conv in branches.items()}
     told = f"{shares[6]} of the taps are valid at rate 6, {shares[12]} at 12 and {shares[18]} at 18"
     assert told in FLAT

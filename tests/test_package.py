@@ -1,5 +1,6 @@
 """The public names, and what importing a part brings along."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -39,3 +40,10 @@ def test_training_needs_no_tensorflow():
 
 def test_data_workers_need_no_jax():
     assert imported("import deeplab_jax.data.pipeline", ["flax", "optax"]) == set()
+
+
+def test_there_is_one_context_variable_and_it_is_the_padding_mask():
+    """A context variable is not in jit's key, so arguments and attributes decide instead."""
+    sources = pathlib.Path(deeplab_jax.__file__).parent.rglob("*.py")
+    holders = [path.name for path in sources if "ContextVar(" in path.read_text()]
+    assert holders == ["masking.py"]

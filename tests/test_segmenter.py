@@ -10,7 +10,7 @@ import deeplab_jax
 import saved_model
 from deeplab_jax import segmenter
 from deeplab_jax.errors import UserError
-from deeplab_jax.models.deeplab import architecture
+from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.training import checkpoint
 from deeplab_jax.training.state import TrainState
@@ -153,8 +153,8 @@ def test_a_workdir_gives_its_best_checkpoint(saved, tmp_path):
     folder.close()
     best = deeplab_jax.load(tmp_path)
     assert best.path == tmp_path / "checkpoints" / "2"
-    name = "backbone.conv1.kernel"
-    second = best.model.fold(
+    name = "backbone.stem.0.conv.kernel"
+    second = saved[1].fuse(
         variables._replace(params={n: 2 * p for n, p in saved[2].params.items()})
     )
     np.testing.assert_allclose(best.variables.params[name], second.params[name], rtol=1e-6)
@@ -167,8 +167,8 @@ def test_torchvisions_file_is_loaded_directly(tmp_path):
     loaded = deeplab_jax.load(tmp_path / "some.pth")
     assert loaded.classes[15] == "person"
     assert loaded.architecture.output_stride == 8
-    folded = model.fold(jax.device_get(variables))
-    jax.tree.map(np.testing.assert_array_equal, loaded.variables, folded)
+    fused = model.fuse(jax.device_get(variables))
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, fused)
 
 
 @pytest.mark.parametrize(

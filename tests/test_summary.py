@@ -70,31 +70,32 @@ def test_rates_and_output_strides(rule, output_stride, multi_grid):
     layer3, layer4, rates = R18[rule, output_stride, multi_grid]
     assert of("backbone.layer3") == layer3
     assert of("backbone.layer4") == layer4
-    assert of("classifier.0") == [(rate, output_stride) for rate in rates]
+    assert of("classifier.aspp") == [(rate, output_stride) for rate in rates]
     assert of("backbone.layer1") == [(1, 4)] * 4
     assert of("backbone.layer2") == [(1, 8)] * 4
 
 
 def test_rows_say_what_there_is():
     rows = {row[0]: row[1:] for row in summaries.rows(summary_of("paper_resnet18", 513, 257))}
-    assert rows["backbone.conv1"][:6] == ("7x7", "2", "1", "257x129x8", "2", "7")
-    assert rows["classifier.0.convs.4.1"][3:6] == ("1x1x32", "-", "image")
-    assert rows["classifier.4"][5] == "1171 + image"
+    assert rows["backbone.stem.0.conv"][:6] == ("7x7", "2", "1", "257x129x8", "2", "7")
+    assert rows["classifier.aspp.branches.4.project.conv"][3:6] == ("1x1x32", "-", "image")
+    assert rows["classifier.logits"][5] == "1171 + image"
     # 33x17 and rate 18: rows have 33 + 2 * 15 of 3 * 33 taps, columns only the centre's.
     share = (33 + 2 * 15) / (3 * 33) * 17 / (3 * 17)
-    assert rows["classifier.0.convs.3.0"][6] == f"{100 * share:.1f} %"
+    assert rows["classifier.aspp.branches.3.conv"][6] == f"{100 * share:.1f} %"
     mobile = dict(row[:2] for row in summaries.rows(summary_of("torchvision_mobilenet_v3_large")))
-    assert mobile["backbone.13.block.1.0"] == "5x5 depthwise"
-    assert mobile["backbone.13.block.0.0"] == "1x1"
+    assert mobile["backbone.block13.depthwise.conv"] == "5x5 depthwise"
+    assert mobile["backbone.block13.expand.conv"] == "1x1"
 
 
 def test_parts_are_the_whole():
     found = summary_of("torchvision_resnet18", decoder="transposed")
     parts = found.parts
     assert [part.name for part in parts] == [
-        "backbone.conv1",
+        "backbone.stem",
         *(f"backbone.layer{index}" for index in range(1, 5)),
-        *("classifier.0", "classifier.1", "classifier.4", "aux_classifier.0", "aux_classifier.4"),
+        *("classifier.aspp", "classifier.head_conv", "classifier.logits"),
+        *("aux_classifier.head_conv", "aux_classifier.logits"),
     ]
     for quantity in ("params", "macs", "valid_macs"):
         assert sum(getattr(p, quantity) for p in parts) == getattr(found.all, quantity)
@@ -109,7 +110,7 @@ def test_rates_of_a_part_leave_repetitions_out():
     rates = {part.name: part.rates for part in found.parts}
     assert rates["backbone.layer4"] == (8, 4)
     assert rates["backbone.layer1"] == (1,)
-    assert rates["classifier.4"] == ()
+    assert rates["classifier.logits"] == ()
 
 
 def test_json_holds_the_table():
@@ -198,9 +199,16 @@ def texts(monkeypatch):
         (
             "torchvision_resnet18",
             (520, 520),
-            ["rate 1, 2", "3x3 rate 36", "classifier.1", "auxiliary head: 3x3, 1x1, sees 227 px"],
+            [
+                *("rate 1, 2", "3x3 rate 36", "head_conv"),
+                "auxiliary head: 3x3, 1x1, sees 227 px",
+            ],
         ),
-        ("torchvision_mobilenet_v3_large", (33, 1025), ["7-12", "13-15", "rate 2", "3 taps"]),
+        (
+            "torchvision_mobilenet_v3_large",
+            (33, 1025),
+            ["block7-12", "block13-15", "rate 2", "3 taps"],
+        ),
     ],
 )
 def test_model_figure_tells_of_its_model(texts, name, size, expected):

@@ -49,13 +49,13 @@ def model_of(case: Case) -> FunctionalModel:
 def _build_forward(case: Case) -> Built:
     model = model_of(case)
     begun = time.perf_counter()
-    variables = jax.jit(lambda key: model.fold(model.init(key)))(jax.random.key(0))
+    variables = jax.jit(lambda key: model.fuse(model.init(key)))(jax.random.key(0))
     images = _images(case)
 
-    def forward(variables: Any, images: Any) -> Any:
+    def forward(model: FunctionalModel, variables: Any, images: Any) -> Any:
         return model.apply(variables, images)[0]["out"]
 
-    compiled = jit_inference(forward).lower(variables, images).compile()
+    compiled = jit_inference(forward, model.fused).lower(variables, images).compile()
     kept: list[Any] = [compiled(variables, images)]
     jax.block_until_ready(kept)
 

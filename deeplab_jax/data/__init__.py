@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable
 
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.errors import UserError, did_you_mean
+from deeplab_jax.registry import Registry, resolved
+
+Load = Callable[[DataConfig, str], Dataset]
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetEntry:
+    """A data set in `DATASETS`.
+
+    Attributes:
+      load: gives a split, as `load(config.data, split)`; or the text "module:function", which is
+        imported when the data set is loaded.
+      splits: names of its splits.
+      num_classes: number of its classes, if it does not depend on the user's files.
+    """
+
+    load: Load | str
+    splits: tuple[str, ...]
+    num_classes: int | None = None
+
+
+_VOC_SPLITS = ("train", "trainaug", "trainval", "val", "test")
+_SPLITS = ("train", "val", "trainval")
+_FOLDER_SPLITS = ("train", "val", "test", "trainval")
+# As texts, so that the generated data set does not pay for importing TFDS.
+DATASETS: Registry[DatasetEntry] = Registry(
+    "data set",
+    {
+        "voc": DatasetEntry("deeplab_jax.data.voc:load", _VOC_SPLITS, 21),
+        "coco": DatasetEntry("deeplab_jax.data.coco:load", ("train", "val"), 21),
+        "cityscapes": DatasetEntry("deeplab_jax.data.cityscapes:load", _SPLITS, 19),
+        "ade20k": DatasetEntry("deeplab_jax.data.ade20k:load", _SPLITS, 150),
+        "folder": DatasetEntry("deeplab_jax.data.folder:load", _FOLDER_SPLITS),
+        "shapes": DatasetEntry("deeplab_jax.data.shapes:load", ("train", "val"), 5),
+    },
+)
 
 
 def load(config: DataConfig, split: str) -> Dataset:
@@ -19,63 +56,13 @@ def load(config: DataConfig, split: str) -> Dataset:
     Raises:
       UserError: there is no data set or split of that name, or its files are absent or damaged.
     """
-    if config.name not in _LOADERS:
-        raise UserError(_unknown("config.data.name", config.name, _LOADERS))
-    loader, splits = _LOADERS[config.name]
-    if split not in splits:
-        raise UserError(_unknown(f"split of data set {config.name}", split, splits))
-    return loader(config, split)
+    if config.name not in DATASETS:
+        raise UserError(_unknown("config.data.name", config.name, DATASETS))
+    entry = DATASETS[config.name]
+    if split not in entry.splits:
+        raise UserError(_unknown(f"split of data set {config.name}", split, entry.splits))
+    return resolved(entry.load)(config, split)
 
 
-# A loader imports its module when called: the generated data set does not pay for TFDS.
-
-
-def _load_voc(config: DataConfig, split: str) -> Dataset:
-    from deeplab_jax.data import voc
-
-    return voc.load(config, split)
-
-
-def _load_shapes(config: DataConfig, split: str) -> Dataset:
-    from deeplab_jax.data import shapes
-
-    return shapes.load(config, split)
-
-
-def _load_folder(config: DataConfig, split: str) -> Dataset:
-    from deeplab_jax.data import folder
-
-    return folder.load(config, split)
-
-
-def _load_coco(config: DataConfig, split: str) -> Dataset:
-    from deeplab_jax.data import coco
-
-    return coco.load(config, split)
-
-
-def _load_cityscapes(config: DataConfig, split: str) -> Dataset:
-    from deeplab_jax.data import cityscapes
-
-    return cityscapes.load(config, split)
-
-
-def _load_ade20k(config: DataConfig, split: str) -> Dataset:
-    from deeplab_jax.data import ade20k
-
-    return ade20k.load(config, split)
-
-
-# Name: what loads it, its splits.
-_LOADERS: dict[str, tuple[Callable[[DataConfig, str], Dataset], tuple[str, ...]]] = {
-    "voc": (_load_voc, ("train", "trainaug", "trainval", "val", "test")),
-    "coco": (_load_coco, ("train", "val")),
-    "cityscapes": (_load_cityscapes, ("train", "val", "trainval")),
-    "ade20k": (_load_ade20k, ("train", "val", "trainval")),
-    "folder": (_load_folder, ("train", "val", "test", "trainval")),
-    "shapes": (_load_shapes, ("train", "val")),
-}
-
-
-def _unknown(what: str, name: str, known: dict | tuple[str, ...]) -> str:
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
     return f"{what} must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}"

@@ -88,9 +88,7 @@ class Evaluator:
 
     def __init__(self, model: FunctionalModel, dataset: Dataset, config: Config, mesh: Mesh):
         stride = config.eval.output_stride
-        self._model = model
-        if stride is not None:
-            self._model = FunctionalModel(model.architecture.at_output_stride(stride))
+        self._model = model if stride is None else model.at_output_stride(stride)
         self._num_classes = model.architecture.num_classes
         self._dataset = dataset
         self._config = config
@@ -103,9 +101,10 @@ class Evaluator:
             self._batch_size = jax.process_count()
         self._num_compilations = 0
         whole = mesh_lib.replicated(mesh)
-        self._fold = jax.jit(self._model.fold)
+        self._fuse = jax.jit(self._model.fuse)
         self._step = jit_inference(
             self._evaluate_batch,
+            self._model.fused,
             static_argnames="height",
             out_shardings=(whole, whole, mesh_lib.row_sharding(mesh)),
         )
@@ -120,21 +119,26 @@ class Evaluator:
         return self._num_compilations
 
     def _evaluate_batch(
-        self, variables: Variables, batch: dict[str, Array], *, height: int
+        self,
+        model: FunctionalModel,
+        variables: Variables,
+        batch: dict[str, Array],
+        *,
+        height: int,
     ) -> tuple[Array, Array, Array]:
         self._num_compilations += 1  # this body runs when it is traced: once a shape
         images = {n: mesh_lib.fit_height(batch[n], height, self._mesh) for n in ("image", "label")}
         batch = batch | images
-        with mesh_lib.partitionable(self._mesh):
-            ids = mesh_lib.divide_height(self._ids(variables, batch), self._mesh)
+        model = mesh_lib.partitioned(model, self._mesh)
+        ids = mesh_lib.divide_height(self._ids(model, variables, batch), self._mesh)
         matrices = confusion_matrices(batch["label"], ids, self._num_classes)
         return batch["index"], matrices, ids
 
-    def _ids(self, variables: Variables, batch: dict[str, Array]) -> Array:
+    def _ids(self, model: FunctionalModel, variables: Variables, batch: dict[str, Array]) -> Array:
         """The class of each pixel, uint8 `[b, h, w]`."""
         data, settings = self._config.data, self._config.eval
         return class_ids(
-            self._model,
+            model,
             variables,
             batch["image"],
             None if self._protocol.padding_is_image else batch["size"],
@@ -204,7 +208,7 @@ class Evaluator:
 
     def _whole(self, variables: Variables) -> Callable[[pipeline.EvalBatch], _Outcome]:
         """Evaluates a batch of whole images on all devices."""
-        variables = self._fold(mesh_lib.replicate(variables, self._mesh))
+        variables = self._fuse(mesh_lib.replicate(variables, self._mesh))
 
         def run(batch: pipeline.EvalBatch) -> _Outcome:
             height, stride = batch["label"].shape[1], self._model.architecture.output_stride
@@ -224,8 +228,8 @@ class Evaluator:
         """Evaluates this host's image of a batch window by window."""
         data, settings = self._config.data, self._config.eval
         inference = Inference(
-            self._model,
-            self._model.fold(jax.device_get(mesh_lib.replicate(variables, self._mesh))),
+            self._model.fused,
+            self._model.fuse(jax.device_get(mesh_lib.replicate(variables, self._mesh))),
             mean=data.mean,
             std=data.std,
             mode=Mode(tuple(settings.scales), settings.flip, settings.window, settings.overlap),

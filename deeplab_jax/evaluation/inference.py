@@ -1,7 +1,7 @@
 """Probabilities and class ids of images of any size: whole, over scales and mirrored, by windows.
 
-Images are padded to few sizes, of which the model knows (`models.padding`), so that few programs
-are compiled and each result is that of the image alone.
+Images are padded to few sizes, so that few programs are compiled. The model masks the padding (see
+`models.ops.masking`): each result is that of the image alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from deeplab_jax.compilation import jit_inference
 from deeplab_jax.errors import UserError
 from deeplab_jax.evaluation import windows
 from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
-from deeplab_jax.models.resize import MAX_SIDE, resize_bilinear
+from deeplab_jax.models.ops.resize import MAX_SIDE, resize_bilinear
 
 BUCKET = 128  # pixels between padded sides
 MIN_WINDOW = 32  # pixels: one of the features at the largest output stride
@@ -212,8 +212,8 @@ class Inference:
         """Places the variables on the device.
 
         Args:
-          model: an architecture's functions.
-          variables: its arrays; `FunctionalModel.fold` makes them faster.
+          model: an architecture's functions; with fused batch norm they are faster.
+          variables: its arrays.
           mean, std: of the channels, 0..1.
           mode: how each image is predicted.
         """
@@ -232,7 +232,7 @@ class Inference:
             "windows": _weighted_probabilities,
         }
         self._functions = {
-            name: jit_inference(functools.partial(function, model, **options))
+            name: jit_inference(functools.partial(function, **options), model)
             for name, function in networks.items()
         }
         self._functions["add"] = jax.jit(windows.add_windows, donate_argnums=0)

@@ -19,7 +19,7 @@ from deeplab_jax.export import onnx, stablehlo
 from deeplab_jax.export.compare import Comparison, compare
 from deeplab_jax.export.program import OUTPUTS, Dimensions, Program
 from deeplab_jax.files import write_bytes
-from deeplab_jax.models.resize import MAX_SIDE
+from deeplab_jax.models.ops.resize import MAX_SIDE
 
 # Largest difference from the model that a file may have, relative to its largest logit.
 LIMITS = {".stablehlo": 1e-5, ".onnx": 1e-4}

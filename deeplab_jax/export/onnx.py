@@ -14,8 +14,7 @@ import numpy as np
 
 from deeplab_jax.errors import UserError
 from deeplab_jax.export.program import Program
-from deeplab_jax.models import atrous
-from deeplab_jax.models.operations import naming_operations
+from deeplab_jax.models.ops.convolution import XLA
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -61,8 +60,7 @@ def to_onnx(program: Program, layout: str = "nhwc") -> ModelProto:
     from deeplab_jax.export.onnx_lowering import lower
 
     images = program.images
-    with atrous.using("native"), naming_operations():
-        trace = jax.make_jaxpr(program)(program.variables, images)
+    trace = jax.make_jaxpr(program.using(XLA))(program.variables, images)
     variables = [
         Constant(np.asarray(array), path[-1].key)
         for path, array in jax.tree_util.tree_leaves_with_path(program.variables)

@@ -28,6 +28,7 @@ from deeplab_jax.export.onnx_graph import Constant, Graph, Tensor
 Value = Tensor | Constant
 # Axes of a map in the graph, by their places in JAX.
 AXES = (0, 2, 3, 1)
+JAX_AXES = (0, 3, 1, 2)  # the other way round
 
 
 class Step(NamedTuple):
@@ -101,8 +102,8 @@ def _lower_step(graph: Graph, step: Step) -> Value:
     if written is None:
         raise UserError(
             f"the model cannot be exported to ONNX: there is no rule for {name!r}, in or behind "
-            f"{step.scope or 'the images'}, at {step.source}. Export it to .stablehlo, which takes "
-            "every model."
+            f"{step.scope or 'the images'}, at {step.source}. Give --height, --width and --batch, "
+            "if an open size is the reason, or export to .stablehlo, which takes every model"
         )
     return written
 
@@ -132,6 +133,7 @@ def _compute_constants(
     for equation in equations:
         read = [atom for atom in equation.invars if isinstance(atom, core.Var)]
         open_sides = any(map(export.is_symbolic_dim, _shape(equation.outvars[0])))
+        open_sides |= equation.primitive.name == "dim_as_value"
         if open_sides or not names.keys() >= set(read):
             others.append(equation)
             continue
@@ -225,6 +227,106 @@ def _broadcast(graph: Graph, step: Step) -> Value | None:
     )
 
 
+def _square(graph: Graph, step: Step) -> Value | None:
+    (x,) = step.inputs
+    if not isinstance(x, Tensor):
+        return None
+    return graph.add("Mul", [x.name, x.name], step.shape, step.scope)
+
+
+def _integer_pow(graph: Graph, step: Step) -> Value | None:
+    return _square(graph, step) if step.equation.params["y"] == 2 else None
+
+
+def _unary(graph: Graph, step: Step, *, op_types: Sequence[str]) -> Value | None:
+    """Operators of one number each, one after the other."""
+    (x,) = step.inputs
+    if not isinstance(x, Tensor):
+        return None
+    for op_type in op_types:
+        x = graph.add(op_type, [x.name], step.shape, step.scope)
+    return x
+
+
+def _erfc(graph: Graph, step: Step) -> Value | None:
+    (x,) = step.inputs
+    if not isinstance(x, Tensor):
+        return None
+    error = graph.add("Erf", [x.name], step.shape, step.scope)
+    dtype: Any = step.equation.outvars[0].aval
+    one = graph.constant(np.ones((), dtype.dtype), f"{step.scope}/one".lstrip("/"))
+    return graph.add("Sub", [one, error.name], step.shape, step.scope)
+
+
+def _reduction(graph: Graph, step: Step, *, op_type: str) -> Value | None:
+    """A sum or maximum over the channels of a map."""
+    (x,) = step.inputs
+    if not isinstance(x, Tensor) or len(x.shape) != 4:
+        return None
+    if step.equation.params["axes"] != (3,):
+        return None
+    axes = np.asarray([AXES[3]], np.int64)
+    names = [x.name, graph.constant(axes, f"{step.scope}/axes".lstrip("/"))]
+    return graph.add(op_type, names, step.shape, step.scope, keepdims=0)
+
+
+def _reshape(graph: Graph, step: Step) -> Value | None:
+    """An axis of one channel, added to a map of one number a pixel."""
+    (x, *_) = step.inputs
+    if not isinstance(x, Tensor) or len(x.shape) != 3 or step.shape != (*x.shape, 1):
+        return None
+    axes = graph.constant(np.asarray([1], np.int64), f"{step.scope}/axes".lstrip("/"))
+    return graph.add("Unsqueeze", [x.name, axes], step.shape, step.scope)
+
+
+def _transpose(graph: Graph, step: Step) -> Value | None:
+    (x,) = step.inputs
+    if not isinstance(x, Tensor) or len(x.shape) != 4:
+        return None
+    permutation = step.equation.params["permutation"]
+    perm = [AXES[permutation[axis]] for axis in JAX_AXES]
+    return graph.add("Transpose", [x.name], step.shape, step.scope, perm=perm)
+
+
+def _product(graph: Graph, step: Step) -> Value | None:
+    """A map's channels times a matrix: a 1x1 convolution; any other product: an `Einsum`."""
+    x, y = step.inputs
+    contracted, batched = step.equation.params["dimension_numbers"]
+    is_linear = (contracted, batched) == (((3,), (0,)), ((), ()))
+    if is_linear and isinstance(x, Tensor) and isinstance(y, Constant) and len(x.shape) == 4:
+        kernel = graph.constant(y.value.T[:, :, None, None], y.name)
+        return graph.add("Conv", [x.name, kernel], step.shape, step.scope, kernel_shape=[1, 1])
+    letters = iter("abcdefghijklmnop")
+    shapes = [_value_shape(one) for one in step.inputs]
+    axes: list[list[str]] = [[""] * len(shape) for shape in shapes]
+    for pairs in (batched, contracted):
+        for ours, theirs in zip(*pairs, strict=True):
+            axes[0][ours] = axes[1][theirs] = next(letters)
+    shared = [axes[0][axis] for axis in batched[0]]
+    summed = {axes[0][axis] for axis in contracted[0]}
+    for names in axes:
+        names[:] = [name or next(letters) for name in names]
+    free = [name for names in axes for name in names if name not in {*shared, *summed}]
+    terms = [_in_graph(names, one) for names, one in zip(axes, step.inputs, strict=True)]
+    equation = f"{','.join(terms)}->{_in_graph([*shared, *free], None)}"
+    names = [
+        one.name if isinstance(one, Tensor) else graph.constant(one.value, one.name or "matrix")
+        for one in step.inputs
+    ]
+    return graph.add("Einsum", names, step.shape, step.scope, equation=equation)
+
+
+def _value_shape(value: Value) -> tuple[Any, ...]:
+    return value.shape if isinstance(value, Tensor) else np.shape(value.value)
+
+
+def _in_graph(axes: Sequence[str], value: Value | None) -> str:
+    """Axes in the order that a value of theirs has in the graph: maps have channels second."""
+    if len(axes) == 4 and not isinstance(value, Constant):
+        return "".join(axes[axis] for axis in JAX_AXES)
+    return "".join(axes)
+
+
 def _argmax(graph: Graph, step: Step) -> Value | None:
     (x,) = step.inputs
     if not isinstance(x, Tensor) or len(x.shape) != 4 or step.equation.params["axes"] != (3,):
@@ -240,6 +342,10 @@ def _cast(graph: Graph, step: Step) -> Value | None:
     return graph.add("Cast", [x.name], step.shape, step.scope, to=kind)
 
 
+def _same(graph: Graph, step: Step) -> Value | None:
+    return step.inputs[0]
+
+
 RULES: dict[str, Rule] = {
     "conv_general_dilated": _convolution,
     "add": _addition,
@@ -251,7 +357,23 @@ RULES: dict[str, Rule] = {
     "concatenate": _concatenation,
     "broadcast_in_dim": _broadcast,
     "argmax": _argmax,
+    "dot_general": _product,
+    "erf": functools.partial(_unary, op_types=["Erf"]),
+    "erfc": _erfc,
+    "exp": functools.partial(_unary, op_types=["Exp"]),
+    "integer_pow": _integer_pow,
+    "logistic": functools.partial(_unary, op_types=["Sigmoid"]),
+    "neg": functools.partial(_unary, op_types=["Neg"]),
+    "reduce_max": functools.partial(_reduction, op_type="ReduceMax"),
+    "reduce_sum": functools.partial(_reduction, op_type="ReduceSum"),
+    "reshape": _reshape,
+    "rsqrt": functools.partial(_unary, op_types=["Sqrt", "Reciprocal"]),
+    "sqrt": functools.partial(_unary, op_types=["Sqrt"]),
+    "square": _square,
+    "tanh": functools.partial(_unary, op_types=["Tanh"]),
+    "transpose": _transpose,
     "convert_element_type": _cast,
+    "copy": _same,
 }
 
 
@@ -287,10 +409,10 @@ OPERATIONS: dict[str, Rule] = {
     "relu": functools.partial(_one_node, op_type="Relu"),
     "hard_silu": functools.partial(_one_node, op_type="HardSwish"),
     "hard_sigmoid": functools.partial(_one_node, op_type="HardSigmoid", alpha=1 / 6, beta=0.5),
-    "max_pool": functools.partial(
+    "max_pool_3x3": functools.partial(
         _one_node, op_type="MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]
     ),
-    "mean_over_image": functools.partial(_one_node, op_type="GlobalAveragePool"),
-    "resize_bilinear": _resize,
+    "global_mean": functools.partial(_one_node, op_type="GlobalAveragePool"),
+    "bilinear_resize": _resize,
     "softmax": functools.partial(_one_node, op_type="Softmax", axis=AXES[3]),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,10 +12,9 @@ import jax.numpy as jnp
 from jax import export
 from jaxtyping import Array, Float, UInt8
 
-from deeplab_jax.models.architecture import Architecture
-from deeplab_jax.models.functional import FoldedVariables, FunctionalModel, Variables, normalize
-from deeplab_jax.models.operations import operation
-from deeplab_jax.models.resize import MAX_SIDE
+from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
+from deeplab_jax.models.ops.convolution import Implementation
+from deeplab_jax.models.ops.resize import MAX_SIDE
 from deeplab_jax.training.checkpoint import SavedModel
 
 
@@ -26,9 +26,9 @@ class Dimensions(NamedTuple):
     width: int | None = None
 
 
-@operation
+@jax.jit
 def softmax(logits: Float[Array, "n h w classes"]) -> Float[Array, "n h w classes"]:
-    """Probabilities of each pixel's classes."""
+    """Probabilities of each pixel's classes; a call of this name in a program, for exporters."""
     return jax.nn.softmax(logits, axis=-1)
 
 
@@ -50,35 +50,42 @@ class Program:
 
     Attributes:
       saved: the model, as it is described.
-      model: its functions.
-      variables: its arrays, folded (see `FunctionalModel.fold`).
+      original: its functions as it was trained.
+      model: those with fused batch norm, see `FunctionalModel.fused`.
+      variables: the arrays of `model`.
       output: a name in `OUTPUTS`.
       dimensions: sizes that it takes.
     """
 
     def __init__(self, saved: SavedModel, output: str, dimensions: Dimensions) -> None:
-        architecture = Architecture(**saved.info["architecture"])
         self.saved = saved
-        self.model = FunctionalModel(dataclasses.replace(architecture, dtype="float32"))
-        self.variables: FoldedVariables = self.model.fold(saved.variables)
+        self.original = FunctionalModel(dataclasses.replace(saved.architecture, dtype="float32"))
+        self.model = self.original.fused
+        self.variables: Variables = self.original.fuse(saved.variables)
         self.output = output
         self.dimensions = dimensions
 
     def __call__(
-        self, variables: FoldedVariables, images: UInt8[Array, "n h w c"]
+        self, variables: Variables, images: UInt8[Array, "n h w c"]
     ) -> Float[Array, "n h w classes"] | UInt8[Array, "n h w"]:
-        return OUTPUTS[self.output](self._logits(variables, images))
+        return OUTPUTS[self.output](self._logits(self.model, variables, images))
+
+    def using(self, implementation: Implementation) -> Program:
+        """Returns the program with another implementation of its operations."""
+        program = copy.copy(self)
+        program.model = self.model.using(implementation)
+        return program
 
     def reference(
         self, variables: Variables, images: UInt8[Array, "n h w c"]
     ) -> Float[Array, "n h w classes"]:
-        """The logits by the saved model's own variables, its batch norms by themselves."""
-        return self._logits(variables, images)
+        """The logits by the saved model's own variables, without fused batch norms."""
+        return self._logits(self.original, variables, images)
 
-    def _logits(self, variables: Variables, images: Array) -> Array:
+    def _logits(self, model: FunctionalModel, variables: Variables, images: Array) -> Array:
         info = self.saved.info
         pixels = normalize(images, tuple(info["mean"]), tuple(info["std"]))
-        return self.model.apply(variables, pixels)[0]["out"]
+        return model.apply(variables, pixels)[0]["out"]
 
     @property
     def images(self) -> jax.ShapeDtypeStruct:

@@ -1,14 +1,35 @@
-"""What a DeepLabv3 is made of: the resolved description of a model, and the named ones."""
+"""What a DeepLabv3 is made of: registries of its parts, and descriptions of whole models."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from deeplab_jax.config import output_strides
 from deeplab_jax.errors import UserError, did_you_mean
+from deeplab_jax.registry import Registry
+
+# Called as `BACKBONES[name](architecture, rngs=rngs)`. An attribute `options` names the fields of
+# `NEUTRAL` that the backbone heeds.
+BACKBONES: Registry[Callable[..., Any]] = Registry("backbone")
+# Called as `HEADS[name](backbone, architecture, rngs=rngs)`. An attribute `options` names the
+# fields of `HEAD_NEUTRAL` that the head heeds, and "plus" if it has DeepLabv3+'s decoder.
+HEADS: Registry[Callable[..., Any]] = Registry("head")
+
+# Choices that not every backbone has, and the values that they keep with one that has not.
+NEUTRAL: dict[str, Any] = {
+    "multi_grid": (1, 1, 1),
+    "dilation_rule": "paper",
+    "residual": "post",
+    "stem": "conv7x7",
+    "stride_place": "conv2",
+    "cascade": None,
+    "width": 1.0,
+}
+# The same for heads.
+HEAD_NEUTRAL: dict[str, Any] = {"atrous_rates": (), "image_pooling": True, "head_conv": False}
 
 # What each field that names a variant may be.
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -28,7 +49,7 @@ class Architecture:
 
     Attributes:
       name: of the entry in `ARCHITECTURES` that it comes from.
-      backbone: a name in `models.deeplab.BACKBONES`.
+      backbone: a name in `BACKBONES`.
       num_classes: number of logits a pixel.
       output_stride: pixels of the image a pixel of the last stage's features: 8, 16 or 32, and
         up to 32 * 2**cascade.
@@ -57,6 +78,7 @@ class Architecture:
       dtype: of the computation; parameters, statistics and logits are float32 under "bfloat16",
         and float64 under "float64", which needs `jax_enable_x64`.
       image_pooling: whether ASPP has image-level features: the last row of the paper's table 5.
+      head: a name in `HEADS`.
       cascade: None: ASPP follows the last stage (arXiv 1706.05587, section 3.3). 0 to 3: in its
         place so many copies of that stage do, block5 to block7 of section 3.2, whose features go
         to the logits as they are; 0 is the column "block4" of the paper's tables 2 and 3.
@@ -85,6 +107,7 @@ class Architecture:
     dtype: str = "float32"
     cascade: int | None = None
     image_pooling: bool = True
+    head: str = "aspp"
 
     def __post_init__(self) -> None:
         for field in ("multi_grid", "atrous_rates"):  # JSON gives lists, which do not hash
@@ -108,10 +131,18 @@ class Architecture:
         for field in ("num_classes", "in_channels"):
             yield field, "1 or more", getattr(self, field) >= 1
         yield "multi_grid", _RATES, _are_rates(self.multi_grid)
-        if self.cascade is None:
-            yield "atrous_rates", _RATES, _are_rates(self.atrous_rates)
-        else:
+        if self.cascade is not None:
             yield "atrous_rates", "() in a cascade, which has no ASPP", not self.atrous_rates
+        elif "atrous_rates" in options_of(HEADS[self.head]):
+            yield "atrous_rates", _RATES, _are_rates(self.atrous_rates)
+        yield from self._fixed("backbone", NEUTRAL, options_of(BACKBONES[self.backbone]))
+        yield from self._fixed("head", HEAD_NEUTRAL, options_of(HEADS[self.head]))
+        has_plus = "plus" in options_of(HEADS[self.head])
+        yield (
+            "decoder",
+            f"bilinear or transposed: head {self.head}",
+            self.decoder != "plus" or has_plus,
+        )
         yield "width", "above 0", 0 < self.width < math.inf
         yield "dropout", "in [0, 1)", 0 <= self.dropout < 1
         for field in ("bn_momentum", "backbone_bn_momentum"):
@@ -120,6 +151,15 @@ class Architecture:
         for field in ("bn_epsilon", "backbone_bn_epsilon"):
             epsilon = getattr(self, field)
             yield field, "above 0", epsilon is None or epsilon > 0
+
+    def _fixed(
+        self, part: str, neutral: Mapping[str, Any], options: Iterable[str]
+    ) -> Iterator[tuple[str, str, bool]]:
+        """The fields that a part does not heed, which so must keep their neutral values."""
+        why = f"the {part} {getattr(self, part)} has no such choice"
+        for field, value in neutral.items():
+            if field not in options:
+                yield field, f"{value!r} ({why})", getattr(self, field) == value
 
     @property
     def backbone_bn(self) -> tuple[float, float]:
@@ -187,22 +227,40 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
-ARCHITECTURES: dict[str, Architecture] = {
-    f"{family}_resnet{depth}": Architecture(
-        name=f"{family}_resnet{depth}", backbone=f"resnet{depth}", num_classes=21, **fields
-    )
-    for family, fields in _FAMILIES.items()
-    for depth in (18, 34, 50, 101, 152)
+# What a backbone sets in all families, and in one of them.
+_BACKBONE_FIELDS: dict[str, dict[str, Any]] = {
+    "mobilenet_v3_large": {"backbone_bn_momentum": 0.99, "backbone_bn_epsilon": 1e-3},
+    # With the rates of ASPP that the ResNets have at output stride 8.
+    "torchvision_mobilenet_v3_large": {"output_stride": 16},
 }
-ARCHITECTURES["torchvision_mobilenet_v3_large"] = dataclasses.replace(
-    ARCHITECTURES["torchvision_resnet50"],
-    name="torchvision_mobilenet_v3_large",
-    backbone="mobilenet_v3_large",
-    output_stride=16,  # with the rates of ASPP that the ResNets have at 8
-    dilation_rule="paper",  # torchvision treats its ResNets otherwise
-    backbone_bn_momentum=0.99,
-    backbone_bn_epsilon=1e-3,
-)
+
+
+def options_of(entry: Any) -> frozenset[str]:
+    """The optional fields of an architecture that a registered backbone or head heeds."""
+    return frozenset(getattr(entry, "options", ()))
+
+
+class _Architectures(Mapping[str, Architecture]):
+    """The families with every registered backbone: "paper_resnet101", "torchvision_resnet50"."""
+
+    def __getitem__(self, name: str) -> Architecture:
+        family, _, backbone = name.partition("_")
+        if family not in _FAMILIES or backbone not in BACKBONES:
+            raise KeyError(name)
+        options = options_of(BACKBONES[backbone])
+        fixed = {field: value for field, value in NEUTRAL.items() if field not in options}
+        fields = _FAMILIES[family] | fixed
+        fields |= _BACKBONE_FIELDS.get(backbone, {}) | _BACKBONE_FIELDS.get(name, {})
+        return Architecture(name=name, backbone=backbone, num_classes=21, **fields)
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{family}_{backbone}" for family in _FAMILIES for backbone in BACKBONES)
+
+    def __len__(self) -> int:
+        return len(_FAMILIES) * len(BACKBONES)
+
+
+ARCHITECTURES: Mapping[str, Architecture] = _Architectures()
 
 
 def architecture(name: str, *, num_classes: int, **overrides: Any) -> Architecture:
@@ -228,6 +286,10 @@ def architecture(name: str, *, num_classes: int, **overrides: Any) -> Architectu
             raise UserError(_unknown("field of an architecture", field, fields[1:]))
     chosen = {field: value for field, value in overrides.items() if value is not None}
     base = ARCHITECTURES[name]
+    options = options_of(HEADS[chosen.get("head", base.head)])
+    for field, value in HEAD_NEUTRAL.items():
+        if field not in options:
+            chosen.setdefault(field, value)
     if "cascade" in chosen:
         chosen.setdefault("atrous_rates", ())
     if chosen.get("decoder") == "plus":

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
-from deeplab_jax.models.atrous import using, valid_share
 from deeplab_jax.models.functional import FunctionalModel, Variables
-from deeplab_jax.models.operations import naming_operations
-from deeplab_jax.models.padding import STRIDES
-from deeplab_jax.models.resize import bilinear_matrix, resize_bilinear
+from deeplab_jax.models.ops.atrous_conv import valid_share
+from deeplab_jax.models.ops.convolution import XLA
+from deeplab_jax.models.ops.masking import STRIDES
+from deeplab_jax.models.ops.resize import bilinear_matrix
 
 Shape = tuple[int, int, int]
 
@@ -63,7 +63,7 @@ class Convolution:
     def valid_share(self) -> float:
         """Share of the kernel's taps that fall on the map and not into its padding, 0..1."""
         rows, columns = (
-            valid_share(side, self.kernel_size, stride=self.stride, rate=self.rate)
+            valid_share(side, self.kernel_size, strides=self.stride, kernel_dilation=self.rate)
             for side in self.in_shape[:2]
         )
         return rows * columns
@@ -98,10 +98,10 @@ def convolutions(
         raise ValueError(f"height and width must be 1 or more, got {height} and {width}")
     shape = (1, height, width, model.architecture.in_channels)
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
-    with using("native"), naming_operations():
-        traced = jax.make_jaxpr(lambda v, x: model.apply(v, x, upsample=False)[0])(
-            model.abstract, image
-        )
+    plain = model.using(XLA)
+    traced = jax.make_jaxpr(lambda v, x: plain.apply(v, x, upsample=False)[0])(
+        model.abstract, image
+    )
     params, stats = model.abstract
     names: list[str] = jax.tree.leaves(Variables({n: n for n in params}, {n: n for n in stats}))
     reader = _Reader((height, width))
@@ -172,9 +172,10 @@ class _Unknown(NamedTuple):
 _Value = _Variable | _Seen | _Unknown | None  # None: of no image, such as a constant
 
 _ELEMENTWISE = (
-    *("abs", "add", "add_any", "clamp", "convert_element_type", "copy", "div", "eq", "exp", "ge"),
-    *("gt", "integer_pow", "le", "log", "logistic", "lt", "max", "min", "mul", "ne", "neg", "pow"),
-    *("rsqrt", "select_n", "sign", "sqrt", "square", "stop_gradient", "sub", "tanh"),
+    *("abs", "add", "add_any", "cbrt", "clamp", "convert_element_type", "copy", "div", "eq", "erf"),
+    *("erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "le", "log", "log1p"),
+    *("logistic", "lt", "max", "min", "mul", "ne", "neg", "pow", "rsqrt", "select_n", "sign"),
+    *("sqrt", "square", "stop_gradient", "sub", "tanh"),
 )
 _CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
 
@@ -206,7 +207,7 @@ class _Reader:
 
     def _results(self, equation: Any, inputs: list[_Value]) -> list[_Value]:
         name, params = equation.primitive.name, equation.params
-        if name == "jit" and params["name"] == resize_bilinear.__name__:
+        if name == "jit" and params["name"] == "bilinear_resize":
             return [_resized(equation, inputs[0], self.image)]
         if name in _CALLS:
             return self.run(params[_CALLS[name]].jaxpr, inputs)
@@ -215,11 +216,12 @@ class _Reader:
                 self.first_use.setdefault(value.name, len(self.found))
         if name == "conv_general_dilated":
             return [self._convolve(equation, *inputs)]
+        if name == "dot_general" and _is_1x1(equation, inputs):
+            return [self._multiply(equation, *inputs)]
         return [_follow(equation, inputs)] * len(equation.outvars)
 
     def _convolve(self, equation: Any, seen: _Value, kernel: _Value) -> _Seen:
         (x, weights), params = (v.aval.shape for v in equation.invars), equation.params
-        y = equation.outvars[0].aval.shape
         if not isinstance(kernel, _Variable):
             raise ValueError(f"a convolution of {x} has a kernel that is no array of the model")
         name = kernel.name.rpartition(".")[0]
@@ -229,22 +231,53 @@ class _Reader:
         (before, _), stride = params["padding"][0], params["window_strides"][0]
         side, rate = weights[0], params["rhs_dilation"][0]
         out = seen.window(-before, rate * (side - 1) - before, stride)
+        groups = params["feature_group_count"]
+        self._record(equation, name, out, side, stride=stride, rate=rate, groups=groups)
+        return out
+
+    def _multiply(self, equation: Any, seen: _Value, kernel: _Value) -> _Value:
+        """Each pixel's channels times a matrix, as `nnx.Linear` does: a 1x1 convolution."""
+        assert isinstance(seen, _Seen)
+        assert isinstance(kernel, _Variable)
+        self._record(equation, kernel.name.rpartition(".")[0], seen, 1)
+        return seen
+
+    def _record(
+        self,
+        equation: Any,
+        name: str,
+        out: _Seen,
+        side: int,
+        *,
+        stride: int = 1,
+        rate: int = 1,
+        groups: int = 1,
+    ) -> None:
         self.found.append(
             Convolution(
                 name=name,
                 kernel_size=side,
                 stride=stride,
                 rate=rate,
-                groups=params["feature_group_count"],
-                in_shape=x[1:],
-                out_shape=y[1:],
+                groups=groups,
+                in_shape=equation.invars[0].aval.shape[1:],
+                out_shape=equation.outvars[0].aval.shape[1:],
                 output_stride=out.stride,
                 field_of_view=None if out.stride is None else out.high - out.low + 1,
                 sees_image=out.whole,
                 params=0,
             )
         )
-        return out
+
+
+def _is_1x1(equation: Any, inputs: list[_Value]) -> bool:
+    x = equation.invars[0].aval.shape
+    return (
+        isinstance(inputs[0], _Seen)
+        and isinstance(inputs[1], _Variable)
+        and len(x) == 4
+        and equation.params["dimension_numbers"] == (((3,), (0,)), ((), ()))
+    )
 
 
 def _resized(equation: Any, seen: _Value, image: tuple[int, int]) -> _Value:
@@ -255,7 +288,7 @@ def _resized(equation: Any, seen: _Value, image: tuple[int, int]) -> _Value:
     fitting = (s for s in STRIDES if after == tuple(-(-side // s) for side in image))
     stride = next(fitting, None)
     if stride is None:
-        return _Unknown(resize_bilinear.__name__)
+        return _Unknown("bilinear_resize")
     lows, highs = [], []
     for in_side, out_side in zip(before, after, strict=True):
         read = bilinear_matrix(out_side, in_side) > 0
@@ -286,7 +319,15 @@ def _follow(equation: Any, inputs: list[_Value]) -> _Value:
         return seen.window(-before, -before)
     if name in ("reduce_sum", "reduce_max") and params["axes"] == (1, 2):
         return _Seen(None, 0, 0, whole=True)
-    shapes = [variable.aval.shape for variable in (*equation.invars, *equation.outvars)]
-    if name == "broadcast_in_dim" and (seen.stride is None or shapes[0] == shapes[-1]):
+    before, after = (variables[0].aval.shape for variables in (equation.invars, equation.outvars))
+    if name in ("reduce_sum", "reduce_max", "reduce_min") and params["axes"] == (3,):
+        return seen  # over the channels
+    kept = params.get("broadcast_dimensions", (0, 1, 2))[:3] == (0, 1, 2)
+    if name in ("broadcast_in_dim", "reshape") and kept and before[:3] == after[:3]:
+        return seen  # images, rows and columns as they were
+    if seen.stride is None and name in ("broadcast_in_dim", "reshape", "transpose"):
         return seen
+    if name == "dot_general" and all(value in (None, seen) for value in inputs):
+        # A fixed matrix along rows or columns: pooling, whose every output may see all of them.
+        return _Seen(None, 0, 0, whole=True)
     return _Unknown(name)

@@ -6,6 +6,9 @@ knows nothing of NNX. A dotted name is the attribute path of the variable in `De
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from deeplab_jax.models.deeplab import Architecture, DeepLabV3
+from deeplab_jax.models.architecture import Architecture
+from deeplab_jax.models.deeplab import DeepLabV3, build_model
+from deeplab_jax.models.fusion import fuse_batch_norm
+from deeplab_jax.models.layers import ShapeRngs
+from deeplab_jax.models.ops.convolution import Implementation, use_implementation
 
 Arrays = dict[str, Any]
 
@@ -25,47 +32,94 @@ class Variables(NamedTuple):
     batch_stats: Arrays  # running means and variances of batch norm
 
 
-class FoldedVariables(Variables):
-    """Arrays for inference, see `FunctionalModel.fold`."""
-
-
 class FunctionalModel:
-    """`init`, `fold` and `apply` of one architecture; holds no arrays."""
+    """`init` and `apply` of a model; holds no arrays.
+
+    Attributes:
+      architecture: what the model is made of.
+      abstract: shapes and dtypes of its arrays.
+      is_fused: whether its batch norms are fused into its convolutions, see `fused`.
+    """
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
-        module = nnx.eval_shape(lambda: DeepLabV3(architecture, rngs=None))
-        self._norms = _norms_behind_convolutions(module)
-        self._graph: Any
-        self._graph, params, batch_stats = _split(module)
-        self._param_paths = _paths(params)
-        self._stat_paths = _paths(batch_stats)
-        self.abstract = Variables(_flatten(params), _flatten(batch_stats))
+        self.is_fused = False
+        self._using: dict[Implementation, FunctionalModel] = {}
+        self._set(lambda: build_model(architecture, rngs=ShapeRngs(0)))
 
-    def init(self, key: jax.Array) -> Variables:
-        """Random parameters, and the running statistics of a batch norm that saw nothing."""
-        module = DeepLabV3(self.architecture, rngs=nnx.Rngs(params=key))
+    def _set(self, make: Callable[..., DeepLabV3], *arguments: Any) -> None:
+        """Takes the graph and the shapes of the module that a function makes."""
+
+        def variables(*arguments: Any) -> Variables:
+            self._graph, params, batch_stats = _split(make(*arguments))
+            self._param_paths, self._stat_paths = _paths(params), _paths(batch_stats)
+            return Variables(_flatten(params), _flatten(batch_stats))
+
+        self.abstract = jax.eval_shape(variables, *arguments)
+
+    def edited(self, edit: Callable[[DeepLabV3], None]) -> FunctionalModel:
+        """Returns the model after an edit of its module.
+
+        Args:
+          edit: changes the attributes of the module in place.
+        """
+
+        def make(variables: Variables) -> DeepLabV3:
+            module = self._merge(variables)
+            edit(module)
+            return module
+
+        model = copy.copy(self)
+        model._using = {}
+        model.__dict__.pop("fused", None)  # the cached one of this model
+        model._set(make, self.abstract)
+        return model
+
+    def using(self, implementation: Implementation) -> FunctionalModel:
+        """Returns the model with another implementation of its operations, the same each time."""
+        if implementation not in self._using:
+            edit = functools.partial(use_implementation, implementation=implementation)
+            self._using[implementation] = self.edited(edit)
+        return self._using[implementation]
+
+    def at_output_stride(self, output_stride: int) -> FunctionalModel:
+        """Returns the model for the same variables at another output stride.
+
+        Raises:
+          UserError: as `Architecture.at_output_stride` does.
+        """
+        model = FunctionalModel(self.architecture.at_output_stride(output_stride))
+        return model.fused if self.is_fused else model
+
+    @functools.cached_property
+    def fused(self) -> FunctionalModel:
+        """The model for inference with fused batch norm; takes the variables of `fuse`.
+
+        See `models.fusion.fuse_batch_norm`.
+        """
+        model = self.edited(fuse_batch_norm)
+        model.is_fused = True
+        model.fused = model
+        return model
+
+    def fuse(self, variables: Variables) -> Variables:
+        """Returns the variables of `fused`.
+
+        Args:
+          variables: of this model, as NumPy's arrays or JAX's: the result's are of the same kind.
+        """
+        if self.is_fused:
+            return variables
+        module = self._merge(variables)
+        fuse_batch_norm(module)
         _, params, batch_stats = _split(module)
         return Variables(_flatten(params), _flatten(batch_stats))
 
-    def fold(self, variables: Variables) -> FoldedVariables:
-        """Batch norm by running statistics put into the convolution before it, where one is.
-
-        `apply` then computes the same up to rounding with less: a convolution and its bias. Kernels
-        are scaled, and the norms' biases are the shifts; what else norms have is left, unused.
-
-        Args:
-          variables: of the model, as NumPy's arrays or JAX's: the result's are of the same kind.
-            Folded ones are given back.
-        """
-        if isinstance(variables, FoldedVariables):
-            return variables
-        params, stats = dict(variables.params), variables.batch_stats
-        for conv, (norm, epsilon) in self._norms.items():
-            scale = params[f"{norm}.scale"] * (stats[f"{norm}.var"] + epsilon) ** -0.5
-            params[f"{conv}.kernel"] = params[f"{conv}.kernel"] * scale
-            params[f"{norm}.bias"] = params[f"{norm}.bias"] - stats[f"{norm}.mean"] * scale
-        return FoldedVariables(params, stats)
+    def init(self, key: jax.Array) -> Variables:
+        """Returns random parameters, and the running statistics of a new batch norm."""
+        module = build_model(self.architecture, rngs=nnx.Rngs(params=key))
+        _, params, batch_stats = _split(module)
+        return Variables(_flatten(params), _flatten(batch_stats))
 
     def apply(
         self,
@@ -79,61 +133,86 @@ class FunctionalModel:
         sizes: Int[Array, "n 2"] | None = None,
         upsample: bool = True,
     ) -> tuple[dict[str, Float[Array, "n ho wo classes"]], Arrays]:
-        """Logits by head, and the running statistics after this batch.
+        """Returns logits by head, and the running statistics after this batch.
 
         Args:
-          variables: arrays of the model; for inference `fold` makes them faster.
+          variables: arrays of the model.
           images: normalised pixels.
-          train: normalise by the batch's statistics and drop units.
+          train: whether batch norm uses the batch's statistics and dropout acts.
           key: of dropout; needed when training with it.
-          freeze_bn: keep to the running statistics although training.
-          remat: recompute each residual unit in the backward pass.
-          sizes: height and width of each image, pixels; what lies beyond is padding, of which the
-            logits on the image do not depend. At inference alone; see `models.padding`.
-          upsample: resize the logits to the images' size.
+          freeze_bn: whether batch norm keeps its running statistics in training.
+          remat: whether blocks of the backbone are computed again in the backward pass: less memory
+            for about a third more arithmetic.
+          sizes: see `DeepLabV3.__call__`.
+          upsample: see `DeepLabV3.__call__`.
 
         Raises:
-          ValueError: as `DeepLabV3` does.
+          ValueError: `train` with a fused model, with sizes, or without the key of a dropout that
+            acts; `remat` with a backbone that has no such attribute; or as `DeepLabV3` does.
         """
-        module = nnx.merge(
+        # NumPy arrays become JAX's: batch norm assigns to its statistics.
+        module = self._merge(jax.tree.map(jnp.asarray, variables))
+        if train:
+            self._check_training(module, key, sizes)
+        module.set_attributes(
+            deterministic=not train,
+            use_running_average=not train or freeze_bn,
+            raise_if_not_found=False,
+        )
+        if remat and train:
+            _set_remat(module)
+        outputs = module(images, sizes=sizes, upsample=upsample, rngs=key if train else None)
+        return outputs, _flatten(nnx.state(module, nnx.BatchStat))
+
+    def _merge(self, variables: Variables) -> DeepLabV3:
+        return nnx.merge(
             self._graph,
             _unflatten(variables.params, self._param_paths, nnx.Param),
             _unflatten(variables.batch_stats, self._stat_paths, nnx.BatchStat),
         )
-        outputs = module(
-            images,
-            train=train,
-            key=key,
-            freeze_bn=freeze_bn,
-            remat=remat,
-            sizes=sizes,
-            folded=isinstance(variables, FoldedVariables),
-            upsample=upsample,
-        )
-        return outputs, _flatten(nnx.state(module, nnx.BatchStat))
+
+    def _check_training(
+        self, module: DeepLabV3, key: jax.Array | None, sizes: Array | None
+    ) -> None:
+        if self.is_fused:
+            raise ValueError("a model with fused batch norm is for inference: train the original")
+        if sizes is not None:
+            # Batch norm's statistics would be those of the padding too.
+            raise ValueError("train=True takes no sizes: padding is for inference alone")
+        parts = [part for _, part in nnx.iter_modules(module) if isinstance(part, nnx.Dropout)]
+        if key is None and any(part.rate for part in parts):
+            raise ValueError(
+                f"train=True needs a key: dropout is {max(part.rate for part in parts)}, not 0"
+            )
 
 
 def normalize(
     images: Num[Array, "n h w c"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "n h w c"]:
-    """Pixels 0..255 to (pixel / 255 - mean) / std, with mean and std one number a channel."""
+    """Normalises pixels 0..255: (pixel / 255 - mean) / std, mean and std one number a channel."""
     return (images.astype(jnp.float32) / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)
 
 
-def _norms_behind_convolutions(module: DeepLabV3) -> dict[str, tuple[str, float]]:
-    """Name and epsilon of the batch norm behind each convolution that one is folded into."""
-    parts = list(nnx.iter_modules(module))
-    names = {id(part): _name(path) for path, part in parts}
-    return {
-        names[id(conv)]: (names[id(norm)], norm.epsilon)
-        for _, part in parts
-        if hasattr(part, "conv_norms")
-        for conv, norm in part.conv_norms()
-    }
+def _set_remat(module: DeepLabV3) -> None:
+    backbone: Any = module.backbone
+    if not hasattr(backbone, "remat"):
+        raise ValueError(
+            f"{type(backbone).__name__} has no attribute `remat`, so it cannot save memory by "
+            "recomputing: set config.train.remat=False, or see docs/extending.md"
+        )
+    backbone.remat = True
 
 
 def _split(module: DeepLabV3) -> tuple[Any, Any, Any]:
-    graph, params, batch_stats = nnx.split(module, nnx.Param, nnx.BatchStat)  # type: ignore[misc]
+    graph, params, batch_stats, rest = nnx.split(  # type: ignore[misc]
+        module, nnx.Param, nnx.BatchStat, ...
+    )
+    if others := [_name(path) for path, _ in nnx.to_flat_state(rest)]:
+        raise ValueError(
+            "the model holds variables that are neither nnx.Param nor nnx.BatchStat: "
+            f"{', '.join(others[:5])}. Make nnx.Dropout without rngs, and call it with the key of "
+            "the head's call: self.dropout(x, rngs=rngs)"
+        )
     return graph, params, batch_stats
 
 
@@ -150,5 +229,4 @@ def _flatten(state: Any) -> Arrays:
 
 
 def _unflatten(arrays: Arrays, paths: dict[str, tuple[Any, ...]], kind: type) -> Any:
-    # NumPy arrays too become JAX's: batch norm assigns to its statistics.
-    return nnx.from_flat_state({p: kind(jnp.asarray(arrays[n])) for n, p in paths.items()})
+    return nnx.from_flat_state({path: kind(arrays[name]) for name, path in paths.items()})

@@ -10,7 +10,6 @@ the filling off again before the model sees it. So every height works, and none 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -22,7 +21,9 @@ from jaxtyping import Array, Shaped
 
 from deeplab_jax.config import MeshConfig
 from deeplab_jax.errors import UserError
-from deeplab_jax.models import partition
+from deeplab_jax.models.deeplab import DeepLabV3
+from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.models.ops.convolution import XLA, use_implementation
 
 DATA, SPACE = "data", "space"
 
@@ -245,8 +246,18 @@ def rows_of(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
-def partitionable(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
-    """Within it, a model is traced so that it can be divided over `space`."""
+def partitioned(model: FunctionalModel, mesh: Mesh) -> FunctionalModel:
+    """Returns the model to trace where image height is sharded over `space`.
+
+    XLA's partitioner knows which rows of its own convolutions to exchange. The slices and products
+    that are faster on one device would move whole maps.
+    """
     if mesh.shape[SPACE] == 1:
-        return contextlib.nullcontext()
-    return partition.divided_height(lambda x: lax.with_sharding_constraint(x, row_sharding(mesh)))
+        return model
+
+    def edit(module: DeepLabV3) -> None:
+        use_implementation(module, XLA)
+        if module.decoder is not None:
+            module.decoder.replicate = lambda x: lax.with_sharding_constraint(x, row_sharding(mesh))
+
+    return model.edited(edit)

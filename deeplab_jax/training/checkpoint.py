@@ -25,13 +25,14 @@ from orbax.checkpoint import v1 as ocp
 
 from deeplab_jax.errors import UserError
 from deeplab_jax.labels import LabelSet
-from deeplab_jax.models.architecture import Architecture
+from deeplab_jax.models.architecture import BACKBONES, HEADS, Architecture
 from deeplab_jax.models.functional import Variables
 from deeplab_jax.parallel import agreement
+from deeplab_jax.registry import module_of
 from deeplab_jax.training.state import TrainState
 
 METRIC = "miou"
-FORMAT = 1  # of `info`; raised when its meaning changes
+FORMAT = 2  # of `info` and of the names of arrays; raised when their meaning changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +193,29 @@ class SavedModel:
     variables: Variables  # the averaged parameters where the run kept them
     info: dict[str, Any]
 
+    @property
+    def architecture(self) -> Architecture:
+        """What the model is made of.
+
+        Raises:
+          UserError: its backbone or head is not registered here; names the module that did it.
+        """
+        fields = self.info["architecture"]
+        absent = [
+            (f"{part} {fields[part]!r}", self.info["registered_by"].get(part, "MODULE"))
+            for part, registry in (("backbone", BACKBONES), ("head", HEADS))
+            if fields[part] not in registry
+        ]
+        if absent:
+            parts = " and the ".join(part for part, _ in absent)
+            modules = dict.fromkeys(module for _, module in absent)
+            raise UserError(
+                f"{self.path} has the {parts}, not registered here. When the model was trained, "
+                f"{' and '.join(modules)} did it: import that first, or on the command line give "
+                + " ".join(f"--import {module}" for module in modules)
+            )
+        return Architecture(**fields)
+
 
 def describe(
     architecture: Architecture,
@@ -212,9 +236,16 @@ def describe(
       resize: how images were resized in training and at which convention of coordinates.
       size: height and width of the images or crops that it was trained on, pixels.
     """
+    parts = {"backbone": BACKBONES[architecture.backbone], "head": HEADS[architecture.head]}
+    modules = {part: module_of(entry) for part, entry in parts.items()}
+    package = __name__.partition(".")[0]
     return {
         "format": FORMAT,
         "architecture": dataclasses.asdict(architecture),
+        # Where the parts that are not this package's were registered, for an error to name.
+        "registered_by": {
+            part: module for part, module in modules.items() if module.partition(".")[0] != package
+        },
         "classes": list(labels.names),
         "palette": [list(color) for color in labels.colors],
         "mean": list(mean),
@@ -286,11 +317,36 @@ def read(path: str | os.PathLike[str]) -> SavedModel:
             model = trees["model"]
     except Exception as error:
         raise UserError(f"{folder} cannot be read: {_first_line(error)}") from error
+    _require_format(folder, info)
+    return SavedModel(folder, Variables(model["params"], model["batch_stats"]), info)
+
+
+def check_format(workdir: pathlib.Path) -> None:
+    """Sees that this version can go on with the run in a workdir.
+
+    Raises:
+      UserError: its newest checkpoint has another format. One that cannot be read is no matter
+        here: `Checkpoints.restore` deals with damage.
+    """
+    folder = workdir / "checkpoints"
+    steps = [child for child in folder.iterdir() if child.name.isdigit()]
+    newest = max(steps, key=lambda child: int(child.name))
+    try:
+        with _context(), _quiet():
+            info = ocp.load_checkpointables(newest, {"info": None})["info"]
+    except Exception:  # whatever a damaged file makes the reader raise
+        return
+    _require_format(newest, info)
+
+
+def _require_format(path: pathlib.Path, info: dict[str, Any]) -> None:
     if info.get("format") != FORMAT:
         raise UserError(
-            f"{folder} has format {info.get('format')!r}, this version reads format {FORMAT}"
+            f"{path} has checkpoint format {info.get('format')!r}, and this version of deeplab_jax "
+            f"reads format {FORMAT}, since the names of parameters have changed. Use the version "
+            "that wrote it. There `deeplab-jax convert` writes a model of torchvision's family as "
+            ".pth, which this version reads; train others again in another --workdir"
         )
-    return SavedModel(folder, Variables(model["params"], model["batch_stats"]), info)
 
 
 def _host_tree(folder: pathlib.Path) -> Any:

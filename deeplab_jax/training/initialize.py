@@ -137,5 +137,5 @@ def adopt(
 
 def gives_logits(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
     """Whether an array belongs to a layer that gives logits, and differs in classes alone."""
-    last_layer = name.startswith(("classifier.4.", "aux_classifier.4.", "decoder."))
+    last_layer = ".logits." in name or name.startswith("decoder.")
     return last_layer and len(ours) == len(theirs) and ours[:-1] == theirs[:-1]

@@ -26,12 +26,12 @@ from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.errors import UserError
 from deeplab_jax.evaluation.evaluate import Evaluation, Evaluator
 from deeplab_jax.files import write_bytes
-from deeplab_jax.models.deeplab import Architecture, architecture
+from deeplab_jax.models.architecture import Architecture, architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.parallel import agreement
 from deeplab_jax.parallel import mesh as mesh_lib
 from deeplab_jax.training import class_weights, initialize
-from deeplab_jax.training.checkpoint import Checkpoints, describe
+from deeplab_jax.training.checkpoint import Checkpoints, check_format, describe
 from deeplab_jax.training.program import TrainProgram, train_program
 from deeplab_jax.training.progress import Progress
 from deeplab_jax.training.signals import StopRequest
@@ -224,6 +224,7 @@ def check_workdir(folder: pathlib.Path, config: Config) -> None:
     saved = folder / "checkpoints"
     if not (saved.is_dir() and any(child.name.isdigit() for child in saved.iterdir())):
         return  # a run that came to no checkpoint, for a mistake in its config say, binds nobody
+    check_format(folder)
     if not path.exists():
         raise UserError(f"{folder} holds checkpoints but no config.json; choose another --workdir")
     try:

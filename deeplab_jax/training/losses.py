@@ -5,12 +5,12 @@ count depends on the labels alone, so that it is known before the batch is compu
 
 There are two kinds. A loss of a pixel is weighted by class and may count the hardest pixels alone;
 its count is the sum of weights. A loss of an image is a score of the image's classes; its count is
-the number of images that have a valid pixel.
+the number of images that have a valid pixel. `config.PIXEL_LOSSES` and `config.IMAGE_LOSSES` hold
+them by name; a new loss is a function and a line there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +19,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, UInt8
 
-from deeplab_jax.config import LossConfig
+from deeplab_jax.config import IMAGE_LOSSES, PIXEL_LOSSES, LossConfig
 from deeplab_jax.labels import IGNORE
-from deeplab_jax.models.resize import (
+from deeplab_jax.models.ops.resize import (
     bilinear_matrix,
     centres,
     for_each_image,
@@ -200,13 +200,20 @@ def _cross_entropy_by_rows_backward(
 _cross_entropy_by_rows.defvjp(_cross_entropy_by_rows_forward, _cross_entropy_by_rows_backward)
 
 
-def focal(losses: PixelMap, gamma: float) -> PixelMap:
-    """`-(1 - p)^gamma log p` of cross-entropies `-log p`: what is right already counts little.
+def identity(losses: PixelMap, config: LossConfig) -> PixelMap:
+    """Cross-entropies as they are."""
+    del config
+    return losses
 
-    Its alpha is the class's weight. With `gamma = 0` it is cross-entropy.
+
+def focal(losses: PixelMap, config: LossConfig) -> PixelMap:
+    """Focal loss `-(1 - p)^gamma log p` of cross-entropies `-log p`: easy pixels count little.
+
+    `gamma` is `config.focal_gamma`; 0 gives cross-entropy. The paper's alpha is the class weight.
 
     Source: Lin et al. 2017, arXiv 1708.02002, equation 4.
     """
+    gamma = config.focal_gamma
     # A floor, because the derivative of x^gamma at 0 is infinite where gamma < 1.
     wrong = jnp.maximum(-jnp.expm1(-losses), 1e-12)
     return losses if gamma == 0 else wrong**gamma * losses
@@ -316,12 +323,3 @@ def largest_share(
     above, equal = bits > threshold, bits == threshold
     rest = (count - jnp.sum(above)) / jnp.maximum(jnp.sum(equal), 1)
     return jnp.where(above, 1.0, jnp.where(equal, rest, 0.0)).astype(values.dtype)
-
-
-# By `LossConfig.name`; `config.LOSSES` holds the same names. Those of pixels are functions of their
-# cross-entropies.
-PIXEL_LOSSES: dict[str, Callable[[PixelMap, LossConfig], PixelMap]] = {
-    "cross_entropy": lambda losses, config: losses,
-    "focal": lambda losses, config: focal(losses, config.focal_gamma),
-}
-IMAGE_LOSSES: dict[str, Callable[[Array, Array], Array]] = {"dice": dice, "lovasz": lovasz}

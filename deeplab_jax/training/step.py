@@ -37,6 +37,7 @@ def make_train_step(
     """
     ema_decay = config.optimizer.ema_decay
     height, _ = crop_shape(config.data)
+    model = mesh_lib.partitioned(model, mesh)
 
     def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         batch = {name: mesh_lib.fit_height(x, height, mesh) for name, x in batch.items()}
@@ -100,16 +101,15 @@ def gradients(
 
     def part_gradient(batch_stats: Arrays, part: dict[str, Array], index: Array) -> Any:
         def objective(params: Arrays) -> tuple[Array, tuple[Metrics, Arrays]]:
-            with mesh_lib.partitionable(mesh):
-                outputs, new_stats = model.apply(
-                    Variables(mesh_lib.gathered(params, mesh), batch_stats),
-                    normalize(part["image"], config.data.mean, config.data.std),
-                    train=True,
-                    key=jax.random.fold_in(key, index),
-                    freeze_bn=config.train.freeze_bn,
-                    remat=config.train.remat,
-                    upsample=divided and config.loss.upsample,
-                )
+            outputs, new_stats = model.apply(
+                Variables(mesh_lib.gathered(params, mesh), batch_stats),
+                normalize(part["image"], config.data.mean, config.data.std),
+                train=True,
+                key=jax.random.fold_in(key, index),
+                freeze_bn=config.train.freeze_bn,
+                remat=config.train.remat,
+                upsample=divided and config.loss.upsample,
+            )
             if divided:
                 outputs = {name: mesh_lib.divide_height(x, mesh) for name, x in outputs.items()}
             means = {

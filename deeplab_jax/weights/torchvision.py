@@ -1,9 +1,8 @@
-"""torchvision's state dicts to the model's variables and back: one table, strict both ways.
+"""torchvision's state dicts to the model's variables and back: two tables, strict both ways.
 
-The model's modules carry torchvision's names, so an array differs from its counterpart in the last
-part of its name and the order of its axes alone: that is `_LEAVES`. Around it stand the few facts
-about whole files: what may be dropped, what a classifier is called inside a segmentation model,
-and what wrappers put before all names.
+`_MODULES` says what torchvision calls each module, `_LEAVES` what it calls an array of a layer and
+in which order its axes are. Around them stand the few facts about whole files: what may be dropped,
+what a classifier is called inside a segmentation model, and what wrappers put before all names.
 """
 
 from __future__ import annotations
@@ -30,10 +29,6 @@ class _Leaf(NamedTuple):
     theirs: str
     axes: tuple[int, ...]
 
-    def rename(self, ours: str) -> str:
-        """Their name of the array that we call `ours`."""
-        return f"{_parent(ours)}.{self.theirs}"
-
 
 # Ours are told apart by name; theirs, where one name serves two kinds, by the number of axes.
 _LEAVES = (
@@ -43,6 +38,41 @@ _LEAVES = (
     _Leaf("mean", "running_mean", (0,)),
     _Leaf("var", "running_var", (0,)),
 )
+# Our modules and theirs. A deep stem has timm's places.
+_MODULES: tuple[tuple[str, str], ...] = (
+    (r"backbone\.stem\.0\.conv", "backbone.conv1"),
+    (r"backbone\.stem\.0\.bn", "backbone.bn1"),
+    (r"(backbone\.layer\d+\.\d+\.(?:conv|bn)\d)", r"\1"),
+    (r"(backbone\.layer\d+\.\d+\.downsample)(?:\.conv)?", r"\1.0"),
+    (r"(backbone\.layer\d+\.\d+\.downsample)\.bn", r"\1.1"),
+    (r"(backbone\.final_bn)", r"\1"),  # none of theirs has it
+    (r"classifier\.aspp\.branches\.(\d+)\.conv", r"classifier.0.convs.\1.0"),
+    (r"classifier\.aspp\.branches\.(\d+)\.bn", r"classifier.0.convs.\1.1"),
+    (r"classifier\.aspp\.branches\.(\d+)\.project\.conv", r"classifier.0.convs.\1.1"),
+    (r"classifier\.aspp\.branches\.(\d+)\.project\.bn", r"classifier.0.convs.\1.2"),
+    (r"classifier\.aspp\.project\.conv", "classifier.0.project.0"),
+    (r"classifier\.aspp\.project\.bn", "classifier.0.project.1"),
+    (r"classifier\.head_conv\.conv", "classifier.1"),
+    (r"classifier\.head_conv\.bn", "classifier.2"),
+    (r"aux_classifier\.head_conv\.conv", "aux_classifier.0"),
+    (r"aux_classifier\.head_conv\.bn", "aux_classifier.1"),
+    (r"((?:aux_)?classifier)\.logits", r"\1.4"),
+    # MobileNetV3.
+    (r"backbone\.stem\.conv", "backbone.0.0"),
+    (r"backbone\.stem\.bn", "backbone.0.1"),
+    (r"backbone\.last\.conv", "backbone.16.0"),
+    (r"backbone\.last\.bn", "backbone.16.1"),
+)
+_DEEP_STEM = {
+    **{f"backbone.stem.{i}.conv": f"backbone.conv1.{3 * i}" for i in range(3)},
+    **{f"backbone.stem.{i}.bn": f"backbone.conv1.{3 * i + 1}" for i in range(2)},
+    "backbone.stem.2.bn": "backbone.bn1",
+}
+# The parts of an inverted residual; theirs are numbered, leaving out those that are not there.
+_BLOCK_PARTS = ("expand", "depthwise", "squeeze_excite", "project")
+_BLOCK_PART = re.compile(r"backbone\.block(\d+)\.(\w+)(?:\.(\w+))?")
+_BLOCK_LEAVES = {"conv": "0", "bn": "1", "fc1": "fc1", "fc2": "fc2"}
+
 _LEAF_OF = {(leaf.ours, len(leaf.axes)): leaf for leaf in _LEAVES}
 _THEIRS = frozenset(leaf.theirs for leaf in _LEAVES)
 
@@ -151,16 +181,19 @@ def from_model(variables: Variables) -> dict[str, np.ndarray]:
       UserError: a variable has no counterpart in PyTorch's layers.
     """
     arrays: dict[str, np.ndarray] = {}
-    for name, value in (variables.params | variables.batch_stats).items():
-        leaf = _leaf(name, value)
-        if leaf is None:
+    ours = variables.params | variables.batch_stats
+    modules = _module_names(ours)
+    for name, value in ours.items():
+        leaf, module = _leaf(name, value), modules[_parent(name)]
+        if leaf is None or module is None:
             raise UserError(
                 f"{name} has no counterpart in torchvision's models: only architectures of the "
                 "torchvision family can be written for it"
             )
-        arrays[leaf.rename(name)] = np.transpose(np.asarray(value), np.argsort(leaf.axes))
+        axes = np.argsort(leaf.axes)
+        arrays[f"{module}.{leaf.theirs}"] = np.transpose(np.asarray(value), axes)
         if leaf.theirs == "running_var":
-            arrays[f"{_parent(name)}.{_COUNTER}"] = np.zeros((), np.int64)
+            arrays[f"{module}.{_COUNTER}"] = np.zeros((), np.int64)
     return arrays
 
 
@@ -230,6 +263,30 @@ def _leaf(ours: str, value: Any) -> _Leaf | None:
     return _LEAF_OF.get((_last(ours), np.ndim(value)))
 
 
+def _module_names(arrays: Iterable[str]) -> dict[str, str | None]:
+    """What torchvision calls each module of a model; None where it has no such module."""
+    modules = {_parent(name) for name in arrays}
+    deep = "backbone.stem.2.conv" in modules
+    return {
+        module: (_DEEP_STEM.get(module) if deep else None) or _module_name(module, modules)
+        for module in modules
+    }
+
+
+def _module_name(module: str, modules: set[str]) -> str | None:
+    if match := _BLOCK_PART.fullmatch(module):
+        number, part, leaf = match.groups()
+        parts = {
+            name.split(".")[2] for name in modules if name.startswith(f"backbone.block{number}.")
+        }
+        place = [each for each in _BLOCK_PARTS if each in parts].index(part)
+        return f"backbone.{number}.block.{place}.{_BLOCK_LEAVES[leaf]}"
+    for pattern, theirs in _MODULES:
+        if match := re.fullmatch(pattern, module):
+            return match.expand(theirs)
+    return None
+
+
 class _Wanted(NamedTuple):
     """A variable of the model: our name, and the shape and type that its array must get."""
 
@@ -242,13 +299,16 @@ class _Wanted(NamedTuple):
 def _wanted(model: FunctionalModel, backbone_only: bool) -> dict[str, _Wanted]:
     """The variables of the model that a file must fill, by torchvision's names."""
     wanted = {}
-    for name, value in (model.abstract.params | model.abstract.batch_stats).items():
+    variables = model.abstract.params | model.abstract.batch_stats
+    modules = _module_names(variables)
+    for name, value in variables.items():
         if backbone_only and not name.startswith(_BACKBONE):
             continue
         # What has no counterpart is wanted under its own name, which no file has.
         leaf = _leaf(name, value) or _Leaf(_last(name), _last(name), tuple(range(value.ndim)))
         shape = tuple(value.shape[axis] for axis in np.argsort(leaf.axes))
-        wanted[leaf.rename(name)] = _Wanted(name, leaf, shape, value.dtype)
+        module = modules[_parent(name)] or _parent(name)
+        wanted[f"{module}.{leaf.theirs}"] = _Wanted(name, leaf, shape, value.dtype)
     return wanted
 
 

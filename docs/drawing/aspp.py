@@ -13,8 +13,8 @@ from deeplab_jax import summary as summaries
 from deeplab_jax.canvas import GREY, INK, ORANGE, PURPLE, SKY, VERMILLION, Canvas, Color
 from deeplab_jax.figures import model_figure
 from deeplab_jax.models.architecture import Architecture, architecture
-from deeplab_jax.models.atrous import atrous_conv
 from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.models.ops.atrous_conv import atrous_conv
 from deeplab_jax.receptive_field import SHARE, EffectiveField, effective_field
 from drawing.network import SIZE, summary_of
 from drawing.sheet import (
@@ -38,7 +38,7 @@ TAP_COLORS: dict[int, Color] = {
 def valid_taps(side: int, rate: int) -> Int[np.ndarray, "side side"]:
     """Number of taps of a 3x3 that fall on the map, at each position: a convolution of ones."""
     ones = jnp.ones((1, side, side, 1))
-    found = atrous_conv(ones, jnp.ones((3, 3, 1, 1)), rate=rate, method="native")
+    found = atrous_conv(ones, jnp.ones((3, 3, 1, 1)), kernel_dilation=rate, method="native")
     return np.rint(np.asarray(found))[0, :, :, 0].astype(int)
 
 
@@ -46,7 +46,7 @@ def aspp() -> Picture:
     """ASPP's branches, and where their taps fall on the map."""
     found = summary_of("paper_resnet50")
     convs = [c for c in found.all.convolutions if c.name.startswith("classifier.")]
-    branches = [c for c in convs if ".convs." in c.name]
+    branches = [c for c in convs if ".branches." in c.name]
     project, logits = convs[len(branches) :]
     canvas = Canvas(WIDTH, 552)
     pitch, top, side = 102, 14, 33

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from deeplab_jax.canvas import BLUE, GREY, LIGHT, ORANGE, VERMILLION, Canvas
-from deeplab_jax.models.atrous import atrous_conv
+from deeplab_jax.models.ops.atrous_conv import atrous_conv
 from drawing.labels import images
 from drawing.sheet import (
     MARGIN,
@@ -41,7 +41,7 @@ def paths(rates: Sequence[int], size: int) -> Float[np.ndarray, "size size"]:
 
     def middle(x: jax.Array) -> jax.Array:
         for rate in rates:
-            x = atrous_conv(x, ones, rate=rate, method="native")
+            x = atrous_conv(x, ones, kernel_dilation=rate, method="native")
         return x[0, size // 2, size // 2, 0]
 
     return np.asarray(jax.grad(middle)(jnp.zeros((1, size, size, 1))))[0, :, :, 0]
@@ -86,7 +86,8 @@ def two_ways() -> tuple[Map, Map, Map, Map]:
     kernel = jnp.asarray([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]])[:, :, None, None]  # Sobel's
 
     def convolved(x: Map, rate: int) -> Map:
-        y = atrous_conv(jnp.asarray(x)[None, :, :, None], kernel, rate=rate, method="native")
+        images = jnp.asarray(x)[None, :, :, None]
+        y = atrous_conv(images, kernel, kernel_dilation=rate, method="native")
         return np.asarray(y)[0, :, :, 0]
 
     shrunk = whole[::2, ::2]

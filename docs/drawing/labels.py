@@ -28,7 +28,8 @@ from deeplab_jax.data import shapes
 from deeplab_jax.data.dataset import Example
 from deeplab_jax.evaluation.confusion import count, scores
 from deeplab_jax.labels import IGNORE
-from deeplab_jax.models.resize import TransposedDecoder, bilinear_matrix
+from deeplab_jax.models.decoders import TransposedDecoder
+from deeplab_jax.models.ops.resize import bilinear_matrix
 from drawing.sheet import (
     MARGIN,
     PAPER,
@@ -244,7 +245,8 @@ def transposed(values: Float[np.ndarray, "h w"], noise: float) -> Float[np.ndarr
     draws = np.random.default_rng(0).standard_normal((2 * _STRIDE, 2 * _STRIDE, 1))
     decoder.kernel[...] = jnp.asarray(kernel + noise * draws.repeat(cell, 0).repeat(cell, 1))
     height, width = (side * _STRIDE for side in values.shape)
-    return np.asarray(decoder(jnp.asarray(values)[None, :, :, None], height, width))[0, :, :, 0]
+    images = jnp.zeros((1, height, width, 3))  # of which the decoder reads the size
+    return np.asarray(decoder(jnp.asarray(values)[None, :, :, None], images))[0, :, :, 0]
 
 
 def upsampling() -> Picture:

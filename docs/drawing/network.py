@@ -36,10 +36,10 @@ OUTPUT_STRIDES = (32, 16, 8)
 def output_stride() -> Picture:
     """ResNet-50's blocks at output strides 32, 16 and 8."""
     names = {
-        "conv1": "backbone.conv1",
+        "conv1": "backbone.stem",
         **{f"block{number}": f"backbone.layer{number}" for number in range(1, 5)},
-        "ASPP": "classifier.0",
-        "logits": "classifier.4",
+        "ASPP": "classifier.aspp",
+        "logits": "classifier.logits",
     }
     return _chains(
         [
@@ -131,12 +131,12 @@ def _largest_view(part: Part) -> int:
 
 LOW_LEVEL = "1x1 of block1"
 _NAMES = {
-    "classifier.0": "ASPP",
-    "classifier.1": "3x3",
-    "classifier.3.low_level": LOW_LEVEL,
-    "classifier.3.conv1": "3x3",
-    "classifier.3.conv2": "3x3",
-    "classifier.4": "logits",
+    "classifier.aspp": "ASPP",
+    "classifier.head_conv": "3x3",
+    "classifier.decoder.low_level": LOW_LEVEL,
+    "classifier.decoder.conv1": "3x3",
+    "classifier.decoder.conv2": "3x3",
+    "classifier.logits": "logits",
 }
 HEADS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("the paper's", "paper_resnet50", {}),

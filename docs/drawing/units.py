@@ -13,9 +13,9 @@ from jax.extend.core import Literal
 
 from deeplab_jax.canvas import GREY, INK, VERMILLION, Canvas, Color, Point
 from deeplab_jax.models.architecture import architecture
-from deeplab_jax.models.atrous import using
-from deeplab_jax.models.layers import LayerMaker
-from deeplab_jax.models.resnet import SPECS, plan_stages
+from deeplab_jax.models.backbones.resnet import RESNETS, block_specs
+from deeplab_jax.models.layers import BatchNorm, ShapeRngs
+from deeplab_jax.models.ops.convolution import XLA, use_implementation
 from drawing.sheet import (
     MARGIN,
     WIDTH,
@@ -63,16 +63,18 @@ class Unit:
 def trace(name: str, overrides: dict[str, Any]) -> Unit:
     """The first unit of block3 of a model, as its program tells."""
     model = architecture(name, num_classes=2, width=1 / 16, **overrides)
-    plan = plan_stages(model)[2][0]
-    kind = SPECS[model.backbone].unit
+    spec = block_specs(model)[2][0]
+
+    def make() -> nnx.Module:
+        block = RESNETS[model.backbone].block(spec, model, norm=BatchNorm, rngs=ShapeRngs(0))
+        use_implementation(block, XLA)
+        block.eval()
+        return block
+
     # Shapes are enough for a program: no array is made.
-    graph, state = nnx.split(
-        nnx.eval_shape(lambda: kind(plan, model, LayerMaker("float32", 0.9, 1e-5, nnx.Rngs(0))))
-    )
-    image = jax.ShapeDtypeStruct((1, 8, 8, plan.in_channels), jnp.float32)
-    with using("native"):
-        traced = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, image)
-    program = traced.jaxpr
+    graph, state = nnx.split(nnx.eval_shape(make))
+    image = jax.ShapeDtypeStruct((1, 8, 8, spec.in_features), jnp.float32)
+    program = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, image).jaxpr
     paths: dict[Any, tuple[Path, ...]] = {program.invars[-1]: ((),)}
     _follow(program, paths)
     out: Any = program.outvars[0]

@@ -21,7 +21,7 @@ from deeplab_jax.config import (
 from deeplab_jax.errors import UserError
 from deeplab_jax.evaluation import setup
 from deeplab_jax.evaluation.inference import Inference, Mode
-from deeplab_jax.models.deeplab import architecture
+from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.training import checkpoint
 from random_modules import random_variables
@@ -158,7 +158,7 @@ def test_a_folder_of_ones_own_through_a_config_file(network, command, tmp_path):
         "    return Config(data=DataConfig(name='folder', root='nowhere', ignore_label=9))\n"
     )
     model, variables = network
-    bias = {"classifier.4.bias": np.float32([0, 0, 1000, 0, 0])}
+    bias = {"classifier.logits.bias": np.float32([0, 0, 1000, 0, 0])}
     assert bias.keys() <= variables.params.keys()
     model_of_triangles = model, variables._replace(params=variables.params | bias)
     path = write(tmp_path / "model", model_of_triangles)

@@ -16,7 +16,7 @@ from deeplab_jax.config import DataConfig
 from deeplab_jax.data import voc_test
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.errors import UserError
-from deeplab_jax.models.deeplab import architecture
+from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.prediction import write_ids
 from deeplab_jax.training import checkpoint
@@ -65,9 +65,9 @@ def model(tmp_path_factory):
     )
     variables = jax.device_get(random_variables(functions))
     # No class wins for the sum of its weights alone.
-    kernel = variables.params["classifier.4.kernel"]
-    variables.params["classifier.4.kernel"] = kernel - kernel.mean(axis=2, keepdims=True)
-    variables.params["classifier.4.bias"] = np.zeros(21, np.float32)
+    kernel = variables.params["classifier.logits.kernel"]
+    variables.params["classifier.logits.kernel"] = kernel - kernel.mean(axis=2, keepdims=True)
+    variables.params["classifier.logits.bias"] = np.zeros(21, np.float32)
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
     return checkpoint.write_model(folder, variables, info)
 

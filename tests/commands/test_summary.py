@@ -50,9 +50,9 @@ def test_a_checkpoint_is_summarized_at_its_own_size(command, model):
     rows = [line.split() for line in lines[1:] if line.startswith(("backbone", "classifier"))]
     convs = told["convolutions"]
     assert [row[0] for row in rows[: len(convs)]] == [conv["name"] for conv in convs]
-    last = next(line for line in lines if line.startswith("classifier.0.convs.3.0"))
+    last = next(line for line in lines if line.startswith("classifier.aspp.branches.3.conv"))
     assert last.split() == [
-        *("classifier.0.convs.3.0", "3x3", "1", "18", "3x3x32", "16", "1171", "11.1", "%"),
+        *("classifier.aspp.branches.3.conv", "3x3", "1", "18", "3x3x32", "16", "1171", "11.1", "%"),
         *("18", "496", "0.000"),
     ]
     assert "paper_resnet18, 3 classes, output stride 16, multi-grid (1, 2, 4)" in out

@@ -219,11 +219,11 @@ def test_cityscapes_config_is_the_papers():
 def test_the_document_names_each_data_set_and_gives_commands_that_work():
     text = (ROOT / "docs/datasets.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \|", text, re.M)
-    assert sorted(name for name, _ in rows) == sorted(data._LOADERS)
+    assert sorted(name for name, _ in rows) == sorted(data.DATASETS)
     for name, splits in rows:
         told = re.findall(r"\b(train\w*|val)\b", re.sub(r"\(.*?\)", "", splits))
         # VOC's test images have no labels: asking for them says so.
-        assert name == "folder" or {*told} == {*data._LOADERS[name][1]} - {"test"}
+        assert name == "folder" or {*told} == {*data.DATASETS[name].splits} - {"test"}
     blocks = "".join(re.findall(r"```sh\n(.*?)```", text, re.S)).replace("\\\n", " ")
     commands = [line for line in blocks.splitlines() if line.startswith("python train.py")]
     assert len(commands) == 4

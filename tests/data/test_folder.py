@@ -397,9 +397,9 @@ def test_fine_tuning_replaces_the_head_of_other_classes_and_says_so(maker, tmp_p
     dataset = maker.load()
     three = FunctionalModel(resolve_architecture(config, dataset))
     start = initialize.variables(config, three, log=said.append)
-    assert any("classifier.4.kernel" in line and "start anew" in line for line in said)
-    assert start.params["classifier.4.kernel"].shape[-1] == 3
-    assert np.unique(start.params["backbone.conv1.kernel"]).tolist() == [0.5]
+    assert any("classifier.logits.kernel" in line and "start anew" in line for line in said)
+    assert start.params["classifier.logits.kernel"].shape[-1] == 3
+    assert np.unique(start.params["backbone.stem.0.conv.kernel"]).tolist() == [0.5]
 
     result = loop.train(config, tmp_path / "run")
     assert (result.step, result.stopped) == (1, False)

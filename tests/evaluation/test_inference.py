@@ -38,7 +38,7 @@ def model_and_variables():
     model = FunctionalModel(architecture("paper_resnet18", num_classes=CLASSES, width=0.125))
     variables = random_variables(model)
     # Probabilities of each class, not of the highest alone.
-    variables.params["classifier.4.kernel"] *= 0.2
+    variables.params["classifier.logits.kernel"] *= 0.2
     return model, variables
 
 

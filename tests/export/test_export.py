@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from typer.testing import CliRunner
 
 import saved_model
@@ -17,11 +18,10 @@ from deeplab_jax.errors import UserError
 from deeplab_jax.export import compare, stablehlo
 from deeplab_jax.export.export import export
 from deeplab_jax.export.program import OUTPUTS
-from deeplab_jax.models import depthwise
-from deeplab_jax.models.atrous import using
-from deeplab_jax.models.layers import max_pool
-from deeplab_jax.models.operations import naming_operations
-from deeplab_jax.models.resize import resize_bilinear
+from deeplab_jax.models.layers import Conv
+from deeplab_jax.models.ops.convolution import FASTEST, XLA, use_implementation
+from deeplab_jax.models.ops.pooling import max_pool, mean_over_image
+from deeplab_jax.models.ops.resize import resize_bilinear
 from deeplab_jax.training import checkpoint
 
 SIZES = {"batch": 1, "height": 33, "width": 41}
@@ -78,7 +78,7 @@ def test_a_program_that_differs_is_not_kept(saved, tmp_path, monkeypatch, output
         logits = jax.jit(program.reference)
 
         def run(images):
-            result = np.asarray(OUTPUTS[output](logits(program.variables, images)))
+            result = np.asarray(OUTPUTS[output](logits(program.saved.variables, images)))
             return wrong(result[0])[None].astype(result.dtype)
 
         return run
@@ -143,7 +143,9 @@ def test_without_the_extra_it_is_named(saved, tmp_path, monkeypatch, missing):
 def test_a_checkpoint_of_another_version_is_said(saved, tmp_path):
     read = checkpoint.read(saved)
     checkpoint.write_model(tmp_path / "new", read.variables, read.info | {"format": 99})
-    with pytest.raises(UserError, match="has format 99, this version reads format 1"):
+    with pytest.raises(
+        UserError, match=r"has checkpoint format 99, and this version .* reads format 2"
+    ):
         export(tmp_path / "new", tmp_path / "a.stablehlo")
 
 
@@ -197,20 +199,23 @@ def test_sizes_left_open_resize_as_fixed_ones_do():
 
 
 def test_depthwise_convolution_is_one_where_that_is_asked_for():
-    x, kernel = jnp.zeros((1, 9, 9, 4)), jnp.zeros((3, 3, 1, 4))
+    conv = Conv(4, 4, 3, feature_group_count=4, rngs=nnx.Rngs(0))
     texts = []
-    for method in (None, "native"):
-        with using(method):  # of a function of its own: traces are kept
-            trace = jax.make_jaxpr(lambda x, kernel: depthwise.depthwise_conv(x, kernel))(x, kernel)
-        texts.append(str(trace))
+    for implementation in (FASTEST, XLA):
+        use_implementation(conv, implementation)
+        texts.append(str(jax.make_jaxpr(lambda x: conv(x))(jnp.zeros((1, 9, 9, 4)))))
     assert ["cond" in text for text in texts] == [True, False]
     assert "conv_general_dilated" in texts[1]
 
 
-def test_operations_are_named_only_where_that_is_asked_for():
+def test_operations_are_named():
     x = jnp.zeros((1, 9, 9, 4))
-    assert "name=max_pool" not in str(jax.make_jaxpr(lambda x: max_pool(x))(x))
-    with naming_operations():
-        trace = jax.make_jaxpr(lambda x: max_pool(x))(x)
-    (equation,) = trace.eqns
-    assert equation.params["name"] == "max_pool"
+    named = {
+        "max_pool_3x3": max_pool,
+        "global_mean": lambda x: mean_over_image(x, jnp.float32),
+        "bilinear_resize": lambda x: resize_bilinear(x, 17, 17),
+        "softmax": OUTPUTS["probabilities"],
+    }
+    for name, function in named.items():
+        (equation,) = jax.make_jaxpr(function)(x).eqns
+        assert equation.params["name"] == name

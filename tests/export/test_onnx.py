@@ -14,10 +14,11 @@ from deeplab_jax.cli import app
 from deeplab_jax.errors import UserError
 from deeplab_jax.export import onnx as onnx_export
 from deeplab_jax.export.program import Dimensions, Program
-from deeplab_jax.models.atrous import atrous_conv
-from deeplab_jax.models.deeplab import DeepLabV3, architecture
+from deeplab_jax.models.architecture import architecture
+from deeplab_jax.models.deeplab import build_model
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.layers import Conv
+from deeplab_jax.models.ops.atrous_conv import atrous_conv
 from deeplab_jax.training import checkpoint
 from random_modules import random_variables
 
@@ -107,9 +108,13 @@ def test_architectures(exported):
 def test_convolutions_are_the_models(exported):
     """Each by its module's name, with its rate; batch norm and the auxiliary head are gone."""
     arch = exported.model.architecture
-    module = nnx.eval_shape(lambda: DeepLabV3(arch, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: build_model(arch, rngs=nnx.Rngs(0)))
     expected = {
-        ".".join(map(str, path)): ([conv.kernel.shape[0]] * 2, [conv.stride] * 2, [conv.rate] * 2)
+        ".".join(map(str, path)): (
+            [conv.kernel.shape[0]] * 2,
+            [*conv.strides],
+            [*conv.kernel_dilation],
+        )
         for path, conv in nnx.iter_modules(module)
         if isinstance(conv, Conv) and path[0] != "aux_classifier"
     }
@@ -145,7 +150,7 @@ def test_names_say_where_a_node_stands(basic):
     assert len(set(names)) == len(names)
     assert "backbone.layer4.1.conv2" in names
     assert "backbone.layer4.1.conv2/Relu" in names
-    assert "classifier.4/Resize" in names
+    assert "classifier.logits/Resize" in names
     (image,), (output,) = basic.graph.graph.input, basic.graph.graph.output
     assert (image.name, output.name) == ("images", "logits")
 
@@ -188,7 +193,7 @@ def test_ids_and_probabilities_of_a_fixed_size(basic, layout):
 
 def test_a_bias_is_not_put_into_a_convolution_that_others_read():
     def twice(variables, x):
-        y = atrous_conv(x, variables["a.kernel"], rate=2, method="native")
+        y = atrous_conv(x, variables["a.kernel"], kernel_dilation=2, method="native")
         return y * (y + variables["a.bias"][None, None, None])
 
     rng = np.random.default_rng(0)
@@ -212,7 +217,7 @@ def test_a_bias_is_not_put_into_a_convolution_that_others_read():
 
 
 def test_what_has_no_counterpart_is_said_with_its_module():
-    place = r"in or behind classifier\.4, at .*resize\.py.*TransposedDecoder.*stablehlo"
+    place = r"in or behind classifier\.logits, at .*decoders\.py.*TransposedDecoder.*stablehlo"
     with pytest.raises(UserError, match=rf"no rule for '\w+', {place}"):
         Exported("paper_resnet18", decoder="transposed", sizes=Dimensions(1, 32, 32))
 

@@ -17,9 +17,9 @@ import saved_model
 from deeplab_jax.errors import UserError
 from deeplab_jax.export import stablehlo
 from deeplab_jax.export.program import Dimensions, Program
-from deeplab_jax.models.deeplab import architecture
-from deeplab_jax.models.depthwise import depthwise_conv
+from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.models.ops.depthwise_conv import depthwise_conv
 from deeplab_jax.training import checkpoint
 
 DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "export.md"
@@ -94,7 +94,9 @@ def test_of_a_fixed_size_too(loaded, logits_of):
 def test_depthwise_convolutions_take_any_size(stride, rate):
     rng = np.random.default_rng(0)
     kernel = jnp.asarray(rng.normal(size=(5, 5, 1, 8)), jnp.float32)
-    convolve = functools.partial(depthwise_conv, kernel=kernel, stride=stride, rate=rate)
+    convolve = functools.partial(
+        depthwise_conv, kernel=kernel, strides=stride, kernel_dilation=rate
+    )
     x = jnp.asarray(rng.normal(size=(2, 12, 9, 8)), jnp.float32)
     shape = jax.export.symbolic_shape("n, h, w, 8")
     exported = jax.export.export(jax.jit(lambda x: convolve(x)))(

@@ -7,7 +7,12 @@ import pytest
 
 from deeplab_jax.config import ModelConfig
 from deeplab_jax.errors import UserError
-from deeplab_jax.models.deeplab import ARCHITECTURES, BACKBONES, Architecture, architecture
+from deeplab_jax.models.architecture import (
+    ARCHITECTURES,
+    BACKBONES,
+    Architecture,
+    architecture,
+)
 
 DEPTHS = (18, 34, 50, 101, 152)
 
@@ -83,7 +88,7 @@ def test_rates_that_would_not_be_whole_are_refused():
             {},
             r"unknown architecture 'paper_resnet5' \(did you mean 'paper_resnet50'",
         ),
-        ("vgg", {}, "Known: paper_resnet101, .*torchvision_resnet50"),
+        ("vgg", {}, "Known: paper_mobilenet_v3_large, paper_resnet101, .*torchvision_resnet50"),
         ("paper_resnet18", {"multigrid": (1,)}, r"'multigrid' \(did you mean 'multi_grid'"),
         ("paper_resnet18", {"output_stride": 12}, "output_stride must be one of 8, 16, 32, got 12"),
         ("paper_resnet18", {"output_stride": 0}, "output_stride must be one of 8, 16, 32, got 0"),

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from deeplab_jax.models.architecture import architecture
-from deeplab_jax.models.atrous import using
 from deeplab_jax.models.convolutions import Convolution, convolutions
-from deeplab_jax.models.deeplab import DeepLabV3
+from deeplab_jax.models.deeplab import build_model
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.models.layers import Conv
-from deeplab_jax.models.resize import resize_bilinear
+from deeplab_jax.models.ops.convolution import XLA
+from deeplab_jax.models.ops.resize import resize_bilinear
 from torch_reference import torchvision
 
 VARIANTS = {
@@ -91,13 +91,18 @@ def test_valid_share_is_what_ones_convolved_with_ones_give(
 def test_each_convolution_is_found_once_with_its_parameters(variant):
     model = model_of(variant)
     found = convolutions(model, 65, 33)
-    module = nnx.eval_shape(lambda: DeepLabV3(model.architecture, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: build_model(model.architecture, rngs=nnx.Rngs(0)))
     theirs = {
-        ".".join(map(str, path)): (conv.kernel.shape[0], conv.stride, conv.rate)
+        ".".join(map(str, path)): (
+            conv.kernel.shape[0],
+            *conv.strides,
+            *conv.kernel_dilation,
+        )
         for path, conv in nnx.iter_modules(module)
         if isinstance(conv, Conv)
     }
-    assert {c.name: (c.kernel_size, c.stride, c.rate) for c in found} == theirs
+    ours = {c.name: (c.kernel_size, *(c.stride, c.stride), *(c.rate, c.rate)) for c in found}
+    assert ours == theirs
     assert len(found) == len(theirs)
     total = sum(leaf.size for leaf in model.abstract.params.values())
     decoder = model.abstract.params.get("decoder.kernel", np.empty(0)).size
@@ -106,16 +111,16 @@ def test_each_convolution_is_found_once_with_its_parameters(variant):
 
 def test_parameters_of_a_norm_go_with_the_convolution_before_it():
     found = {conv.name: conv.params for conv in convolutions(model_of("paper"), 33)}
-    assert found["backbone.conv1"] == 7 * 7 * 3 * 8 + 2 * 8
-    assert found["backbone.layer2.0.downsample.0"] == 8 * 16 + 2 * 16
-    assert found["classifier.4"] == 32 * 3 + 3
+    assert found["backbone.stem.0.conv"] == 7 * 7 * 3 * 8 + 2 * 8
+    assert found["backbone.layer2.0.downsample.conv"] == 8 * 16 + 2 * 16
+    assert found["classifier.logits"] == 32 * 3 + 3
 
 
 def test_order_is_that_of_execution():
     names = [conv.name for conv in convolutions(model_of("paper"), 33)]
-    unit = [f"backbone.layer2.0.{name}" for name in ("conv1", "conv2", "downsample.0")]
-    assert names[5:8] == unit
-    assert names[-2:] == ["classifier.0.project.0", "classifier.4"]
+    block = [f"backbone.layer2.0.{name}" for name in ("conv1", "conv2", "downsample.conv")]
+    assert names[5:8] == block
+    assert names[-2:] == ["classifier.aspp.project.conv", "classifier.logits"]
 
 
 def test_bfloat16_is_read_as_float32_is():
@@ -139,7 +144,7 @@ def without_pooling(model):
         value = np.zeros(leaf.shape, np.float32)
         if kind == "kernel":
             value += 1 / np.prod(leaf.shape[:3])
-        if kind == "scale" and not module.startswith("classifier.0.convs.4"):
+        if kind == "scale" and not module.startswith("classifier.aspp.branches.4"):
             value += 1
         if module.endswith("fc2"):  # squeeze-excite: its hard sigmoid is at its end, 1
             value = np.full(leaf.shape, 3.5 if kind == "bias" else 0, np.float32)
@@ -187,8 +192,7 @@ def test_field_of_view_and_stride_are_those_of_the_gradient(variant, axis):
     bilinear = dataclasses.replace(model_of(variant).architecture, decoder="bilinear")
     model = FunctionalModel(bilinear)
     last = {conv.name.split(".")[0]: conv for conv in convolutions(model)}
-    with using("native"):
-        seen = spans(model, last["classifier"].field_of_view + 200, axis)
+    seen = spans(model.using(XLA), last["classifier"].field_of_view + 200, axis)
     assert set(seen) == ({"out"} if variant == "paper" else {"out", "aux"})
     for name, ((first, end), (next_first, next_end)) in seen.items():
         conv = last["classifier" if name == "out" else "aux_classifier"]
@@ -198,11 +202,11 @@ def test_field_of_view_and_stride_are_those_of_the_gradient(variant, axis):
 
 def test_what_follows_pooling_sees_the_image():
     found = {conv.name: conv for conv in convolutions(model_of("paper"), 65)}
-    pooled = found.pop("classifier.0.convs.4.1")
+    pooled = found.pop("classifier.aspp.branches.4.project.conv")
     assert (pooled.output_stride, pooled.field_of_view, pooled.sees_image) == (None, None, True)
     assert {n for n, c in found.items() if c.sees_image} == {
-        "classifier.0.project.0",
-        "classifier.4",
+        "classifier.aspp.project.conv",
+        "classifier.logits",
     }
     assert all(conv.field_of_view for conv in found.values())
 
@@ -219,11 +223,13 @@ def test_maps_have_the_sizes_that_output_strides_say(size):
 def stub(apply):
     """A model of one kernel, `some`, whose logits `apply(kernel, image)` are."""
     kernel = jax.ShapeDtypeStruct((3, 3, 3, 2), jnp.float32)
-    return types.SimpleNamespace(
+    model = types.SimpleNamespace(
         architecture=types.SimpleNamespace(in_channels=3),
         abstract=Variables({"some.kernel": kernel}, {}),
         apply=lambda variables, x, upsample: (apply(variables.params["some.kernel"], x), {}),
     )
+    model.using = lambda implementation: model
+    return model
 
 
 def conv(x, kernel):
@@ -273,7 +279,7 @@ def test_refuses_an_image_without_pixels(size):
         (lambda w, x: conv(jnp.ones_like(x), w), "some sees is not known: .* no image"),
         (lambda w, x: conv(x, jnp.abs(w)), "has a kernel that is no array of the model"),
         (lambda w, x: conv(x + x[:, ::-1], w), "what some sees is not known: .* 'rev'"),
-        (lambda w, x: conv(resize_bilinear(x, 7, 7), w), "not known: .* 'resize_bilinear'"),
+        (lambda w, x: conv(resize_bilinear(x, 7, 7), w), "not known: .* 'bilinear_resize'"),
     ],
 )
 def test_what_is_not_followed_is_no_wrong_number(apply, message):

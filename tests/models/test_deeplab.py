@@ -11,8 +11,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deeplab_jax.models.deeplab import DeepLabV3, architecture
-from random_modules import random_module
+from deeplab_jax.models.architecture import architecture
+from deeplab_jax.models.deeplab import build_model
+from deeplab_jax.models.functional import FunctionalModel
+from random_modules import abstract_module, random_module, random_variables
 
 VARIANTS = {
     "paper": {},
@@ -31,19 +33,20 @@ def narrow(**overrides):
 @functools.cache
 def split_model(ours):
     """(graph, parameters, running statistics), random."""
-    model = random_module(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0)))
+    model = random_module(lambda: build_model(ours, rngs=nnx.Rngs(0)))
     return nnx.split(model, nnx.Param, nnx.BatchStat)
 
 
 def graph_of(ours):
-    return nnx.split(nnx.eval_shape(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0))))[0]
+    return nnx.split(abstract_module(lambda: build_model(ours, rngs=nnx.Rngs(0))))[0]
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "train", "freeze_bn"))
 def run(graph, params, stats, images, key=None, *, train=False, freeze_bn=False):
     """Logits and the running statistics afterwards."""
     model = nnx.merge(graph, params, stats)
-    outputs = model(images, train, key, freeze_bn=freeze_bn)
+    model.set_attributes(use_running_average=not train or freeze_bn, deterministic=not train)
+    outputs = model(images, rngs=key)
     return outputs, nnx.state(model, nnx.BatchStat)
 
 
@@ -63,40 +66,40 @@ def same(a, b):
 )
 def test_parameter_counts_are_torchvisions_with_the_auxiliary_head(name, count):
     ours = architecture(name, num_classes=21)
-    model = nnx.eval_shape(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: build_model(ours, rngs=nnx.Rngs(0)))
     _, params, _ = nnx.split(model, nnx.Param, nnx.BatchStat)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
-def test_names_are_torchvisions():
+def test_names():
     ours = narrow(name="torchvision_resnet50")
-    model = nnx.eval_shape(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: build_model(ours, rngs=nnx.Rngs(0)))
     names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))}
     assert names >= {
-        "backbone.conv1.kernel",
-        "backbone.bn1.mean",
-        "backbone.layer1.0.downsample.0.kernel",
-        "backbone.layer1.0.downsample.1.var",
+        "backbone.stem.0.conv.kernel",
+        "backbone.stem.0.bn.mean",
+        "backbone.layer1.0.downsample.conv.kernel",
+        "backbone.layer1.0.downsample.bn.var",
         "backbone.layer4.2.conv3.kernel",
         "backbone.layer4.2.bn3.scale",
-        "classifier.0.convs.0.0.kernel",
-        "classifier.0.convs.3.1.bias",
-        "classifier.0.convs.4.1.kernel",
-        "classifier.0.convs.4.2.scale",
-        "classifier.0.project.0.kernel",
-        "classifier.0.project.1.mean",
-        "classifier.1.kernel",
-        "classifier.2.scale",
-        "classifier.4.kernel",
-        "classifier.4.bias",
-        "aux_classifier.0.kernel",
-        "aux_classifier.1.scale",
-        "aux_classifier.4.bias",
+        "classifier.aspp.branches.0.conv.kernel",
+        "classifier.aspp.branches.3.bn.bias",
+        "classifier.aspp.branches.4.project.conv.kernel",
+        "classifier.aspp.branches.4.project.bn.scale",
+        "classifier.aspp.project.conv.kernel",
+        "classifier.aspp.project.bn.mean",
+        "classifier.head_conv.conv.kernel",
+        "classifier.head_conv.bn.scale",
+        "classifier.logits.kernel",
+        "classifier.logits.bias",
+        "aux_classifier.head_conv.conv.kernel",
+        "aux_classifier.head_conv.bn.scale",
+        "aux_classifier.logits.bias",
     }
-    paper = nnx.eval_shape(lambda: DeepLabV3(narrow(), rngs=nnx.Rngs(0)))
+    paper = nnx.eval_shape(lambda: build_model(narrow(), rngs=nnx.Rngs(0)))
     paper_names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(paper))}
-    heads = {name for name in paper_names if not name.startswith(("backbone", "classifier.0"))}
-    assert heads == {"classifier.4.kernel", "classifier.4.bias"}
+    heads = {name for name in paper_names if not name.startswith(("backbone", "classifier.aspp"))}
+    assert heads == {"classifier.logits.kernel", "classifier.logits.bias"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -105,7 +108,9 @@ def test_parameters_are_the_same_at_every_output_stride(variant):
     shapes = [
         jax.tree.map(
             lambda leaf: (leaf.shape, leaf.dtype),
-            nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda o=o: DeepLabV3(o, rngs=nnx.Rngs(0))))),
+            nnx.to_pure_dict(
+                nnx.state(nnx.eval_shape(lambda o=o: build_model(o, rngs=nnx.Rngs(0))))
+            ),
         )
         for o in map(ours.at_output_stride, (8, 16, 32))
     ]
@@ -129,7 +134,7 @@ def test_starts_from_nearly_equal_probabilities_decided_by_the_seed():
     # At the least width most kernels have one shape, and share one compiled initialiser.
     ours = narrow(num_classes=21, width=1 / 64)
     first, again, other = (
-        nnx.split(DeepLabV3(ours, rngs=nnx.Rngs(seed)), nnx.Param, nnx.BatchStat)
+        nnx.split(build_model(ours, rngs=nnx.Rngs(seed)), nnx.Param, nnx.BatchStat)
         for seed in (0, 0, 1)
     )
     assert same(first[1], again[1])
@@ -151,7 +156,13 @@ def test_starts_from_nearly_equal_probabilities_decided_by_the_seed():
 def test_logits_have_the_images_size(size, variant, in_channels):
     ours = narrow(in_channels=in_channels, **VARIANTS[variant])
     images = jax.ShapeDtypeStruct((*size, in_channels), jnp.float32)
-    outputs = nnx.eval_shape(lambda x: DeepLabV3(ours, rngs=nnx.Rngs(0))(x), images)
+
+    def evaluate(images):
+        model = build_model(ours, rngs=nnx.Rngs(0))
+        model.eval()
+        return model(images)
+
+    outputs = nnx.eval_shape(evaluate, images)
     assert set(outputs) == ({"out", "aux"} if ours.aux_head else {"out"})
     for logits in outputs.values():
         assert logits.shape == (*size, 5)
@@ -216,8 +227,9 @@ def test_one_small_image_trains_without_nan():
     @jax.jit
     def gradients(params):
         def loss(params):
-            outputs = nnx.merge(graph, params, stats, copy=True)(images, train=True)
-            return sum(jnp.square(logits - 1).mean() for logits in outputs.values())
+            model = nnx.merge(graph, params, stats, copy=True)
+            model.train()
+            return sum(jnp.square(logits - 1).mean() for logits in model(images).values())
 
         return jax.grad(loss)(params)
 
@@ -246,9 +258,10 @@ def torch_conv_norm(x, conv, norm):
     kernel, bias = (
         None if v is None else torch.tensor(np.asarray(v[...])) for v in (conv.kernel, conv.bias)
     )
-    padding = conv.rate * (kernel.shape[0] - 1) // 2
+    rate = conv.kernel_dilation[0]
+    padding = rate * (kernel.shape[0] - 1) // 2
     x = torch.nn.functional.conv2d(
-        x, kernel.permute(3, 2, 0, 1), bias, padding=padding, dilation=conv.rate
+        x, kernel.permute(3, 2, 0, 1), bias, padding=padding, dilation=rate
     )
     if norm is None:
         return x
@@ -258,43 +271,49 @@ def torch_conv_norm(x, conv, norm):
 
 
 def torch_aspp_branches(x, aspp):
-    *convs, pooling = aspp.convs
-    pooled = torch_conv_norm(x.mean((2, 3), keepdim=True), pooling[1], pooling[2])
+    *convs, pooling = aspp.branches
+    pooled = x.mean((2, 3), keepdim=True)
+    pooled = torch_conv_norm(pooled, pooling.project.conv, pooling.project.bn)
     pooled = torch.nn.functional.interpolate(pooled, size=x.shape[2:], mode="bilinear")
-    return [*(torch_conv_norm(x, *conv) for conv in convs), pooled]
+    return [*(torch_conv_norm(x, each.conv, each.bn) for each in convs), pooled]
 
 
 @pytest.fixture
 def float64_model(x64):
     ours = narrow(name="torchvision_resnet18", dtype="float64", atrous_rates=(2, 4, 9))
-    return random_module(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0)))
+    return random_module(lambda: build_model(ours, rngs=nnx.Rngs(0)))
 
 
 def test_heads_equal_torch(float64_model):
     model = float64_model
     rng = np.random.default_rng(1)
-    out = rng.normal(size=(2, 7, 6, model.backbone.out_channels))
-    aux = rng.normal(size=(2, 7, 6, model.backbone.aux_channels))
+    out, aux = (
+        rng.normal(size=(2, 7, 6, model.backbone.features[name].channels))
+        for name in ("layer4", "layer3")
+    )
     head, fcn = model.classifier, model.aux_classifier
 
-    theirs = torch_aspp_branches(torch.tensor(out.transpose(0, 3, 1, 2)), head[0])
-    ours = jax.jit(lambda x: head[0].branches(x))(out)
+    theirs = torch_aspp_branches(torch.tensor(out.transpose(0, 3, 1, 2)), head.aspp)
+    ours = jax.jit(lambda x: [branch(x) for branch in head.aspp.branches])(out)
     assert len(ours) == len(theirs) == 5
     for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert float(jnp.abs(a).max()) > 0
         np.testing.assert_allclose(
             a, b.numpy().transpose(0, 2, 3, 1), atol=1e-11, err_msg=f"branch {index}"
         )
-    x = torch_conv_norm(torch.cat(theirs, 1), *head[0].project)
-    x = torch_conv_norm(torch_conv_norm(x, head[1], head[2]), head[4], None)
+    x = torch_conv_norm(torch.cat(theirs, 1), head.aspp.project.conv, head.aspp.project.bn)
+    x = torch_conv_norm(x, head.head_conv.conv, head.head_conv.bn)
+    x = torch_conv_norm(x, head.logits, None)
     np.testing.assert_allclose(
-        jax.jit(lambda x: head(x))(out), x.numpy().transpose(0, 2, 3, 1), atol=1e-11
+        jax.jit(lambda x: head({"layer4": x}))(out), x.numpy().transpose(0, 2, 3, 1), atol=1e-11
     )
 
-    x = torch_conv_norm(torch.tensor(aux.transpose(0, 3, 1, 2)), fcn[0], fcn[1])
-    x = torch_conv_norm(x, fcn[4], None)
+    x = torch_conv_norm(
+        torch.tensor(aux.transpose(0, 3, 1, 2)), fcn.head_conv.conv, fcn.head_conv.bn
+    )
+    x = torch_conv_norm(x, fcn.logits, None)
     np.testing.assert_allclose(
-        jax.jit(lambda x: fcn(x))(aux), x.numpy().transpose(0, 2, 3, 1), atol=1e-11
+        jax.jit(lambda x: fcn({"layer3": x}))(aux), x.numpy().transpose(0, 2, 3, 1), atol=1e-11
     )
 
 
@@ -302,11 +321,11 @@ def test_logits_are_the_heads_resized_by_torch(float64_model):
     images = np.random.default_rng(0).normal(size=(1, 41, 30, 3))
     outputs = jax.jit(lambda x: float64_model(x))(images)
     features = jax.jit(lambda x: float64_model.backbone(x))(images)
-    for name, head, stage in (
-        ("out", float64_model.classifier, "layer4"),
-        ("aux", float64_model.aux_classifier, "layer3"),
+    for name, head in (
+        ("out", float64_model.classifier),
+        ("aux", float64_model.aux_classifier),
     ):
-        low = np.asarray(head(features[stage])).transpose(0, 3, 1, 2)
+        low = np.asarray(head(features)).transpose(0, 3, 1, 2)
         theirs = torch.nn.functional.interpolate(
             torch.tensor(low), size=(41, 30), mode="bilinear", align_corners=False
         )
@@ -317,14 +336,26 @@ def test_logits_are_the_heads_resized_by_torch(float64_model):
 
 
 @pytest.mark.parametrize(
-    ("shape", "options", "message"),
+    ("shape", "message"),
     [
-        ((1, 9, 9, 4), {}, r"images must be \[n, h, w, 3\], got \[1, 9, 9, 4\]"),
-        ((9, 9, 3), {}, r"images must be \[n, h, w, 3\], got \[9, 9, 3\]"),
-        ((1, 9, 9, 3), {"train": True}, "train=True needs a key: dropout is 0.1"),
+        ((1, 9, 9, 4), r"images must be \[n, h, w, 3\], got \[1, 9, 9, 4\]"),
+        ((9, 9, 3), r"images must be \[n, h, w, 3\], got \[9, 9, 3\]"),
     ],
 )
-def test_refuses(shape, options, message):
+def test_refuses(shape, message):
     model = nnx.merge(*split_model(narrow()))
     with pytest.raises(ValueError, match=message):
-        model(jnp.ones(shape), **options)
+        model(jnp.ones(shape))
+
+
+def test_training_needs_the_key_of_dropout():
+    model = FunctionalModel(narrow())
+    with pytest.raises(ValueError, match=r"train=True needs a key: dropout is 0\.1"):
+        model.apply(random_variables(model), jnp.ones((1, 9, 9, 3)), train=True)
+
+
+@pytest.mark.parametrize("name", ["paper_resnet18", "torchvision_mobilenet_v3_large"])
+def test_the_graph_definition_hashes_so_that_it_can_be_jits_key(name):
+    model = nnx.eval_shape(lambda: build_model(name, num_classes=2, rngs=nnx.Rngs(0)))
+    graph, _ = nnx.split(model)
+    assert isinstance(hash(graph), int)

@@ -6,16 +6,13 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deeplab_jax.models.layers import (
-    BatchNorm,
-    Conv,
-    dropout,
-    max_pool,
-    scaled_channels,
-)
-from deeplab_jax.models.resize import TransposedDecoder, resize_bilinear
+from deeplab_jax.models.decoders import TransposedDecoder
+from deeplab_jax.models.layers import BatchNorm, Conv, param_dtype, scaled_channels
+from deeplab_jax.models.ops.pooling import max_pool
+from deeplab_jax.models.ops.resize import resize_bilinear
 
 
 def to_torch(x):
@@ -29,7 +26,7 @@ def from_torch(x):
 def norm_with_values(channels, *, momentum=0.9, epsilon=1e-5, dtype="float64", seed=0):
     """A batch norm none of whose variables is 0 or 1."""
     rng = np.random.default_rng(seed)
-    norm = BatchNorm(channels, momentum=momentum, epsilon=epsilon, dtype=dtype)
+    norm = BatchNorm(channels, momentum=momentum, epsilon=epsilon, param_dtype=dtype)
     norm.scale[...] = jnp.asarray(rng.uniform(0.5, 2, channels), norm.scale.dtype)
     norm.bias[...] = jnp.asarray(rng.normal(size=channels), norm.bias.dtype)
     norm.mean[...] = jnp.asarray(rng.normal(size=channels), norm.mean.dtype)
@@ -53,7 +50,7 @@ def apply_norm(norm, x):
 
     def run(params, x):
         module = nnx.merge(graph, params, stats, copy=True)
-        return module(x, update_bn=True), nnx.state(module, nnx.BatchStat)
+        return module(x, use_running_average=False), nnx.state(module, nnx.BatchStat)
 
     return run, params
 
@@ -65,7 +62,7 @@ class TestBatchNorm:
         ours = norm_with_values(6)
         theirs = torch_norm(ours).train(train)
         old_var = np.asarray(ours.var[...])
-        y = ours(jnp.asarray(x), update_bn=train)
+        y = ours(jnp.asarray(x), use_running_average=not train)
         np.testing.assert_allclose(y, from_torch(theirs(to_torch(x))), atol=1e-12)
         np.testing.assert_allclose(ours.mean[...], theirs.running_mean, atol=1e-12)
         # The variance that torch adds is the unbiased one, n / (n - 1) of ours, of n = 60 values.
@@ -94,7 +91,7 @@ class TestBatchNorm:
         mean, var = np.zeros(4), np.ones(4)
         for seed in range(3):
             x = np.random.default_rng(seed).normal(seed, 1 + seed, size=(2, 5, 5, 4))
-            norm(jnp.asarray(x, jnp.float32), update_bn=True)
+            norm(jnp.asarray(x, jnp.float32), use_running_average=False)
             mean = momentum * mean + (1 - momentum) * x.mean((0, 1, 2))
             var = momentum * var + (1 - momentum) * x.var((0, 1, 2))
         np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-4, atol=1e-6)
@@ -104,7 +101,7 @@ class TestBatchNorm:
         norm = norm_with_values(4, epsilon=1e-3, dtype="float32")
         before = {name: np.asarray(getattr(norm, name)[...]) for name in ("mean", "var")}
         x = np.random.default_rng(1).normal(5, 3, size=(2, 3, 3, 4)).astype(np.float32)
-        y = norm(jnp.asarray(x), update_bn=False)
+        y = norm(jnp.asarray(x), use_running_average=True)
         expected = (x - before["mean"]) / np.sqrt(before["var"] + 1e-3)
         expected = expected * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
@@ -112,9 +109,9 @@ class TestBatchNorm:
             np.testing.assert_array_equal(getattr(norm, name)[...], value)
 
     def test_statistics_are_float32_under_bfloat16(self):
-        norm = BatchNorm(3, momentum=0.9, epsilon=1e-5, dtype=jnp.bfloat16)
+        norm = BatchNorm(3, momentum=0.9, epsilon=1e-5, param_dtype=param_dtype(jnp.bfloat16))
         x = np.random.default_rng(1).normal(1, 2, size=(4, 9, 9, 3)).astype(jnp.bfloat16)
-        y = norm(jnp.asarray(x), update_bn=True)
+        y = norm(jnp.asarray(x), use_running_average=False)
         assert y.dtype == jnp.bfloat16
         exact = x.astype(np.float64)
         assert norm.mean.dtype == norm.var.dtype == norm.scale.dtype == jnp.float32
@@ -155,7 +152,9 @@ class TestBatchNorm:
 
 class TestConv:
     def test_equals_torch_with_bias(self, x64):
-        conv = Conv(6, 8, 3, stride=2, rate=2, use_bias=True, dtype="float64", rngs=nnx.Rngs(0))
+        conv = Conv(
+            6, 8, 3, strides=2, kernel_dilation=2, use_bias=True, dtype="float64", rngs=nnx.Rngs(0)
+        )
         conv.bias[...] = jnp.arange(8.0)
         x = np.random.default_rng(0).normal(size=(2, 7, 9, 6))
         kernel = torch.tensor(np.asarray(conv.kernel[...]).transpose(3, 2, 0, 1))
@@ -237,7 +236,7 @@ class TestTransposedDecoder:
         x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 2)), jnp.float32)
         decode = TransposedDecoder(2, stride)
         assert decode.kernel.shape == (64, 64, 2)
-        ours = decode(x, 3 * stride, 4 * stride)
+        ours = decode(x, jnp.zeros((2, 3 * stride, 4 * stride, 3)))
         expected = resize_bilinear(x, 3 * stride, 4 * stride)
         np.testing.assert_allclose(ours, expected, atol=1e-5)
 
@@ -256,27 +255,30 @@ class TestTransposedDecoder:
         # 8 outputs before the first map pixel's centre cell, and 16 of the padded pixel before.
         top, left = 24 + (16 * h - height) // 2, 24 + (16 * w - width) // 2
         theirs = from_torch(theirs)[:, top : top + height, left : left + width]
-        np.testing.assert_allclose(decode(jnp.asarray(x), height, width), theirs, atol=1e-12)
+        ours = decode(jnp.asarray(x), jnp.zeros((2, height, width, 3)))
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
 
 
 class TestDropout:
     def test_zeroes_a_share_and_keeps_the_mean(self):
         x = jnp.full((4, 50, 50, 10), 3.0)
-        y = np.asarray(dropout(x, 0.3, jax.random.key(0)))
+        y = np.asarray(nnx.Dropout(0.3)(x, rngs=jax.random.key(0)))
         assert (y == 0).mean() == pytest.approx(0.3, abs=0.01)
         np.testing.assert_allclose(y[y != 0], 3 / 0.7, rtol=1e-6)
 
     def test_follows_the_key_alone(self):
         x = jnp.ones((2, 5, 5, 4))
-        first, again = (dropout(x, 0.5, jax.random.key(1)) for _ in range(2))
+        dropout = nnx.Dropout(0.5)
+        first, again = (dropout(x, rngs=jax.random.key(1)) for _ in range(2))
         np.testing.assert_array_equal(first, again)
-        assert not np.array_equal(first, dropout(x, 0.5, jax.random.key(2)))
+        assert not np.array_equal(first, dropout(x, rngs=jax.random.key(2)))
 
     @pytest.mark.parametrize(("probability", "key"), [(0.5, None), (0.0, 1)])
     def test_off(self, probability, key):
         x = jnp.ones((1, 3, 3, 2))
+        dropout = nnx.Dropout(probability, deterministic=key is None)
         key = None if key is None else jax.random.key(key)
-        np.testing.assert_array_equal(dropout(x, probability, key), x)
+        np.testing.assert_array_equal(dropout(x, rngs=key), x)
 
 
 @pytest.mark.parametrize(
@@ -285,3 +287,56 @@ class TestDropout:
 )
 def test_scaled_channels(channels, width, expected):
     assert scaled_channels(channels, width) == expected
+
+
+class TestPadding:
+    @pytest.mark.parametrize(
+        ("kernel_size", "options"),
+        [
+            (3, {"padding": 1}),
+            (3, {"padding": ((4, 4), (4, 4)), "kernel_dilation": 4}),
+            (7, {"padding": (3, 3), "strides": 2}),
+            (2, {"padding": ((0, 1), (0, 1)), "strides": 2}),
+            (2, {}),
+        ],
+    )
+    @pytest.mark.parametrize("side", [1, 8, 9])
+    def test_what_is_accepted_gives_ceil_of_the_size(self, kernel_size, options, side):
+        conv = Conv(2, 2, kernel_size, **options, rngs=nnx.Rngs(0))
+        strides = options.get("strides", 1)
+        assert conv(jnp.zeros((1, side, side + 3, 2))).shape[1:3] == (
+            -(-side // strides),
+            -(-(side + 3) // strides),
+        )
+
+    @pytest.mark.parametrize(
+        ("kernel_size", "padding"),
+        [
+            (3, 0),
+            (3, ((0, 2), (0, 2))),  # what SAME is at stride 2 on even sizes, and more
+            (3, ((1, 1), (1, 2))),
+            (3, "SAME"),
+            (4, ((3, 0), (3, 0))),
+            (5, 1),
+        ],
+    )
+    def test_one_that_would_shift_features_is_refused(self, kernel_size, padding):
+        with pytest.raises(ValueError, match="shifts features against the image"):
+            Conv(2, 2, kernel_size, 2, padding=padding, rngs=nnx.Rngs(0))
+
+
+def test_jit_sees_that_an_implementation_was_swapped():
+    """It is an attribute, and so in the graph definition that jit's key holds."""
+    traced = []
+
+    def own(*args, **kwargs):
+        traced.append("own")
+        return lax.conv_general_dilated(*args, **kwargs)
+
+    conv = Conv(3, 4, 3, rngs=nnx.Rngs(0))
+    apply = nnx.jit(lambda conv, x: conv(x))
+    x = jnp.ones((1, 5, 6, 3))
+    first = apply(conv, x)
+    conv.conv_general_dilated = own
+    np.testing.assert_allclose(apply(conv, x), first, atol=1e-6)
+    assert traced == ["own"]

@@ -11,8 +11,9 @@ import pytest
 import tiny
 from deeplab_jax.config import MeshConfig, OptimizerConfig
 from deeplab_jax.errors import UserError
-from deeplab_jax.models.atrous import using
-from deeplab_jax.models.deeplab import architecture
+from deeplab_jax.models.architecture import architecture
+from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.models.ops.convolution import XLA
 from deeplab_jax.parallel import mesh as mesh_lib
 from deeplab_jax.plan import chips, plan, search
 from deeplab_jax.plan.collectives import Collective
@@ -37,7 +38,9 @@ def arch():
 def compiled(arch):
     """The figures of the smallest step on eight CPU devices, and its parameters."""
     config = get_config()
-    with using("native"):  # as on TPU; on CPU taps that fall off the map have no gradient to sum
+    with pytest.MonkeyPatch.context() as patch:
+        # As on TPU; on CPU taps that fall off the map have no gradient to sum.
+        patch.setattr(plan, "FunctionalModel", lambda arch: FunctionalModel(arch).using(XLA))
         lowered = plan.lower(config, arch, mesh_lib.make_mesh(config.mesh))
     return plan.read(lowered.compile(), V5E)
 

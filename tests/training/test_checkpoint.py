@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tiny
 from deeplab_jax.config import MeshConfig, OptimizerConfig
 from deeplab_jax.errors import UserError
 from deeplab_jax.models.functional import Variables
@@ -29,11 +30,11 @@ INFO = {"format": checkpoint.FORMAT, "classes": ["a", "b"], "number": 3}
 def state_of(step: int, *, ema: bool = True) -> TrainState:
     """A state in which every number tells the step it belongs to."""
     params = {
-        "backbone.conv1.kernel": jnp.full((64, 128), step, jnp.float32),
-        "classifier.4.bias": jnp.full((3,), step, jnp.float32),
+        "backbone.stem.0.conv.kernel": jnp.full((64, 128), step, jnp.float32),
+        "classifier.logits.bias": jnp.full((3,), step, jnp.float32),
     }
     tx = make_optimizer(CONFIG, poly_schedule(CONFIG, 10), params)
-    state = start_state(tx, Variables(params, {"backbone.bn1.mean": jnp.zeros(3)}), ema=ema)
+    state = start_state(tx, Variables(params, {"backbone.stem.0.bn.mean": jnp.zeros(3)}), ema=ema)
     opt_state = jax.tree.map(lambda leaf: jnp.full_like(leaf, step), state.opt_state)
     averaged = jax.tree.map(lambda leaf: leaf + 0.5, params) if ema else None
     return TrainState(jnp.asarray(step, jnp.int32), state.variables, opt_state, averaged)
@@ -93,9 +94,9 @@ def test_reading_a_model_needs_nothing_but_the_folder(tmp_path):
         saved = checkpoint.read(path)
         assert saved.info == INFO
         # The averaged parameters are those that count.
-        np.testing.assert_array_equal(saved.variables.params["classifier.4.bias"], [4.5] * 3)
-        assert isinstance(saved.variables.params["classifier.4.bias"], np.ndarray)
-        assert set(saved.variables.batch_stats) == {"backbone.bn1.mean"}
+        np.testing.assert_array_equal(saved.variables.params["classifier.logits.bias"], [4.5] * 3)
+        assert isinstance(saved.variables.params["classifier.logits.bias"], np.ndarray)
+        assert set(saved.variables.batch_stats) == {"backbone.stem.0.bn.mean"}
     with pytest.raises(UserError, match="no checkpoint at"):
         checkpoint.read(tmp_path / "elsewhere")
 
@@ -160,7 +161,9 @@ def test_a_foreign_checkpoint_is_not_taken(two_saves, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(two_saves, folder)
     foreign = abstract_of()
-    foreign.variables.params["backbone.conv1.kernel"] = jax.ShapeDtypeStruct((64, 127), jnp.float32)
+    foreign.variables.params["backbone.stem.0.conv.kernel"] = jax.ShapeDtypeStruct(
+        (64, 127), jnp.float32
+    )
     with pytest.raises(UserError, match="no checkpoint under"):
         open_at(folder).restore(foreign)
 
@@ -187,8 +190,10 @@ def test_a_disk_that_fills_up_while_saving_leaves_nothing_half_written(tmp_path)
         checkpoints.save(state_of(1), 1, INFO, None, wait=True)
         noise = np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32)
         full = state_of(2)
-        full.variables.params["backbone.conv1.kernel"] = jnp.asarray(noise)  # hard to compress
-        full.ema_params["backbone.conv1.kernel"] = jnp.asarray(noise + 1)
+        full.variables.params["backbone.stem.0.conv.kernel"] = jnp.asarray(
+            noise
+        )  # hard to compress
+        full.ema_params["backbone.stem.0.conv.kernel"] = jnp.asarray(noise + 1)
         (mount / "filler").write_bytes(b"x" * (shutil.disk_usage(mount).free - 50_000))
         checkpoints._check_space = lambda state: None
         with pytest.raises(UserError, match="is full"):
@@ -237,3 +242,29 @@ def test_killed_at_any_moment_a_whole_checkpoint_is_there(tmp_path):
         checkpoints.close()
         assert restored.step >= begun - 1
         jax.tree.map(np.testing.assert_array_equal, restored.state, state_of(restored.step))
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_left_where_it_is(tmp_path):
+    """Its names of parameters are others: not damage, so it is not set aside."""
+    checkpoints = open_at(tmp_path / "checkpoints")
+    checkpoints.save(state_of(3), 3, INFO | {"format": 1}, None, wait=True)
+    checkpoints.close()
+    message = "has checkpoint format 1, and this version of deeplab_jax reads format 2.*\\.pth"
+    with pytest.raises(UserError, match=message):
+        checkpoint.read(tmp_path)
+    with pytest.raises(UserError, match=message):
+        checkpoint.check_format(tmp_path)
+    assert steps_in(tmp_path / "checkpoints") == {3}
+
+
+def test_a_run_of_another_format_does_not_resume(tmp_path):
+    from deeplab_jax.training.loop import train
+
+    checkpoints = open_at(tmp_path / "checkpoints")
+    checkpoints.save(state_of(3), 3, INFO | {"format": 1}, None, wait=True)
+    checkpoints.close()
+    (tmp_path / "config.json").write_text("{}")  # older configs lack fields too: format comes first
+    with pytest.raises(UserError, match="has checkpoint format 1"):
+        train(tiny.get_config(), tmp_path)
+    assert steps_in(tmp_path / "checkpoints") == {3}
+    assert not (tmp_path / "broken").exists()

@@ -9,7 +9,7 @@ import pytest
 from conftest import SHARED
 from deeplab_jax.config import Config, InitConfig
 from deeplab_jax.errors import UserError
-from deeplab_jax.models.deeplab import architecture
+from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.training import initialize
 from deeplab_jax.weights import torch_file, torchvision
@@ -43,7 +43,7 @@ def test_a_seed_gives_its_own_variables():
     one, same = variables(model), variables(model)
     jax.tree.map(np.testing.assert_array_equal, one, same)
     other = initialize.variables(Config(seed=1), model, print)
-    name = "backbone.conv1.kernel"
+    name = "backbone.stem.0.conv.kernel"
     assert np.any(one.params[name] != other.params[name])
 
 
@@ -57,7 +57,9 @@ def test_another_number_of_classes_replaces_the_last_layers_and_says_so(file, so
     model = model_with(num_classes=3)
     taken, fresh = variables(model, said.append, path=str(file)), variables(model)
     last = {
-        f"{h}.4.{leaf}" for h in ("classifier", "aux_classifier") for leaf in ("bias", "kernel")
+        f"{h}.logits.{leaf}"
+        for h in ("classifier", "aux_classifier")
+        for leaf in ("bias", "kernel")
     }
     for name, value in taken.params.items():
         expected = fresh if name in last else source[1]
@@ -87,9 +89,9 @@ def test_our_checkpoint_may_lack_what_is_allowed(source):
 
 def test_what_has_no_place_is_an_error(source):
     _, saved = source
-    with pytest.raises(UserError, match=r"aux_classifier.0.kernel has no place"):
+    with pytest.raises(UserError, match=r"aux_classifier\.head_conv\.conv\.kernel has no place"):
         initialize.adopt(saved, model_with(aux_head=False), whole=True)
-    with pytest.raises(UserError, match=r"conv1.kernel has shape \(7, 7, 3, 8\)"):
+    with pytest.raises(UserError, match=r"stem\.0\.conv\.kernel has shape \(7, 7, 3, 8\)"):
         initialize.adopt(saved, model_with(in_channels=4), whole=True)
 
 
@@ -114,4 +116,4 @@ def test_real_imagenet_weights_that_lack_four_convolutions():
     (line,) = [line for line in said if "missing as allowed" in line]
     assert line.count("kernel") == 4
     stem = torch_file.read(path)["conv1.weight"].transpose(2, 3, 1, 0)
-    np.testing.assert_array_equal(taken.params["backbone.conv1.kernel"], stem)
+    np.testing.assert_array_equal(taken.params["backbone.stem.0.conv.kernel"], stem)

@@ -179,7 +179,7 @@ def test_a_backbone_alone_is_taken(unbroken, tmp_path, capfd):
     end, source = tiny.saved_state(tmp_path), best_model(unbroken[0])
     name = "['model']['params']['backbone.layer1.0.conv1.kernel']"
     np.testing.assert_allclose(end[name], source[name], atol=1e-6)
-    head = "['model']['params']['classifier.0.convs.0.0.kernel']"
+    head = "['model']['params']['classifier.aspp.branches.0.conv.kernel']"
     assert np.any(end[head] != source[head])
     assert "backbone from" in capfd.readouterr().err
 

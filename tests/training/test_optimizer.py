@@ -31,10 +31,10 @@ def test_five_steps_are_torchs(clip_norm):
     )
     rng = np.random.default_rng(0)
     start = {
-        "backbone.conv1.kernel": rng.normal(size=(3, 4)),
-        "backbone.bn1.scale": rng.normal(size=4),
-        "classifier.4.kernel": rng.normal(size=(4, 2)),
-        "classifier.4.bias": rng.normal(size=2),
+        "backbone.stem.0.conv.kernel": rng.normal(size=(3, 4)),
+        "backbone.stem.0.bn.scale": rng.normal(size=4),
+        "classifier.logits.kernel": rng.normal(size=(4, 2)),
+        "classifier.logits.bias": rng.normal(size=2),
     }
     params = {name: jnp.asarray(value, jnp.float32) for name, value in start.items()}
     schedule = poly_schedule(config, 5)
@@ -71,8 +71,8 @@ def test_five_steps_are_torchs(clip_norm):
 
 def test_which_parameters_are_decayed_and_which_are_the_heads():
     assert is_decayed("backbone.layer1.0.conv1.kernel")
-    assert not is_decayed("backbone.bn1.scale")
-    assert not is_decayed("classifier.4.bias")
-    assert is_head("classifier.0.project.0.kernel")
-    assert is_head("aux_classifier.0.kernel")
-    assert not is_head("backbone.conv1.kernel")
+    assert not is_decayed("backbone.stem.0.bn.scale")
+    assert not is_decayed("classifier.logits.bias")
+    assert is_head("classifier.aspp.project.conv.kernel")
+    assert is_head("aux_classifier.head_conv.conv.kernel")
+    assert not is_head("backbone.stem.0.conv.kernel")

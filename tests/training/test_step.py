@@ -49,7 +49,7 @@ def test_frozen_batch_norm_keeps_its_statistics_and_trains_the_rest():
     after = jax.device_get(state.variables)
     jax.tree.map(np.testing.assert_array_equal, after.batch_stats, before.batch_stats)
     moved = [name for name in before.params if np.any(after.params[name] != before.params[name])]
-    assert "backbone.conv1.kernel" in moved
+    assert "backbone.stem.0.conv.kernel" in moved
 
     moving, _ = tiny.Run(config_with()).train(2)
     assert np.any(flat(moving.variables.batch_stats) != flat(before.batch_stats))

@@ -14,15 +14,16 @@ from flax import nnx
 
 import torch_reference
 from deeplab_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig
-from deeplab_jax.models.architecture import ARCHITECTURES, architecture
-from deeplab_jax.models.deeplab import BACKBONES, DeepLabV3
+from deeplab_jax.models.architecture import ARCHITECTURES, BACKBONES, architecture
+from deeplab_jax.models.backbones.resnet import RESNETS, Bottleneck, ResNet, Stages
+from deeplab_jax.models.deeplab import build_model
 from deeplab_jax.models.functional import FunctionalModel, Variables
-from deeplab_jax.models.resnet import SPECS, BottleneckUnit, ResNet, Spec
 from deeplab_jax.parallel.mesh import make_mesh
 from deeplab_jax.training.optimizer import is_decayed, make_optimizer
 from deeplab_jax.training.state import start_state
 from deeplab_jax.training.step import make_train_step
 from deeplab_jax.weights import torchvision
+from random_modules import abstract_module
 from torch_reference import torch
 
 LIMITS = {"float64": 1e-9, "float32": 1e-4}
@@ -100,7 +101,7 @@ def test_logits_of_resnet101_without_aux(x64):
 
 
 def module_with(variables, model_architecture):
-    abstract = nnx.eval_shape(lambda: DeepLabV3(model_architecture, rngs=nnx.Rngs(0)))
+    abstract = abstract_module(lambda: build_model(model_architecture, rngs=nnx.Rngs(0)))
     for path, variable in nnx.to_flat_state(nnx.state(abstract, (nnx.Param, nnx.BatchStat))):
         name = ".".join(map(str, path))
         group = variables.params if name in variables.params else variables.batch_stats
@@ -133,13 +134,13 @@ def test_stages_of_resnet50(resnet50, dtype):
     def stages(state, images):
         model = nnx.merge(graph, state)
         features = model.backbone(images)
-        aspp = model.classifier[0]
-        branches = aspp.branches(features["layer4"])
+        aspp = model.classifier.aspp
+        branches = [branch(features["layer4"]) for branch in aspp.branches]
         return features | {
             **{f"aspp {index}": branch for index, branch in enumerate(branches)},
             "aspp": aspp(features["layer4"]),
-            "classifier": model.classifier(features["layer4"]),
-            "aux_classifier": model.aux_classifier(features["layer3"]),
+            "classifier": model.classifier(features),
+            "aux_classifier": model.aux_classifier(features),
             **model(images),
         }
 
@@ -178,9 +179,9 @@ def test_stages_of_classifiers(depth, dtype):
 
 STEPS = 5
 BATCH = (4, 33, 41)
-# A ResNet-50 in all but its number of units. With so few values to each batch norm, a hundred
+# A ResNet-50 in all but its number of blocks. With so few values to each batch norm, a hundred
 # layers make rounding grow tenfold a step; these twenty do not.
-NUM_UNITS = (1, 1, 2, 2)
+NUM_BLOCKS = (1, 1, 2, 2)
 
 
 def training_config():
@@ -244,12 +245,12 @@ def relative(ours, theirs):
 @pytest.fixture
 def shallow(monkeypatch, x64):
     """A reference and the model for it."""
-    monkeypatch.setitem(SPECS, "shallow", Spec(BottleneckUnit, NUM_UNITS))
+    monkeypatch.setitem(RESNETS, "shallow", Stages(Bottleneck, NUM_BLOCKS))
     monkeypatch.setitem(BACKBONES, "shallow", ResNet)
     ours = dataclasses.replace(
         ARCHITECTURES["torchvision_resnet50"], backbone="shallow", dtype="float64", dropout=0.0
     )
-    reference = torch_reference.shallow_segmentation_model(NUM_UNITS).double()
+    reference = torch_reference.shallow_segmentation_model(NUM_BLOCKS).double()
     return reference, FunctionalModel(ours)
 
 
@@ -273,7 +274,7 @@ def test_five_steps_of_training_equal_torchs(shallow):
                 - is_decayed(name) * config.optimizer.weight_decay * start.params[name]
                 for name, value in trace.items()
             }
-    ours = torchvision.from_model(state.variables)
+    began, ours = torchvision.from_model(start), torchvision.from_model(state.variables)
     our_grads = torchvision.from_model(Variables(our_grads, {}))
 
     assert our_grads.keys() == grads.keys()
@@ -286,7 +287,7 @@ def test_five_steps_of_training_equal_torchs(shallow):
         if name.endswith("running_var"):
             # torch moves it towards the unbiased variance: n / (n - 1) times ours, at each step.
             layer = name.removesuffix(".running_var")
-            before = kept * start.batch_stats[f"{layer}.var"]
+            before = kept * began[name]
             value = before + (value - before) * (counts[layer] - 1) / counts[layer]
         after[name] = relative(ours[name], value)
 

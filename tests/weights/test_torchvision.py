@@ -87,7 +87,7 @@ def test_a_classifier_is_a_backbone(depth):
     backbone = {name for name in model.abstract.params if name.startswith("backbone.")}
     assert params.keys() == backbone
     assert ("fc.weight", "belongs to a head, and the backbone alone is taken") in report.dropped
-    assert ("conv1.weight", "backbone.conv1.kernel") in report.used
+    assert ("conv1.weight", "backbone.stem.0.conv.kernel") in report.used
     assert len(report.used) + len(report.dropped) == len(arrays)
 
 
@@ -170,7 +170,7 @@ def test_other_floating_types_are_converted(small, dtype):
     model, variables, arrays = small
     floating = {k: v.astype(dtype) if v.dtype == np.float32 else v for k, v in arrays.items()}
     params, _, report = torchvision.to_model(floating, model)
-    name = "backbone.conv1.kernel"
+    name = "backbone.stem.0.conv.kernel"
     assert params[name].dtype == np.float32
     assert np.array_equal(params[name], variables.params[name].astype(dtype).astype(np.float32))
     count = len(variables.params) + len(variables.batch_stats)
@@ -181,7 +181,7 @@ def test_another_number_of_classes_starts_anew():
     model = functional("torchvision_resnet50", num_classes=7)
     params, _, report = torchvision.to_model(deeplab(50), model)
     logits = {
-        f"{head}.4.{leaf}"
+        f"{head}.logits.{leaf}"
         for head in ("classifier", "aux_classifier")
         for leaf in ("kernel", "bias")
     }
@@ -213,7 +213,7 @@ def test_real_partial_imagenet_weights(shared_data):
     )
     assert sum("conv" in name for name in report.missing) == 4
     assert np.array_equal(
-        params["backbone.conv1.kernel"], torch.load(path)["conv1.weight"].permute(2, 3, 1, 0)
+        params["backbone.stem.0.conv.kernel"], torch.load(path)["conv1.weight"].permute(2, 3, 1, 0)
     )
 
 

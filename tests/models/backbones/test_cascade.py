@@ -14,14 +14,15 @@ from deeplab_jax.config import Config
 from deeplab_jax.config_rules import validate
 from deeplab_jax.errors import UserError
 from deeplab_jax.figures import blocks_figure
-from deeplab_jax.models import resnet
+from deeplab_jax.models.architecture import architecture
+from deeplab_jax.models.backbones import resnet
+from deeplab_jax.models.backbones.resnet import Bottleneck, ResNet, Stages
+from deeplab_jax.models.contracts import Feature
 from deeplab_jax.models.convolutions import convolutions
-from deeplab_jax.models.deeplab import DeepLabHead, architecture
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.models.layers import LayerMaker
-from deeplab_jax.models.resnet import BottleneckUnit, ResNet, Spec
+from deeplab_jax.models.heads import aspp_head
 from deeplab_jax.receptive_field import variants
-from random_modules import random_module, random_variables
+from random_modules import abstract_module, random_module, random_variables
 
 
 def cascade(blocks=3, depth=50, family="paper", **overrides):
@@ -31,8 +32,8 @@ def cascade(blocks=3, depth=50, family="paper", **overrides):
 
 @pytest.fixture
 def short(monkeypatch):
-    """A ResNet-50 with one unit a stage before block4."""
-    monkeypatch.setitem(resnet.SPECS, "resnet50", Spec(BottleneckUnit, (1, 1, 1, 3)))
+    """A ResNet-50 with one block a stage before block4."""
+    monkeypatch.setitem(resnet.RESNETS, "resnet50", Stages(Bottleneck, (1, 1, 1, 3)))
 
 
 # --- Strides and rates -------------------------------------------------------------------------
@@ -44,11 +45,11 @@ def stages(ours):
     for conv in convolutions(FunctionalModel(ours)):
         if conv.kernel_size == 3 and conv.name.startswith("backbone.layer"):
             found.setdefault(int(conv.name[len("backbone.layer")]), []).append(conv)
-    for units in found.values():
-        assert all(conv.stride == 1 for conv in units[1:])
+    for blocks in found.values():
+        assert all(conv.stride == 1 for conv in blocks[1:])
     return [
-        (units[0].stride, tuple(conv.rate for conv in units))
-        for stage, units in found.items()
+        (blocks[0].stride, tuple(conv.rate for conv in blocks))
+        for stage, blocks in found.items()
         if stage >= 3
     ]
 
@@ -120,17 +121,19 @@ def test_parameters_are_the_same_at_every_output_stride_and_copies_of_block4(sho
     # The paper: logits behind the last block, and no ASPP.
     head = {name: shape for name, shape in here.items() if not name.startswith("backbone.")}
     assert head == {
-        "classifier.4.kernel": (1, 1, here["backbone.layer7.2.conv3.kernel"][3], 2),
-        "classifier.4.bias": (2,),
+        "classifier.logits.kernel": (1, 1, here["backbone.layer7.2.conv3.kernel"][3], 2),
+        "classifier.logits.bias": (2,),
     }
 
 
 def test_no_copies_are_the_column_block4_and_aux_heads_read_block3(short):
     ours = shapes(cascade(0, family="torchvision"))
     assert not any("layer5" in name for name in ours)
-    assert ours["classifier.1.kernel"][:3] == (3, 3, ours["backbone.layer4.2.conv3.kernel"][3])
+    channels = ours["backbone.layer4.2.conv3.kernel"][3]
+    assert ours["classifier.head_conv.conv.kernel"][:3] == (3, 3, channels)
     three = shapes(cascade(3, family="torchvision"))
-    assert three["aux_classifier.0.kernel"] == ours["aux_classifier.0.kernel"]
+    name = "aux_classifier.head_conv.conv.kernel"
+    assert three[name] == ours[name]
 
 
 # --- Values ------------------------------------------------------------------------------------
@@ -150,7 +153,7 @@ def test_removed_strides_give_the_plain_cascades_features_between_others():
     images = jnp.asarray(np.random.default_rng(0).normal(size=(1, 290, 257, 3)), jnp.float32)
 
     def run(ours):
-        abstract = nnx.eval_shape(lambda: ResNet(ours, rngs=nnx.Rngs(0)))
+        abstract = abstract_module(lambda: ResNet(ours, rngs=nnx.Rngs(0)))
         return features(nnx.split(abstract)[0], *state, images)
 
     sparse, found = run(strided), run(dense)
@@ -184,8 +187,8 @@ def test_logits_are_a_1x1_convolution_of_the_last_block_resized():
     found = features(
         graph, state(params, variables.params), state(stats, variables.batch_stats), images
     )["layer5"]
-    logits = np.asarray(found) @ np.asarray(variables.params["classifier.4.kernel"][0, 0])
-    logits = torch.tensor(logits + np.asarray(variables.params["classifier.4.bias"]))
+    logits = np.asarray(found) @ np.asarray(variables.params["classifier.logits.kernel"][0, 0])
+    logits = torch.tensor(logits + np.asarray(variables.params["classifier.logits.bias"]))
     expected = torch.nn.functional.interpolate(
         logits.permute(0, 3, 1, 2), size=(45, 33), mode="bilinear"
     )
@@ -193,13 +196,23 @@ def test_logits_are_a_1x1_convolution_of_the_last_block_resized():
     np.testing.assert_allclose(outputs["out"], expected.permute(0, 2, 3, 1), atol=1e-4)
 
 
+class FourChannels:
+    """What a head is told of a backbone."""
+
+    features = {"last": Feature(4, 16)}  # noqa: RUF012
+    out_feature, low_level_feature, aux_feature = "last", "last", ""
+
+    def __call__(self, images):
+        raise NotImplementedError
+
+
 def test_dropout_acts_before_the_logits():
-    make = LayerMaker("float32", 0.9, 1e-5, nnx.Rngs(0))
-    head = DeepLabHead(4, 4, cascade(0, dropout=0.5), make)
-    kept, dropped = (
-        np.asarray(head(jnp.ones((1, 2, 2, 4)), key=key)) for key in (None, jax.random.key(0))
-    )
-    kernel = np.asarray(head[4].kernel[...])[0, 0]
+    head = aspp_head(FourChannels(), cascade(0, dropout=0.5), rngs=nnx.Rngs(0))
+    features = {"last": jnp.ones((1, 2, 2, 4))}
+    dropped = np.asarray(head(features, rngs=jax.random.key(0)))
+    head.eval()
+    kept = np.asarray(head(features))
+    kernel = np.asarray(head.logits.kernel[...])[0, 0]
     masks = 2.0 * np.array(list(np.ndindex(2, 2, 2, 2)))  # kept values are doubled
     np.testing.assert_allclose(kept, np.broadcast_to(kernel.sum(0), kept.shape), rtol=1e-6)
     distance = np.abs(dropped.reshape(4, 1, 2) - masks @ kernel).max(2)

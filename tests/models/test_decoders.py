@@ -7,9 +7,10 @@ import torch
 from flax import nnx
 
 from deeplab_jax.models.architecture import architecture
-from deeplab_jax.models.deeplab import DeepLabHead, DeepLabV3
-from deeplab_jax.models.layers import LayerMaker
-from deeplab_jax.models.plus import PlusDecoder
+from deeplab_jax.models.contracts import Feature
+from deeplab_jax.models.decoders import PlusDecoder
+from deeplab_jax.models.deeplab import build_model
+from deeplab_jax.models.heads import aspp_head
 from random_modules import random_module
 
 
@@ -19,7 +20,7 @@ def to_torch(x):
 
 def conv_norm_relu(x, module):
     """relu(norm(conv(x))) by running statistics."""
-    conv, norm = module
+    conv, norm = module.conv, module.bn
     kernel = torch.tensor(np.asarray(conv.kernel[...])).permute(3, 2, 0, 1)
     y = torch.nn.functional.conv2d(x, kernel, padding=kernel.shape[2] // 2)
     values = (
@@ -41,17 +42,17 @@ def test_logits_are_torchs_of_the_models_features(x64):
     ours = architecture(
         "paper_resnet18", num_classes=5, width=0.125, decoder="plus", dtype="float64"
     )
-    model = random_module(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0)))
+    model = random_module(lambda: build_model(ours, rngs=nnx.Rngs(0)))
     images = np.random.default_rng(0).normal(size=(1, 41, 30, 3))
 
     def parts(x):
         features = model.backbone(x)
-        return features, model.classifier[0](features[model.backbone.out_feature]), model(x)
+        return features, model.classifier.aspp(features[model.backbone.out_feature]), model(x)
 
     features, aspp, outputs = jax.jit(parts)(images)
     assert features["layer1"].shape[1:3] == (11, 8)
-    x = decoder(to_torch(aspp), to_torch(features["layer1"]), model.classifier[3])
-    logits = model.classifier[4]
+    x = decoder(to_torch(aspp), to_torch(features["layer1"]), model.classifier.decoder)
+    logits = model.classifier.logits
     kernel, bias = (torch.tensor(np.asarray(v[...])) for v in (logits.kernel, logits.bias))
     x = torch.nn.functional.conv2d(x, kernel.permute(3, 2, 0, 1), bias)
     x = torch.nn.functional.interpolate(x, size=(41, 30), mode="bilinear", align_corners=False)
@@ -59,46 +60,55 @@ def test_logits_are_torchs_of_the_models_features(x64):
     assert set(outputs) == {"out"}
 
 
+class FeaturesAlone:
+    """What a head is told of a backbone."""
+
+    out_feature, low_level_feature, aux_feature = "last", "low", ""
+
+    def __init__(self, channels, low_level_channels):
+        self.features = {"low": Feature(low_level_channels, 4), "last": Feature(channels, 16)}
+
+    def __call__(self, images):
+        raise NotImplementedError
+
+
 def kernel_shapes(in_channels, low_level_channels, name="paper_resnet50", **options):
     """Of the head behind ASPP."""
     ours = architecture(name, num_classes=21, decoder="plus", **options)
 
-    def head():
-        make = LayerMaker("float32", 0.9, 1e-5, nnx.Rngs(0))
-        return DeepLabHead(in_channels, low_level_channels, ours, make)
-
-    flat = nnx.to_flat_state(nnx.state(nnx.eval_shape(head), nnx.Param))
+    backbone = FeaturesAlone(in_channels, low_level_channels)
+    head = nnx.eval_shape(lambda: aspp_head(backbone, ours, rngs=nnx.Rngs(0)))
+    flat = nnx.to_flat_state(nnx.state(head, nnx.Param))
     kernels = {".".join(map(str, path[:-1])): v.shape for path, v in flat if path[-1] == "kernel"}
-    return {name: shape for name, shape in kernels.items() if not name.startswith("0.")}
+    return {name: shape for name, shape in kernels.items() if not name.startswith("aspp.")}
 
 
 def test_channels_are_the_papers():
     """48 of the low-level features (its table 1), two 3x3 of 256 (its table 2)."""
     expected = {
-        "3.low_level.0": (1, 1, 100, 48),
-        "3.conv1.0": (3, 3, 256 + 48, 256),
-        "3.conv2.0": (3, 3, 256, 256),
-        "4": (1, 1, 256, 21),
+        "decoder.low_level.conv": (1, 1, 100, 48),
+        "decoder.conv1.conv": (3, 3, 256 + 48, 256),
+        "decoder.conv2.conv": (3, 3, 256, 256),
+        "logits": (1, 1, 256, 21),
     }
     assert kernel_shapes(300, 100) == expected
     # It takes the place of torchvision's 3x3, unless both are asked for.
     assert kernel_shapes(300, 100, "torchvision_resnet50") == expected
     both = kernel_shapes(300, 100, "torchvision_resnet50", head_conv=True)
-    assert both == {"1": (3, 3, 256, 256)} | expected
+    assert both == {"head_conv.conv": (3, 3, 256, 256)} | expected
     # Behind a cascade it reads the last block's features; a width multiplies all but the classes.
     assert kernel_shapes(75, 25, cascade=1, width=0.25) == {
-        "3.low_level.0": (1, 1, 25, 12),
-        "3.conv1.0": (3, 3, 75 + 12, 64),
-        "3.conv2.0": (3, 3, 64, 64),
-        "4": (1, 1, 64, 21),
+        "decoder.low_level.conv": (1, 1, 25, 12),
+        "decoder.conv1.conv": (3, 3, 75 + 12, 64),
+        "decoder.conv2.conv": (3, 3, 64, 64),
+        "logits": (1, 1, 64, 21),
     }
 
 
 def test_the_decoder_is_trained():
     """Its running statistics move, and each of its parameters has a gradient."""
-    plus = random_module(
-        lambda: PlusDecoder(12, 10, 0.05, LayerMaker("float32", 0.9, 1e-5, nnx.Rngs(0)))
-    )
+    plus = random_module(lambda: PlusDecoder(12, 10, width=0.05, rngs=nnx.Rngs(0)))
+    plus.train()
     graph, params, stats = nnx.split(plus, nnx.Param, nnx.BatchStat)
     rng = np.random.default_rng(0)
     features, low_level = (
@@ -109,7 +119,7 @@ def test_the_decoder_is_trained():
     def train(params):
         def loss(params):
             module = nnx.merge(graph, params, stats, copy=True)
-            x = module(features, low_level, update_bn=True)
+            x = module(features, low_level)
             return jnp.square(x - 1).mean(), nnx.state(module, nnx.BatchStat)
 
         return jax.grad(loss, has_aux=True)(params)

@@ -5,24 +5,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deeplab_jax.models.architecture import architecture
-from deeplab_jax.models.aspp import ASPP
-from deeplab_jax.models.layers import LayerMaker
+from deeplab_jax.models.heads import ASPP
 from random_modules import random_module
 
 
 @pytest.mark.parametrize("image_pooling", [True, False])
 def test_without_image_pooling_a_pixel_sees_as_far_as_the_largest_rate(image_pooling):
-    ours = architecture(
-        "paper_resnet18",
-        num_classes=3,
-        width=1 / 32,
-        atrous_rates=(1, 3),
-        image_pooling=image_pooling,
+    aspp = random_module(
+        lambda: ASPP(4, 8, atrous_rates=(1, 3), image_pooling=image_pooling, rngs=nnx.Rngs(0))
     )
-    aspp = random_module(lambda: ASPP(4, ours, LayerMaker("float32", 0.9, 1e-5, nnx.Rngs(0))))
-    assert len(aspp.convs) == 3 + image_pooling
-    assert aspp.project[0].kernel.shape[2] == len(aspp.convs) * aspp.out_channels
+    assert len(aspp.branches) == 3 + image_pooling
+    assert aspp.project.conv.kernel.shape[2] == len(aspp.branches) * 8
     features = np.random.default_rng(0).normal(size=(1, 9, 9, 4)).astype(np.float32)
     changed = features.copy()
     changed[0, 8, 8] += 1

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from deeplab_jax.models import atrous
-from deeplab_jax.models.atrous import METHODS, atrous_conv, valid_share
+from deeplab_jax.models.ops import atrous_conv as atrous
+from deeplab_jax.models.ops.atrous_conv import METHODS, atrous_conv, valid_share
 
 # height, width, kernel size, stride, rate
 SHAPES = [
@@ -59,14 +59,16 @@ def random_case(h, w, k, *, in_channels=3, group_channels=None, out_channels=4, 
 
 
 # One compiled program a case is several times faster than one an operation.
-jitted_conv = jax.jit(atrous_conv, static_argnames=("stride", "rate", "method"))
+jitted_conv = jax.jit(atrous_conv, static_argnames=("strides", "kernel_dilation", "method"))
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("h", "w", "k", "stride", "rate"), SHAPES)
 def test_equals_the_loop(x64, method, h, w, k, stride, rate):
     x, kernel = random_case(h, w, k)
-    ours = jitted_conv(jnp.asarray(x), jnp.asarray(kernel), stride=stride, rate=rate, method=method)
+    ours = jitted_conv(
+        jnp.asarray(x), jnp.asarray(kernel), strides=stride, kernel_dilation=rate, method=method
+    )
     expected = loop_reference(x, kernel, stride, rate)
     assert ours.shape == expected.shape
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
@@ -75,7 +77,7 @@ def test_equals_the_loop(x64, method, h, w, k, stride, rate):
 @pytest.mark.parametrize(("stride", "rate"), [(1, 1), (2, 1), (1, 3)])
 def test_groups_equal_the_loop(x64, stride, rate):
     x, kernel = random_case(7, 5, 3, in_channels=6, group_channels=2, out_channels=9)
-    ours = jitted_conv(jnp.asarray(x), jnp.asarray(kernel), stride=stride, rate=rate)
+    ours = jitted_conv(jnp.asarray(x), jnp.asarray(kernel), strides=stride, kernel_dilation=rate)
     np.testing.assert_allclose(ours, loop_reference(x, kernel, stride, rate), atol=1e-12)
 
 
@@ -85,14 +87,14 @@ def test_is_a_dense_convolution_with_zeros_between_the_taps(x64, method, rate):
     x, kernel = random_case(11, 8, 3)
     dense = np.zeros((2 * rate + 1, 2 * rate + 1, *kernel.shape[2:]))
     dense[::rate, ::rate] = kernel
-    ours = jitted_conv(jnp.asarray(x), jnp.asarray(kernel), rate=rate, method=method)
+    ours = jitted_conv(jnp.asarray(x), jnp.asarray(kernel), kernel_dilation=rate, method=method)
     np.testing.assert_allclose(ours, loop_reference(x, dense), atol=1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_beyond_the_map_only_the_centre_is_left(x64, method):
     x, kernel = random_case(6, 5, 3)
-    ours = jitted_conv(jnp.asarray(x), jnp.asarray(kernel), rate=6, method=method)
+    ours = jitted_conv(jnp.asarray(x), jnp.asarray(kernel), kernel_dilation=6, method=method)
     np.testing.assert_allclose(ours, x @ kernel[1, 1], atol=1e-12)
 
 
@@ -108,7 +110,7 @@ def test_gradients_equal_torch(x64, method, h, w, k, stride, rate):
     @jax.jit
     def gradients(x, kernel):
         def conv(x, kernel):
-            return atrous_conv(x, kernel, stride=stride, rate=rate, method=method)
+            return atrous_conv(x, kernel, strides=stride, kernel_dilation=rate, method=method)
 
         return jax.vjp(conv, x, kernel)[1](jnp.asarray(cotangent))
 
@@ -134,10 +136,10 @@ def test_what_a_platform_is_given_has_the_gradients_of_the_native_one(x64, chose
         return value, *gradient(jnp.cos(value))
 
     def native(x, kernel):
-        return atrous_conv(x, kernel, rate=rate, method="native")
+        return atrous_conv(x, kernel, kernel_dilation=rate, method="native")
 
     def on_platform(x, kernel):
-        return chosen(x, kernel, rate=rate)
+        return chosen(x, kernel, kernel_dilation=rate)
 
     expected = jax.jit(gradients, static_argnums=0)(native)
     ours = jax.jit(gradients, static_argnums=0)(on_platform)
@@ -148,29 +150,28 @@ def test_what_a_platform_is_given_has_the_gradients_of_the_native_one(x64, chose
 
 
 def test_one_method_everywhere():
-    with atrous.using("phases"):
-        assert "convolution" in lowered("cpu", 1, 64, 33, 1)
+    assert "convolution" in lowered("cpu", 1, 64, 33, 1, method="phases")
     assert "convolution" not in lowered("cpu", 1, 64, 33, 1)
     message = "one of native, valid_taps, valid_blocks, phases, got 'fast'"
-    with pytest.raises(ValueError, match=message), atrous.using("fast"):
-        pass
+    with pytest.raises(ValueError, match=message):
+        lowered("cpu", 1, 64, 33, 1, method="fast")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_is_rounded_once(method):
     """Sums are kept in float32: an error of one rounding, not of one a tap."""
     x, kernel = (a.astype(jnp.bfloat16) for a in random_case(9, 9, 3, in_channels=256))
-    ours = atrous_conv(jnp.asarray(x), jnp.asarray(kernel), rate=3, method=method)
+    ours = atrous_conv(jnp.asarray(x), jnp.asarray(kernel), kernel_dilation=3, method=method)
     assert ours.dtype == jnp.bfloat16
     expected = loop_reference(x.astype(np.float64), kernel.astype(np.float64), rate=3)
     np.testing.assert_allclose(np.asarray(ours, np.float64), expected, rtol=2**-8, atol=1e-3)
 
 
-def lowered(platform, k, in_channels, size, rate, gradient=False):
+def lowered(platform, k, in_channels, size, rate, gradient=False, method=None):
     """StableHLO of the convolution for a platform that need not be present."""
 
     def conv(x, kernel):
-        return atrous_conv(x, kernel, rate=rate)
+        return atrous_conv(x, kernel, kernel_dilation=rate, method=method)
 
     function = jax.grad(lambda *a: conv(*a).sum(), argnums=(0, 1)) if gradient else conv
     shapes = (
@@ -212,7 +213,7 @@ def test_blocks_read_each_pixel_once(x64):
     """Beyond the centre's product with the whole map, the slices add up to its pixels."""
 
     def sizes(size, rate):
-        conv = functools.partial(atrous_conv, rate=rate, method="valid_blocks")
+        conv = functools.partial(atrous_conv, kernel_dilation=rate, method="valid_blocks")
         shapes = (jnp.zeros((1, size, size, 1)), jnp.zeros((3, 3, 1, 1)))
         equations = jax.make_jaxpr(conv)(*shapes).eqns
         return [
@@ -230,8 +231,9 @@ def test_blocks_read_each_pixel_once(x64):
 def test_valid_share_counts_taps(size, k, stride, rate):
     ones = jnp.ones((1, size, 1, 1))
     kernel = jnp.zeros((k, k, 1, 1)).at[:, k // 2].set(1)  # only rows count
-    taps = atrous_conv(ones, kernel, stride=stride, rate=rate, method="native")[:, :, 0]
-    assert valid_share(size, k, stride=stride, rate=rate) == pytest.approx(float(taps.mean()) / k)
+    options = {"strides": stride, "kernel_dilation": rate}
+    taps = atrous_conv(ones, kernel, method="native", **options)[:, :, 0]
+    assert valid_share(size, k, **options) == pytest.approx(float(taps.mean()) / k)
 
 
 def test_the_rule_of_choice_reads_both_axes():
@@ -246,8 +248,16 @@ def test_the_rule_of_choice_reads_both_axes():
         ((2, 2, 3, 4), {}, "odd side, got 2x2"),
         ((3, 1, 3, 4), {}, "odd side, got 3x1"),
         ((3, 3, 2, 4), {}, "2 input channels must divide the 3 of x"),
-        ((3, 3, 3, 4), {"rate": 0}, "stride and rate must be 1 or more, got 1 and 0"),
-        ((3, 3, 3, 4), {"stride": 0}, "stride and rate must be 1 or more, got 0 and 1"),
+        (
+            (3, 3, 3, 4),
+            {"kernel_dilation": 0},
+            "strides and kernel_dilation must be 1 or more, got 1 and 0",
+        ),
+        (
+            (3, 3, 3, 4),
+            {"strides": 0},
+            "strides and kernel_dilation must be 1 or more, got 0 and 1",
+        ),
     ],
 )
 def test_refuses(kernel_shape, options, message):

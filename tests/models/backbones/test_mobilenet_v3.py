@@ -11,33 +11,38 @@ from flax import nnx
 
 import torch_reference
 from deeplab_jax.errors import UserError
-from deeplab_jax.models.convolutions import convolutions
-from deeplab_jax.models.deeplab import ARCHITECTURES, DeepLabV3, architecture
-from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.models.layers import LayerMaker, recompute
-from deeplab_jax.models.mobilenet_v3 import (
+from deeplab_jax.models.architecture import ARCHITECTURES, architecture
+from deeplab_jax.models.backbones.mobilenet_v3 import (
     InvertedResidual,
     MobileNetV3,
     SqueezeExcite,
+    block_specs,
     divisible_channels,
-    plan_blocks,
 )
-from random_modules import random_module
+from deeplab_jax.models.convolutions import convolutions
+from deeplab_jax.models.deeplab import build_model
+from deeplab_jax.models.functional import FunctionalModel, Variables
+from deeplab_jax.models.layers import batch_norm
+from deeplab_jax.weights.torchvision import from_model, to_model
+from random_modules import abstract_module, random_module
 
 NAME = "torchvision_mobilenet_v3_large"
 NUM_BLOCKS = 15
+# Ours and, by their places, torchvision's "0" to "16".
+STAGES = ["stem", *(f"block{i}" for i in range(1, NUM_BLOCKS + 1)), "last"]
 
 
 def small(**overrides):
     return architecture(NAME, num_classes=2, **{"width": 0.125, **overrides})
 
 
-def make_block(plan, ours):
-    return InvertedResidual(plan, LayerMaker(ours.dtype, *ours.backbone_bn, nnx.Rngs(0)))
+def make_block(spec, ours):
+    norm = batch_norm(ours.dtype, *ours.backbone_bn)
+    return InvertedResidual(spec, ours, norm=norm, rngs=nnx.Rngs(0))
 
 
 def abstract(make):
-    return nnx.split(nnx.eval_shape(make), nnx.Param, nnx.BatchStat)
+    return nnx.split(abstract_module(make), nnx.Param, nnx.BatchStat)
 
 
 def to_torch(images):
@@ -60,31 +65,50 @@ def assert_close(ours, theirs, tolerance, name=""):
 # --- torchvision's -----------------------------------------------------------------------------
 
 
-def filled(make, reference):
-    """(graph, parameters, running statistics) of our module, with the arrays of torchvision's.
+def variables_of(reference, ours, *, backbone_only=False):
+    """Our variables with the arrays of torchvision's; each of theirs is used."""
+    arrays = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
+    params, stats, report = to_model(arrays, FunctionalModel(ours), backbone_only=backbone_only)
+    assert not report.missing
+    assert all(name.endswith("num_batches_tracked") for name, _ in report.dropped)
+    return Variables(params, stats)
 
-    Ours are named as theirs; each of theirs must be used, and have the very shape.
+
+def filled(make, variables, prefix=""):
+    """(graph, parameters, running statistics) of a part of the model, whose names begin so.
+
+    Each of these variables must be used, and have the very shape.
     """
     graph, params, stats = abstract(make)
-    theirs = {
-        name: tensor.numpy()
-        for name, tensor in reference.state_dict().items()
-        if not name.endswith("num_batches_tracked")
+    arrays = {
+        name.removeprefix(prefix): array
+        for part in variables
+        for name, array in part.items()
+        if name.startswith(prefix)
     }
-    leaves = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
     def fill(state):
-        arrays = {}
+        values = {}
         for path, variable in nnx.to_flat_state(state):
-            array = theirs.pop(".".join(map(str, (*path[:-1], leaves.get(path[-1], path[-1])))))
-            array = array.transpose(2, 3, 1, 0) if path[-1] == "kernel" else array
+            array = arrays.pop(".".join(map(str, path)))
             assert array.shape == variable.shape, path
-            arrays[path] = type(variable)(jnp.array(array, variable.dtype))  # a copy
-        return nnx.from_flat_state(arrays)
+            values[path] = type(variable)(jnp.array(array, variable.dtype))  # a copy
+        return nnx.from_flat_state(values)
 
     params, stats = fill(params), fill(stats)
-    assert not theirs
+    assert not arrays
     return graph, params, stats
+
+
+def named_as_theirs(prefix, params, stats=None):
+    """Arrays of a part of our model by the names, and in the axes, of torchvision's whole model."""
+    ours = {
+        prefix + ".".join(map(str, path)): variable[...]
+        for state in (params, stats)
+        for path, variable in (nnx.to_flat_state(state) if state else ())
+    }
+    arrays = from_model(Variables(ours, {}))
+    return {n: a for n, a in arrays.items() if not n.endswith("num_batches_tracked")}
 
 
 @functools.cache
@@ -93,8 +117,11 @@ def torchvision_model():
 
 
 def stage_by_stage(backbone, x):
+    """Features of torchvision's modules, by our names."""
+    numbers, modules = zip(*backbone.named_children(), strict=True)
+    assert numbers == tuple(map(str, range(NUM_BLOCKS + 2)))
     stages = {}
-    for name, module in backbone.named_children():
+    for name, module in zip(STAGES, modules, strict=True):
         x = stages[name] = module(x)
     return stages
 
@@ -118,14 +145,13 @@ def run(graph, params, stats, images):
 def test_equals_torchvision_stage_by_stage(x64, dtype, tolerance, size):
     theirs = torchvision_model()
     ours = architecture(NAME, num_classes=21, dtype=dtype)
-    model = filled(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0)), theirs)
+    model = filled(lambda: build_model(ours, rngs=nnx.Rngs(0)), variables_of(theirs, ours))
     images = np.random.default_rng(0).normal(size=(*size, 3))
     features, outputs = run(*model, jnp.asarray(images, dtype))
     with torch.no_grad():
         expected = stage_by_stage(theirs.backbone, to_torch(images))
         logits = theirs(to_torch(images))
-        assert set(expected) == {str(i) for i in range(NUM_BLOCKS + 2)}
-        expected["3.expanded"] = theirs.backbone["3"].block[:-1](expected["2"])
+        expected["block3.expanded"] = theirs.backbone["3"].block[:-1](expected["block2"])
     assert set(features) == set(expected)
     for name, stage in expected.items():
         assert_close(features[name], from_torch(stage), tolerance, f"stage {name}")
@@ -142,7 +168,10 @@ def test_other_widths_and_the_published_strides_equal_torchvision(x64, width, di
     conf, last = module._mobilenet_v3_conf("mobilenet_v3_large", width_mult=width, dilated=dilated)
     theirs = torch_reference.randomise(module.MobileNetV3(conf, last, num_classes=2), 3).double()
     ours = small(width=width, output_stride=16 if dilated else 32, dtype="float64")
-    graph, params, stats = filled(lambda: MobileNetV3(ours, rngs=nnx.Rngs(0)), theirs.features)
+    variables = variables_of(theirs.features, ours, backbone_only=True)
+    graph, params, stats = filled(
+        lambda: MobileNetV3(ours, rngs=nnx.Rngs(0)), variables, "backbone."
+    )
     images = np.random.default_rng(0).normal(size=(1, 67, 50, 3))
     features = jax.jit(lambda p, s, x: nnx.merge(graph, p, s)(x))(params, stats, images)
     with torch.no_grad():
@@ -156,13 +185,17 @@ def test_training_normalises_by_the_batch_and_moves_running_statistics_as_torchv
     theirs = torch_reference.segmentation_model("deeplabv3_mobilenet_v3_large").double().backbone
     before = {name: tensor.clone().numpy() for name, tensor in theirs.state_dict().items()}
     ours = architecture(NAME, num_classes=21, dtype="float64")
-    graph, params, stats = filled(lambda: MobileNetV3(ours, rngs=nnx.Rngs(0)), theirs)
+    variables = variables_of(theirs, ours, backbone_only=True)
+    graph, params, stats = filled(
+        lambda: MobileNetV3(ours, rngs=nnx.Rngs(0)), variables, "backbone."
+    )
     images = np.random.default_rng(0).normal(size=(2, 65, 50, 3))
 
     @jax.jit
     def train(params, stats, images):
         module = nnx.merge(graph, params, stats)
-        return module(images, update_bn=True), nnx.state(module, nnx.BatchStat)
+        module.train()
+        return module(images), nnx.state(module, nnx.BatchStat)
 
     features, moved = train(params, stats, images)
     counts = {}
@@ -177,23 +210,28 @@ def test_training_normalises_by_the_batch_and_moves_running_statistics_as_torchv
         assert_close(features[name], from_torch(stage), 1e-9, f"stage {name}")
 
     after = theirs.state_dict()
-    flat = {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(moved)}
+    flat = {
+        name: array
+        for name, array in named_as_theirs("backbone.", params, moved).items()
+        if "running_" in name
+    }
     assert len(flat) == 2 * len(counts) == 2 * 46
     for name, count in counts.items():
         mean, var = (after[f"{name}.running_{kind}"].numpy() for kind in ("mean", "var"))
-        assert_close(flat[f"{name}.mean"], mean, 1e-9, name)
+        assert_close(flat[f"backbone.{name}.running_mean"], mean, 1e-9, name)
         old = before[f"{name}.running_var"]
         biased = 0.99 * old + (var - 0.99 * old) * (count - 1) / count
-        assert_close(flat[f"{name}.var"], biased, 1e-9, name)
+        assert_close(flat[f"backbone.{name}.running_var"], biased, 1e-9, name)
 
 
 @pytest.mark.parametrize("index", [0, 3, 4, 12])  # no expansion; stride; shortcut; hard-swish, rate
 def test_a_block_and_its_gradients_equal_torchvision(x64, index):
     theirs = torchvision_model().backbone[str(index + 1)]
-    ours = architecture(NAME, num_classes=2, dtype="float64")
-    plan = plan_blocks(ours)[index]
-    graph, params, stats = filled(lambda: make_block(plan, ours), theirs)
-    x = np.random.default_rng(0).normal(0, 3, size=(2, 7, 10, plan.in_channels))
+    ours = architecture(NAME, num_classes=21, dtype="float64")
+    spec = block_specs(ours)[index]
+    variables, prefix = variables_of(torchvision_model(), ours), f"backbone.block{index + 1}."
+    graph, params, stats = filled(lambda: make_block(spec, ours), variables, prefix)
+    x = np.random.default_rng(0).normal(0, 3, size=(2, 7, 10, spec.in_features))
     graph_in = to_torch(x).requires_grad_()
     expected = theirs(graph_in)
     weights = np.random.default_rng(1).normal(size=from_torch(expected).shape)
@@ -211,15 +249,12 @@ def test_a_block_and_its_gradients_equal_torchvision(x64, index):
     (of_params, of_x), y = gradients(params, x)
     assert_close(y, from_torch(expected), 1e-12)
     # torch's gradient of the hard sigmoid is the float32 1/6 in float64 too: 3e-8 off.
-    tolerance = 3e-8 if plan.spec.squeeze_excite else 1e-11
+    tolerance = 3e-8 if spec.row.squeeze_excite else 1e-11
     assert_close(of_x, from_torch(graph_in.grad), tolerance)
     of_theirs = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
-    leaves = {"kernel": "weight", "scale": "weight"}
-    for path, gradient in nnx.to_flat_state(of_params):
-        name = ".".join(map(str, (*path[:-1], leaves.get(path[-1], path[-1]))))
-        other = of_theirs.pop(name)
-        other = other.transpose(2, 3, 1, 0) if path[-1] == "kernel" else other
-        assert_close(gradient[...], other, tolerance, name)
+    for name, gradient in named_as_theirs(prefix, of_params).items():
+        other = of_theirs.pop(name.removeprefix(f"backbone.{index + 1}."))
+        assert_close(gradient, other, tolerance, name)
     assert not of_theirs
 
 
@@ -229,8 +264,13 @@ def test_squeeze_excite_equals_torchvision(x64):
         theirs = torch_reference.torchvision.ops.SqueezeExcitation(
             24, 8, scale_activation=torch.nn.Hardsigmoid
         ).double()
+    arrays = {
+        f"{fc}.{ours}": np.transpose(getattr(getattr(theirs, fc), other).detach().numpy(), axes)
+        for fc in ("fc1", "fc2")
+        for ours, other, axes in (("kernel", "weight", (2, 3, 1, 0)), ("bias", "bias", (0,)))
+    }
     module = nnx.merge(
-        *filled(lambda: SqueezeExcite(24, 8, LayerMaker("float64", 0.9, 1, nnx.Rngs(0))), theirs)
+        *filled(lambda: SqueezeExcite(24, 8, dtype="float64", rngs=nnx.Rngs(0)), (arrays,))
     )
     x = np.random.default_rng(0).normal(1, 2, size=(3, 5, 4, 24))
     x[1] *= 30  # saturates the hard sigmoid on both sides
@@ -258,25 +298,24 @@ KERNEL_SIZES = [3, 3, 3, 5, 5, 5, 3, 3, 3, 3, 3, 3, 5, 5, 5]
 def test_effective_rates(output_stride):
     ours = architecture(NAME, num_classes=2, output_stride=output_stride)
     convs = {conv.name: conv for conv in convolutions(FunctionalModel(ours))}
-    # Behind the expansion, which the first block does without.
-    names = [f"backbone.{i}.block.{int(i > 1)}.0" for i in range(1, NUM_BLOCKS + 1)]
+    names = [f"backbone.block{i}.depthwise.conv" for i in range(1, NUM_BLOCKS + 1)]
     depthwise = [convs.pop(name) for name in names]
     assert [(conv.stride, conv.rate) for conv in depthwise] == DEPTHWISE[output_stride]
     assert [conv.kernel_size for conv in depthwise] == KERNEL_SIZES
-    stem = convs.pop("backbone.0.0")
+    stem = convs.pop("backbone.stem.conv")
     assert (stem.kernel_size, stem.stride, stem.rate) == (3, 2, 1)
     others = [conv for name, conv in convs.items() if name.startswith("backbone")]
     assert {(conv.kernel_size, conv.stride, conv.rate) for conv in others} == {(1, 1, 1)}
     heads = {c.name: c.rate for c in convs.values() if c.rate > 1}
     scale = 16 / output_stride  # torchvision's rates belong to its output stride, 16
-    assert heads == {f"classifier.0.convs.{i}.0": scale * 12 * i for i in (1, 2, 3)}
+    assert heads == {f"classifier.aspp.branches.{i}.conv": scale * 12 * i for i in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("width", [1 / 16, 1])  # at 1/16 the channels of blocks meet at 8
 def test_parameters_are_the_same_at_every_output_stride(width):
     def shapes(output_stride):
         ours = small(width=width, output_stride=output_stride)
-        state = nnx.state(nnx.eval_shape(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0))))
+        state = nnx.state(nnx.eval_shape(lambda: build_model(ours, rngs=nnx.Rngs(0))))
         return [(path, variable.shape) for path, variable in nnx.to_flat_state(state)]
 
     assert shapes(8) == shapes(16) == shapes(32)
@@ -285,6 +324,7 @@ def test_parameters_are_the_same_at_every_output_stride(width):
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
 def test_features_have_the_output_stride_for_any_size_and_width(output_stride):
     ours = small(width=1 / 16, output_stride=output_stride, in_channels=5)
+    model = abstract_module(lambda: build_model(ours, rngs=nnx.Rngs(0)))
     for height, width in ((1, 1), (33, 64), (129, 50)):
         images = jax.ShapeDtypeStruct((2, height, width, 5), jnp.float32)
         features = nnx.eval_shape(lambda x: MobileNetV3(ours, rngs=nnx.Rngs(0))(x), images)
@@ -293,7 +333,7 @@ def test_features_have_the_output_stride_for_any_size_and_width(output_stride):
             (MobileNetV3.aux_feature, 8),
         ):
             assert features[name].shape[:3] == (2, -(-height // stride), -(-width // stride))
-        logits = nnx.eval_shape(lambda x: DeepLabV3(ours, rngs=nnx.Rngs(0))(x), images)
+        logits = nnx.eval_shape(lambda model, x: model(x), model, images)
         assert {head: x.shape for head, x in logits.items()} == {
             "out": (2, height, width, 2),
             "aux": (2, height, width, 2),
@@ -306,12 +346,12 @@ def test_features_have_the_output_stride_for_any_size_and_width(output_stride):
 @pytest.mark.parametrize(("aux_head", "count"), [(True, 11_029_328), (False, 11_025_477)])
 def test_parameter_count_is_torchvisions(aux_head, count):
     ours = architecture(NAME, num_classes=21, aux_head=aux_head)
-    _, params, _ = abstract(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0)))
+    _, params, _ = abstract(lambda: build_model(ours, rngs=nnx.Rngs(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
 def norms(ours):
-    model = nnx.eval_shape(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: build_model(ours, rngs=nnx.Rngs(0)))
     return {
         (path[0], module.momentum, module.epsilon)
         for path, module in nnx.iter_modules(model)
@@ -357,9 +397,8 @@ def test_channels_are_divisible_by_8_as_torchvisions():
     ],
 )
 def test_choices_of_resnets_are_refused(field, value):
-    ours = small(**{field: value})
-    with pytest.raises(UserError, match=rf"{field} must stay .*, got .*has no such choice") as info:
-        DeepLabV3(ours, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match=rf"{field} must be .* has no such choice\), got ") as info:
+        small(**{field: value})
     assert repr(value) in str(info.value)
     assert len([f for f in ("multi_grid", "residual", "stem") if f in str(info.value)]) <= 1
 
@@ -367,13 +406,14 @@ def test_choices_of_resnets_are_refused(field, value):
 # --- Training ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("update_bn", [True, False])
-def test_recomputing_a_block_changes_neither_gradients_nor_running_statistics(x64, update_bn):
+@pytest.mark.parametrize("train", [True, False])
+def test_recomputing_a_block_changes_neither_gradients_nor_running_statistics(x64, train):
     ours = small(dtype="float64")
-    plan = plan_blocks(ours)[4]
-    block = random_module(lambda: make_block(plan, ours))
+    spec = block_specs(ours)[4]
+    block = random_module(lambda: make_block(spec, ours))
+    block.set_attributes(use_running_average=not train)
     graph, params, stats = nnx.split(block, nnx.Param, nnx.BatchStat)
-    x = np.random.default_rng(0).normal(size=(2, 7, 6, plan.in_channels))
+    x = np.random.default_rng(0).normal(size=(2, 7, 6, spec.in_features))
 
     def gradients(call):
         def loss(params, x):
@@ -382,8 +422,8 @@ def test_recomputing_a_block_changes_neither_gradients_nor_running_statistics(x6
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
 
-    recomputed = gradients(lambda module, x: recompute(module, x, update_bn=update_bn))
-    plain = gradients(lambda module, x: module(x, update_bn=update_bn))
+    recomputed = gradients(nnx.remat(lambda module, x: module(x)))
+    plain = gradients(lambda module, x: module(x))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), recomputed, plain)
 
 
@@ -394,7 +434,9 @@ def test_remat_recomputes_each_block():
 
     def num_recomputed(remat):
         def forward(params, stats, x):
-            return nnx.merge(graph, params, stats)(x, remat=remat)
+            module = nnx.merge(graph, params, stats)
+            module.remat = remat
+            return module(x)
 
         equations = jax.make_jaxpr(forward)(params, stats, images).eqns
         return sum(equation.primitive.name.startswith("remat") for equation in equations)
@@ -405,16 +447,17 @@ def test_remat_recomputes_each_block():
 def test_freezing_keeps_running_statistics_and_bfloat16_is_close():
     ours = small(dropout=0.0)
     graph, params, stats = nnx.split(
-        random_module(lambda: DeepLabV3(ours, rngs=nnx.Rngs(0))), nnx.Param, nnx.BatchStat
+        random_module(lambda: build_model(ours, rngs=nnx.Rngs(0))), nnx.Param, nnx.BatchStat
     )
-    half = abstract(lambda: DeepLabV3(small(dropout=0.0, dtype="bfloat16"), rngs=nnx.Rngs(0)))
+    half = abstract(lambda: build_model(small(dropout=0.0, dtype="bfloat16"), rngs=nnx.Rngs(0)))
     assert {leaf.dtype for leaf in jax.tree.leaves(half[1:])} == {jnp.dtype("float32")}
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 65, 49, 3)), jnp.float32)
 
     @functools.partial(jax.jit, static_argnames=("graph", "train", "freeze_bn"))
     def run(graph, train=False, freeze_bn=False):
         model = nnx.merge(graph, params, stats, copy=True)
-        return model(images, train, freeze_bn=freeze_bn)["out"], nnx.state(model, nnx.BatchStat)
+        model.set_attributes(use_running_average=not train or freeze_bn, deterministic=not train)
+        return model(images)["out"], nnx.state(model, nnx.BatchStat)
 
     exact, kept = run(graph)
     frozen, kept_too = run(graph, train=True, freeze_bn=True)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from flax import nnx
 
-from deeplab_jax.models.deeplab import DeepLabV3, architecture
+from deeplab_jax.models.architecture import architecture
+from deeplab_jax.models.deeplab import build_model
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.models.layers import max_pool
-from deeplab_jax.models.padding import fill_padding, mean_over_image, valid_area, valid_sizes
-from deeplab_jax.models.resize import resize_bilinear
+from deeplab_jax.models.ops.masking import mask_padding, padding_mask, valid_sizes
+from deeplab_jax.models.ops.pooling import max_pool, mean_over_image
+from deeplab_jax.models.ops.resize import resize_bilinear
 from random_modules import random_variables
 
 PADDED = (65, 49)
@@ -120,14 +121,14 @@ def maps():
 
 
 @jax.jit
-def mean_pool_fill(x):
-    with valid_area(jnp.asarray([(65, 50), (39, 18)]), (2, 66, 50, 3)):
-        return valid_sizes(x), mean_over_image(x, jnp.float32), max_pool(x), fill_padding(x, 7)
+def mean_pool_mask(x):
+    with padding_mask(jnp.asarray([(65, 50), (39, 18)]), (2, 66, 50, 3)):
+        return valid_sizes(x), mean_over_image(x, jnp.float32), max_pool(x), mask_padding(x, 7)
 
 
 def test_mean_and_pool_are_over_the_image(maps):
     x, sizes = maps
-    valid, mean, pooled, filled = jax.device_get(mean_pool_fill(x))
+    valid, mean, pooled, filled = jax.device_get(mean_pool_mask(x))
     np.testing.assert_array_equal(valid, sizes)
     for row, (height, width) in enumerate(sizes):
         image = np.asarray(x)[row, :height, :width]
@@ -187,7 +188,7 @@ def test_nothing_is_computed_for_padding_without_sizes():
 def test_strides_are_told_apart_in_padded_images_of_any_size(padded):
     """The sizes of a map follow from how its side compares with the image's, at every stride."""
     for height in range(1, padded[0] + 1):
-        with valid_area(jnp.asarray([(height, padded[1])]), (1, *padded, 3)):
+        with padding_mask(jnp.asarray([(height, padded[1])]), (1, *padded, 3)):
             for stride in (1, 2, 4, 8, 16, 32, 64, 128, 256):
                 x = jnp.zeros((1, *(-(-side // stride) for side in padded), 1))
                 expected = [-(-side // stride) for side in (height, padded[1])]
@@ -202,31 +203,31 @@ def test_a_row_without_pixels_does_no_harm():
     assert np.isfinite(outputs["out"]).all()
 
 
-@pytest.mark.parametrize(
-    ("shape", "sizes", "options", "message"),
-    [
-        ((2, 40, 40, 3), (2, 2), {"train": True, "key": 0}, "takes no sizes: padding is for inf"),
-        ((2, 40, 40, 3), (1, 2), {}, r"sizes must be \[2, 2\], got \[1, 2\]"),
-    ],
-)
-def test_refuses(shape, sizes, options, message):
+def test_training_refuses_sizes():
+    model, variables = model_and_variables()
+    images, sizes = jnp.zeros((2, 40, 40, 3)), jnp.ones((2, 2), jnp.int32)
+    with pytest.raises(ValueError, match="takes no sizes: padding is for inf"):
+        model.apply(variables, images, train=True, key=jax.random.key(0), sizes=sizes)
+
+
+def test_refuses_sizes_of_other_images():
     model, _ = model_and_variables()
-    module = nnx.eval_shape(lambda: DeepLabV3(model.architecture, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match=message):
-        module(jnp.zeros(shape), **options, sizes=jnp.ones(sizes, jnp.int32))
+    module = nnx.eval_shape(lambda: build_model(model.architecture, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"sizes must be \[2, 2\], got \[1, 2\]"):
+        module(jnp.zeros((2, 40, 40, 3)), sizes=jnp.ones((1, 2), jnp.int32))
 
 
 def test_refuses_maps_of_other_images():
     with (
-        valid_area(jnp.ones((1, 2), jnp.int32), (1, 40, 40, 3)),
+        padding_mask(jnp.ones((1, 2), jnp.int32), (1, 40, 40, 3)),
         pytest.raises(ValueError, match="a map of 7x7 is none of images of 40x40"),
     ):
         valid_sizes(jnp.zeros((1, 7, 7, 1)))
 
 
-def test_area_ends_with_its_block():
+def test_mask_ends_with_its_block():
     x = jnp.zeros((1, 40, 40, 1))
-    with contextlib.suppress(KeyError), valid_area(jnp.ones((1, 2), jnp.int32), x.shape):
+    with contextlib.suppress(KeyError), padding_mask(jnp.ones((1, 2), jnp.int32), x.shape):
         assert valid_sizes(x) is not None
         raise KeyError
     assert valid_sizes(x) is None

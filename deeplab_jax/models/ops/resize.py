@@ -1,20 +1,18 @@
-"""Resizing maps: bilinear, and the learned decoder."""
+"""Bilinear resizing, the one rule by which logits reach the size of images and labels."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import export, lax
 from jaxtyping import Array, Float, Int
 
-from deeplab_jax.models.layers import full_precision
-from deeplab_jax.models.operations import Size, operation
-from deeplab_jax.models.partition import whole_height
+from deeplab_jax.models.ops.atrous_conv import Size
+from deeplab_jax.models.ops.masking import valid_sizes
 
 MAX_SIDE = 32767  # pixels; coordinates of larger sides overflow 32 bits where sizes are traced
 
@@ -22,7 +20,6 @@ MAX_SIDE = 32767  # pixels; coordinates of larger sides overflow 32 bits where s
 product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
-@operation
 def resize_bilinear(
     x: Float[Array, "n h w c"],
     height: Size,
@@ -31,17 +28,17 @@ def resize_bilinear(
     in_sizes: Int[Array, "n 2"] | None = None,
     out_sizes: Int[Array, "n 2"] | None = None,
 ) -> Float[Array, "n height width c"]:
-    """Bilinear resize with half-pixel centres, edges clamped, no antialiasing.
+    """Resizes bilinearly with half-pixel centres, clamped edges and no antialiasing.
 
     It is torch's `interpolate(mode="bilinear", align_corners=False)`, written as two products with
-    small constant matrices, whose gradient has no scatter and is the same in each run.
+    small constant matrices. Their gradient has no scatter and is the same in each run.
 
     Args:
       x: map.
       height, width: of the result, pixels.
-      in_sizes: rows and columns of `x` that belong to each image, where the others are padding
-        and finite; None: all.
-      out_sizes: those of the result that `in_sizes` are resized to; what lies beyond them has no
+      in_sizes: rows and columns of `x` that belong to each image; the padding beyond must be
+        finite. None means all.
+      out_sizes: rows and columns that `in_sizes` are resized to; values beyond them have no
         meaning. Given together with `in_sizes`.
     """
     # Columns first, while there are few rows: the large product then is one plain product an image.
@@ -54,6 +51,22 @@ def resize_bilinear(
         return product("nHh,nhWc->nHWc", down.astype(x.dtype), wide)
     if x.shape[1:3] == (height, width):
         return x
+    return bilinear_resize(x, height=height, width=width)
+
+
+def resize_like(
+    x: Float[Array, "n h w c"], like: Float[Array, "n height width other"]
+) -> Float[Array, "n height width c"]:
+    """Resizes a map to the size of another one of the same images; respects the padding mask."""
+    height, width = like.shape[1:3]
+    return resize_bilinear(x, height, width, in_sizes=valid_sizes(x), out_sizes=valid_sizes(like))
+
+
+@functools.partial(jax.jit, static_argnames=("height", "width"))
+def bilinear_resize(
+    x: Float[Array, "n h w c"], *, height: Size, width: Size
+) -> Float[Array, "n height width c"]:
+    """Resizes a map without padding; a call of this name in a program, for exporters."""
     columns = bilinear_matrix(width, x.shape[2]).astype(x.dtype)
     rows = bilinear_matrix(height, x.shape[1]).astype(x.dtype)
     wide = product("Ww,nhwc->nhWc", columns, x)
@@ -108,68 +121,3 @@ def _bilinear_matrices(
     return jnp.where(index == lower, 1 - upper_share, 0) + jnp.where(
         index == lower + 1, upper_share, 0
     )
-
-
-class TransposedDecoder(nnx.Module):
-    """Upsamples each class by its own transposed convolution, which starts as bilinear.
-
-    The kernel of stride s has a side of 2s. It is kept for the largest output stride and averaged
-    down for smaller ones: the mean of a triangle over equal cells is the coarser triangle, so it
-    starts bilinear at each output stride while the parameters have one shape for all of them.
-
-    Attributes:
-      kernel: `[64, 64, num_classes]`.
-      stride: output stride of the logits that it is given, a divisor of 32.
-    """
-
-    LARGEST = 32  # output stride, pixels
-
-    def __init__(self, num_classes: int, stride: int, *, dtype: Any = jnp.float32) -> None:
-        triangle = 1 - np.abs((np.arange(2 * self.LARGEST) + 0.5) / self.LARGEST - 1)
-        kernel = np.outer(triangle, triangle)[:, :, None].repeat(num_classes, axis=2)
-        self.kernel = nnx.Param(jnp.asarray(kernel, full_precision(dtype)))
-        self.stride = stride
-
-    def __call__(
-        self,
-        logits: Float[Array, "n h w classes"],
-        height: Size,
-        width: Size,
-        *,
-        in_sizes: Int[Array, "n 2"] | None = None,
-        out_sizes: Int[Array, "n 2"] | None = None,
-    ) -> Float[Array, "n height width classes"]:
-        """Upsamples by `stride`, then cuts the middle `height x width` out.
-
-        With sizes, those of each image without its padding, as in `resize_bilinear`.
-        """
-        logits = whole_height(logits)
-        n, h, w, num_classes = logits.shape
-        if in_sizes is not None:
-            logits = _repeat_edges(logits, in_sizes)
-        stride, cell = self.stride, self.LARGEST // self.stride
-        kernel = self.kernel[...].reshape(2 * stride, cell, 2 * stride, cell, num_classes)
-        kernel = kernel.mean((1, 3)).reshape(2, stride, 2, stride, num_classes)
-        # Each block of stride x stride outputs between four neighbours is a weighted sum of them.
-        padded = jnp.pad(logits, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-        blocks = sum(
-            padded[:, 1 - a : h + 2 - a, None, 1 - b : w + 2 - b, None] * kernel[a, :, b][:, None]
-            for a in (0, 1)
-            for b in (0, 1)
-        )
-        upsampled = cast(Array, blocks).reshape(n, (h + 1) * stride, (w + 1) * stride, num_classes)
-        if in_sizes is not None and out_sizes is not None:
-            starts = stride // 2 + (in_sizes * stride - out_sizes) // 2
-            return jax.vmap(
-                lambda x, start: lax.dynamic_slice(x, (*start, 0), (height, width, num_classes))
-            )(upsampled, starts)
-        top = stride // 2 + (h * stride - height) // 2
-        left = stride // 2 + (w * stride - width) // 2
-        return upsampled[:, top : top + height, left : left + width]
-
-
-def _repeat_edges(x: Float[Array, "n h w c"], sizes: Int[Array, "n 2"]) -> Array:
-    """The map with each image's last row and column repeated over its padding."""
-    rows = jnp.minimum(jnp.arange(x.shape[1]), sizes[:, :1] - 1)
-    columns = jnp.minimum(jnp.arange(x.shape[2]), sizes[:, 1:] - 1)
-    return jax.vmap(lambda x, row, column: x[row][:, column])(x, rows, columns)

@@ -17,9 +17,9 @@ import torch
 from flax import nnx
 from torch.nn.functional import batch_norm, conv2d, max_pool2d
 
-from deeplab_jax.models import resnet
-from deeplab_jax.models.deeplab import architecture
-from deeplab_jax.models.resnet import BasicUnit, BottleneckUnit, ResNet, Spec
+from deeplab_jax.models.architecture import architecture
+from deeplab_jax.models.backbones import resnet
+from deeplab_jax.models.backbones.resnet import BasicBlock, Bottleneck, ResNet, Stages
 from random_modules import random_module
 
 NUM_UNITS = (1, 1, 1, 2)  # of every kind: the first, others, with and without a projection
@@ -64,18 +64,18 @@ class Reference:
     def unit(self, x, name, convs, first):
         """A residual unit; `convs` are (stride, rate) of each, from the first."""
         activated = x if first else self.activate(x, f"{name}.bn1")
-        projects = f"{name}.downsample.0.kernel" in self.arrays
+        projects = f"{name}.downsample.kernel" in self.arrays
         shortcut = activated if first else x
         if projects:
             stride = max(stride for stride, _ in convs)
-            shortcut = self.conv(activated, f"{name}.downsample.0", stride)
+            shortcut = self.conv(activated, f"{name}.downsample", stride)
         y = self.conv(activated, f"{name}.conv1", *convs[0])
         for number, options in enumerate(convs[1:], start=2):
             y = self.conv(self.activate(y, f"{name}.bn{number}"), f"{name}.conv{number}", *options)
         return shortcut + y
 
     def __call__(self, images, output_stride, bottleneck):
-        x = self.activate(self.conv(images, "conv1", 2), "bn1")
+        x = self.activate(self.conv(images, "stem.0.conv", 2), "stem.0.bn")
         x = max_pool2d(x, 3, stride=2, padding=1)
         for stage, (stage_stride, stage_rate) in enumerate(STAGES[output_stride], start=1):
             for index in range(NUM_UNITS[stage - 1]):
@@ -106,7 +106,8 @@ def ours(graph, params, stats, images, cotangent):
 
     def product(params, images):
         module = nnx.merge(graph, params, stats, copy=True)
-        features = module(images, update_bn=True)["layer4"]
+        module.train()
+        features = module(images)["layer4"]
         return jnp.vdot(features, cotangent), (features, nnx.state(module, nnx.BatchStat))
 
     gradients, (features, moved) = jax.grad(product, argnums=(0, 1), has_aux=True)(params, images)
@@ -114,11 +115,11 @@ def ours(graph, params, stats, images, cotangent):
 
 
 @pytest.mark.parametrize(
-    ("unit", "output_stride"),
-    [(BasicUnit, 8), (BottleneckUnit, 16), (BasicUnit, 32)],
+    ("block", "output_stride"),
+    [(BasicBlock, 8), (Bottleneck, 16), (BasicBlock, 32)],
 )
-def test_forward_gradients_and_statistics_are_the_papers(x64, monkeypatch, unit, output_stride):
-    monkeypatch.setitem(resnet.SPECS, "resnet18", Spec(unit, NUM_UNITS))
+def test_forward_gradients_and_statistics_are_the_papers(x64, monkeypatch, block, output_stride):
+    monkeypatch.setitem(resnet.RESNETS, "resnet18", Stages(block, NUM_UNITS))
     chosen = architecture(
         "paper_resnet18", num_classes=2, width=0.125, residual="pre", dtype="float64",
         output_stride=output_stride, bn_momentum=MOMENTUM, multi_grid=MULTI_GRID,
@@ -126,10 +127,12 @@ def test_forward_gradients_and_statistics_are_the_papers(x64, monkeypatch, unit,
     module = random_module(lambda: ResNet(chosen, rngs=nnx.Rngs(0)))
     graph, params, stats = nnx.split(module, nnx.Param, nnx.BatchStat)
     # Negative scales too: with those, activation and max pooling do not commute.
-    params["bn1"]["scale"].set_value(params["bn1"]["scale"].get_value().at[::2].multiply(-1))
+    scale = params["stem"][0]["bn"]["scale"]
+    scale.set_value(scale.get_value().at[::2].multiply(-1))
     rng = np.random.default_rng(1)
     images = rng.normal(size=(2, 41, 33, 3))
-    shape = (2, -(-41 // output_stride), -(-33 // output_stride), module.out_channels)
+    channels = module.features["layer4"].channels
+    shape = (2, -(-41 // output_stride), -(-33 // output_stride), channels)
     cotangent = rng.normal(size=shape)
     inference, features, moved, (gradients, images_gradient) = ours(
         graph, params, stats, images, cotangent
@@ -138,7 +141,7 @@ def test_forward_gradients_and_statistics_are_the_papers(x64, monkeypatch, unit,
     arrays = {name: as_torch(name, array) for name, array in (flat(params) | flat(stats)).items()}
     weights = {name: arrays[name].requires_grad_() for name in flat(params)}
     x = torch.tensor(images.transpose(0, 3, 1, 2)).requires_grad_()
-    bottleneck = unit is BottleneckUnit
+    bottleneck = block is Bottleneck
     with torch.no_grad():
         expected = Reference(arrays, train=False)(x, output_stride, bottleneck)
     assert_close(inference, expected)

@@ -1,97 +1,65 @@
-"""Atrous convolution: one function, several exact implementations, chosen per platform."""
+"""Atrous convolution: one function with several exact implementations, chosen per platform."""
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import export, lax
 from jaxtyping import Array, Float
 
-from deeplab_jax.models.operations import Size
-
+# Pixels: an int, or an expression of jax.export in a program that is traced for any size.
+Size = Any
 Method = Callable[..., Float[Array, "n ho wo cout"]]
-
-# Of depthwise convolutions, and of all others.
-_forced: contextvars.ContextVar[tuple[str | None, str | None]] = contextvars.ContextVar(
-    "methods", default=(None, None)
-)
-
-
-@contextlib.contextmanager
-def using(method: str | None, *, depthwise: bool = True) -> Iterator[None]:
-    """What is traced within takes this implementation everywhere: to compare, or to export.
-
-    Args:
-      method: a name in `METHODS`, or None: what is fastest on the platform.
-      depthwise: whether that holds for depthwise convolutions too.
-    """
-    if method is not None and method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    token = _forced.set((method if depthwise else None, method))
-    try:
-        yield
-    finally:
-        _forced.reset(token)
-
-
-def forced(methods: Collection[str], *, depthwise: bool = False) -> str | None:
-    """The implementation that `using` asks for, of depthwise convolutions or of all others.
-
-    Args:
-      methods: those that there are; None if it is none of them.
-      depthwise: of which of the two.
-    """
-    of_depthwise, of_others = _forced.get()
-    method = of_depthwise if depthwise else of_others
-    return method if method in methods else None
 
 
 def atrous_conv(
     x: Float[Array, "n h w cin"],
     kernel: Float[Array, "k kw cin_per_group cout"],
     *,
-    stride: int = 1,
-    rate: int = 1,
+    strides: int = 1,
+    kernel_dilation: int = 1,
     method: str | None = None,
 ) -> Float[Array, "n ho wo cout"]:
-    """Convolution whose taps lie `rate` pixels apart: y[i] = sum_k x[stride i + rate k] w[k].
+    """Convolves with taps `rate = kernel_dilation` pixels apart: y[i] = sum_k x[i + rate k] w[k].
 
-    Zeros are padded symmetrically by `rate * (k - 1) / 2`, as torch does, so that the output has
-    `ceil(h / stride)` rows whatever the rate. The groups are `x`'s channels over the kernel's.
+    Pads `rate * (k - 1) / 2` zeros on every side, as torch does, so that the output has
+    `ceil(h / strides)` rows at any rate. The number of groups is `x`'s channels divided by the
+    kernel's.
 
     Args:
       x: features.
       kernel: of an odd side `k`, and `kw = k`.
-      stride: pixels between the outputs' centres.
-      rate: pixels between the taps; may be larger than the map.
-      method: a name in `METHODS`, or None: what is fastest on the platform that this is compiled
-        for (which need not be the one that compiles it).
+      strides: pixels between the outputs' centres.
+      kernel_dilation: pixels between the taps; may be larger than the map.
+      method: a name in `METHODS`. Defaults to the fastest one for the target platform.
 
     Raises:
       ValueError: the kernel's side is even, not the same in both directions, or its channels do
-        not divide those of `x`; or `stride` or `rate` is below 1.
+        not divide those of `x`; or `strides` or `kernel_dilation` is below 1.
 
     Source: arXiv 1706.05587, equation 1.
     """
-    _check(x.shape, kernel.shape, stride, rate)
-    method = method or forced(METHODS)
+    _check(x.shape, kernel.shape, strides, kernel_dilation)
     if method is not None:
-        return METHODS[method](x, kernel, stride=stride, rate=rate)
-    native = functools.partial(_native, stride=stride, rate=rate)
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        return METHODS[method](x, kernel, strides=strides, kernel_dilation=kernel_dilation)
+    native = functools.partial(_native, strides=strides, kernel_dilation=kernel_dilation)
     chosen: dict[str, Callable[..., Array]] = {}
-    if _is_product(x.shape, kernel.shape, stride):
-        chosen["cpu"] = functools.partial(_valid_taps, stride=stride, rate=rate)
-    elif stride == 1 and rate > 1 and not _any_size(x.shape):
-        if _taps_win_on_cpu(x.shape, kernel.shape, rate):
-            chosen["cpu"] = functools.partial(_on_cpu, rate=rate)
-        chosen["cuda"] = functools.partial(_on_cuda, rate=rate)
+    if _is_product(x.shape, kernel.shape, strides):
+        chosen["cpu"] = functools.partial(
+            _valid_taps, strides=strides, kernel_dilation=kernel_dilation
+        )
+    elif strides == 1 and kernel_dilation > 1 and not _any_size(x.shape):
+        if _taps_win_on_cpu(x.shape, kernel.shape, kernel_dilation):
+            chosen["cpu"] = functools.partial(_on_cpu, kernel_dilation=kernel_dilation)
+        chosen["cuda"] = functools.partial(_on_cuda, kernel_dilation=kernel_dilation)
     if not chosen:
         return native(x, kernel)
     return lax.platform_dependent(x, kernel, **chosen, default=native)
@@ -100,11 +68,11 @@ def atrous_conv(
 def unless_differentiated(
     inference: Callable[..., Array], training: Callable[..., Array]
 ) -> Callable[..., Array]:
-    """A function of arrays that is computed one way alone, and another way where its gradient is.
+    """Returns a function that runs `inference`, or `training` when it is differentiated.
 
     Args:
-      inference: how it is computed where no gradient is wanted.
-      training: the same function, up to rounding; differentiated.
+      inference: the function without a gradient.
+      training: the same function up to rounding; its gradient is taken.
     """
 
     @jax.custom_vjp
@@ -117,53 +85,55 @@ def unless_differentiated(
     return function
 
 
-def valid_share(size: int, kernel_size: int, *, stride: int = 1, rate: int = 1) -> float:
+def valid_share(
+    size: int, kernel_size: int, *, strides: int = 1, kernel_dilation: int = 1
+) -> float:
     """Share of the taps along one axis that fall on the map and not into its padding, 0..1."""
-    spans = [_span(size, offset, stride) for offset in _offsets(kernel_size, rate)]
-    return sum(stop - start for start, stop in spans) / (kernel_size * -(-size // stride))
+    spans = [_span(size, offset, strides) for offset in _offsets(kernel_size, kernel_dilation)]
+    return sum(stop - start for start, stop in spans) / (kernel_size * -(-size // strides))
 
 
-def _native(x: Array, kernel: Array, *, stride: int, rate: int) -> Array:
-    padding = rate * (kernel.shape[0] - 1) // 2
+def _native(x: Array, kernel: Array, *, strides: int, kernel_dilation: int) -> Array:
+    padding = kernel_dilation * (kernel.shape[0] - 1) // 2
     return lax.conv_general_dilated(
         x,
         kernel,
-        window_strides=(stride, stride),
+        window_strides=(strides, strides),
         padding=[(padding, padding)] * 2,
-        rhs_dilation=(rate, rate),
+        rhs_dilation=(kernel_dilation, kernel_dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[3] // kernel.shape[2],
     )
 
 
-def _valid_taps(x: Array, kernel: Array, *, stride: int, rate: int) -> Array:
+def _valid_taps(x: Array, kernel: Array, *, strides: int, kernel_dilation: int) -> Array:
     """One matrix product a tap, over the window where the tap falls on the map; nothing else."""
     _, height, width, _ = x.shape
     centre = kernel.shape[0] // 2
     # The centre's tap is valid everywhere, so it starts the sum; of a 1x1 kernel it is all.
-    out = _product(x[:, ::stride, ::stride], kernel[centre, centre])
-    for row, dy in enumerate(_offsets(kernel.shape[0], rate)):
-        for column, dx in enumerate(_offsets(kernel.shape[1], rate)):
+    out = _product(x[:, ::strides, ::strides], kernel[centre, centre])
+    for row, dy in enumerate(_offsets(kernel.shape[0], kernel_dilation)):
+        for column, dx in enumerate(_offsets(kernel.shape[1], kernel_dilation)):
             if (dy, dx) == (0, 0):
                 continue
-            (top, bottom), (left, right) = _span(height, dy, stride), _span(width, dx, stride)
+            (top, bottom), (left, right) = _span(height, dy, strides), _span(width, dx, strides)
             if top == bottom or left == right:
                 continue
-            rows = slice(top * stride + dy, (bottom - 1) * stride + dy + 1, stride)
-            columns = slice(left * stride + dx, (right - 1) * stride + dx + 1, stride)
+            rows = slice(top * strides + dy, (bottom - 1) * strides + dy + 1, strides)
+            columns = slice(left * strides + dx, (right - 1) * strides + dx + 1, strides)
             product = _product(x[:, rows, columns], kernel[row, column])
             out = out.at[:, top:bottom, left:right].add(product)
     return out.astype(x.dtype)
 
 
-def _valid_blocks(x: Array, kernel: Array, *, stride: int, rate: int) -> Array:
+def _valid_blocks(x: Array, kernel: Array, *, strides: int, kernel_dilation: int) -> Array:
     """The same products by blocks of the map, so that its pixels are copied once.
 
     The windows of `_valid_taps` overlap; blocks between all their edges do not. A block's products
     with the taps that are valid on all of it are added where these taps lay it.
     """
     _, height, width, _ = x.shape
-    offsets = _offsets(kernel.shape[0], rate)
+    offsets = _offsets(kernel.shape[0], kernel_dilation)
     centre = kernel.shape[0] // 2
     out = _product(x, kernel[centre, centre])
     for (top, bottom), rows in _blocks(height, offsets):
@@ -175,7 +145,7 @@ def _valid_blocks(x: Array, kernel: Array, *, stride: int, rate: int) -> Array:
                 dy, dx = offsets[row], offsets[column]
                 where = (slice(top - dy, bottom - dy), slice(left - dx, right - dx))
                 out = out.at[:, *where].add(_product(block, kernel[row, column]))
-    return out[:, ::stride, ::stride].astype(x.dtype)
+    return out[:, ::strides, ::strides].astype(x.dtype)
 
 
 def _product(x: Array, weights: Array) -> Array:
@@ -190,18 +160,18 @@ def _product(x: Array, weights: Array) -> Array:
     return product.reshape(n, height, width, weights.shape[1])
 
 
-def _phases(x: Array, kernel: Array, *, stride: int, rate: int) -> Array:
-    """Space to batch: rows and columns `rate` apart are maps of their own, convolved at rate 1.
+def _phases(x: Array, kernel: Array, *, strides: int, kernel_dilation: int) -> Array:
+    """Space to batch: every rate-th row and column is a map of its own, convolved at rate 1.
 
-    The map is padded with zeros to a multiple of the rate, where taps would read zeros anyway.
-    Along an axis no longer than the rate the centre's tap alone falls on the map.
+    Pads the map with zeros to a multiple of the rate, where taps would read zeros anyway. Along an
+    axis no longer than the rate only the centre's tap falls on the map.
     """
     n, height, width, channels = x.shape
-    rows, columns = (rate if rate < size else 1 for size in (height, width))
+    rows, columns = (kernel_dilation if kernel_dilation < size else 1 for size in (height, width))
     centre = kernel.shape[0] // 2
-    if rows == 1 < rate:
+    if rows == 1 < kernel_dilation:
         kernel = kernel[centre : centre + 1]
-    if columns == 1 < rate:
+    if columns == 1 < kernel_dilation:
         kernel = kernel[:, centre : centre + 1]
     tall, wide = -(-height // rows), -(-width // columns)
     x = jnp.pad(x, ((0, 0), (0, tall * rows - height), (0, wide * columns - width), (0, 0)))
@@ -215,7 +185,7 @@ def _phases(x: Array, kernel: Array, *, stride: int, rate: int) -> Array:
         feature_group_count=channels // kernel.shape[2],
     )
     y = y.reshape(n, rows, columns, tall, wide, -1).transpose(0, 3, 1, 4, 2, 5)
-    return y.reshape(n, tall * rows, wide * columns, -1)[:, :height:stride, :width:stride]
+    return y.reshape(n, tall * rows, wide * columns, -1)[:, :height:strides, :width:strides]
 
 
 METHODS: dict[str, Method] = {
@@ -227,7 +197,7 @@ METHODS: dict[str, Method] = {
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _on_cuda(x: Array, kernel: Array, rate: int) -> Array:
+def _on_cuda(x: Array, kernel: Array, kernel_dilation: int) -> Array:
     """cuDNN's convolution of the whole map, or of its phases, and always the phases' gradient.
 
     Measured on one H100, bfloat16, milliseconds of native / phases (cuDNN through PyTorch);
@@ -245,28 +215,33 @@ def _on_cuda(x: Array, kernel: Array, rate: int) -> Array:
     | 3x3, 2048 -> 256, 32x65x65, rate 24    | 2.69 / 2.33 (2.75)  | 7.54 / 5.11 (6.21)  |
     | 3x3, 2048 -> 256, 32x65x65, rate 36    | 2.59 / 1.44 (2.68)  | 7.51 / 4.72 (6.08)  |
     """
-    method = _phases if rate > 6 else _native
-    return method(x, kernel, stride=1, rate=rate)
+    method = _phases if kernel_dilation > 6 else _native
+    return method(x, kernel, strides=1, kernel_dilation=kernel_dilation)
 
 
-def _on_cuda_forward(x: Array, kernel: Array, rate: int) -> tuple[Array, tuple[Array, Array]]:
-    return _on_cuda(x, kernel, rate), (x, kernel)
+def _on_cuda_forward(
+    x: Array, kernel: Array, kernel_dilation: int
+) -> tuple[Array, tuple[Array, Array]]:
+    return _on_cuda(x, kernel, kernel_dilation), (x, kernel)
 
 
 def _on_cuda_backward(
-    rate: int, inputs: tuple[Array, Array], cotangent: Array
+    kernel_dilation: int, inputs: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, Array]:
-    _, gradient = jax.vjp(functools.partial(_phases, stride=1, rate=rate), *inputs)
+    _, gradient = jax.vjp(
+        functools.partial(_phases, strides=1, kernel_dilation=kernel_dilation), *inputs
+    )
     return gradient(cotangent)
 
 
 _on_cuda.defvjp(_on_cuda_forward, _on_cuda_backward)
 
 
-def _on_cpu(x: Array, kernel: Array, *, rate: int) -> Array:
+def _on_cpu(x: Array, kernel: Array, *, kernel_dilation: int) -> Array:
     """Products over valid taps: by blocks, or where gradients are wanted by whole windows.
 
-    Not of inference where XLA calls oneDNN: see `compilation.jit_inference`.
+    Inference leaves these convolutions to oneDNN where XLA has it: see
+    `compilation.jit_inference`.
 
     Measured on two cores, float32, milliseconds of native / taps / blocks (oneDNN through PyTorch);
     `benchmarks/atrous_methods.py` measures such rows again, gradients apart from the forward pass:
@@ -284,31 +259,40 @@ def _on_cpu(x: Array, kernel: Array, *, rate: int) -> Array:
     | 3x3, 2048 -> 256, 1x65x65, rate 24   | 0.57  | 287 / 105 / 79 (67)  | 742 / 301 / 364 (304)  |
     | 3x3, 2048 -> 256, 1x65x65, rate 36   | 0.40  | 396 / 68 / 64 (51)   | 872 / 209 / 224 (397)  |
     """
-    method = _valid_blocks if _valid(x.shape, kernel.shape, rate) <= 0.8 else _native
+    method = _valid_blocks if _valid(x.shape, kernel.shape, kernel_dilation) <= 0.8 else _native
     inference, training = (
-        functools.partial(each, stride=1, rate=rate) for each in (method, _valid_taps)
+        functools.partial(each, strides=1, kernel_dilation=kernel_dilation)
+        for each in (method, _valid_taps)
     )
     return unless_differentiated(inference, training)(x, kernel)
 
 
-def _taps_win_on_cpu(x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], rate: int) -> bool:
+def _taps_win_on_cpu(
+    x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], kernel_dilation: int
+) -> bool:
     """Whether enough of the work falls into the padding for `_on_cpu` to gain, by its table."""
     _, _, kernel_channels, _ = kernel_shape
     grouped = kernel_channels != x_shape[3]
-    return not grouped and kernel_channels >= 64 and _valid(x_shape, kernel_shape, rate) <= 0.85
+    return (
+        not grouped
+        and kernel_channels >= 64
+        and _valid(x_shape, kernel_shape, kernel_dilation) <= 0.85
+    )
 
 
-def _valid(x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], rate: int) -> float:
+def _valid(x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], kernel_dilation: int) -> float:
     """Share of the taps that fall on the map, 0..1."""
-    return math.prod(valid_share(size, kernel_shape[0], rate=rate) for size in x_shape[1:3])
+    return math.prod(
+        valid_share(size, kernel_shape[0], kernel_dilation=kernel_dilation) for size in x_shape[1:3]
+    )
 
 
-def _is_product(x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], stride: int) -> bool:
+def _is_product(x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], strides: int) -> bool:
     """Whether it is one matrix product, which on CPU is 1.7 to 2.9 times as fast with gradients."""
     side, _, kernel_channels, _ = kernel_shape
     if side > 1 or kernel_channels != x_shape[3]:
         return False
-    return stride == 1 or not _any_size(x_shape)  # else JAX cannot tell that the sizes agree
+    return strides == 1 or not _any_size(x_shape)  # else JAX cannot tell that the sizes agree
 
 
 def _any_size(x_shape: tuple[Size, ...]) -> bool:
@@ -316,15 +300,15 @@ def _any_size(x_shape: tuple[Size, ...]) -> bool:
     return any(map(export.is_symbolic_dim, x_shape[1:3]))
 
 
-def _offsets(kernel_size: int, rate: int) -> list[int]:
+def _offsets(kernel_size: int, kernel_dilation: int) -> list[int]:
     """Of each tap from the centre's, in pixels."""
-    return [rate * (index - kernel_size // 2) for index in range(kernel_size)]
+    return [kernel_dilation * (index - kernel_size // 2) for index in range(kernel_size)]
 
 
-def _span(size: int, offset: int, stride: int) -> tuple[int, int]:
+def _span(size: int, offset: int, strides: int) -> tuple[int, int]:
     """First output whose tap at `offset` falls on a map of `size`, and one past the last."""
-    start = max(0, -(offset // stride))
-    stop = min((size - 1 - offset) // stride + 1, -(-size // stride))
+    start = max(0, -(offset // strides))
+    stop = min((size - 1 - offset) // strides + 1, -(-size // strides))
     return (start, stop) if start < stop else (0, 0)
 
 
@@ -342,7 +326,7 @@ def _blocks(size: int, offsets: list[int]) -> list[tuple[tuple[int, int], list[i
 
 
 def _check(
-    x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], stride: int, rate: int
+    x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], strides: int, kernel_dilation: int
 ) -> None:
     side, other_side, kernel_channels, _ = kernel_shape
     if side != other_side or side % 2 == 0:
@@ -351,5 +335,7 @@ def _check(
         raise ValueError(
             f"kernel's {kernel_channels} input channels must divide the {x_shape[3]} of x"
         )
-    if stride < 1 or rate < 1:
-        raise ValueError(f"stride and rate must be 1 or more, got {stride} and {rate}")
+    if strides < 1 or kernel_dilation < 1:
+        raise ValueError(
+            f"strides and kernel_dilation must be 1 or more, got {strides} and {kernel_dilation}"
+        )

@@ -7,7 +7,8 @@ import pytest
 import torch
 from flax import nnx
 
-from deeplab_jax.models.depthwise import METHODS, DepthwiseConv, depthwise_conv
+from deeplab_jax.models.layers import Conv
+from deeplab_jax.models.ops.depthwise_conv import METHODS, depthwise_conv
 
 
 def torch_depthwise(x, kernel, stride, rate):
@@ -43,7 +44,7 @@ def test_equals_torch_with_gradients(x64, method, height, width, kernel_size, st
     (expected * torch.tensor(weights.transpose(0, 3, 1, 2))).sum().backward()
 
     def loss(x, kernel):
-        y = depthwise_conv(x, kernel, stride=stride, rate=rate, method=method)
+        y = depthwise_conv(x, kernel, strides=stride, kernel_dilation=rate, method=method)
         return (y * weights).sum(), y
 
     (of_x, of_kernel), y = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x, kernel)
@@ -65,14 +66,16 @@ def test_bfloat16_is_rounded_once(method):
 
 def test_each_platform_gets_its_own():
     x, kernel = jnp.ones((1, 9, 9, 4)), jnp.ones((3, 3, 1, 4))
-    traced = jax.jit(lambda x, kernel: depthwise_conv(x, kernel, rate=2)).trace(x, kernel)
+    traced = jax.jit(lambda x, kernel: depthwise_conv(x, kernel, kernel_dilation=2)).trace(
+        x, kernel
+    )
     for platform, convolutions in {"cpu": 0, "cuda": 1, "tpu": 1}.items():
         program = traced.lower(lowering_platforms=(platform,)).as_text()
         assert program.count("stablehlo.convolution") == convolutions, platform
 
 
 def test_module():
-    conv = DepthwiseConv(4, 4, 3, stride=2, rate=2, groups=4, rngs=nnx.Rngs(0))
+    conv = Conv(4, 4, 3, strides=2, kernel_dilation=2, feature_group_count=4, rngs=nnx.Rngs(0))
     assert conv.kernel.shape == (3, 3, 1, 4)
     x = np.random.default_rng(0).normal(size=(1, 8, 9, 4)).astype(np.float32)
     expected, *_ = torch_depthwise(x, np.asarray(conv.kernel[...]), 2, 2)

@@ -1,4 +1,4 @@
-"""Depthwise convolution: one kernel a channel, in two exact implementations, chosen per platform.
+"""Depthwise convolution, one kernel a channel: two exact implementations, chosen per platform.
 
 XLA:CPU has no fast path for as many groups as channels; a sum of shifted products, which it fuses
 into one loop, is many times faster there. Milliseconds, two cores, float32, one image:
@@ -20,57 +20,54 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from deeplab_jax.models.atrous import Method, atrous_conv, forced
-from deeplab_jax.models.layers import Conv
+from deeplab_jax.models.ops.atrous_conv import Method, atrous_conv
 
 
 def depthwise_conv(
     x: Float[Array, "n h w c"],
     kernel: Float[Array, "k kw cin_per_group cout"],
     *,
-    stride: int = 1,
-    rate: int = 1,
+    strides: int = 1,
+    kernel_dilation: int = 1,
     method: str | None = None,
 ) -> Float[Array, "n ho wo c"]:
-    """What `atrous_conv` gives for as many groups as channels.
+    """Computes `atrous_conv` with as many groups as channels.
 
     Args:
       x: features.
       kernel: of an odd side `k`.
-      stride: pixels between the outputs' centres.
-      rate: pixels between the taps; may be larger than the map.
-      method: a name in `METHODS`, or None: what is fastest on the platform that this is compiled
-        for.
+      strides: pixels between the outputs' centres.
+      kernel_dilation: pixels between the taps; may be larger than the map.
+      method: a name in `METHODS`. Defaults to the fastest one for the target platform.
 
     Raises:
       ValueError: the kernel is not one a channel, or is none that `atrous_conv` takes.
     """
     if kernel.shape[2:] != (1, x.shape[3]):
         raise ValueError(f"kernel must be [k, k, 1, {x.shape[3]}], got {list(kernel.shape)}")
-    method = method or forced(METHODS, depthwise=True)
     if method is not None:
-        return METHODS[method](x, kernel, stride=stride, rate=rate)
+        return METHODS[method](x, kernel, strides=strides, kernel_dilation=kernel_dilation)
     native, products = (
-        functools.partial(METHODS[name], stride=stride, rate=rate)
+        functools.partial(METHODS[name], strides=strides, kernel_dilation=kernel_dilation)
         for name in ("native", "products")
     )
     return lax.platform_dependent(x, kernel, cpu=products, default=native)
 
 
-def _products(x: Array, kernel: Array, *, stride: int, rate: int) -> Array:
+def _products(x: Array, kernel: Array, *, strides: int, kernel_dilation: int) -> Array:
     """The sum over the taps of the shifted map times the tap's weights."""
     _, height, width, _ = x.shape
     side = kernel.shape[0]
-    padding = rate * (side // 2)
+    padding = kernel_dilation * (side // 2)
     accumulator = jnp.promote_types(x.dtype, jnp.float32)
     around = (padding, padding)
     padded = jnp.pad(x, ((0, 0), around, around, (0, 0))).astype(accumulator)
     # Up to the last centre exactly: of a size left open JAX sees no other to be the convolution's.
-    rows, columns = ((size - 1) // stride * stride + 1 for size in (height, width))
+    rows, columns = ((size - 1) // strides * strides + 1 for size in (height, width))
     windows = (
-        padded[:, top : top + rows : stride, left : left + columns : stride]
-        for top in range(0, side * rate, rate)
-        for left in range(0, side * rate, rate)
+        padded[:, top : top + rows : strides, left : left + columns : strides]
+        for top in range(0, side * kernel_dilation, kernel_dilation)
+        for left in range(0, side * kernel_dilation, kernel_dilation)
     )
     weights = kernel.astype(accumulator).reshape(side * side, -1)
     out = functools.reduce(jnp.add, (window * weights[tap] for tap, window in enumerate(windows)))
@@ -81,10 +78,3 @@ METHODS: dict[str, Method] = {
     "native": functools.partial(atrous_conv, method="native"),
     "products": _products,
 }
-
-
-class DepthwiseConv(Conv):
-    """A `Conv` without bias whose groups are its channels, and whose kernel is `[k, k, 1, c]`."""
-
-    def convolve(self, x: Array, kernel: Array) -> Array:
-        return depthwise_conv(x, kernel, stride=self.stride, rate=self.rate)

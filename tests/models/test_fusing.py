@@ -19,7 +19,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_folded_logits_are_the_same(x64, variant):
+def test_fused_logits_are_the_same(x64, variant):
     name, options = VARIANTS[variant]
     chosen = architecture(name, num_classes=3, dtype="float64", **{"width": 0.125} | options)
     model = FunctionalModel(chosen)
@@ -28,52 +28,53 @@ def test_folded_logits_are_the_same(x64, variant):
 
     @jax.jit
     def both(variables, images):
-        return [model.apply(v, images) for v in (variables, model.fold(variables))]
+        return model.apply(variables, images), model.fused.apply(model.fuse(variables), images)
 
-    (plain, kept), (folded, _) = both(variables, images)
+    (plain, kept), (fused, _) = both(variables, images)
     for head in plain:
         scale = jnp.abs(plain[head]).max()
-        np.testing.assert_allclose(folded[head], plain[head], atol=1e-12 * float(scale))
+        np.testing.assert_allclose(fused[head], plain[head], atol=1e-12 * float(scale))
     # That the statistics have their part in it is seen by changing them.
     moved = variables._replace(batch_stats={n: v * 2 for n, v in kept.items()})
-    assert not np.allclose(both(moved, images)[1][0]["out"], folded["out"], atol=1e-6)
+    assert not np.allclose(both(moved, images)[1][0]["out"], fused["out"], atol=1e-6)
 
 
-def test_folding_leaves_no_normalisation_in_the_program():
+def test_fusing_leaves_no_normalisation_in_the_program():
     model = FunctionalModel(architecture("paper_resnet18", num_classes=3, width=0.125))
     images = jax.ShapeDtypeStruct((2, 33, 33, 3), jnp.float32)
 
-    def multiplications_of_maps(variables):
+    def multiplications_of_maps(model):
         jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x)[0])
-        equations = jaxpr(variables, images).eqns
+        equations = jaxpr(model.abstract, images).eqns
         shapes = [e.outvars[0].aval.shape for e in equations if e.primitive.name == "mul"]
         return sum(len(shape) == 4 and shape[0] == 2 for shape in shapes)
 
-    assert multiplications_of_maps(model.abstract) > 20
-    assert multiplications_of_maps(jax.eval_shape(model.fold, model.abstract)) == 0
+    assert multiplications_of_maps(model) > 20
+    assert multiplications_of_maps(model.fused) == 0
+    assert model.fused.abstract == jax.eval_shape(model.fuse, model.abstract)
 
 
-def test_folding_keeps_the_kind_of_arrays():
+def test_fusing_keeps_the_kind_of_arrays():
     """NumPy's on the host stay there, and JAX's on their device."""
     model = FunctionalModel(architecture("paper_resnet18", num_classes=3, width=0.125))
     variables = random_variables(model)
-    on_host = model.fold(jax.device_get(variables))
+    on_host = model.fuse(jax.device_get(variables))
     for expected, found in zip(
-        jax.tree.leaves(model.fold(variables)), jax.tree.leaves(on_host), strict=True
+        jax.tree.leaves(model.fuse(variables)), jax.tree.leaves(on_host), strict=True
     ):
         assert type(found) is np.ndarray
         assert found.dtype == expected.dtype == np.float32
         assert isinstance(expected, jax.Array)
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
-    assert model.fold(on_host) is on_host
+    assert model.fused.fuse(on_host) is on_host
 
 
-def test_folded_variables_are_not_trained():
+def test_a_fused_model_is_not_trained():
     """The batch's statistics are known only when the convolution is done."""
     model = FunctionalModel(architecture("paper_resnet18", num_classes=3, width=0.125, dropout=0))
-    folded = model.fold(random_variables(model))
-    with pytest.raises(ValueError, match="train those that were folded"):
-        model.apply(folded, jnp.zeros((2, 33, 33, 3)), train=True)
+    fused = model.fuse(random_variables(model))
+    with pytest.raises(ValueError, match="is for inference: train the original"):
+        model.fused.apply(fused, jnp.zeros((2, 33, 33, 3)), train=True)
 
 
 @pytest.mark.parametrize("decoder", ["bilinear", "transposed"])

@@ -1,4 +1,4 @@
-"""ResNet: rates against hand-made tables, units against torch, the a trous identity."""
+"""ResNet: rates against hand-made tables, blocks against torch, the a trous identity."""
 
 import jax
 import jax.numpy as jnp
@@ -7,18 +7,21 @@ import pytest
 import torch
 from flax import nnx
 
-from deeplab_jax.models import resnet
-from deeplab_jax.models.atrous import using
+from deeplab_jax.models.architecture import architecture
+from deeplab_jax.models.backbones.resnet import BasicBlock, BlockSpec, Bottleneck, ResNet
 from deeplab_jax.models.convolutions import convolutions
-from deeplab_jax.models.deeplab import architecture
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.models.layers import LayerMaker, recompute
-from deeplab_jax.models.resnet import BasicUnit, BottleneckUnit, ResNet, UnitPlan
-from random_modules import random_module
+from deeplab_jax.models.layers import batch_norm
+from random_modules import abstract_module, random_module
 
 
 def make_resnet(ours):
     return random_module(lambda: ResNet(ours, rngs=nnx.Rngs(0)))
+
+
+def make_block(block_type, spec, ours):
+    norm = batch_norm(ours.dtype, momentum=0.9, epsilon=1e-5)
+    return random_module(lambda: block_type(spec, ours, norm=norm, rngs=nnx.Rngs(0)))
 
 
 def small(depth=18, family="paper", **overrides):
@@ -28,7 +31,7 @@ def small(depth=18, family="paper", **overrides):
 # --- Strides and rates -------------------------------------------------------------------------
 
 # (stride, rate) of each 3x3 convolution of layer3 and layer4, written out by hand.
-# ResNet-50: one a unit, 6 and 3 units.
+# ResNet-50: one a block, 6 and 3 blocks.
 S2, R1, R2, R4 = (2, 1), (1, 1), (1, 2), (1, 4)
 BOTTLENECK = {
     ("paper", 32, (1, 1, 1)): ([S2, *[R1] * 5], [S2, R1, R1]),
@@ -44,7 +47,7 @@ BOTTLENECK = {
     ("torchvision", 8, (1, 1, 1)): ([R1, *[R2] * 5], [R2, R4, R4]),
     ("torchvision", 8, (1, 2, 4)): ([R1, *[R2] * 5], [R2, (1, 8), (1, 16)]),
 }
-# ResNet-18: two a unit, 2 and 2 units; the multi-grid's last entry finds no unit.
+# ResNet-18: two a block, 2 and 2 blocks; the multi-grid's last entry finds no block.
 BASIC = {
     ("paper", 32, (1, 2, 4)): ([S2, R1, R1, R1], [S2, R1, R2, R2]),
     ("paper", 16, (1, 1, 1)): ([S2, R1, R1, R1], [R2, R2, R2, R2]),
@@ -76,21 +79,24 @@ def test_effective_rates(depth, rule, output_stride, multi_grid, layer3, layer4)
 
 def test_rates_and_strides_outside_the_last_stages():
     rates = {conv.name: conv for conv in convolutions(FunctionalModel(small(50, output_stride=8)))}
-    assert (rates["backbone.conv1"].kernel_size, rates["backbone.conv1"].stride) == (7, 2)
+    stem = rates["backbone.stem.0.conv"]
+    assert (stem.kernel_size, stem.stride) == (7, 2)
     strided = {name for name, conv in rates.items() if conv.stride > 1}
     assert strided == {
-        "backbone.conv1",
+        "backbone.stem.0.conv",
         "backbone.layer2.0.conv2",
-        "backbone.layer2.0.downsample.0",
+        "backbone.layer2.0.downsample.conv",
     }
     atrous = {name: conv.rate for name, conv in rates.items() if conv.rate > 1}
     heads = {name: rate for name, rate in atrous.items() if not name.startswith("backbone")}
-    assert heads == {f"classifier.0.convs.{i}.0": rate for i, rate in enumerate((12, 24, 36), 1)}
+    assert heads == {
+        f"classifier.aspp.branches.{i}.conv": rate for i, rate in enumerate((12, 24, 36), 1)
+    }
     assert not any("layer1" in name or "layer2" in name for name in atrous)
     assert all(rates[name].kernel_size == 3 for name in atrous)
 
 
-def test_multi_grid_starts_over_where_there_are_more_units():
+def test_multi_grid_starts_over_where_there_are_more_blocks():
     assert stage_rates(small(50, multi_grid=(1, 3)), "layer4") == [(1, 2), (1, 6), (1, 2)]
 
 
@@ -100,12 +106,12 @@ def test_place_of_the_stride(place):
     strided = [
         c.name for c in convolutions(FunctionalModel(ours)) if c.stride > 1 and "layer" in c.name
     ]
-    expected = [f"backbone.layer{i}.0.{p}" for i in (2, 3, 4) for p in (place, "downsample.0")]
+    expected = [f"backbone.layer{i}.0.{p}" for i in (2, 3, 4) for p in (place, "downsample.conv")]
     assert sorted(strided) == sorted(expected)
 
 
 def apply(ours, params, stats, images):
-    graph = nnx.split(nnx.eval_shape(lambda: ResNet(ours, rngs=nnx.Rngs(0))), nnx.Param, ...)[0]
+    graph = nnx.split(abstract_module(lambda: ResNet(ours, rngs=nnx.Rngs(0))), nnx.Param, ...)[0]
     return jax.jit(lambda p, s, x: nnx.merge(graph, p, s)(x))(params, stats, images)
 
 
@@ -154,7 +160,7 @@ def test_parameter_counts_are_the_published_ones_without_the_classifier(depth, m
     ours = architecture(f"paper_resnet{depth}", num_classes=2)
     model = nnx.eval_shape(lambda: ResNet(ours, rngs=nnx.Rngs(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    classifier = model.out_channels * 1000 + 1000
+    classifier = model.features[model.out_feature].channels * 1000 + 1000
     assert (count + classifier) / 1e6 == pytest.approx(millions, abs=0.006)
 
 
@@ -166,14 +172,15 @@ def test_width_scales_every_number_of_channels():
     assert shapes(half) == halved
 
 
-# --- Units and stems ---------------------------------------------------------------------------
+# --- Blocks and stems --------------------------------------------------------------------------
 
 
 def torch_conv(x, conv):
     kernel = torch.tensor(np.asarray(conv.kernel[...]).transpose(3, 2, 0, 1))
-    padding = conv.rate * (kernel.shape[2] - 1) // 2
+    rate = conv.kernel_dilation[0]
+    padding = rate * (kernel.shape[2] - 1) // 2
     return torch.nn.functional.conv2d(
-        x, kernel, stride=conv.stride, padding=padding, dilation=conv.rate
+        x, kernel, stride=conv.strides, padding=padding, dilation=rate
     )
 
 
@@ -185,46 +192,43 @@ def torch_norm(x, norm):
     return torch.nn.functional.batch_norm(x, mean, var, scale, bias, eps=norm.epsilon)
 
 
-def torch_post_unit(x, unit, num_convs):
+def torch_post_block(x, block, num_convs):
     y = x
     for i in range(1, num_convs + 1):
-        y = torch_norm(torch_conv(y, getattr(unit, f"conv{i}")), getattr(unit, f"bn{i}"))
+        y = torch_norm(torch_conv(y, getattr(block, f"conv{i}")), getattr(block, f"bn{i}"))
         if i < num_convs:
             y = y.relu()
-    if unit.downsample is not None:
-        x = torch_norm(torch_conv(x, unit.downsample[0]), unit.downsample[1])
+    if block.downsample is not None:
+        x = torch_norm(torch_conv(x, block.downsample.conv), block.downsample.bn)
     return (x + y).relu()
 
 
-def torch_pre_unit(x, unit, num_convs):
-    y = first = torch_norm(x, unit.bn1).relu()
-    y = torch_conv(y, unit.conv1)
+def torch_pre_block(x, block, num_convs):
+    y = first = torch_norm(x, block.bn1).relu()
+    y = torch_conv(y, block.conv1)
     for i in range(2, num_convs + 1):
-        y = torch_conv(torch_norm(y, getattr(unit, f"bn{i}")).relu(), getattr(unit, f"conv{i}"))
-    return y + (x if unit.downsample is None else torch_conv(first, unit.downsample[0]))
+        y = torch_conv(torch_norm(y, getattr(block, f"bn{i}")).relu(), getattr(block, f"conv{i}"))
+    return y + (x if block.downsample is None else torch_conv(first, block.downsample))
 
 
 @pytest.mark.parametrize(
-    ("residual", "reference"), [("post", torch_post_unit), ("pre", torch_pre_unit)]
+    ("residual", "reference"), [("post", torch_post_block), ("pre", torch_pre_block)]
 )
-@pytest.mark.parametrize(("unit_type", "num_convs"), [(BasicUnit, 2), (BottleneckUnit, 3)])
+@pytest.mark.parametrize(("block_type", "num_convs"), [(BasicBlock, 2), (Bottleneck, 3)])
 @pytest.mark.parametrize(
     ("stride", "entry_rate", "rate", "project"),
     [(1, 2, 2, False), (2, 1, 1, True), (1, 2, 4, True)],
 )
-def test_units_equal_torch(
-    x64, residual, reference, unit_type, num_convs, stride, entry_rate, rate, project
+def test_blocks_equal_torch(
+    x64, residual, reference, block_type, num_convs, stride, entry_rate, rate, project
 ):
-    in_channels = 12 if project else 4 * unit_type.expansion
-    plan = UnitPlan(in_channels, 4, stride, entry_rate, rate, project)
-    ours = small(residual=residual, dtype="float64")
-    unit = random_module(
-        lambda: unit_type(plan, ours, LayerMaker("float64", 0.9, 1e-5, nnx.Rngs(0)))
-    )
-    x = np.random.default_rng(0).normal(size=(2, 9, 7, in_channels))
-    expected = reference(torch.tensor(x.transpose(0, 3, 1, 2)), unit, num_convs)
+    in_features = 12 if project else 4 * block_type.expansion
+    spec = BlockSpec(in_features, 4, stride, entry_rate, rate, project)
+    block = make_block(block_type, spec, small(residual=residual, dtype="float64"))
+    x = np.random.default_rng(0).normal(size=(2, 9, 7, in_features))
+    expected = reference(torch.tensor(x.transpose(0, 3, 1, 2)), block, num_convs)
     np.testing.assert_allclose(
-        jax.jit(unit)(x), expected.numpy().transpose(0, 2, 3, 1), rtol=0, atol=1e-12
+        jax.jit(block)(x), expected.numpy().transpose(0, 2, 3, 1), rtol=0, atol=1e-12
     )
 
 
@@ -235,14 +239,12 @@ def test_stems_equal_torch(residual, stem):
     images = np.random.default_rng(0).normal(size=(1, 37, 30, 5)).astype(np.float32)
     x = torch.tensor(images.transpose(0, 3, 1, 2))
     if stem == "deep":
-        conv_a, bn_a, _, conv_b, bn_b, _, conv = backbone.conv1
-        assert [c.stride for c in (conv_a, conv_b, conv)] == [2, 1, 1]
-        assert [c.kernel.shape[0] for c in (conv_a, conv_b, conv)] == [3, 3, 3]
-        x = torch_norm(torch_conv(x, conv_a), bn_a).relu()
-        x = torch_norm(torch_conv(x, conv_b), bn_b).relu()
+        assert [layer.conv.strides for layer in backbone.stem] == [(2, 2), (1, 1), (1, 1)]
+        assert [layer.conv.kernel.shape[0] for layer in backbone.stem] == [3, 3, 3]
     else:
-        conv = backbone.conv1
-    x = torch_norm(torch_conv(x, conv), backbone.bn1).relu()
+        assert len(backbone.stem) == 1
+    for layer in backbone.stem:
+        x = torch_norm(torch_conv(x, layer.conv), layer.bn).relu()
     x = torch.nn.functional.max_pool2d(x, 3, stride=2, padding=1)
     features = nnx.eval_shape(lambda: backbone(jnp.asarray(images)))
     assert features["layer4"].shape[:3] == (1, 3, 2)
@@ -265,15 +267,12 @@ def test_pre_activation_ends_in_a_norm_and_relu():
 # --- Recomputation -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("update_bn", [True, False])
-def test_recomputing_a_unit_changes_neither_gradients_nor_running_statistics(x64, update_bn):
-    plan = UnitPlan(8, 4, 1, 1, 2, project=True)
-    unit = random_module(
-        lambda: BottleneckUnit(
-            plan, small(dtype="float64"), LayerMaker("float64", 0.9, 1e-5, nnx.Rngs(0))
-        )
-    )
-    graph, params, stats = nnx.split(unit, nnx.Param, nnx.BatchStat)
+@pytest.mark.parametrize("train", [True, False])
+def test_recomputing_a_block_changes_neither_gradients_nor_running_statistics(x64, train):
+    spec = BlockSpec(8, 4, 1, 1, 2, project=True)
+    block = make_block(Bottleneck, spec, small(dtype="float64"))
+    block.set_attributes(use_running_average=not train)
+    graph, params, stats = nnx.split(block, nnx.Param, nnx.BatchStat)
     x = np.random.default_rng(0).normal(size=(2, 7, 6, 8))
 
     def gradients(call):
@@ -283,22 +282,25 @@ def test_recomputing_a_unit_changes_neither_gradients_nor_running_statistics(x64
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
 
-    recomputed = gradients(lambda module, x: recompute(module, x, update_bn=update_bn))
-    plain = gradients(lambda module, x: module(x, update_bn=update_bn))
+    recomputed = gradients(nnx.remat(lambda module, x: module(x)))
+    plain = gradients(lambda module, x: module(x))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), recomputed, plain)
     moved = recomputed[0][1]["bn3"]["mean"].get_value()
-    assert np.array_equal(moved, unit.bn3.mean[...]) != update_bn
+    assert np.array_equal(moved, block.bn3.mean[...]) != train
 
 
-def test_remat_recomputes_each_unit_and_moves_the_same_statistics():
+def test_remat_recomputes_each_block_and_moves_the_same_statistics():
     backbone = make_resnet(small(18))
-    graph, state = nnx.split(backbone)
+    backbone.train()
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 33, 33, 3)), jnp.float32)
 
     def run(remat):
+        backbone.remat = remat
+        graph, state = nnx.split(backbone)
+
         def forward(state, x):
             module = nnx.merge(graph, state, copy=True)
-            return module(x, update_bn=True, remat=remat), nnx.state(module, nnx.BatchStat)
+            return module(x), nnx.state(module, nnx.BatchStat)
 
         names = [equation.primitive.name for equation in jax.make_jaxpr(forward)(state, x).eqns]
         return jax.jit(forward)(state, x), sum(name.startswith("remat") for name in names)
@@ -308,40 +310,3 @@ def test_remat_recomputes_each_unit_and_moves_the_same_statistics():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), recomputed, plain
     )
-
-
-@pytest.mark.parametrize(
-    ("platform", "gradient", "method", "once"),
-    [
-        ("cpu", False, None, True),
-        ("cpu", True, None, False),
-        ("cpu", False, "native", False),  # read by exporters and the partitioner
-        ("cuda", False, None, False),
-    ],
-)
-def test_the_sum_of_a_unit_is_computed_once_on_cpu(platform, gradient, method, once):
-    def total(shortcut, y, variance):
-        return resnet._activated_sum(shortcut, y, variance).sum()
-
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 3, 3, 2),) * 2 + ((),)]
-    function = jax.grad(total, argnums=(0, 1)) if gradient else total
-    with using(method):
-        traced = jax.jit(function).trace(*shapes)
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert (text.count("%arg2") > 1) == once  # whether the condition is read
-
-
-@pytest.mark.parametrize("variance", [0.0, float("nan")])
-def test_the_sum_of_a_unit_and_its_gradients(variance):
-    rng = np.random.default_rng(0)
-    shortcut, y, cotangent = jnp.asarray(rng.normal(size=(3, 1, 3, 3, 2)), jnp.float32)
-
-    def activated_sum(shortcut, y):
-        return resnet._activated_sum(shortcut, y, jnp.float32(variance))
-
-    expected = np.maximum(shortcut + y, 0)
-    np.testing.assert_array_equal(activated_sum(shortcut, y), expected)
-    value, gradient = jax.vjp(activated_sum, shortcut, y)
-    np.testing.assert_array_equal(value, expected)
-    for each in gradient(cotangent):
-        np.testing.assert_array_equal(each, np.where(shortcut + y > 0, cotangent, 0))

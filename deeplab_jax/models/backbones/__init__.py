@@ -1,0 +1,7 @@
+"""Backbones. A new one is a file here, or anywhere, and a line in `BACKBONES`."""
+
+from deeplab_jax.models.architecture import BACKBONES
+from deeplab_jax.models.backbones.mobilenet_v3 import MobileNetV3
+from deeplab_jax.models.backbones.resnet import RESNETS, ResNet
+
+BACKBONES.update({**dict.fromkeys(RESNETS, ResNet), "mobilenet_v3_large": MobileNetV3})

@@ -1,0 +1,135 @@
+"""Decoders: DeepLabv3+'s, and a learned upsampling of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.nn import relu
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from deeplab_jax.models.layers import BatchNorm, ConvBN, param_dtype, scaled_channels
+from deeplab_jax.models.ops.masking import valid_sizes
+from deeplab_jax.models.ops.resize import resize_like
+
+LOW_LEVEL_CHANNELS = 48  # arXiv 1802.02611, table 1
+DECODER_CHANNELS = 256  # arXiv 1802.02611, table 2
+
+
+class PlusDecoder(nnx.Module):
+    """DeepLabv3+'s decoder: refines deep features with low-level ones, which have sharp edges.
+
+    A 1x1 convolution first reduces the low-level features, so that they do not outweigh the others.
+    Batch norm and relu follow each convolution.
+
+    Source: Chen et al. 2018, arXiv 1802.02611, sections 3.1 and 4.1.
+
+    Attributes:
+      low_level: 1x1 convolution to 48 channels (times width).
+      conv1, conv2: 3x3 convolutions to 256 channels (times width).
+      out_features: number of channels of the result.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        low_level_features: int,
+        *,
+        width: float = 1.0,
+        norm: Callable[..., BatchNorm] = BatchNorm,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        reduced = scaled_channels(LOW_LEVEL_CHANNELS, width)
+        features = scaled_channels(DECODER_CHANNELS, width)
+        shared: dict[str, Any] = {"norm": norm, "activation": relu, "dtype": dtype, "rngs": rngs}
+        self.low_level = ConvBN(low_level_features, reduced, **shared)
+        self.conv1 = ConvBN(in_features + reduced, features, 3, **shared)
+        self.conv2 = ConvBN(features, features, 3, **shared)
+        self.out_features = features
+
+    def __call__(
+        self, features: Float[Array, "n h w c"], low_level: Float[Array, "n hl wl cl"]
+    ) -> Float[Array, "n hl wl cout"]:
+        """Returns refined features of the size of `low_level`.
+
+        Args:
+          features: of ASPP, or of a cascade.
+          low_level: of the backbone, at output stride 4.
+        """
+        upsampled = resize_like(features, low_level)
+        x = jnp.concatenate([upsampled, self.low_level(low_level)], axis=3)
+        return self.conv2(self.conv1(x))
+
+
+class TransposedDecoder(nnx.Module):
+    """Upsamples each class by its own transposed convolution, which starts as bilinear.
+
+    The kernel of stride s has a side of 2s. It is kept for the largest output stride and averaged
+    down for smaller ones: the mean of a triangle over equal cells is the coarser triangle, so it
+    starts bilinear at each output stride while the parameters have one shape for all of them.
+
+    Attributes:
+      kernel: `[64, 64, num_classes]`.
+      stride: output stride of the logits that it is given, a divisor of 32.
+      replicate: makes a map whole on each device. Set where the image height is sharded: the
+        gradients of slices are wrong in XLA's partitioner (jaxlib 0.10) where a device has no row.
+    """
+
+    LARGEST = 32  # output stride, pixels
+
+    def __init__(self, num_classes: int, stride: int, *, dtype: DTypeLike = jnp.float32) -> None:
+        triangle = 1 - np.abs((np.arange(2 * self.LARGEST) + 0.5) / self.LARGEST - 1)
+        kernel = np.outer(triangle, triangle)[:, :, None].repeat(num_classes, axis=2)
+        self.kernel = nnx.Param(jnp.asarray(kernel, param_dtype(dtype)))
+        self.stride = stride
+        self.replicate: Callable[[Array], Array] = _identity
+
+    def __call__(
+        self, logits: Float[Array, "n h w classes"], images: Float[Array, "n height width c"]
+    ) -> Float[Array, "n height width classes"]:
+        """Upsamples by `stride` and cuts out the middle, of the images' size.
+
+        With a padding mask, cuts out the middle of each image without its padding.
+        """
+        height, width = images.shape[1:3]
+        in_sizes, out_sizes = valid_sizes(logits), valid_sizes(images)
+        logits = self.replicate(logits)
+        n, h, w, num_classes = logits.shape
+        if in_sizes is not None:
+            logits = _repeat_edges(logits, in_sizes)
+        stride, cell = self.stride, self.LARGEST // self.stride
+        kernel = self.kernel[...].reshape(2 * stride, cell, 2 * stride, cell, num_classes)
+        kernel = kernel.mean((1, 3)).reshape(2, stride, 2, stride, num_classes)
+        # Each block of stride x stride outputs between four neighbours is a weighted sum of them.
+        padded = jnp.pad(logits, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+        blocks = sum(
+            padded[:, 1 - a : h + 2 - a, None, 1 - b : w + 2 - b, None] * kernel[a, :, b][:, None]
+            for a in (0, 1)
+            for b in (0, 1)
+        )
+        upsampled = cast(Array, blocks).reshape(n, (h + 1) * stride, (w + 1) * stride, num_classes)
+        if in_sizes is not None and out_sizes is not None:
+            starts = stride // 2 + (in_sizes * stride - out_sizes) // 2
+            return jax.vmap(
+                lambda x, start: lax.dynamic_slice(x, (*start, 0), (height, width, num_classes))
+            )(upsampled, starts)
+        top = stride // 2 + (h * stride - height) // 2
+        left = stride // 2 + (w * stride - width) // 2
+        return upsampled[:, top : top + height, left : left + width]
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+def _repeat_edges(x: Float[Array, "n h w c"], sizes: Int[Array, "n 2"]) -> Array:
+    """Repeats each image's last row and column over its padding."""
+    rows = jnp.minimum(jnp.arange(x.shape[1]), sizes[:, :1] - 1)
+    columns = jnp.minimum(jnp.arange(x.shape[2]), sizes[:, 1:] - 1)
+    return jax.vmap(lambda x, row, column: x[row][:, column])(x, rows, columns)

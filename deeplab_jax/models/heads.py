@@ -1,0 +1,238 @@
+"""Heads: from a backbone's features to logits.
+
+A head is a module that is called as `head(features, rngs=key)` with the backbone's features by
+name, and that says in `in_features` which of them it reads and how many channels each has. Its last
+layer is called `logits`. A new head is a file and a line in `HEADS`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.core import FrozenDict
+from jax.nn import relu
+from jaxtyping import Array, DTypeLike, Float
+
+from deeplab_jax.models.architecture import HEADS, Architecture
+from deeplab_jax.models.contracts import Backbone, channels_for
+from deeplab_jax.models.decoders import PlusDecoder
+from deeplab_jax.models.layers import (
+    BatchNorm,
+    ConvBN,
+    batch_norm,
+    logits_conv,
+    param_dtype,
+    scaled_channels,
+)
+from deeplab_jax.models.ops.pooling import mean_over_image
+
+HEAD_FEATURES = 256  # arXiv 1706.05587, section 3.3
+AUX_DROPOUT = 0.1  # at most, as torchvision has it
+
+Features = dict[str, Array]
+
+
+class ImagePooling(nnx.Module):
+    """Image-level features: the mean over the image, a 1x1 convolution, spread over the map."""
+
+    def __init__(self, in_features: int, out_features: int, **options: Any) -> None:
+        """`options` are those of `ConvBN`."""
+        self.project = ConvBN(in_features, out_features, activation=relu, **options)
+
+    def __call__(self, x: Float[Array, "n h w cin"]) -> Float[Array, "n h w cout"]:
+        pooled = self.project(mean_over_image(x, param_dtype(x.dtype)))
+        return jnp.broadcast_to(pooled, (*x.shape[:3], pooled.shape[3]))
+
+
+class ASPP(nnx.Module):
+    """Atrous spatial pyramid pooling (arXiv 1706.05587, section 3.3).
+
+    Parallel branches see the features at several rates; a 1x1 convolution joins them. Batch norm
+    and relu follow each convolution.
+
+    Attributes:
+      branches: a 1x1 convolution, a 3x3 convolution for each rate, and image pooling.
+      project: 1x1 convolution of the concatenated branches.
+      dropout: behind `project`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int = HEAD_FEATURES,
+        *,
+        atrous_rates: Sequence[int] = (6, 12, 18),
+        image_pooling: bool = True,
+        dropout: float = 0.1,
+        norm: Callable[..., BatchNorm] = BatchNorm,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        options: dict[str, Any] = {"norm": norm, "dtype": dtype, "rngs": rngs}
+        conv: Callable[..., ConvBN] = functools.partial(ConvBN, activation=relu, **options)
+        # In this order a seed gives the parameters that it always gave.
+        atrous = [conv(in_features, out_features, 3, kernel_dilation=rate) for rate in atrous_rates]
+        pooling = [ImagePooling(in_features, out_features, **options)] if image_pooling else []
+        branches: list[nnx.Module] = [conv(in_features, out_features), *atrous, *pooling]
+        self.branches = nnx.List(branches)
+        self.project = conv(len(branches) * out_features, out_features)
+        self.dropout = nnx.Dropout(dropout)
+
+    def __call__(
+        self, x: Float[Array, "n h w cin"], *, rngs: jax.Array | None = None
+    ) -> Float[Array, "n h w cout"]:
+        """Joins the branches; `rngs` is the key of dropout."""
+        joined = jnp.concatenate([branch(x) for branch in self.branches], axis=3)
+        return self.dropout(self.project(joined), rngs=rngs)
+
+
+class ASPPHead(nnx.Module):
+    """DeepLabv3's head: ASPP, and in torchvision's models a 3x3 convolution, before the logits.
+
+    Without atrous rates there is no ASPP, as in a cascade (arXiv 1706.05587, section 3.2). With
+    DeepLabv3+'s decoder the logits have the size of the low-level features.
+
+    Attributes:
+      aspp: ASPP, or None.
+      dropout: before the logits where there is no ASPP; ASPP has its own.
+      head_conv: 3x3 convolution to 256 channels (times width), or None.
+      decoder: DeepLabv3+'s, or None.
+      logits: the last convolution.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        *,
+        atrous_rates: Sequence[int] = (6, 12, 18),
+        image_pooling: bool = True,
+        head_conv: bool = False,
+        plus: bool = False,
+        dropout: float = 0.1,
+        width: float = 1.0,
+        norm: Callable[..., BatchNorm] = BatchNorm,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Makes the head for a backbone's features.
+
+        Args:
+          backbone: whose features the head reads.
+          plus: whether the head has DeepLabv3+'s decoder.
+          norm: makes a batch norm for a number of channels.
+          rngs: `rngs.params` draws the kernels.
+
+        The other arguments are fields of `Architecture`.
+        """
+        options: dict[str, Any] = {"norm": norm, "dtype": dtype, "rngs": rngs}
+        self._out, self._low_level = backbone.out_feature, backbone.low_level_feature
+        features = backbone.features[self._out].channels
+        head_features = scaled_channels(HEAD_FEATURES, width)
+        aspp = decoder = None
+        in_features: dict[str, int] = {self._out: features}
+        if atrous_rates:
+            aspp = ASPP(
+                features,
+                head_features,
+                atrous_rates=atrous_rates,
+                image_pooling=image_pooling,
+                dropout=dropout,
+                **options,
+            )
+            features = head_features
+        self.aspp = aspp
+        self.dropout = nnx.Dropout(0.0 if atrous_rates else dropout)
+        self.head_conv = (
+            ConvBN(features, head_features, 3, activation=relu, **options) if head_conv else None
+        )
+        features = head_features if head_conv else features
+        if plus:
+            low_level = channels_for(backbone, "low_level_feature", "the decoder of DeepLabv3+")
+            in_features[self._low_level] = low_level
+            decoder = PlusDecoder(features, low_level, width=width, **options)
+            features = decoder.out_features
+        self.decoder = decoder
+        self.in_features: Mapping[str, int] = FrozenDict(in_features)
+        self.logits = logits_conv(features, num_classes, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, features: Features, *, rngs: jax.Array | None = None
+    ) -> Float[Array, "n ho wo classes"]:
+        """Returns logits of the features' size; `rngs` is the key of dropout."""
+        x = features[self._out]
+        if self.aspp is not None:
+            x = self.aspp(x, rngs=rngs)
+        x = self.dropout(x, rngs=rngs)
+        if self.head_conv is not None:
+            x = self.head_conv(x)
+        if self.decoder is not None:
+            x = self.decoder(x, features[self._low_level])
+        return self.logits(x)
+
+
+class FCNHead(nnx.Module):
+    """Auxiliary head, as torchvision's: 3x3 convolution to a quarter of the channels, logits."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        *,
+        dropout: float = AUX_DROPOUT,
+        norm: Callable[..., BatchNorm] = BatchNorm,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Arguments are those of `ASPPHead`; reads the backbone's `aux_feature`."""
+        self._aux = backbone.aux_feature
+        channels = channels_for(backbone, "aux_feature", "an auxiliary head (aux_head)")
+        self.in_features: Mapping[str, int] = FrozenDict({self._aux: channels})
+        features = scaled_channels(channels, 1 / 4)  # the channels carry the width already
+        options: dict[str, Any] = {"norm": norm, "dtype": dtype, "rngs": rngs}
+        self.head_conv = ConvBN(channels, features, 3, activation=relu, **options)
+        self.dropout = nnx.Dropout(dropout)
+        self.logits = logits_conv(features, num_classes, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, features: Features, *, rngs: jax.Array | None = None
+    ) -> Float[Array, "n h w classes"]:
+        """Returns logits of the features' size; `rngs` is the key of dropout."""
+        x = self.head_conv(features[self._aux])
+        return self.logits(self.dropout(x, rngs=rngs))
+
+
+def aspp_head(backbone: Backbone, architecture: Architecture, *, rngs: nnx.Rngs) -> ASPPHead:
+    """Makes the head that an architecture describes."""
+    return ASPPHead(
+        backbone,
+        architecture.num_classes,
+        atrous_rates=architecture.atrous_rates,
+        image_pooling=architecture.image_pooling,
+        head_conv=architecture.head_conv,
+        plus=architecture.decoder == "plus",
+        dropout=architecture.dropout,
+        width=architecture.width,
+        **_layer_options(architecture, rngs),
+    )
+
+
+def fcn_head(backbone: Backbone, architecture: Architecture, *, rngs: nnx.Rngs) -> FCNHead:
+    """Makes the auxiliary head that an architecture describes."""
+    dropout = min(AUX_DROPOUT, architecture.dropout)
+    options = _layer_options(architecture, rngs)
+    return FCNHead(backbone, architecture.num_classes, dropout=dropout, **options)
+
+
+def _layer_options(architecture: Architecture, rngs: nnx.Rngs) -> dict[str, Any]:
+    norm = batch_norm(architecture.dtype, architecture.bn_momentum, architecture.bn_epsilon)
+    return {"norm": norm, "dtype": architecture.dtype, "rngs": rngs}
+
+
+aspp_head.options = frozenset({"atrous_rates", "image_pooling", "head_conv", "plus"})  # type: ignore[attr-defined]
+HEADS["aspp"] = aspp_head
