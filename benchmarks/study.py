@@ -1,6 +1,6 @@
 """A small study: which of the paper's choices matter on generated shapes, over several seeds.
 
-Trains the configs of configs/study, each from several random starts, and evaluates the base in
+Trains the rows of configs/study.py, each from several random starts, and evaluates the base in
 other ways too. Writes what was found as JSON, draws it, and prints the tables of docs/study.md.
 
     python benchmarks/study.py --jobs 2               # an hour and a half on two cores

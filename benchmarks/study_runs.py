@@ -23,15 +23,16 @@ from deeplab_jax.errors import UserError
 from deeplab_jax.training import stages
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs" / "study.py"
 _LAST_LINES = 5  # of a failed run's log, to be shown
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A config of configs/study from one seed.
+    """A row of configs/study.py from one seed.
 
     Attributes:
-      name: of the config's file.
+      name: of the row.
       settings: fields that are set otherwise, as in `train.steps=10`.
       workdir: of the run.
     """
@@ -42,10 +43,8 @@ class Training:
     workdir: pathlib.Path
 
     def config(self) -> Config:
-        file = ROOT / "configs" / "study" / f"{self.name}.py"
-        return config_files.override(
-            config_files.from_python(file), [*self.settings, f"seed={self.seed}"]
-        )
+        config = config_files.from_python(f"{CONFIGS}:{self.name}")
+        return config_files.override(config, [*self.settings, f"seed={self.seed}"])
 
     def last_stage(self) -> Config:
         """What the workdir itself holds the run of."""
@@ -54,7 +53,7 @@ class Training:
 
     def command(self) -> list[str]:
         overrides = [f"--config.{setting}" for setting in (*self.settings, f"seed={self.seed}")]
-        config = f"--config={ROOT / 'configs' / 'study' / self.name}.py"
+        config = f"--config={CONFIGS}:{self.name}"
         return [
             *[sys.executable, str(ROOT / "train.py"), config],
             *[f"--workdir={self.workdir}", *overrides],

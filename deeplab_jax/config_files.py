@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
+import re
 import sys
 import types
 import typing
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from deeplab_jax.config import Config, flatten
-from deeplab_jax.errors import UserError
+from deeplab_jax.errors import UserError, did_you_mean
+
+T = TypeVar("T")
 
 
 def make_importable(path: str | os.PathLike[str]) -> None:
@@ -25,15 +29,40 @@ def make_importable(path: str | os.PathLike[str]) -> None:
         sys.path.append(folder)
 
 
+def is_config(text: str) -> bool:
+    """Whether a text names a config file, perhaps with a row of it: "x.py" or "x.py:row"."""
+    return re.fullmatch(r".+\.py(:.*)?", text, re.S) is not None
+
+
+def row_of(rows: Mapping[str, T], name: str, file: str) -> T:
+    """Returns a row of a config file that holds a table of them.
+
+    Raises:
+      UserError: there is no such row, with the nearest one; or none is named.
+    """
+    if name in rows:
+        return rows[name]
+    if not name:
+        first = next(iter(rows))
+        raise UserError(f"{file} holds {len(rows)} configs: name one, as in {file}:{first}")
+    raise UserError(
+        f"{file} has no row {name!r}{did_you_mean(name, rows)}. It has {', '.join(rows)}"
+    )
+
+
 def from_python(path: str | os.PathLike[str]) -> Config:
     """What `get_config()` of a Python file gives; the file is executed.
 
+    Args:
+      path: the file, or "file.py:row" for `get_config("row")`.
+
     Raises:
-      UserError: there is no such file, it fails, or it has no `get_config() -> Config`.
+      UserError: there is no such file, it fails, it has no `get_config() -> Config`, or no rows.
     """
-    file = pathlib.Path(path)
+    name, colon, row = os.fspath(path).partition(".py:")
+    file = pathlib.Path(f"{name}.py" if colon else path)
     if not file.is_file():
-        raise UserError(f"there is no config file {path}")
+        raise UserError(f"there is no config file {file}")
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is no Python file: its name must end in .py")
@@ -41,7 +70,11 @@ def from_python(path: str | os.PathLike[str]) -> Config:
     make_importable(file)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config()
+        if row and not inspect.signature(module.get_config).parameters:
+            raise UserError(f"{file} holds one config and no rows: leave out :{row}")
+        config = module.get_config(row) if row else module.get_config()
+    except UserError:
+        raise
     except Exception as error:  # whatever the file's own code raises
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
@@ -108,22 +141,37 @@ def override(config: Config, settings: Iterable[str]) -> Config:
         name, equals, text = setting.partition("=")
         if not equals:
             raise UserError(f"a setting is FIELD=VALUE, as train.batch_size=64; got {setting!r}")
+        config = with_fields(config, {name: _Text(text)})
+    return config
+
+
+class _Text(str):
+    """A value as it stands on the command line."""
+
+
+def with_fields(config: Config, fields: Mapping[str, Any]) -> Config:
+    """Returns a config with some fields set, as in `{"model.multi_grid": (1, 2, 4)}`.
+
+    Raises:
+      UserError: there is no such field, naming those near it.
+    """
+    for name, value in fields.items():
         if name not in flatten(config):
             raise UserError(
                 f"the config has no field {name!r}{nearest_fields(name, flatten(config))}"
             )
-        config = _replaced(config, name.split("."), text)
+        config = _with_field(config, name.split("."), value)
     return config
 
 
-def _replaced(branch: Any, path: list[str], text: str) -> Any:
+def _with_field(branch: Any, path: list[str], value: Any) -> Any:
     if len(path) > 1:
-        value = _replaced(getattr(branch, path[0]), path[1:], text)
-    else:
+        value = _with_field(getattr(branch, path[0]), path[1:], value)
+    elif isinstance(value, _Text):
         try:
-            value = _parse(text, typing.get_type_hints(type(branch))[path[0]])
+            value = _parse(str(value), typing.get_type_hints(type(branch))[path[0]])
         except (ValueError, KeyError):
-            value = text
+            value = str(value)
     return dataclasses.replace(branch, **{path[0]: value})
 
 

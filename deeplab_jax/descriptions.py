@@ -39,7 +39,7 @@ def read(source: str, *, num_classes: int | None = None) -> Description:
     """What a text names.
 
     Args:
-      source: a config file that ends in `.py`; a name in `ARCHITECTURES`; or what
+      source: a config file, `x.py` or `x.py:row`; a name in `ARCHITECTURES`; or what
         `conversion.read_model` takes: a workdir, a checkpoint, a file of weights, or a name under
         which torchvision publishes one.
       num_classes: for a config that leaves it to its data, or a name; None: the data's, or VOC's.
@@ -53,7 +53,7 @@ def read(source: str, *, num_classes: int | None = None) -> Description:
         return Description(
             architecture(source, num_classes=num_classes or PAPER_CLASSES), PAPER_SIZE
         )
-    if source.endswith(".py"):
+    if config_files.is_config(source):
         return of_config(config_files.from_python(source), source, num_classes)
     if not os.path.exists(source) and not hub.is_name(source):
         raise UserError(_unknown(source))

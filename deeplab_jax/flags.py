@@ -12,15 +12,16 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from deeplab_jax import config
-from deeplab_jax.config_files import make_importable, nearest_fields
+from deeplab_jax.config_files import from_python, is_config, nearest_fields
 from deeplab_jax.errors import UserError
 
 
 def parse(argv: Sequence[str]) -> list[str]:
     """Parses absl flags; a wrong one ends the program with what is wrong and what is near it."""
-    for argument in argv:
-        if match := re.fullmatch(r"--?config=(.+\.py)(?::.*)?", argument):
-            make_importable(match[1])
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        option, equals, value = argument.partition("=")
+        if option in ("--config", "-config"):
+            _check_config(value if equals else following)
     try:
         rest = flags.FLAGS(list(argv))
     except (KeyError, AttributeError) as error:
@@ -36,6 +37,15 @@ def parse(argv: Sequence[str]) -> list[str]:
     if len(rest) > 1:
         raise SystemExit(_fail(f"unexpected {rest[1]!r}; options are given as --name=value"))
     return rest
+
+
+def _check_config(path: str) -> None:
+    """Loads a config file, whose errors absl would tell with a traceback."""
+    if is_config(path) and os.path.isfile(f"{path.partition('.py')[0]}.py"):
+        try:
+            from_python(path)
+        except UserError as error:
+            raise SystemExit(_fail(str(error))) from error
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:

@@ -5,25 +5,44 @@ show in review which runs the change reaches.
 """
 
 import dataclasses
+import importlib
 import json
 import pathlib
 import re
+import runpy
+import subprocess
+import sys
 
 import pytest
 
 from deeplab_jax import config_files
 from deeplab_jax.config import Config, flatten
 from deeplab_jax.config_rules import validate
+from deeplab_jax.errors import UserError
 from deeplab_jax.models.architecture import ARCHITECTURES, architecture
 from deeplab_jax.models.backbones.resnet import RESNETS, Bottleneck, Stages, block_specs
 from deeplab_jax.models.functional import FunctionalModel
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "configs.json"
-ALL = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.py"))
-PAPER = [path for path in ALL if path.startswith("configs/paper/")]
-STUDY_BASE = "configs/study/base.py"
-STUDY = [path for path in ALL if path.startswith("configs/study/") and path != STUDY_BASE]
+TABLES = ("configs/paper.py", "configs/study.py")
+
+
+def rows_of(path: str) -> list[str]:
+    """Each row of a file of configs, as a command takes it."""
+    namespace = runpy.run_path(str(ROOT / path))
+    return [f"{path}:{row}" for row in namespace["ROWS"]]
+
+
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.py"))
+PAPER, STUDIES = map(rows_of, TABLES)
+ALL = sorted([*(path for path in FILES if path not in TABLES), *PAPER, *STUDIES])
+STUDY_BASE = "configs/study.py:base"
+STUDY = [path for path in STUDIES if path != STUDY_BASE]
+
+
+def row(path: str) -> str:
+    return path.rpartition(":")[2]
 
 
 def resolved(path: str) -> dict:
@@ -75,7 +94,7 @@ def short(monkeypatch):
 
 @pytest.mark.parametrize("path", PAPER)
 def test_those_of_the_paper_are_what_they_are_called(path, short):
-    name = pathlib.Path(path).stem
+    name = row(path)
     config = config_files.from_python(ROOT / path)
     ours = architecture_of(config)
     _, _, block3, *stages = block_specs(ours)
@@ -113,13 +132,13 @@ def test_those_of_the_paper_are_what_they_are_called(path, short):
 def test_those_of_the_study_have_the_rates_of_their_output_stride_and_grid(path, short):
     ours = architecture_of(config_files.from_python(ROOT / path))
     *_, block4 = block_specs(ours)
-    grid = {"grid121": (1, 2, 1), "grid124": (1, 2, 4)}.get(pathlib.Path(path).stem, (1, 1, 1))
+    grid = {"grid121": (1, 2, 1), "grid124": (1, 2, 4)}.get(row(path), (1, 1, 1))
     assert [spec.kernel_dilation for spec in block4] == [
         32 // ours.output_stride * rate for rate in grid
     ]
     spans = {rate * ours.output_stride for rate in ours.atrous_rates}  # in pixels of the image
     extra = {"rates123": {16, 32, 48}, "rates2468": {32, 64, 96, 128}, "block4": set()}
-    assert spans == extra.get(pathlib.Path(path).stem, {32, 64, 96})
+    assert spans == extra.get(row(path), {32, 64, 96})
     assert FunctionalModel(dataclasses.replace(ours, width=1 / 64)).abstract.params
 
 
@@ -149,23 +168,52 @@ def test_the_paper_trains_otherwise_where_its_tables_say_so():
         },
     }
     for name, fields in changed.items():
-        config = flatten(config_files.from_python(ROOT / "configs" / "paper" / f"{name}.py"))
+        config = flatten(config_files.from_python(ROOT / f"configs/paper.py:{name}"))
         assert config == base | fields
     elsewhere = {"model", "init"}
     for path in PAPER:
-        if pathlib.Path(path).stem not in changed:
+        if row(path) not in changed:
             assert {field.split(".")[0] for field in resolved(path)["differs"]} <= elsewhere
 
 
-def test_the_document_has_each_config_with_the_number_of_its_own_text():
-    rows = re.findall(
-        r"\[`(\w+)`\]\(\.\./(configs/paper/\w+\.py)\) \| .* \| ([\d.]+) \| not run \|",
-        (ROOT / "docs" / "paper.md").read_text(),
-    )
-    assert sorted(path for _, path, _ in rows) == PAPER
-    for name, path, published in rows:
-        assert pathlib.Path(path).stem == name
-        assert f"Paper, val mIoU: {published} %. Not run here." in (ROOT / path).read_text()
+def test_the_document_is_written_from_the_configs(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    paper_tables = importlib.import_module("paper_tables")
+    page = paper_tables.PAGE.read_text()
+    assert paper_tables.written(page) == page
+    assert sorted(re.findall(r"^\| `(table\w+)` \|", page, re.M)) == sorted(map(row, PAPER))
+    # A number that the page has wrong is put right.
+    assert paper_tables.written(page.replace("| 75.18 |", "| 75.19 |")) == page
+
+
+def test_an_unknown_row_names_the_nearest_and_files_of_one_config_have_none(tmp_path):
+    for path, words in {
+        "configs/paper.py:table1_os9": "did you mean 'table1_os8'",
+        "configs/study.py:os_8": "did you mean 'os8'",
+        "configs/paper.py": "holds 43 configs: name one, as in configs/paper.py:table1_os8",
+        "configs/voc_os16.py:os8": "holds one config and no rows",
+        "configs/absent.py:os8": "there is no config file",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(words)):
+            config_files.from_python(ROOT / path)
+        done = subprocess.run(
+            [sys.executable, "train.py", f"--config={path}", f"--workdir={tmp_path}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert words in done.stderr or "there is no file" in done.stderr
+
+
+@pytest.mark.parametrize("path", TABLES)
+def test_a_table_lists_its_rows(path):
+    done = subprocess.run([sys.executable, path], cwd=ROOT, capture_output=True, text=True)
+    listed = [line.split()[0] for line in done.stdout.splitlines()]
+    assert [f"{path}:{name}" for name in listed] == rows_of(path)
+    if "paper" in path:
+        assert "table3_grid124_block5      75.74  ResNet-101" in done.stdout
 
 
 if __name__ == "__main__":

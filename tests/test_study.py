@@ -5,6 +5,7 @@ import importlib
 import json
 import pathlib
 import re
+import runpy
 import sys
 
 import pytest
@@ -15,7 +16,7 @@ from deeplab_jax import config as config_lib
 from deeplab_jax.errors import UserError
 
 RECORD = ROOT / "benchmarks" / "results" / "study_cpu.json"
-CONFIGS = {path.stem for path in (ROOT / "configs" / "study").glob("*.py")}
+CONFIGS = set(runpy.run_path(str(ROOT / "configs" / "study.py"))["ROWS"])
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def _check(path: str, data: str, root: str) -> None:
     from deeplab_jax.config import Config, DataConfig
 
     named = Config(data=DataConfig(name=data))
-    config = (config_files.from_python(data) if data.endswith(".py") else named).data
+    config = (config_files.from_python(data) if config_files.is_config(data) else named).data
     config.root = root or config.root
     results = voc_server.read(pathlib.Path(path))
     matrix = voc_server.check(results, voc_server.load_split(config, results.split))

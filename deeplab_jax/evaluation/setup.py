@@ -77,14 +77,14 @@ def base_config(data: str, checkpoint: str) -> Config:
     """The config whose data section and `eval.size` an evaluation takes.
 
     Args:
-      data: name of a data set, a config file that ends in `.py`, or empty for what the checkpoint
-        was trained on.
+      data: name of a data set, a config file (`x.py` or `x.py:row`), or empty for what the
+        checkpoint was trained on.
       checkpoint: a workdir, or a path in it; it may also be no part of a run.
 
     Raises:
       UserError: nothing says which data are meant.
     """
-    if data.endswith(".py"):
+    if config_files.is_config(data):
         return config_files.from_python(data)
     run = config_files.of_run(checkpoint)
     # A run's own settings, such as its root and its size, hold for its data set.

@@ -1,0 +1,106 @@
+"""What of the paper's choices shows on generated shapes: docs/study.md has the results.
+
+    python configs/study.py                   # lists the rows
+    python train.py --config configs/study.py:os8 --workdir runs/study/os8
+
+The base is a narrow ResNet-50 on shapes of all scales; a row says how it differs.
+"""
+
+import dataclasses
+from typing import Any
+
+from deeplab_jax.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ShapesConfig,
+    TrainConfig,
+)
+from deeplab_jax.config_files import row_of, with_fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """How a run differs from the base: in words, and the fields that it sets."""
+
+    text: str
+    fields: dict[str, Any]
+
+
+def _half_and_half(steps: int) -> dict[str, Any]:
+    """The paper's two stages; the second's learning rate starts at a seventh of the first's."""
+    return {
+        "train.steps": steps,
+        "second_stage.steps": steps,
+        "second_stage.output_stride": 8,
+        "second_stage.learning_rate": 0.043,
+    }
+
+
+ROWS: dict[str, Row] = {
+    "base": Row("output stride 16, no multi-grid, rates 2, 4, 6, image pooling", {}),
+    # Strides and rates. ASPP's rates follow the output stride, as in the paper.
+    "os8": Row("output stride 8", {"model.output_stride": 8, "model.atrous_rates": (4, 8, 12)}),
+    "os32": Row("output stride 32", {"model.output_stride": 32, "model.atrous_rates": (1, 2, 3)}),
+    "grid121": Row("multi-grid (1, 2, 1)", {"model.multi_grid": (1, 2, 1)}),
+    "grid124": Row("multi-grid (1, 2, 4)", {"model.multi_grid": (1, 2, 4)}),
+    # ASPP.
+    "block4": Row(
+        "neither ASPP nor a cascade: block4's features go to the logits",
+        {"model.cascade": 0, "model.atrous_rates": None},
+    ),
+    "no_pooling": Row("ASPP without image pooling", {"model.image_pooling": False}),
+    "rates123": Row("ASPP with rates half as large", {"model.atrous_rates": (1, 2, 3)}),
+    "rates2468": Row(
+        "ASPP with a fourth rate, without image pooling",
+        {"model.image_pooling": False, "model.atrous_rates": (2, 4, 6, 8)},
+    ),
+    # Training.
+    "shrunk_labels": Row("labels shrunk to the logits in training", {"loss.upsample": False}),
+    "frozen_bn": Row("batch norm never trained: mean 0, variance 1", {"train.freeze_bn": True}),
+    "bn_of_4": Row("batch norm over 4 images, batches of 16", {"optimizer.accumulate": 4}),
+    "bn_decay9997": Row("the paper's decay, made for 30 000 steps", {"model.bn_momentum": 0.9997}),
+    "batch4": Row("batches of 4, over as many steps", {"train.batch_size": 4}),
+    "two_stages": Row("half of the steps at output stride 8, frozen", _half_and_half(400)),
+    # One pixel more than a multiple of the output stride, as the paper's 513 are.
+    "size129": Row(
+        "images of 129 pixels",
+        {"data.shapes.size": 129, "data.crop_size": (129,), "eval.size": 129},
+    ),
+}
+
+
+def get_config(row: str = "base") -> Config:
+    """The run of a row.
+
+    Raises:
+      UserError: there is no such row; names the nearest.
+    """
+    base = Config(
+        model=ModelConfig(
+            architecture="paper_resnet50",
+            width=0.125,
+            output_stride=16,
+            multi_grid=(1, 1, 1),
+            atrous_rates=(2, 4, 6),
+            bn_momentum=0.9,
+        ),
+        data=DataConfig(
+            name="shapes",
+            split="train",
+            crop_size=(128,),
+            scale_range=(1.0, 1.0),
+            num_workers=0,
+            shapes=ShapesConfig(size=128, radius_range=(0.06, 0.45), max_shapes=6),
+        ),
+        optimizer=OptimizerConfig(learning_rate=0.3, warmup_steps=50, clip_norm=1.0),
+        train=TrainConfig(steps=800, log_every=50, eval_every=400, save_every=200),
+        eval=EvalConfig(batch_size=20, size=128),
+    )
+    return with_fields(base, row_of(ROWS, row, "configs/study.py").fields)
+
+
+if __name__ == "__main__":
+    print("\n".join(f"{name:<15}{row.text}" for name, row in ROWS.items()))
