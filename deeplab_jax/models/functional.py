@@ -44,6 +44,7 @@ class FunctionalModel:
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
         self.is_fused = False
+        self._edits: tuple[Callable[[DeepLabV3], None], ...] = ()
         self._using: dict[Implementation, FunctionalModel] = {}
         self._set(lambda: build_model(architecture, rngs=ShapeRngs(0)))
 
@@ -70,6 +71,7 @@ class FunctionalModel:
             return module
 
         model = copy.copy(self)
+        model._edits = (*self._edits, edit)
         model._using = {}
         model.__dict__.pop("fused", None)  # the cached one of this model
         model._set(make, self.abstract)
@@ -89,7 +91,10 @@ class FunctionalModel:
           UserError: as `Architecture.at_output_stride` does.
         """
         model = FunctionalModel(self.architecture.at_output_stride(output_stride))
-        return model.fused if self.is_fused else model
+        for edit in self._edits:
+            model = model.edited(edit)
+        model.is_fused = self.is_fused
+        return model
 
     @functools.cached_property
     def fused(self) -> FunctionalModel:
@@ -97,9 +102,10 @@ class FunctionalModel:
 
         See `models.fusion.fuse_batch_norm`.
         """
+        if self.is_fused:
+            return self
         model = self.edited(fuse_batch_norm)
         model.is_fused = True
-        model.fused = model
         return model
 
     def fuse(self, variables: Variables) -> Variables:

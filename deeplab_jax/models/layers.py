@@ -133,17 +133,17 @@ class BatchNorm(nnx.BatchNorm):
         momentum: float = 0.9,
         epsilon: float = 1e-5,
         param_dtype: DTypeLike = jnp.float32,
+        use_running_average: bool = False,
         rngs: nnx.Rngs | None = None,
-        **kwargs: Any,
     ) -> None:
-        """Takes the arguments of `nnx.BatchNorm`; draws nothing from `rngs`."""
+        """Takes these arguments of `nnx.BatchNorm`; draws nothing from `rngs`."""
         super().__init__(
             num_features,
             momentum=momentum,
             epsilon=epsilon,
             param_dtype=param_dtype,
+            use_running_average=use_running_average,
             rngs=_NO_KEYS,
-            **kwargs,
         )
         if self.mean.dtype != param_dtype:  # nnx.BatchNorm has float32 even with float64
             self.mean = nnx.BatchStat(jnp.zeros(num_features, param_dtype))

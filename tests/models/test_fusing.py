@@ -7,6 +7,7 @@ import pytest
 
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.models.ops.convolution import XLA
 from random_modules import random_variables
 
 VARIANTS = {
@@ -88,3 +89,17 @@ def test_logits_before_they_are_upsampled(decoder):
     outputs, _ = jax.jit(lambda v, x: model.apply(v, x, upsample=False))(variables, images)
     assert outputs["aux"].shape == (1, 3, 4, 3)
     assert outputs["out"].shape == ((1, 3, 4, 3) if decoder == "bilinear" else (1, 33, 49, 3))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_another_output_stride_keeps_the_implementation_and_the_fused_norms(fused):
+    model = FunctionalModel(architecture("paper_resnet18", num_classes=3, width=0.125))
+    model = (model.fused if fused else model).using(XLA).at_output_stride(8)
+    assert model.architecture.output_stride == 8
+    assert model.is_fused == fused
+    assert (model.fused is model) == fused
+    program = jax.make_jaxpr(lambda v, x: model.apply(v, x)[0])(
+        model.abstract, jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
+    )
+    assert "platform_index" not in str(program)
+    assert ("rsqrt" in str(program)) != fused

@@ -91,7 +91,7 @@ class _ResidualBlock(nnx.Module):
         shortcut: Any = Conv if self.pre_activation else functools.partial(ConvBN, norm=norm)
         layer["strides"] = spec.strides
         self.downsample = shortcut(*sizes, **layer) if spec.project else None
-        self.add_relu: Callable[[Array, Array], Array] = add_relu
+        self.add_relu: Callable[[Array, Array, Array], Array] = add_relu
 
     def convs(
         self, spec: BlockSpec, architecture: Architecture, conv: Callable[..., Conv]
@@ -117,7 +117,7 @@ class _ResidualBlock(nnx.Module):
         for index, (conv, norm) in enumerate(self._layers()):
             y = norm(conv(relu(y) if index else y))
         shortcut = x if self.downsample is None else self.downsample(x)
-        return self.add_relu(shortcut, y)
+        return self.add_relu(shortcut, y, conv.kernel[...][0, 0, 0, 0])
 
     def _pre_activation(self, x: Array) -> Array:
         """He et al. 2016, figure 4e: shortcut + conv(relu(norm(...))), the sum left as it is.

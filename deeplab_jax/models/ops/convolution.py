@@ -101,36 +101,42 @@ def _mask(lhs: Array, rhs: Array) -> Array:
 
 
 def add_relu(
-    shortcut: Float[Array, "n h w c"], y: Float[Array, "n h w c"]
+    shortcut: Float[Array, "n h w c"], y: Float[Array, "n h w c"], parameter: Float[Array, ""]
 ) -> Float[Array, "n h w c"]:
-    """`relu(shortcut + y)`, the end of a residual block, as is fastest on the platform."""
+    """Computes `relu(shortcut + y)`, the end of a residual block, as is fastest on the platform.
+
+    Args:
+      shortcut: a map.
+      y: the other map.
+      parameter: any number that XLA does not know and that all devices hold; it has no effect.
+    """
     on_cpu = unless_differentiated(_add_once, plain_add_relu)
-    return lax.platform_dependent(shortcut, y, cpu=on_cpu, default=plain_add_relu)
+    return lax.platform_dependent(shortcut, y, parameter, cpu=on_cpu, default=plain_add_relu)
 
 
 def plain_add_relu(
-    shortcut: Float[Array, "n h w c"], y: Float[Array, "n h w c"]
+    shortcut: Float[Array, "n h w c"], y: Float[Array, "n h w c"], parameter: Float[Array, ""]
 ) -> Float[Array, "n h w c"]:
-    """`relu(shortcut + y)`, left to XLA."""
+    """Computes `relu(shortcut + y)`, left to XLA; see `add_relu`."""
+    del parameter
     return relu(shortcut + y)
 
 
-def _add_once(shortcut: Array, y: Array) -> Array:
+def _add_once(shortcut: Array, y: Array, parameter: Array) -> Array:
     """The sum behind a conditional, which XLA:CPU does not fuse into its readers.
 
     Without a gradient to keep the sum, XLA:CPU would recompute it for each reader. The next block's
     sum is one of them, so each block would add up all blocks before it: a fifth of ResNet-101's
     forward pass. (XLA:CPU drops an optimization barrier before it fuses.)
     """
-    predicate = y[0, 0, 0, 0] >= 0  # any value that XLA does not know; both branches are the same
-    return lax.cond(predicate, plain_add_relu, plain_add_relu, shortcut, y)
+    return lax.cond(parameter >= 0, plain_add_relu, plain_add_relu, shortcut, y, parameter)
 
 
 class Implementation(NamedTuple):
     """The functions that compute a model's convolutions and residual sums."""
 
     conv_general_dilated: Callable[..., jax.Array]
-    add_relu: Callable[[Array, Array], Array]
+    add_relu: Callable[[Array, Array, Array], Array]
 
 
 FASTEST = Implementation(fastest_conv, add_relu)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.deeplab import build_model
+from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.layers import Conv
 from deeplab_jax.models.ops.convolution import (
     FASTEST,
@@ -92,24 +94,38 @@ def test_a_model_is_made_with_the_fastest():
     ],
 )
 def test_the_sum_of_a_block_is_computed_once_on_cpu(platform, gradient, implementation, once):
-    def total(shortcut, y):
-        return implementation.add_relu(shortcut, y).sum()
+    def total(shortcut, y, parameter):
+        return implementation.add_relu(shortcut, y, parameter).sum()
 
-    shapes = [jax.ShapeDtypeStruct((1, 3, 3, 2), jnp.float32)] * 2
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 3, 3, 2), (1, 3, 3, 2), ())]
     function = jax.grad(total, argnums=(0, 1)) if gradient else total
     text = jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
     assert ("stablehlo.compare GE" in text) == once  # whether the condition is read
 
 
-@pytest.mark.parametrize("first", [1.0, -1.0, float("nan")])
-def test_the_sum_of_a_block_and_its_gradients(first):
+@pytest.mark.parametrize("parameter", [1.0, -1.0, float("nan")])
+def test_the_sum_of_a_block_and_its_gradients(parameter):
     """Whatever the value that the condition reads."""
     rng = np.random.default_rng(0)
     shortcut, y, cotangent = jnp.asarray(rng.normal(size=(3, 1, 3, 3, 2)), jnp.float32)
-    y = y.at[0, 0, 0, 0].set(first)
-    expected = np.maximum(shortcut + y, 0)
-    np.testing.assert_array_equal(add_relu(shortcut, y), expected)
-    value, gradient = jax.vjp(add_relu, shortcut, y)
+    parameter, expected = jnp.float32(parameter), np.maximum(shortcut + y, 0)
+    np.testing.assert_array_equal(add_relu(shortcut, y, parameter), expected)
+    value, gradient = jax.vjp(lambda x, y: add_relu(x, y, parameter), shortcut, y)
     np.testing.assert_array_equal(value, expected)
     for each in gradient(cotangent):
         np.testing.assert_array_equal(each, np.where(shortcut + y > 0, cotangent, 0))
+
+
+def test_inference_on_a_divided_batch_communicates_nothing():
+    """Nothing that a block reads for its sum lies on one device alone."""
+    mesh = jax.make_mesh((4,), ("data",))
+    whole, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    model = FunctionalModel(architecture("paper_resnet18", num_classes=3, width=0.125)).fused
+    images = jax.ShapeDtypeStruct((4, 33, 33, 3), jnp.float32)
+    run = jax.jit(
+        lambda v, x: model.apply(v, x)[0]["out"], in_shardings=(whole, rows), out_shardings=rows
+    )
+    text = run.lower(model.abstract, images).compile().as_text()
+    assert "conditional" in text
+    for collective in ("all-reduce", "all-gather", "collective-permute", "all-to-all"):
+        assert f" {collective}" not in text
