@@ -1,12 +1,13 @@
 # make quickstart   set up, train on generated shapes, and show where the predictions lie
 # make test         set up, run all tests
-# make bench-gpu    measure against torchvision with this machine's own jax, flax, optax and torch
+# make bench        measure against torchvision here: two cases
+# make bench-gpu    the same with this machine's own jax, flax, optax and torch
 # make lint         set up, check format, style and types
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test bench-gpu lint format clean
+.PHONY: quickstart test bench bench-gpu lint format clean
 
 quickstart: .venv/.package
 	$(BIN)/python train.py --config configs/shapes.py --workdir runs/quickstart
@@ -14,13 +15,17 @@ quickstart: .venv/.package
 test: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+bench: .venv/.test
+	$(BIN)/python -m benchmarks.speed --quick
+
 bench-gpu:
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m deeplab_jax.cli bench --quick --json bench_gpu.json
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m benchmarks.speed --quick --json bench_gpu.json
 
 lint: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: .venv/.test
 	$(BIN)/ruff format .

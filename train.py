@@ -5,8 +5,8 @@ Examples:
   python train.py --config configs/shapes.py --workdir runs/shapes --config.train.steps=100
 
 Run again with the same flags, it goes on where it stopped. Every field of the config is a flag:
---config.optimizer.learning_rate=0.01, --config.model.multi_grid=1,2,4. See deeplab_jax/config.py
-for all of them.
+--config.optimizer.learning_rate=0.01, --config.model.multi_grid=1,2,4. See
+deeplab_jax/config/schema.py for all of them.
 
 On a TPU pod, under srun and under mpirun the same line, started on all hosts, is one run on all of
 them. Elsewhere say where process 0 is; two processes on one machine:
@@ -37,7 +37,7 @@ _LAUNCH = [
 
 def main(argv: Sequence[str]) -> None:
     # Imported when the flags have been read, so that --help and a mistake in them answer at once.
-    from deeplab_jax.parallel import processes
+    from deeplab_jax.distributed import launch as processes
     from deeplab_jax.training.stages import train
 
     launch = processes.Launch(*[flag.value for flag in _LAUNCH])
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from deeplab_jax.flags import parse, run
+    from deeplab_jax.cli.flags import parse, run
 
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(lambda argv: sys.exit(run(main, argv)), flags_parser=parse)

@@ -28,9 +28,6 @@ import numpy as np
 from rich.console import Console
 
 from deeplab_jax import data as data_lib
-from deeplab_jax.benchmark import measure
-from deeplab_jax.benchmark.cases import AUX_WEIGHT
-from deeplab_jax.benchmark.theirs import import_torchvision
 from deeplab_jax.config import (
     Config,
     DataConfig,
@@ -42,13 +39,16 @@ from deeplab_jax.config import (
 )
 from deeplab_jax.data import pipeline
 from deeplab_jax.data.dataset import Dataset
-from deeplab_jax.errors import UserError
+from deeplab_jax.data.labels import IGNORE
 from deeplab_jax.evaluation.confusion import count, scores
-from deeplab_jax.files import write_bytes
-from deeplab_jax.labels import IGNORE
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.training.loop import resolve_architecture, train
+from deeplab_jax.training.train import resolve_architecture, train
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.files import write_bytes
 from deeplab_jax.weights.torchvision import from_model
+from speed import measure
+from speed.cases import AUX_WEIGHT
+from speed.theirs import import_torchvision
 
 WORKERS = 8  # processes that prepare batches
 

@@ -44,7 +44,7 @@ from deeplab_jax.export import stablehlo
 from deeplab_jax.export.compare import difference
 from deeplab_jax.export.export import LIMITS, export
 from deeplab_jax.export.program import Dimensions, Program
-from deeplab_jax.training import checkpoint
+from deeplab_jax.weights import saved_model as checkpoint
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
 import torch_reference

@@ -33,9 +33,10 @@ from rich.table import Table
 
 from deeplab_jax import data
 from deeplab_jax.config import DataConfig, ShapesConfig, crop_shape
-from deeplab_jax.data import pipeline, randomness, shapes
+from deeplab_jax.data import pipeline, randomness
 from deeplab_jax.data.augment import augment
 from deeplab_jax.data.dataset import Dataset, Example
+from deeplab_jax.data.datasets import shapes
 
 _SIZE = (375, 500)  # height and width of most images of VOC, pixels
 _SHAPES = ShapesConfig(size=_SIZE[1])

@@ -1,6 +1,6 @@
 """Where a case's time goes: each convolution alone, in turns with PyTorch's, and what is left.
 
-    python benchmarks/layers.py                          # the first case of `deeplab-jax bench`
+    python benchmarks/layers.py                          # the first case of benchmarks.speed
     python benchmarks/layers.py "train resnet50 os8" --json layers.json
     python benchmarks/layers.py --recorded layers.json   # the tables again; measures nothing
     python benchmarks/layers.py "train resnet101 os16 16x" --bounds 731e12 3.35e12   # nor does this
@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from deeplab_jax.benchmark import measure, ours, theirs
-from deeplab_jax.benchmark.cases import Built, Case, cases
-from deeplab_jax.compilation import ONEDNN_OPTIONS, has_onednn
-from deeplab_jax.models.convolutions import Convolution, convolutions
+from deeplab_jax.analysis.conv_trace import Convolution, convolutions
+from deeplab_jax.inference.compile import ONEDNN_OPTIONS, has_onednn
 from deeplab_jax.models.ops.atrous_conv import atrous_conv
+from speed import measure, ours, theirs
+from speed.cases import Built, Case, cases
 
 _THEIR_MODES = {"float32": "channels_last", "bfloat16": "channels_last, autocast"}
 
@@ -89,7 +89,7 @@ def bound_ms(conv: Convolution, case: Case, peak: float, bandwidth: float) -> fl
 
 def our_side(conv: Convolution, case: Case) -> Built:
     shape = Shape.of(conv)
-    # As `compilation.jit_inference` compiles a model.
+    # As `inference.compile.jit_inference` compiles a model.
     by_onednn = case.kind == "forward" and jax.default_backend() == "cpu" and has_onednn()
 
     def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:

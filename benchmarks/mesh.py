@@ -31,10 +31,10 @@ import jax
 import numpy as np
 
 from deeplab_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig
-from deeplab_jax.evaluation.evaluate import Evaluator
+from deeplab_jax.distributed import mesh as mesh_lib
+from deeplab_jax.evaluation.evaluator import Evaluator
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.parallel import mesh as mesh_lib
 from deeplab_jax.training.optimizer import make_optimizer, poly_schedule
 from deeplab_jax.training.state import TrainState, start_state
 from deeplab_jax.training.step import gradients

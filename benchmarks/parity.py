@@ -37,11 +37,11 @@ from rich import progress
 from rich.console import Console
 from rich.table import Table
 
-from deeplab_jax.errors import UserError
 from deeplab_jax.models.architecture import Architecture, architecture
 from deeplab_jax.models.deeplab import DeepLabV3, build_model
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.models.layers import ShapeRngs
+from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import torchvision
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests"))

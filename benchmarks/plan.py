@@ -20,12 +20,13 @@ import platform
 import time
 from typing import Any
 
-from deeplab_jax import config_files, descriptions
-from deeplab_jax.files import write_bytes
+from deeplab_jax.analysis import descriptions
+from deeplab_jax.analysis.summary import markdown
+from deeplab_jax.config import io as config_files
 from deeplab_jax.plan import chips, report
 from deeplab_jax.plan.plan import make_plan, prepare
 from deeplab_jax.plan.roofline import all_reduce_seconds
-from deeplab_jax.summary import markdown
+from deeplab_jax.utils.files import write_bytes
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "voc_os16.py"
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax")

@@ -27,11 +27,11 @@ from rich.markdown import Markdown
 from study_runs import Run, Scoring, Training, run_all
 
 from deeplab_jax import data
-from deeplab_jax.benchmark import measure
-from deeplab_jax.errors import UserError
-from deeplab_jax.files import write_bytes, write_png
-from deeplab_jax.summary import summarize
-from deeplab_jax.training.loop import resolve_architecture
+from deeplab_jax.analysis.summary import summarize
+from deeplab_jax.training.train import resolve_architecture
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.files import write_bytes, write_png
+from speed import measure
 
 
 class Row(NamedTuple):

@@ -11,10 +11,19 @@ from study_runs import Training
 
 import deeplab_jax as dl
 from deeplab_jax import data
-from deeplab_jax.canvas import BLUE, GREY, INK, LIGHT, VERMILLION, Canvas, Color, text_width
-from deeplab_jax.errors import UserError
-from deeplab_jax.labels import LabelSet
-from deeplab_jax.visualize import colorize
+from deeplab_jax.data.labels import LabelSet
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.visualization.canvas import (
+    BLUE,
+    GREY,
+    INK,
+    LIGHT,
+    VERMILLION,
+    Canvas,
+    Color,
+    text_width,
+)
+from deeplab_jax.visualization.image_grid import colorize
 
 Picture = UInt8[np.ndarray, "h w 3"]
 

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from deeplab_jax import config as config_lib
-from deeplab_jax import config_files
 from deeplab_jax.config import Config
-from deeplab_jax.errors import UserError
+from deeplab_jax.config import io as config_files
 from deeplab_jax.training import stages
+from deeplab_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "study.py"
@@ -112,7 +112,7 @@ class Scoring:
     def command(self) -> list[str]:
         checkpoint = str(self.training.checkpoint())
         return [
-            *[sys.executable, "-m", "deeplab_jax.cli", "evaluate", checkpoint],
+            *[sys.executable, "-m", "deeplab_jax.cli.main", "evaluate", checkpoint],
             *[*self.options, f"--json={self.file}"],
         ]
 

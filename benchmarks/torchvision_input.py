@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from deeplab_jax.benchmark.theirs import import_torchvision
 from deeplab_jax.config import DataConfig, crop_shape
-from deeplab_jax.labels import IGNORE
+from deeplab_jax.data.labels import IGNORE
+from speed.theirs import import_torchvision
 
 _VISION = import_torchvision().transforms
 transforms = _VISION.functional

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from deeplab_jax.config import Config, InitConfig, ModelConfig
-from deeplab_jax.config_files import row_of, with_fields
+from deeplab_jax.config.io import row_of, with_fields
 
 GRIDS = {name: tuple(map(int, name)) for name in ("111", "121", "123", "124", "222")}
 

@@ -18,7 +18,7 @@ from deeplab_jax.config import (
     ShapesConfig,
     TrainConfig,
 )
-from deeplab_jax.config_files import row_of, with_fields
+from deeplab_jax.config.io import row_of, with_fields
 
 
 @dataclasses.dataclass(frozen=True)

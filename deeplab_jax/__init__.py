@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deeplab_jax.config import Config
-    from deeplab_jax.conversion import convert
-    from deeplab_jax.errors import UserError
+    from deeplab_jax.inference.segmenter import Segmenter, load
     from deeplab_jax.models.architecture import Architecture, architecture
     from deeplab_jax.models.deeplab import DeepLabV3, build_model
     from deeplab_jax.models.heads import ASPPHead, FCNHead
-    from deeplab_jax.segmenter import Segmenter, load
     from deeplab_jax.training.stages import train
+    from deeplab_jax.utils.errors import UserError
+    from deeplab_jax.weights.convert import convert
 
 # Imported when they are asked for: the models need no data library, and workers no JAX.
 _HOMES = {
@@ -20,12 +20,12 @@ _HOMES = {
     "Config": "config",
     "DeepLabV3": "models.deeplab",
     "FCNHead": "models.heads",
-    "Segmenter": "segmenter",
-    "UserError": "errors",
+    "Segmenter": "inference.segmenter",
+    "UserError": "utils.errors",
     "architecture": "models.architecture",
     "build_model": "models.deeplab",
-    "convert": "conversion",
-    "load": "segmenter",
+    "convert": "weights.convert",
+    "load": "inference.segmenter",
     "train": "training.stages",
 }
 

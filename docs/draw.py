@@ -17,7 +17,7 @@ from drawing import aspp, atrous, labels, network, training, units
 from drawing.sheet import Picture
 from PIL import Image
 
-from deeplab_jax.files import write_bytes
+from deeplab_jax.utils.files import write_bytes
 
 IMAGES = pathlib.Path(__file__).resolve().parent / "images"
 

@@ -6,7 +6,7 @@ from PIL import Image
 from deeplab_jax import data
 from deeplab_jax.config import DataConfig, FolderConfig
 from deeplab_jax.data import pipeline
-from deeplab_jax.labels import IGNORE
+from deeplab_jax.data.labels import IGNORE
 
 NAMES = ("sky", "traffic light", "car")
 COLORS = ((10, 20, 30), (250, 170, 30), (64, 0, 128))

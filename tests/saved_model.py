@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from deeplab_jax import labels
+from deeplab_jax.data import labels
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.training import checkpoint
+from deeplab_jax.weights import saved_model as checkpoint
 from random_modules import random_variables
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 import deeplab_jax
-from deeplab_jax.errors import UserError
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.training import checkpoint
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.weights import saved_model as checkpoint
 from deeplab_jax.weights import torch_file, torchvision
 
 
 def command(*arguments, block=(), cwd=None) -> subprocess.CompletedProcess:
     code = (
         f"import sys\nfor name in {list(block)!r}: sys.modules[name] = None\n"
-        "from deeplab_jax.cli import main\nmain()"
+        "from deeplab_jax.cli.main import main\nmain()"
     )
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
     return subprocess.run(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deeplab_jax import compilation
+from deeplab_jax.inference import compile as compilation
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.ops.atrous_conv import atrous_conv

@@ -11,9 +11,10 @@ import pytest
 
 from conftest import ROOT
 from deeplab_jax import config as config_lib
-from deeplab_jax import config_rules, flags
+from deeplab_jax.cli import flags
 from deeplab_jax.config import Config
-from deeplab_jax.errors import UserError
+from deeplab_jax.config import rules as config_rules
+from deeplab_jax.utils.errors import UserError
 
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.py"))
 

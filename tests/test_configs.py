@@ -15,13 +15,13 @@ import sys
 
 import pytest
 
-from deeplab_jax import config_files
 from deeplab_jax.config import Config, flatten
-from deeplab_jax.config_rules import validate
-from deeplab_jax.errors import UserError
+from deeplab_jax.config import io as config_files
+from deeplab_jax.config.rules import validate
 from deeplab_jax.models.architecture import ARCHITECTURES, architecture
 from deeplab_jax.models.backbones.resnet import RESNETS, Bottleneck, Stages, block_specs
 from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "configs.json"

@@ -6,7 +6,7 @@ import pytest
 
 import deeplab_jax
 import torch_reference
-from deeplab_jax.errors import UserError
+from deeplab_jax.utils.errors import UserError
 from torch_reference import torch
 
 

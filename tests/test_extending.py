@@ -16,13 +16,16 @@ from flax import nnx
 import deeplab_jax as dl
 import tiny
 from deeplab_jax import data as data_lib
-from deeplab_jax import descriptions, labels, registry, summary
+from deeplab_jax.analysis import descriptions, summary
 from deeplab_jax.config import IMAGE_LOSSES, LossConfig
-from deeplab_jax.errors import UserError
+from deeplab_jax.data import labels
 from deeplab_jax.export.export import export
 from deeplab_jax.models.architecture import BACKBONES, HEADS
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.training import checkpoint, losses
+from deeplab_jax.training import losses
+from deeplab_jax.utils import registry
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.weights import saved_model as checkpoint
 from random_modules import random_variables
 
 PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "extending.md").read_text()
@@ -239,7 +242,7 @@ def test_tversky_is_its_formula(folder):
 
 
 def command(*arguments, cwd):
-    code = "from deeplab_jax.cli import main\nmain()"
+    code = "from deeplab_jax.cli.main import main\nmain()"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=cwd
     )

@@ -15,13 +15,15 @@ from drawings import BOUND, committed, difference
 from PIL import Image
 
 from conftest import ROOT
-from deeplab_jax import canvas, cli, config
-from deeplab_jax import summary as summaries
+from deeplab_jax import config
+from deeplab_jax.analysis import summary as summaries
+from deeplab_jax.cli import main as cli
 from deeplab_jax.evaluation.confusion import count, scores
 from deeplab_jax.models.architecture import ARCHITECTURES
 from deeplab_jax.models.backbones.resnet import block_specs
 from deeplab_jax.models.decoders import TransposedDecoder
 from deeplab_jax.models.ops.resize import bilinear_matrix
+from deeplab_jax.visualization import canvas
 
 DOCS = ROOT / "docs"
 GUIDE = (DOCS / "guide.md").read_text()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deeplab_jax import images
-from deeplab_jax.errors import UserError
+from deeplab_jax.data.io import images
+from deeplab_jax.utils.errors import UserError
 
 EXIF_ORIENTATION = 0x0112
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deeplab_jax import labels
+from deeplab_jax.data import labels
 
 
 def test_voc_colours_are_the_published_ones():

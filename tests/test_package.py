@@ -35,7 +35,7 @@ def test_models_need_jax_flax_and_numpy_alone():
 
 
 def test_training_needs_no_tensorflow():
-    assert imported("import deeplab_jax.training.loop", ["tensorflow", "grain"]) == {"grain"}
+    assert imported("import deeplab_jax.training.train", ["tensorflow", "grain"]) == {"grain"}
 
 
 def test_data_workers_need_no_jax():

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from deeplab_jax import labels, pictures
+from deeplab_jax.data import labels
+from deeplab_jax.visualization import overlays as pictures
 
 CLASSES = labels.LabelSet(("background", "fox", "bird"), ((0, 0, 0), (200, 0, 0), (0, 0, 200)))
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deeplab_jax import labels, prediction
-from deeplab_jax.errors import UserError
+from deeplab_jax.data import labels
+from deeplab_jax.inference import files as prediction
+from deeplab_jax.utils.errors import UserError
 
 
 @pytest.fixture

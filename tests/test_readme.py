@@ -14,7 +14,8 @@ from ml_collections import config_flags
 
 import saved_model
 from conftest import ROOT
-from deeplab_jax import cli, config_rules
+from deeplab_jax.cli import main as cli
+from deeplab_jax.config import rules as config_rules
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = [

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deeplab_jax import receptive_field
-from deeplab_jax.errors import UserError
+from deeplab_jax.analysis import receptive_field
+from deeplab_jax.analysis.receptive_field import EffectiveField, effective_field
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
-from deeplab_jax.receptive_field import EffectiveField, effective_field
+from deeplab_jax.utils.errors import UserError
 from random_modules import random_variables
 
 ARCHITECTURE = architecture("paper_resnet18", num_classes=3, width=0.125)

@@ -8,12 +8,12 @@ from PIL import Image
 
 import deeplab_jax
 import saved_model
-from deeplab_jax import segmenter
-from deeplab_jax.errors import UserError
+from deeplab_jax.inference import segmenter
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
-from deeplab_jax.training import checkpoint
 from deeplab_jax.training.state import TrainState
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.weights import saved_model as checkpoint
 from deeplab_jax.weights import torch_file, torchvision
 from random_modules import random_variables
 from saved_model import CLASSES, MEAN, STD

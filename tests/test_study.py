@@ -13,7 +13,7 @@ from drawings import BOUND, committed, difference
 
 from conftest import ROOT
 from deeplab_jax import config as config_lib
-from deeplab_jax.errors import UserError
+from deeplab_jax.utils.errors import UserError
 
 RECORD = ROOT / "benchmarks" / "results" / "study_cpu.json"
 CONFIGS = set(runpy.run_path(str(ROOT / "configs" / "study.py"))["ROWS"])

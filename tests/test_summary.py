@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from deeplab_jax import canvas, field_figure, figures
-from deeplab_jax import summary as summaries
+from deeplab_jax.analysis import field_plots as field_figure
+from deeplab_jax.analysis import plots as figures
+from deeplab_jax.analysis import summary as summaries
+from deeplab_jax.analysis.receptive_field import EffectiveField
 from deeplab_jax.models.architecture import ARCHITECTURES, architecture
-from deeplab_jax.receptive_field import EffectiveField
+from deeplab_jax.visualization import canvas
 from torch_reference import torchvision
 
 

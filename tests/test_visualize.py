@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from deeplab_jax import labels, visualize
+from deeplab_jax.data import labels
+from deeplab_jax.visualization import image_grid as visualize
 
 
 def test_overlay_mixes_class_colours_and_leaves_the_ground_clear():

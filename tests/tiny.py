@@ -15,12 +15,12 @@ from deeplab_jax.config import (
     TrainConfig,
 )
 from deeplab_jax.data import pipeline
-from deeplab_jax.evaluation.evaluate import Evaluator
+from deeplab_jax.distributed import mesh as mesh_lib
+from deeplab_jax.evaluation.evaluator import Evaluator
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.parallel import mesh as mesh_lib
-from deeplab_jax.training.loop import resolve_architecture
 from deeplab_jax.training.program import train_program
 from deeplab_jax.training.state import start_state
+from deeplab_jax.training.train import resolve_architecture
 
 
 def get_config() -> Config:

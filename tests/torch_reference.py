@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deeplab_jax.benchmark.theirs import import_torchvision
+from speed.theirs import import_torchvision
 
 torch = pytest.importorskip("torch", reason="install the `test` extra")
 

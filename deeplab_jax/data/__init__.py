@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data.dataset import Dataset
-from deeplab_jax.errors import UserError, did_you_mean
-from deeplab_jax.registry import Registry, resolved
+from deeplab_jax.utils.errors import UserError, did_you_mean
+from deeplab_jax.utils.registry import Registry, resolved
 
 Load = Callable[[DataConfig, str], Dataset]
 
@@ -36,12 +36,12 @@ _FOLDER_SPLITS = ("train", "val", "test", "trainval")
 DATASETS: Registry[DatasetEntry] = Registry(
     "data set",
     {
-        "voc": DatasetEntry("deeplab_jax.data.voc:load", _VOC_SPLITS, 21),
-        "coco": DatasetEntry("deeplab_jax.data.coco:load", ("train", "val"), 21),
-        "cityscapes": DatasetEntry("deeplab_jax.data.cityscapes:load", _SPLITS, 19),
-        "ade20k": DatasetEntry("deeplab_jax.data.ade20k:load", _SPLITS, 150),
-        "folder": DatasetEntry("deeplab_jax.data.folder:load", _FOLDER_SPLITS),
-        "shapes": DatasetEntry("deeplab_jax.data.shapes:load", ("train", "val"), 5),
+        "voc": DatasetEntry("deeplab_jax.data.datasets.voc:load", _VOC_SPLITS, 21),
+        "coco": DatasetEntry("deeplab_jax.data.datasets.coco:load", ("train", "val"), 21),
+        "cityscapes": DatasetEntry("deeplab_jax.data.datasets.cityscapes:load", _SPLITS, 19),
+        "ade20k": DatasetEntry("deeplab_jax.data.datasets.ade20k:load", _SPLITS, 150),
+        "folder": DatasetEntry("deeplab_jax.data.datasets.folder:load", _FOLDER_SPLITS),
+        "shapes": DatasetEntry("deeplab_jax.data.datasets.shapes:load", ("train", "val"), 5),
     },
 )
 

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from deeplab_jax.labels import IGNORE
+from deeplab_jax.data.labels import IGNORE
 
 # cv2.warpAffine takes border colours of up to four channels.
 _MAX_WARP_CHANNELS = 4

@@ -7,7 +7,7 @@ from typing import Protocol, TypedDict
 
 import numpy as np
 
-from deeplab_jax.labels import LabelSet
+from deeplab_jax.data.labels import LabelSet
 
 
 class Example(TypedDict):

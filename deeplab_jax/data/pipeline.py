@@ -31,8 +31,8 @@ from deeplab_jax import config as config_lib
 from deeplab_jax.data import randomness
 from deeplab_jax.data.augment import augment
 from deeplab_jax.data.dataset import Dataset, Example
-from deeplab_jax.errors import UserError
-from deeplab_jax.labels import IGNORE
+from deeplab_jax.data.labels import IGNORE
+from deeplab_jax.utils.errors import UserError
 
 _NUM_STEPS = 2**40  # of a run that is never out of batches
 _BUCKET = 256  # pixels between the sides that images larger than usual are padded to

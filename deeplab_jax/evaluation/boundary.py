@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Int64, UInt8
 
-from deeplab_jax.labels import IGNORE
+from deeplab_jax.data.labels import IGNORE
 
 DILATION_RATIO = 0.02  # of the image's diagonal: how far a boundary reaches inwards
 

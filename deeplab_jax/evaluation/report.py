@@ -11,7 +11,7 @@ import numpy as np
 
 from deeplab_jax.evaluation.boundary import boundary_iou
 from deeplab_jax.evaluation.confusion import Scores, bootstrap_miou, nan_mean
-from deeplab_jax.evaluation.evaluate import Evaluation
+from deeplab_jax.evaluation.evaluator import Evaluation
 
 _NEARLY_ALL = 0.99  # share of the predictions that no one class should have
 

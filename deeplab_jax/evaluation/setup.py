@@ -6,15 +6,17 @@ import dataclasses
 import re
 from collections.abc import Callable
 
-from deeplab_jax import config_files, config_rules, segmenter
 from deeplab_jax import data as data_lib
 from deeplab_jax.config import Config, DataConfig, EvalConfig
+from deeplab_jax.config import io as config_files
+from deeplab_jax.config import rules as config_rules
 from deeplab_jax.data.dataset import Dataset, Example, Source
-from deeplab_jax.errors import UserError
-from deeplab_jax.evaluation.evaluate import Evaluator
-from deeplab_jax.labels import LabelSet
-from deeplab_jax.parallel.mesh import make_mesh
-from deeplab_jax.segmenter import Segmenter
+from deeplab_jax.data.labels import LabelSet
+from deeplab_jax.distributed.mesh import make_mesh
+from deeplab_jax.evaluation.evaluator import Evaluator
+from deeplab_jax.inference import segmenter
+from deeplab_jax.inference.segmenter import Segmenter
+from deeplab_jax.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

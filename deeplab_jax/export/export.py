@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from deeplab_jax.conversion import read_model
-from deeplab_jax.errors import UserError
 from deeplab_jax.export import onnx, stablehlo
 from deeplab_jax.export.compare import Comparison, compare
 from deeplab_jax.export.program import OUTPUTS, Dimensions, Program
-from deeplab_jax.files import write_bytes
 from deeplab_jax.models.ops.resize import MAX_SIDE
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.files import write_bytes
+from deeplab_jax.weights.convert import read_model
 
 # Largest difference from the model that a file may have, relative to its largest logit.
 LIMITS = {".stablehlo": 1e-5, ".onnx": 1e-4}

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from deeplab_jax.errors import UserError
 from deeplab_jax.export.program import Program
 from deeplab_jax.models.ops.convolution import XLA
+from deeplab_jax.utils.errors import UserError
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -22,8 +22,8 @@ from jax import export
 from jax.extend import core, source_info_util
 from onnx import helper
 
-from deeplab_jax.errors import UserError
 from deeplab_jax.export.onnx_graph import Constant, Graph, Tensor
+from deeplab_jax.utils.errors import UserError
 
 Value = Tensor | Constant
 # Axes of a map in the graph, by their places in JAX.

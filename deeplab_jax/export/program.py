@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
 from deeplab_jax.models.ops.convolution import Implementation
 from deeplab_jax.models.ops.resize import MAX_SIDE
-from deeplab_jax.training.checkpoint import SavedModel
+from deeplab_jax.weights.saved_model import SavedModel
 
 
 class Dimensions(NamedTuple):

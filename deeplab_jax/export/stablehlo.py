@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from deeplab_jax.errors import UserError
 from deeplab_jax.export.program import Program
+from deeplab_jax.utils.errors import UserError
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

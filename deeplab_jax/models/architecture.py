@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from deeplab_jax.config import output_strides
-from deeplab_jax.errors import UserError, did_you_mean
-from deeplab_jax.registry import Registry
+from deeplab_jax.utils.errors import UserError, did_you_mean
+from deeplab_jax.utils.registry import Registry
 
 # Called as `BACKBONES[name](architecture, rngs=rngs)`. An attribute `options` names the fields of
 # `NEUTRAL` that the backbone heeds.

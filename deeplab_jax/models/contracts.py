@@ -9,7 +9,7 @@ import jax
 from jax import export
 from jaxtyping import Array, Float
 
-from deeplab_jax.errors import did_you_mean
+from deeplab_jax.utils.errors import did_you_mean
 
 
 class Feature(NamedTuple):

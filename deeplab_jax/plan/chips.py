@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 
-from deeplab_jax.errors import UserError, did_you_mean
+from deeplab_jax.utils.errors import UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from deeplab_jax import config as config_lib
+from deeplab_jax.analysis.conv_trace import convolutions
 from deeplab_jax.config import Config
-from deeplab_jax.errors import UserError
+from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.models.architecture import Architecture
-from deeplab_jax.models.convolutions import convolutions
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.parallel import mesh as mesh_lib
 from deeplab_jax.plan.chips import Topology
 from deeplab_jax.plan.collectives import Collective, inventory
 from deeplab_jax.training.program import train_program
+from deeplab_jax.utils.errors import UserError
 
 # No chip is touched and nobody is asked over the network; libtpu looks for both unless told.
 _LIBTPU = {

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from rich.console import Console
 
 from deeplab_jax.config import LossConfig
-from deeplab_jax.data import passes
+from deeplab_jax.data import statistics as passes
 from deeplab_jax.data.dataset import Dataset
-from deeplab_jax.errors import UserError
+from deeplab_jax.utils.errors import UserError
 
 
 def resolve(config: LossConfig, dataset: Dataset, *, quiet: bool = False) -> LossConfig:

@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, UInt8
 
 from deeplab_jax.config import IMAGE_LOSSES, PIXEL_LOSSES, LossConfig
-from deeplab_jax.labels import IGNORE
+from deeplab_jax.data.labels import IGNORE
 from deeplab_jax.models.ops.resize import (
     bilinear_matrix,
     centres,

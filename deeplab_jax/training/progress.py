@@ -11,10 +11,10 @@ import rich.progress
 
 from deeplab_jax.config import Config, TrainConfig, crop_shape
 from deeplab_jax.data.dataset import Dataset
+from deeplab_jax.distributed.preemption import StopRequest
 from deeplab_jax.evaluation.confusion import Scores
-from deeplab_jax.evaluation.evaluate import Evaluation, Evaluator
+from deeplab_jax.evaluation.evaluator import Evaluation, Evaluator
 from deeplab_jax.models.functional import FunctionalModel, Variables
-from deeplab_jax.training.signals import StopRequest
 
 
 class Progress:

@@ -9,12 +9,12 @@ import sys
 
 import jax
 
-from deeplab_jax import config_rules
 from deeplab_jax.config import Config, InitConfig, ModelConfig, SecondStageConfig
+from deeplab_jax.config import rules as config_rules
+from deeplab_jax.distributed import multihost as agreement
 from deeplab_jax.models.deeplab import architecture
-from deeplab_jax.parallel import agreement
-from deeplab_jax.training import loop
-from deeplab_jax.training.loop import Result
+from deeplab_jax.training import train as loop
+from deeplab_jax.training.train import Result
 
 FIRST = "stage1"  # folder of the first stage's run, in the workdir; the second's is the workdir
 

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from deeplab_jax.config import Config, crop_shape
+from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.models.functional import Arrays, FunctionalModel, Variables, normalize
-from deeplab_jax.parallel import mesh as mesh_lib
 from deeplab_jax.training import losses
 from deeplab_jax.training.state import TrainState, start_state
 

@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from deeplab_jax.files import write_bytes, write_png
+from deeplab_jax.utils.files import write_bytes, write_png
 
 
 class Writer:

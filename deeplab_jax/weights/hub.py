@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import rich.progress
 from rich.console import Console
 
-from deeplab_jax.errors import UserError, did_you_mean
+from deeplab_jax.utils.errors import UserError, did_you_mean
 
 BASE_URL = "https://download.pytorch.org/models/"
 

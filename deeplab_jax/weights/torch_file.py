@@ -26,7 +26,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from deeplab_jax.errors import UserError
+from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import pickle_writer, state_dict
 from deeplab_jax.weights.pickle_reader import Unreadable
 from deeplab_jax.weights.state_dict import Storage

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deeplab_jax.errors import UserError
 from deeplab_jax.models.architecture import ARCHITECTURES, Architecture
 from deeplab_jax.models.functional import Arrays, FunctionalModel, Variables
+from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights.state_dict import listed
 
 

@@ -9,13 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from deeplab_jax import summary as summaries
-from deeplab_jax.canvas import GREY, INK, ORANGE, PURPLE, SKY, VERMILLION, Canvas, Color
-from deeplab_jax.figures import model_figure
+from deeplab_jax.analysis import summary as summaries
+from deeplab_jax.analysis.plots import model_figure
+from deeplab_jax.analysis.receptive_field import SHARE, EffectiveField, effective_field
 from deeplab_jax.models.architecture import Architecture, architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.ops.atrous_conv import atrous_conv
-from deeplab_jax.receptive_field import SHARE, EffectiveField, effective_field
+from deeplab_jax.visualization.canvas import (
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    Canvas,
+    Color,
+)
 from drawing.network import SIZE, summary_of
 from drawing.sheet import (
     MARGIN,

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from deeplab_jax.canvas import BLUE, GREY, LIGHT, ORANGE, VERMILLION, Canvas
 from deeplab_jax.models.ops.atrous_conv import atrous_conv
+from deeplab_jax.visualization.canvas import BLUE, GREY, LIGHT, ORANGE, VERMILLION, Canvas
 from drawing.labels import images
 from drawing.sheet import (
     MARGIN,

@@ -9,7 +9,14 @@ import numpy as np
 from jaxtyping import Float, Float32, Int, UInt8
 from scipy import ndimage
 
-from deeplab_jax.canvas import (
+from deeplab_jax.config import DataConfig, ShapesConfig
+from deeplab_jax.data.dataset import Example
+from deeplab_jax.data.datasets import shapes
+from deeplab_jax.data.labels import IGNORE
+from deeplab_jax.evaluation.confusion import count, scores
+from deeplab_jax.models.decoders import TransposedDecoder
+from deeplab_jax.models.ops.resize import bilinear_matrix
+from deeplab_jax.visualization.canvas import (
     BLUE,
     GREEN,
     GREY,
@@ -23,13 +30,6 @@ from deeplab_jax.canvas import (
     Color,
     text_width,
 )
-from deeplab_jax.config import DataConfig, ShapesConfig
-from deeplab_jax.data import shapes
-from deeplab_jax.data.dataset import Example
-from deeplab_jax.evaluation.confusion import count, scores
-from deeplab_jax.labels import IGNORE
-from deeplab_jax.models.decoders import TransposedDecoder
-from deeplab_jax.models.ops.resize import bilinear_matrix
 from drawing.sheet import (
     MARGIN,
     PAPER,

@@ -7,11 +7,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from deeplab_jax import summary as summaries
-from deeplab_jax.canvas import GREY, INK, LIGHT, VERMILLION, Canvas
+from deeplab_jax.analysis import summary as summaries
+from deeplab_jax.analysis.conv_trace import Convolution
+from deeplab_jax.analysis.summary import Part, Summary
 from deeplab_jax.models.architecture import architecture
-from deeplab_jax.models.convolutions import Convolution
-from deeplab_jax.summary import Part, Summary
+from deeplab_jax.visualization.canvas import GREY, INK, LIGHT, VERMILLION, Canvas
 from drawing.sheet import (
     MARGIN,
     STRIDE_COLORS,

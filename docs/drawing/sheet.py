@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from deeplab_jax.canvas import GREY, INK, Canvas, Color, Point, text_width
+from deeplab_jax.visualization.canvas import GREY, INK, Canvas, Color, Point, text_width
 
 Picture = UInt8[np.ndarray, "h w 3"]
 Values = Sequence[float] | np.ndarray

@@ -6,9 +6,9 @@ import dataclasses
 
 import numpy as np
 
-from deeplab_jax.canvas import BLUE, GREEN, GREY, ORANGE, Canvas
 from deeplab_jax.config import Config
 from deeplab_jax.training.optimizer import poly_schedule
+from deeplab_jax.visualization.canvas import BLUE, GREEN, GREY, ORANGE, Canvas
 from drawing.sheet import (
     MARGIN,
     WIDTH,

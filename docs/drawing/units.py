@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import Literal
 
-from deeplab_jax.canvas import GREY, INK, VERMILLION, Canvas, Color, Point
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.backbones.resnet import RESNETS, block_specs
 from deeplab_jax.models.layers import BatchNorm, ShapeRngs
 from deeplab_jax.models.ops.convolution import XLA, use_implementation
+from deeplab_jax.visualization.canvas import GREY, INK, VERMILLION, Canvas, Color, Point
 from drawing.sheet import (
     MARGIN,
     WIDTH,

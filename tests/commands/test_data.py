@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from conftest import ROOT
 from deeplab_jax import config as config_lib
-from deeplab_jax import config_rules
-from deeplab_jax.cli import app
-from deeplab_jax.errors import UserError
+from deeplab_jax.cli.main import app
+from deeplab_jax.config import rules as config_rules
+from deeplab_jax.utils.errors import UserError
 from own_data import NAMES, Maker
 
 

@@ -8,8 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
-from deeplab_jax import cli, config, config_files, labels
+from deeplab_jax import config
 from deeplab_jax import data as data_lib
+from deeplab_jax.cli import main as cli
 from deeplab_jax.config import (
     Config,
     DataConfig,
@@ -18,12 +19,14 @@ from deeplab_jax.config import (
     MeshConfig,
     ShapesConfig,
 )
-from deeplab_jax.errors import UserError
+from deeplab_jax.config import io as config_files
+from deeplab_jax.data import labels
 from deeplab_jax.evaluation import setup
-from deeplab_jax.evaluation.inference import Inference, Mode
+from deeplab_jax.inference.predictor import Inference, Mode
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.training import checkpoint
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.weights import saved_model as checkpoint
 from random_modules import random_variables
 
 NAMES = ("background", "disc", "triangle", "ring", "cross")

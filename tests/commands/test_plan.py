@@ -9,12 +9,14 @@ import jax
 import pytest
 
 from conftest import ROOT
-from deeplab_jax import cli, config_files, config_rules
+from deeplab_jax.cli import main as cli
 from deeplab_jax.config import Config
-from deeplab_jax.errors import UserError
+from deeplab_jax.config import io as config_files
+from deeplab_jax.config import rules as config_rules
 from deeplab_jax.plan import plan as planning
 from deeplab_jax.plan.collectives import Collective
 from deeplab_jax.plan.plan import Memory, Plan
+from deeplab_jax.utils.errors import UserError
 
 SHAPES = ROOT / "configs" / "shapes.py"
 GIB = 2**30

@@ -10,7 +10,10 @@ from PIL import Image
 
 import deeplab_jax
 import saved_model
-from deeplab_jax import cli, pictures, prediction, segmenter
+from deeplab_jax.cli import main as cli
+from deeplab_jax.inference import files as prediction
+from deeplab_jax.inference import segmenter
+from deeplab_jax.visualization import overlays as pictures
 
 
 @pytest.fixture(scope="module")

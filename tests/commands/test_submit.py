@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deeplab_jax import cli, labels, voc_server
+from deeplab_jax.cli import main as cli
 from deeplab_jax.config import DataConfig
-from deeplab_jax.data import voc_test
+from deeplab_jax.data import labels
 from deeplab_jax.data.dataset import Dataset
-from deeplab_jax.errors import UserError
+from deeplab_jax.data.datasets import voc_test
+from deeplab_jax.evaluation import voc_server
+from deeplab_jax.inference.files import write_ids
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.prediction import write_ids
-from deeplab_jax.training import checkpoint
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.weights import saved_model as checkpoint
 from random_modules import random_variables
 
 SIZES = {"v1": (30, 40), "v2": (41, 25), "v3": (17, 33), "t1": (30, 40), "t2": (41, 25)}

@@ -9,8 +9,10 @@ from PIL import Image
 
 import saved_model
 from conftest import ROOT
-from deeplab_jax import cli, descriptions, field_figure, receptive_field
-from deeplab_jax.errors import UserError
+from deeplab_jax.analysis import descriptions, receptive_field
+from deeplab_jax.analysis import field_plots as field_figure
+from deeplab_jax.cli import main as cli
+from deeplab_jax.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

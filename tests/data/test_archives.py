@@ -11,8 +11,8 @@ import threading
 
 import pytest
 
-from deeplab_jax.data import archives
-from deeplab_jax.errors import UserError
+from deeplab_jax.data.datasets import archives
+from deeplab_jax.utils.errors import UserError
 
 FILES = {
     "kit/data/lists/train.txt": b"a b\n",

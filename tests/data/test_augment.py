@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deeplab_jax.data.augment import augment, crop_matrix, warp
-from deeplab_jax.labels import IGNORE
+from deeplab_jax.data.labels import IGNORE
 
 
 def reference_coordinates(scale, top, left, crop, mirror):

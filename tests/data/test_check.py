@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
-from deeplab_jax import config_files
 from deeplab_jax.config import DataConfig
-from deeplab_jax.data import check, contact_sheet, duplicates, findings, reading
-from deeplab_jax.errors import UserError
+from deeplab_jax.config import io as config_files
+from deeplab_jax.data.io import reading
+from deeplab_jax.data_check import check, contact_sheet, duplicates, findings
+from deeplab_jax.utils.errors import UserError
 from own_data import NAMES, Maker
 
 

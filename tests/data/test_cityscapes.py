@@ -12,10 +12,14 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
-from deeplab_jax import config_files, config_rules, data, descriptions, labels
+from deeplab_jax import data
+from deeplab_jax.analysis import descriptions
 from deeplab_jax.config import DataConfig
-from deeplab_jax.data import cityscapes
-from deeplab_jax.errors import UserError
+from deeplab_jax.config import io as config_files
+from deeplab_jax.config import rules as config_rules
+from deeplab_jax.data import labels
+from deeplab_jax.data.datasets import cityscapes
+from deeplab_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ADE = "ADEChallengeData2016"

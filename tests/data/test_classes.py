@@ -2,9 +2,9 @@
 
 import pytest
 
-from deeplab_jax import labels
-from deeplab_jax.data import classes
-from deeplab_jax.errors import UserError
+from deeplab_jax.data import labels
+from deeplab_jax.data.io import classes
+from deeplab_jax.utils.errors import UserError
 
 
 @pytest.mark.parametrize(

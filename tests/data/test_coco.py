@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from deeplab_jax import data, labels
+from deeplab_jax import data
 from deeplab_jax.config import DataConfig
-from deeplab_jax.data import coco
-from deeplab_jax.errors import UserError
+from deeplab_jax.data import labels
+from deeplab_jax.data.datasets import coco
+from deeplab_jax.utils.errors import UserError
 
 HEIGHT, WIDTH = 5, 7
 PERSON, BICYCLE, DOG, CHAIR, ZEBRA = 1, 2, 18, 62, 24  # categories of COCO

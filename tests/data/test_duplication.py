@@ -9,12 +9,13 @@ from absl import flags
 from ml_collections import config_flags
 
 import tiny
-from deeplab_jax import config_rules, labels
 from deeplab_jax.config import Config, DataConfig
-from deeplab_jax.data import duplication, pipeline
+from deeplab_jax.config import rules as config_rules
+from deeplab_jax.data import labels, pipeline
+from deeplab_jax.data import oversampling as duplication
 from deeplab_jax.data.dataset import Dataset
-from deeplab_jax.errors import UserError
-from deeplab_jax.training import loop
+from deeplab_jax.training import train as loop
+from deeplab_jax.utils.errors import UserError
 
 SIDE = 5
 HARD = {1, 4, 6}  # images of the fixture that hold a chair or a sofa

@@ -12,16 +12,19 @@ import pytest
 from PIL import Image
 
 import tiny
-from deeplab_jax import data, labels
+from deeplab_jax import data
 from deeplab_jax.config import Config, DataConfig
-from deeplab_jax.config_rules import validate
-from deeplab_jax.data import masks, pipeline, reading
-from deeplab_jax.errors import UserError
-from deeplab_jax.labels import IGNORE
+from deeplab_jax.config.rules import validate
+from deeplab_jax.data import labels, pipeline
+from deeplab_jax.data.io import masks, reading
+from deeplab_jax.data.labels import IGNORE
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.training import checkpoint, initialize, loop
-from deeplab_jax.training.loop import resolve_architecture
+from deeplab_jax.training import train as loop
+from deeplab_jax.training.train import resolve_architecture
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.weights import initialize
+from deeplab_jax.weights import saved_model as checkpoint
 from own_data import COLORS, NAMES
 
 

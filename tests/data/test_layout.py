@@ -7,8 +7,8 @@ import pytest
 
 from deeplab_jax import data
 from deeplab_jax.config import DataConfig
-from deeplab_jax.data import layout
-from deeplab_jax.errors import UserError
+from deeplab_jax.data.datasets import layout
+from deeplab_jax.utils.errors import UserError
 
 
 def test_folders_of_splits(maker):

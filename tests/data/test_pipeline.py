@@ -18,8 +18,8 @@ from deeplab_jax import data
 from deeplab_jax.config import DataConfig, ShapesConfig
 from deeplab_jax.data import pipeline, randomness
 from deeplab_jax.data.dataset import Dataset
-from deeplab_jax.errors import UserError
-from deeplab_jax.labels import IGNORE, named
+from deeplab_jax.data.labels import IGNORE, named
+from deeplab_jax.utils.errors import UserError
 
 FILL = np.array([124, 116, 104], np.uint8)
 
@@ -326,7 +326,7 @@ from deeplab_jax import data
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data import pipeline
 from deeplab_jax.data.dataset import Dataset
-from deeplab_jax.errors import UserError
+from deeplab_jax.utils.errors import UserError
 
 class Damaged:
     def __init__(self, source):

@@ -10,9 +10,9 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from deeplab_jax.data import reading
-from deeplab_jax.errors import UserError
-from deeplab_jax.labels import IGNORE, VOC
+from deeplab_jax.data.io import reading
+from deeplab_jax.data.labels import IGNORE, VOC
+from deeplab_jax.utils.errors import UserError
 
 RNG = np.random.default_rng(0)
 

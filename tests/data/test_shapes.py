@@ -8,9 +8,9 @@ import pytest
 
 from deeplab_jax import data
 from deeplab_jax.config import DataConfig, ShapesConfig
-from deeplab_jax.data import shapes
-from deeplab_jax.errors import UserError
-from deeplab_jax.labels import IGNORE
+from deeplab_jax.data.datasets import shapes
+from deeplab_jax.data.labels import IGNORE
+from deeplab_jax.utils.errors import UserError
 
 
 def source(split="train", **fields):

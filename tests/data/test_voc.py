@@ -15,10 +15,11 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from deeplab_jax import labels
 from deeplab_jax.config import DataConfig
-from deeplab_jax.data import reading, voc
-from deeplab_jax.errors import UserError
+from deeplab_jax.data import labels
+from deeplab_jax.data.datasets import voc
+from deeplab_jax.data.io import reading
+from deeplab_jax.utils.errors import UserError
 
 SIZES = [(30, 40), (41, 25), (17, 33)]
 AUGMENTED = ["a1", "a2", "a3", "a4", "s2", "s1", "s3"]  # of the fixture `root`
@@ -402,7 +403,7 @@ def test_a_data_dir_that_cannot_be_written(root, tmp_path, monkeypatch):
 PREPARE = """
 import sys
 from deeplab_jax.config import DataConfig
-from deeplab_jax.data import voc
+from deeplab_jax.data.datasets import voc
 {setup}
 source = voc.load(DataConfig(root=sys.argv[1]), "trainaug").source
 print([source[index]["name"] for index in range(len(source))])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix as reference
 
+from deeplab_jax.data.labels import IGNORE
 from deeplab_jax.evaluation.confusion import confusion_matrices, count, scores
-from deeplab_jax.labels import IGNORE
 
 
 def random_pair(seed, shape, classes, ignored):

@@ -13,18 +13,18 @@ from sklearn.metrics import confusion_matrix as reference
 import torch_reference
 from deeplab_jax import config as config_lib
 from deeplab_jax.config import Config, DataConfig, EvalConfig, MeshConfig
-from deeplab_jax.config_rules import validate
+from deeplab_jax.config.rules import validate
 from deeplab_jax.data import pipeline
 from deeplab_jax.data.dataset import Dataset
-from deeplab_jax.errors import UserError
+from deeplab_jax.data.labels import IGNORE, named
+from deeplab_jax.distributed.mesh import make_mesh
 from deeplab_jax.evaluation import protocols
 from deeplab_jax.evaluation.boundary import count_boundary
-from deeplab_jax.evaluation.evaluate import Evaluator
-from deeplab_jax.evaluation.inference import Inference, Mode, bucket
-from deeplab_jax.labels import IGNORE, named
+from deeplab_jax.evaluation.evaluator import Evaluator
+from deeplab_jax.inference.predictor import Inference, Mode, bucket
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, normalize
-from deeplab_jax.parallel.mesh import make_mesh
+from deeplab_jax.utils.errors import UserError
 from random_modules import random_variables
 
 CLASSES = 4

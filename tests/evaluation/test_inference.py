@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deeplab_jax.config import MeshConfig
-from deeplab_jax.errors import UserError
-from deeplab_jax.evaluation.inference import (
+from deeplab_jax.distributed.mesh import make_mesh, replicated
+from deeplab_jax.inference.predictor import (
     Inference,
     Mode,
     bucket,
@@ -21,10 +21,10 @@ from deeplab_jax.evaluation.inference import (
     probabilities,
     scaled_side,
 )
-from deeplab_jax.evaluation.windows import window_starts, window_weights
+from deeplab_jax.inference.sliding_window import window_starts, window_weights
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.parallel.mesh import make_mesh, replicated
+from deeplab_jax.utils.errors import UserError
 from random_modules import random_variables
 
 CLASSES = 5

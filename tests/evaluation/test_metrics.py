@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
+from deeplab_jax.data.labels import IGNORE
 from deeplab_jax.evaluation.boundary import boundary, boundary_iou, count_boundary
 from deeplab_jax.evaluation.confusion import bootstrap_miou, count, scores
-from deeplab_jax.labels import IGNORE
 
 
 def reference_boundary(mask):

@@ -13,8 +13,7 @@ from flax import nnx
 from typer.testing import CliRunner
 
 import saved_model
-from deeplab_jax.cli import app
-from deeplab_jax.errors import UserError
+from deeplab_jax.cli.main import app
 from deeplab_jax.export import compare, stablehlo
 from deeplab_jax.export.export import export
 from deeplab_jax.export.program import OUTPUTS
@@ -22,7 +21,8 @@ from deeplab_jax.models.layers import Conv
 from deeplab_jax.models.ops.convolution import FASTEST, XLA, use_implementation
 from deeplab_jax.models.ops.pooling import max_pool, mean_over_image
 from deeplab_jax.models.ops.resize import resize_bilinear
-from deeplab_jax.training import checkpoint
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.weights import saved_model as checkpoint
 
 SIZES = {"batch": 1, "height": 33, "width": 41}
 

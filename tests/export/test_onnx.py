@@ -9,9 +9,8 @@ import pytest
 from flax import nnx
 from typer.testing import CliRunner
 
-from deeplab_jax import labels
-from deeplab_jax.cli import app
-from deeplab_jax.errors import UserError
+from deeplab_jax.cli.main import app
+from deeplab_jax.data import labels
 from deeplab_jax.export import onnx as onnx_export
 from deeplab_jax.export.program import Dimensions, Program
 from deeplab_jax.models.architecture import architecture
@@ -19,7 +18,8 @@ from deeplab_jax.models.deeplab import build_model
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.layers import Conv
 from deeplab_jax.models.ops.atrous_conv import atrous_conv
-from deeplab_jax.training import checkpoint
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.weights import saved_model as checkpoint
 from random_modules import random_variables
 
 onnx = pytest.importorskip("onnx", reason="install the `onnx` extra")

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 import saved_model
-from deeplab_jax.errors import UserError
 from deeplab_jax.export import stablehlo
 from deeplab_jax.export.program import Dimensions, Program
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.ops.depthwise_conv import depthwise_conv
-from deeplab_jax.training import checkpoint
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.weights import saved_model as checkpoint
 
 DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "export.md"
 

@@ -6,13 +6,13 @@ import json
 import pytest
 
 from deeplab_jax.config import ModelConfig
-from deeplab_jax.errors import UserError
 from deeplab_jax.models.architecture import (
     ARCHITECTURES,
     BACKBONES,
     Architecture,
     architecture,
 )
+from deeplab_jax.utils.errors import UserError
 
 DEPTHS = (18, 34, 50, 101, 152)
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from deeplab_jax.analysis.conv_trace import Convolution, convolutions
 from deeplab_jax.models.architecture import architecture
-from deeplab_jax.models.convolutions import Convolution, convolutions
 from deeplab_jax.models.deeplab import build_model
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.models.layers import Conv

@@ -16,10 +16,11 @@ import jax
 
 import tiny
 from deeplab_jax import data as data_lib
-from deeplab_jax.errors import UserError
-from deeplab_jax.evaluation import evaluate
-from deeplab_jax.parallel import agreement, processes
-from deeplab_jax.training.signals import StopRequest
+from deeplab_jax.distributed import launch as processes
+from deeplab_jax.distributed import multihost as agreement
+from deeplab_jax.distributed.preemption import StopRequest
+from deeplab_jax.evaluation import evaluator as evaluate
+from deeplab_jax.utils.errors import UserError
 
 
 def tell(name, action):

@@ -8,9 +8,9 @@ import pytest
 
 from conftest import ROOT
 from deeplab_jax.config import MeshConfig
-from deeplab_jax.errors import UserError
-from deeplab_jax.parallel import mesh as mesh_lib
-from deeplab_jax.parallel.mesh import make_mesh
+from deeplab_jax.distributed import mesh as mesh_lib
+from deeplab_jax.distributed.mesh import make_mesh
+from deeplab_jax.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

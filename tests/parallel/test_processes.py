@@ -18,9 +18,10 @@ import pytest
 
 import tiny
 from conftest import ROOT
-from deeplab_jax.errors import UserError
-from deeplab_jax.parallel import agreement, processes
-from deeplab_jax.training.loop import train
+from deeplab_jax.distributed import launch as processes
+from deeplab_jax.distributed import multihost as agreement
+from deeplab_jax.training.train import train
+from deeplab_jax.utils.errors import UserError
 
 WORKER = pathlib.Path(__file__).with_name("process_worker.py")
 LIMIT = 200  # seconds that any of them may take, on a machine that is busy

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 
 import tiny
+from deeplab_jax.analysis.summary import summarize
 from deeplab_jax.config import MeshConfig, OptimizerConfig
-from deeplab_jax.errors import UserError
+from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.ops.convolution import XLA
-from deeplab_jax.parallel import mesh as mesh_lib
 from deeplab_jax.plan import chips, plan, search
 from deeplab_jax.plan.collectives import Collective
 from deeplab_jax.plan.plan import Memory, Plan
 from deeplab_jax.plan.roofline import all_reduce_seconds, roofline
-from deeplab_jax.summary import summarize
-from deeplab_jax.training.loop import resolve_architecture
+from deeplab_jax.training.train import resolve_architecture
+from deeplab_jax.utils.errors import UserError
 
 V5E = chips.parse("v5e:2x4")
 

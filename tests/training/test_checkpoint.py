@@ -16,15 +16,16 @@ import pytest
 
 import tiny
 from deeplab_jax.config import MeshConfig, OptimizerConfig
-from deeplab_jax.errors import UserError
+from deeplab_jax.distributed.mesh import make_mesh, replicated
 from deeplab_jax.models.functional import Variables
-from deeplab_jax.parallel.mesh import make_mesh, replicated
 from deeplab_jax.training import checkpoint
 from deeplab_jax.training.optimizer import make_optimizer, poly_schedule
 from deeplab_jax.training.state import TrainState, start_state
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.weights import saved_model
 
 CONFIG = OptimizerConfig(head_multiplier=2.0, clip_norm=1.0, ema_decay=0.9)
-INFO = {"format": checkpoint.FORMAT, "classes": ["a", "b"], "number": 3}
+INFO = {"format": saved_model.FORMAT, "classes": ["a", "b"], "number": 3}
 
 
 def state_of(step: int, *, ema: bool = True) -> TrainState:
@@ -75,7 +76,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         checkpoints.save(state_of(step), step, INFO, miou, wait=step == 5)
     checkpoints.close()
     assert steps_in(tmp_path) == {2, 4, 5}
-    assert checkpoint.find(tmp_path).name == "2"
+    assert saved_model.find(tmp_path).name == "2"
 
 
 def test_a_step_saved_already_is_left_as_it_is(tmp_path):
@@ -91,14 +92,14 @@ def test_reading_a_model_needs_nothing_but_the_folder(tmp_path):
     checkpoints.save(state_of(4), 4, INFO, None, wait=True)
     checkpoints.close()
     for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "4"):
-        saved = checkpoint.read(path)
+        saved = saved_model.read(path)
         assert saved.info == INFO
         # The averaged parameters are those that count.
         np.testing.assert_array_equal(saved.variables.params["classifier.logits.bias"], [4.5] * 3)
         assert isinstance(saved.variables.params["classifier.logits.bias"], np.ndarray)
         assert set(saved.variables.batch_stats) == {"backbone.stem.0.bn.mean"}
     with pytest.raises(UserError, match="no checkpoint at"):
-        checkpoint.read(tmp_path / "elsewhere")
+        saved_model.read(tmp_path / "elsewhere")
 
 
 def damage_truncate(path: pathlib.Path) -> None:
@@ -251,14 +252,14 @@ def test_a_checkpoint_of_another_format_is_refused_and_left_where_it_is(tmp_path
     checkpoints.close()
     message = "has checkpoint format 1, and this version of deeplab_jax reads format 2.*\\.pth"
     with pytest.raises(UserError, match=message):
-        checkpoint.read(tmp_path)
+        saved_model.read(tmp_path)
     with pytest.raises(UserError, match=message):
-        checkpoint.check_format(tmp_path)
+        saved_model.check_format(tmp_path)
     assert steps_in(tmp_path / "checkpoints") == {3}
 
 
 def test_a_run_of_another_format_does_not_resume(tmp_path):
-    from deeplab_jax.training.loop import train
+    from deeplab_jax.training.train import train
 
     checkpoints = open_at(tmp_path / "checkpoints")
     checkpoints.save(state_of(3), 3, INFO | {"format": 1}, None, wait=True)

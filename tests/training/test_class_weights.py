@@ -8,11 +8,13 @@ from absl import flags
 from ml_collections import config_flags
 
 import tiny
-from deeplab_jax import config_rules, labels
 from deeplab_jax.config import Config, LossConfig
+from deeplab_jax.config import rules as config_rules
+from deeplab_jax.data import labels
 from deeplab_jax.data.dataset import Dataset
-from deeplab_jax.errors import UserError
-from deeplab_jax.training import class_weights, loop
+from deeplab_jax.training import class_weights
+from deeplab_jax.training import train as loop
+from deeplab_jax.utils.errors import UserError
 
 
 class Masks:

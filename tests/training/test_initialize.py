@@ -8,11 +8,10 @@ import pytest
 
 from conftest import SHARED
 from deeplab_jax.config import Config, InitConfig
-from deeplab_jax.errors import UserError
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
-from deeplab_jax.training import initialize
-from deeplab_jax.weights import torch_file, torchvision
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.weights import initialize, torch_file, torchvision
 
 
 def model_with(**fields) -> FunctionalModel:

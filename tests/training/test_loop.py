@@ -13,9 +13,9 @@ import pytest
 
 import tiny
 from conftest import ROOT
-from deeplab_jax.errors import UserError
-from deeplab_jax.training import checkpoint
-from deeplab_jax.training.loop import train
+from deeplab_jax.training.train import train
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.weights import saved_model as checkpoint
 
 
 def overridden(**fields):

@@ -10,9 +10,9 @@ import torch
 
 from deeplab_jax import config as config_lib
 from deeplab_jax.config import LossConfig, MeshConfig
-from deeplab_jax.labels import IGNORE
+from deeplab_jax.data.labels import IGNORE
+from deeplab_jax.distributed.mesh import make_mesh, row_sharding
 from deeplab_jax.models.ops.resize import resize_bilinear
-from deeplab_jax.parallel.mesh import make_mesh, row_sharding
 from deeplab_jax.training import losses
 
 

@@ -13,9 +13,9 @@ import pytest
 import tiny
 from conftest import ROOT
 from deeplab_jax.config import SecondStageConfig, flatten
-from deeplab_jax.errors import UserError
-from deeplab_jax.training import checkpoint
 from deeplab_jax.training.stages import split, train
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.weights import saved_model as checkpoint
 
 STAGE = SecondStageConfig(steps=3, output_stride=8, split="val")
 CHANGED = {f"second_stage.{name}" for name in ("steps", "output_stride", "split")} | {

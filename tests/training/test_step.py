@@ -10,11 +10,11 @@ import torch
 
 import tiny
 from deeplab_jax.config import MeshConfig
-from deeplab_jax.errors import UserError
+from deeplab_jax.distributed.mesh import check_batch, make_mesh
 from deeplab_jax.models.functional import Variables, normalize
-from deeplab_jax.parallel.mesh import check_batch, make_mesh
 from deeplab_jax.training.losses import shrink_labels
 from deeplab_jax.training.step import gradients
+from deeplab_jax.utils.errors import UserError
 
 
 def config_with(**branches):

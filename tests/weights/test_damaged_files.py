@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 
-from deeplab_jax.errors import UserError
+from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import pickle_reader, torch_file
 from torch_reference import assert_same, torch, torch_zip, write_zip
 

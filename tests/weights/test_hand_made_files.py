@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from deeplab_jax.errors import UserError
+from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import pickle_reader, torch_file
 from torch_reference import assert_same, torch, torch_zip, write_zip
 

@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from deeplab_jax.errors import UserError
+from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import hub
 
 CONTENT = bytes(range(256)) * 1000

@@ -6,10 +6,10 @@ import pytest
 from flax import nnx
 
 import torch_reference
-from deeplab_jax.errors import UserError
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.backbones.mobilenet_v3 import MobileNetV3
 from deeplab_jax.models.functional import FunctionalModel, Variables
+from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import torchvision
 from random_modules import abstract_module
 from torch_reference import torch

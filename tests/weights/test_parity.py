@@ -14,11 +14,11 @@ from flax import nnx
 
 import torch_reference
 from deeplab_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig
+from deeplab_jax.distributed.mesh import make_mesh
 from deeplab_jax.models.architecture import ARCHITECTURES, BACKBONES, architecture
 from deeplab_jax.models.backbones.resnet import RESNETS, Bottleneck, ResNet, Stages
 from deeplab_jax.models.deeplab import build_model
 from deeplab_jax.models.functional import FunctionalModel, Variables
-from deeplab_jax.parallel.mesh import make_mesh
 from deeplab_jax.training.optimizer import is_decayed, make_optimizer
 from deeplab_jax.training.state import start_state
 from deeplab_jax.training.step import make_train_step

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 
 import torch_reference
-from deeplab_jax.errors import UserError
+from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import torch_file
 from torch_reference import array_bits, assert_same, bits, torch
 

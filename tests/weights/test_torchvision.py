@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import torch_reference
-from deeplab_jax.errors import UserError
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
+from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import torch_file, torchvision
 from torch_reference import torch
 

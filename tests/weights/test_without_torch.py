@@ -22,7 +22,7 @@ import numpy as np
 import deeplab_jax
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.training import checkpoint
+from deeplab_jax.weights import saved_model as checkpoint
 
 source, folder, images, logits = sys.argv[1:]
 deeplab_jax.convert(source, folder)

@@ -241,7 +241,7 @@ def _on_cpu(x: Array, kernel: Array, *, kernel_dilation: int) -> Array:
     """Products over valid taps: by blocks, or where gradients are wanted by whole windows.
 
     Inference leaves these convolutions to oneDNN where XLA has it: see
-    `compilation.jit_inference`.
+    `inference.compile.jit_inference`.
 
     Measured on two cores, float32, milliseconds of native / taps / blocks (oneDNN through PyTorch);
     `benchmarks/atrous_methods.py` measures such rows again, gradients apart from the forward pass:

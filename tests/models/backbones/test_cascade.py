@@ -9,19 +9,19 @@ import pytest
 import torch
 from flax import nnx
 
-from deeplab_jax import summary as summary_lib
+from deeplab_jax.analysis import summary as summary_lib
+from deeplab_jax.analysis.conv_trace import convolutions
+from deeplab_jax.analysis.plots import blocks_figure
+from deeplab_jax.analysis.receptive_field import variants
 from deeplab_jax.config import Config
-from deeplab_jax.config_rules import validate
-from deeplab_jax.errors import UserError
-from deeplab_jax.figures import blocks_figure
+from deeplab_jax.config.rules import validate
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.backbones import resnet
 from deeplab_jax.models.backbones.resnet import Bottleneck, ResNet, Stages
 from deeplab_jax.models.contracts import Feature
-from deeplab_jax.models.convolutions import convolutions
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.heads import aspp_head
-from deeplab_jax.receptive_field import variants
+from deeplab_jax.utils.errors import UserError
 from random_modules import abstract_module, random_module, random_variables
 
 

@@ -10,7 +10,7 @@ import torch
 from flax import nnx
 
 import torch_reference
-from deeplab_jax.errors import UserError
+from deeplab_jax.analysis.conv_trace import convolutions
 from deeplab_jax.models.architecture import ARCHITECTURES, architecture
 from deeplab_jax.models.backbones.mobilenet_v3 import (
     InvertedResidual,
@@ -19,10 +19,10 @@ from deeplab_jax.models.backbones.mobilenet_v3 import (
     block_specs,
     divisible_channels,
 )
-from deeplab_jax.models.convolutions import convolutions
 from deeplab_jax.models.deeplab import build_model
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.models.layers import batch_norm
+from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights.torchvision import from_model, to_model
 from random_modules import abstract_module, random_module
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from flax import nnx
 
+from deeplab_jax.analysis.conv_trace import convolutions
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.backbones.resnet import BasicBlock, BlockSpec, Bottleneck, ResNet
-from deeplab_jax.models.convolutions import convolutions
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.layers import batch_norm
 from random_modules import abstract_module, random_module

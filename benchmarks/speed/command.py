@@ -1,0 +1,158 @@
+"""The command `python -m benchmarks.speed`."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deeplab_jax.cli import outputs
+
+
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="The two most telling cases.")] = False,
+    only: Annotated[str, typer.Option(help="Cases whose name holds this text.")] = "",
+    turns: Annotated[int, typer.Option(min=1, help="Of each side, for each of their modes.")] = 5,
+    modes: Annotated[str, typer.Option(help="Only their modes whose name holds this text.")] = "",
+    alone: Annotated[bool, typer.Option("--alone", help="Do not run torchvision.")] = False,
+    json_file: Annotated[
+        pathlib.Path | None, typer.Option("--json", help="Write the results there.")
+    ] = None,
+    plot: Annotated[str, typer.Option(help="Draw the times as bars there (.png).")] = "",
+    recorded: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Show a file that --json wrote, and measure nothing."),
+    ] = None,
+) -> None:
+    """Measure forward passes and training steps here, against torchvision where it is installed.
+
+    Both run in turns in one process, and theirs in its best mode: channels_last, torch.compile,
+    autocast. A ratio above 1 means that this package is faster.
+
+    Examples:
+
+      python -m benchmarks.speed --quick
+
+      python -m benchmarks.speed --only train --json bench.json
+
+      python -m benchmarks.speed --recorded bench.json --plot bench.png
+    """
+    from deeplab_jax.utils.errors import UserError
+    from deeplab_jax.utils.files import write_png
+
+    from .figure import speed_figure
+
+    if plot:
+        outputs.check("--plot", plot, ".png")
+    if recorded is not None:
+        result = _read(recorded)
+    else:
+        if json_file is not None and not json_file.absolute().parent.is_dir():
+            raise UserError(f"--json {json_file}: its folder does not exist")
+        result = _measure(quick, only, turns, None if alone else modes, json_file)
+    # Wide enough for the table, also where there is no terminal.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(table(result))
+    if plot:
+        write_png(pathlib.Path(plot), speed_figure(result))
+
+
+def _read(file: pathlib.Path) -> dict[str, Any]:
+    import json
+
+    from deeplab_jax.utils.errors import UserError
+
+    try:
+        result = json.loads(file.read_text())
+        dict(result["rows"][0]["theirs_by_mode"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--recorded {file}: no results of benchmarks.speed: {error}") from error
+    return dict(result)
+
+
+def _measure(
+    quick: bool, only: str, turns: int, modes: str | None, json_file: pathlib.Path | None
+) -> dict[str, Any]:
+    """Runs the cases one after the other; what is known by then is written after each."""
+    import dataclasses
+    import json
+
+    import jax
+
+    from deeplab_jax.utils.errors import UserError
+    from deeplab_jax.utils.files import write_bytes
+
+    from . import measure
+    from .cases import cases
+
+    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    platform = jax.default_backend()
+    known = cases(platform, quick=quick)
+    chosen = [case for case in known if only in case.name]
+    if not chosen:
+        names = "\n".join(f"  {case.name}" for case in known)
+        raise UserError(f"no case holds {only!r}; they are:\n{names}")
+    peaks: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    result = measure.conditions() | {
+        "platform": platform,
+        "matmul_flops_per_second": peaks,
+        "rows": rows,
+    }
+    for case in chosen:
+        if case.dtype not in peaks:
+            peaks[case.dtype] = measure.matmul_peak(case.dtype)
+        row = measure.measure(case, peaks[case.dtype], turns=turns, modes=modes, log=log.print)
+        rows.append(dataclasses.asdict(row))
+        if json_file is not None:
+            write_bytes(json_file, (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+def table(result: dict[str, Any]) -> Table:
+    grid = Table(
+        *("case", "ours, s", "theirs, s", "ratio", "spread", "of peak", "GiB", "compiling, s"),
+        title=f"{result['device']}: medians; ratio above 1: ours is faster; pairs: ours, theirs",
+        box=None,
+        pad_edge=False,
+    )
+    for row in result["rows"]:
+        low, high = row["ratio_low"], row["ratio_high"]
+        memory = (_spell(row[f"{side}_bytes"], "{:.1f}", 2**30) for side in ("ours", "theirs"))
+        compiling = (
+            _spell(row[f"{side}_compile_seconds"], "{:.0f}") for side in ("ours", "theirs")
+        )
+        grid.add_row(
+            row["name"],
+            f"{row['ours_seconds']:.4f}",
+            _spell(row["theirs_seconds"], "{:.4f}"),
+            _spell(row["ratio"], "{:.2f}"),
+            "-" if low is None else f"{low:.2f} to {high:.2f}",
+            f"{row['share_of_peak']:.0%}",
+            ", ".join(memory),
+            ", ".join(compiling),
+        )
+        for mode, seconds in row["theirs_by_mode"].items():
+            grid.add_row(f"  theirs: {mode}", "", f"{seconds:.4f}")
+    return grid
+
+
+def _spell(value: float | None, form: str, unit: float = 1) -> str:
+    return "-" if value is None else form.format(value / unit)
+
+
+def main() -> None:
+    """Runs the command; a user's mistake is one message and exit code 2."""
+    from deeplab_jax.utils.errors import UserError
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(bench)
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,140 @@
+"""This package's side of a case."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deeplab_jax.analysis.conv_trace import convolutions
+from deeplab_jax.config import Config, LossConfig, MeshConfig, OptimizerConfig
+from deeplab_jax.distributed import mesh as mesh_lib
+from deeplab_jax.inference.compile import jit_inference
+from deeplab_jax.models.architecture import architecture
+from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.training.optimizer import make_optimizer, poly_schedule
+from deeplab_jax.training.state import start_state
+from deeplab_jax.training.step import make_train_step
+
+from .cases import (
+    AUX_WEIGHT,
+    LEARNING_RATE,
+    MOMENTUM,
+    NUM_CLASSES,
+    WEIGHT_DECAY,
+    Built,
+    Case,
+)
+
+
+def build(case: Case) -> Built:
+    """Compiles a case."""
+    return _build_forward(case) if case.kind == "forward" else _build_train(case)
+
+
+def model_of(case: Case) -> FunctionalModel:
+    """torchvision's architecture in the size of a case."""
+    chosen = architecture(
+        f"torchvision_{case.backbone}",
+        num_classes=NUM_CLASSES,
+        output_stride=case.output_stride,
+        aux_head=case.kind == "train",
+        dtype=case.dtype,
+    )
+    return FunctionalModel(chosen)
+
+
+def _build_forward(case: Case) -> Built:
+    model = model_of(case)
+    begun = time.perf_counter()
+    variables = jax.jit(lambda key: model.fuse(model.init(key)))(jax.random.key(0))
+    images = _images(case)
+
+    def forward(model: FunctionalModel, variables: Any, images: Any) -> Any:
+        return model.apply(variables, images)[0]["out"]
+
+    compiled = jit_inference(forward, model.fused).lower(variables, images).compile()
+    kept: list[Any] = [compiled(variables, images)]
+    jax.block_until_ready(kept)
+
+    def start() -> None:
+        kept[0] = compiled(variables, images)
+
+    return Built(
+        start,
+        lambda: jax.block_until_ready(kept),
+        time.perf_counter() - begun,
+        _peak_bytes(compiled),
+    )
+
+
+def _build_train(case: Case) -> Built:
+    model = model_of(case)
+    begun = time.perf_counter()
+    config = Config(
+        optimizer=OptimizerConfig(
+            learning_rate=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+        ),
+        loss=LossConfig(aux_weight=AUX_WEIGHT),
+        mesh=MeshConfig(data=1),
+    )
+    schedule = poly_schedule(config.optimizer, config.train.steps)
+    tx = make_optimizer(config.optimizer, schedule, model.abstract.params)
+    mesh = mesh_lib.make_mesh(config.mesh)
+    state = start_state(tx, model.init(jax.random.key(0)), ema=False)
+    state = mesh_lib.replicate(state, mesh)
+    batch = mesh_lib.to_global(_batch(case), mesh, case.batch)
+    step: Any = make_train_step(model, tx, schedule, config, mesh)
+    compiled = step.lower(state, batch).compile()
+    kept: list[Any] = [compiled(state, batch)[0]]
+    jax.block_until_ready(kept)
+
+    def start() -> None:
+        kept[0], _ = compiled(kept[0], batch)
+
+    return Built(
+        start,
+        lambda: jax.block_until_ready(kept),
+        time.perf_counter() - begun,
+        _peak_bytes(compiled),
+    )
+
+
+def _images(case: Case) -> Any:
+    shape = (case.batch, case.height, case.width, 3)
+    images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    return jax.device_put(jnp.asarray(images, case.dtype))
+
+
+def _batch(case: Case) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shape = (case.batch, case.height, case.width)
+    return {
+        "image": rng.integers(0, 256, (*shape, 3), np.uint8),
+        "label": rng.integers(0, NUM_CLASSES, shape, np.uint8),
+    }
+
+
+def _peak_bytes(compiled: Any) -> int:
+    """Arguments, results and temporaries, those that share memory counted once."""
+    memory = compiled.memory_analysis()
+    return int(
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+
+
+def dense_flops(case: Case) -> float:
+    """Arithmetic of a case's convolutions, a multiplication and an addition counted as two.
+
+    All taps count, also those that fall into the padding; a train step counts three times its
+    forward pass, whose convolutions have two gradients.
+    """
+    found = convolutions(model_of(case), case.height, case.width)
+    forward = 2.0 * case.batch * sum(conv.macs for conv in found)
+    return forward * (3 if case.kind == "train" else 1)

@@ -1,1 +1,0 @@
-"""Speed of this package against torchvision, side by side; see `deeplab-jax bench`."""

@@ -1,1 +1,0 @@
-"""The commands of `deeplab-jax`, a module each; heavy imports stand inside the functions."""

@@ -1,0 +1,1 @@
+"""Image, mask and class files of users."""

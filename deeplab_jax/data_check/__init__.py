@@ -1,0 +1,1 @@
+"""`deeplab-jax data check`: what is wrong with a folder of images and masks."""

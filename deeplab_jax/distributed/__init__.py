@@ -1,0 +1,1 @@
+"""Devices as a mesh, several processes, preemption."""

@@ -1,0 +1,253 @@
+"""Files of results for the PASCAL VOC 2012 test server: written, checked, scored.
+
+A `.tgz` holds `results/VOC2012/Segmentation/comp6_test_cls/<image id>.png` for each image of the
+split: a palette PNG of class ids 0 to 20, of its image's size. Source: Everingham and Winn, "The
+PASCAL Visual Object Classes Challenge 2012 Development Kit", section 5.3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import io
+import os
+import pathlib
+import re
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
+
+from deeplab_jax import data as data_lib
+from deeplab_jax.config import DataConfig
+from deeplab_jax.data import statistics as passes
+from deeplab_jax.data.dataset import Dataset, Example
+from deeplab_jax.data.io import reading
+from deeplab_jax.data.labels import VOC
+from deeplab_jax.evaluation.confusion import count
+from deeplab_jax.evaluation.evaluator import Evaluator, Prediction
+from deeplab_jax.inference.files import write_ids
+from deeplab_jax.models.functional import Variables
+from deeplab_jax.utils.errors import UserError
+
+FOLDER = pathlib.PurePosixPath("results/VOC2012/Segmentation")
+COMPETITIONS = {
+    "comp5": "trained on VOC's own images alone",
+    "comp6": "trained on other images too, such as ImageNet's",
+}
+SPLITS = ("test", "val", "train", "trainval")
+_RESULTS = re.compile(rf"({'|'.join(COMPETITIONS)})_({'|'.join(SPLITS)})_cls")
+_EXPECTED = f"{FOLDER}/comp6_test_cls/<image id>.png, or comp5, or another split"
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What an archive or folder holds.
+
+    Attributes:
+      path: of it.
+      competition: a key of `COMPETITIONS`.
+      split: one of `SPLITS`.
+      files: content of each PNG, by image id.
+      problems: with what else there is.
+    """
+
+    path: pathlib.Path
+    competition: str
+    split: str
+    files: dict[str, bytes]
+    problems: tuple[str, ...]
+
+
+def load_split(config: DataConfig, split: str) -> Dataset:
+    """A split of VOC; also test, without labels.
+
+    Raises:
+      UserError: as `data.load`; the config names another data set.
+    """
+    if config.name != "voc":
+        raise UserError(
+            f"the server takes results for VOC 2012, but the data are {config.name!r}: give "
+            "--data voc and --root, the folder that holds VOCdevkit"
+        )
+    if split not in SPLITS:
+        raise UserError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if split != "test":
+        return data_lib.load(config, split)
+    from deeplab_jax.data.datasets import voc_test
+
+    return voc_test.load(config)
+
+
+def write(
+    path: pathlib.Path,
+    evaluator: Evaluator,
+    variables: Variables,
+    dataset: Dataset,
+    *,
+    competition: str,
+    split: str,
+    progress: Callable[[], None] = lambda: None,
+) -> Int[np.ndarray, "21 21"]:
+    """Predicts a split into an archive ready for the server, which is checked before it is kept.
+
+    Args:
+      path: of the archive, `.tgz`; replaced if it is there.
+      evaluator: of the split, under a protocol that keeps images at their own size.
+      variables: of its model.
+      dataset: the split.
+      competition: a key of `COMPETITIONS`.
+      split: its name.
+      progress: called after each batch.
+
+    Returns:
+      Pixels by true and predicted class, counted from the files; zeros for the test split.
+
+    Raises:
+      UserError: the archive cannot be written, or is not what the server takes.
+      RuntimeError: the files are scored otherwise than the evaluator scored the predictions.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+            top, aside = pathlib.Path(scratch), pathlib.Path(scratch) / path.name
+            folder = top / FOLDER / f"{competition}_{split}_cls"
+            folder.mkdir(parents=True)
+
+            def keep(prediction: Prediction) -> None:
+                write_ids(folder / f"{prediction.name}.png", prediction.ids, VOC)
+
+            evaluation = evaluator.evaluate(variables, each=keep, progress=progress)
+            assert evaluation is not None  # nobody told it to stop
+            _pack(top, aside)
+            matrix = check(dataclasses.replace(read(aside), path=path), dataset)
+            if not np.array_equal(matrix, evaluation.matrix):
+                raise RuntimeError(f"{path}: the files hold other ids than were evaluated")
+            os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    return matrix
+
+
+def _pack(top: pathlib.Path, archive: pathlib.Path) -> None:
+    """A folder's `results` as `.tgz`; the same files give the same bytes."""
+    with (
+        archive.open("wb") as raw,
+        gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for file in sorted((top / FOLDER.parts[0]).rglob("*.png")):
+            member = tarfile.TarInfo(file.relative_to(top).as_posix())
+            content = file.read_bytes()
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def read(path: pathlib.Path) -> Results:
+    """The files of a `.tgz` (or plain `.tar`), or of a folder that holds `results/`.
+
+    Raises:
+      UserError: it cannot be read, or holds results for no split, or for several.
+    """
+    files: dict[tuple[str, str], dict[str, bytes]] = {}
+    problems = []
+    for name, content in _entries(path):
+        place = pathlib.PurePosixPath(name)
+        kind = _RESULTS.fullmatch(place.parent.name)
+        if place.parent.parent != FOLDER or kind is None or place.suffix != ".png":
+            problems.append(f"{name}: has no place there; expected {_EXPECTED}")
+        elif content is None:
+            problems.append(f"{name}: is no plain file")
+        else:
+            found = files.setdefault((kind[1], kind[2]), {})
+            if place.stem in found:
+                problems.append(f"{name}: is there twice")
+            found[place.stem] = content
+    if len(files) != 1:
+        state = "holds results of " + ", ".join(map("_".join, files)) if files else "has no results"
+        more = f". The first of its files is {problems[0].split(':')[0]}" if problems else ""
+        raise UserError(f"{path}: {state}; expected those of one split: {_EXPECTED}{more}")
+    (((competition, split), found),) = files.items()
+    return Results(path, competition, split, found, tuple(problems))
+
+
+def _entries(path: pathlib.Path) -> Iterator[tuple[str, bytes | None]]:
+    """Name and content of each file; None for a link or a device."""
+    if path.is_dir():
+        for file in sorted((path / FOLDER.parts[0]).rglob("*")):
+            if not file.is_dir():
+                content = reading.read_bytes(file) if file.is_file() else None
+                yield file.relative_to(path).as_posix(), content
+        return
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if not member.isdir():
+                    stream = tar.extractfile(member) if member.isreg() else None
+                    yield member.name, stream.read() if stream else None
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read as a .tgz of results ({error})") from None
+
+
+def check(results: Results, dataset: Dataset) -> Int[np.ndarray, "21 21"]:
+    """Sees that results are what the server takes, and scores them where there are labels.
+
+    Each image of the split has one file, and there is no other: a PNG of mode P with VOC's palette,
+    of its image's size, with ids 0 to 20.
+
+    Returns:
+      Pixels by true and predicted class, over all images.
+
+    Raises:
+      UserError: with the first problems, and how many there are.
+    """
+    names: list[str] = []
+    problems = list(results.problems)
+    matrix = np.zeros((VOC.num_classes, VOC.num_classes), np.int64)
+
+    def look(example: Example) -> tuple[str, str, np.ndarray | None]:
+        name, label = example["name"], example["label"]
+        try:
+            ids = _ids(results.files.get(name), label.shape)
+        except ValueError as error:
+            return name, f"{name}.png: {error}", None
+        return name, "", count(label, ids, VOC.num_classes)
+
+    for name, problem, counted in passes.over_examples(look, dataset, "Checking results"):
+        names.append(name)
+        if counted is None:
+            problems.append(problem)
+        else:
+            matrix += counted
+    foreign = sorted(results.files.keys() - set(names))
+    problems += [f"{name}.png: {results.split} has no such image" for name in foreign]
+    reading.raise_together(f"{results.path}", problems)
+    return matrix
+
+
+def _ids(content: bytes | None, size: tuple[int, ...]) -> UInt8[np.ndarray, "h w"]:
+    """The ids of a file; ValueError says what is wrong with it."""
+    if content is None:
+        raise ValueError("is missing")
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            image.load()
+    except Exception as error:  # Pillow raises what its decoder raises
+        raise ValueError(f"is no whole PNG ({type(error).__name__})") from error
+    if image.mode != "P":
+        raise ValueError(f"must be a palette PNG, mode P, got mode {image.mode}")
+    palette = np.asarray(image.getpalette("RGB"), np.uint8).reshape(-1, 3)[: VOC.num_classes]
+    if not np.array_equal(palette, VOC.palette()[: len(palette)]):
+        raise ValueError("its palette is not VOC's")
+    ids = np.asarray(image)
+    if ids.shape != size:
+        raise ValueError(
+            f"is {ids.shape[1]} x {ids.shape[0]} pixels (width x height), its image "
+            f"{size[1]} x {size[0]}"
+        )
+    if ids.max() >= VOC.num_classes:
+        raise ValueError(f"holds the id {ids.max()}; the classes are 0 to {VOC.num_classes - 1}")
+    return ids

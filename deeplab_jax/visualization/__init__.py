@@ -1,0 +1,1 @@
+"""Pictures of labels, predictions and charts."""
