@@ -37,6 +37,7 @@ __all__ = [
     "FCNHead",
     "Segmenter",
     "UserError",
+    "__version__",
     "architecture",
     "build_model",
     "convert",
@@ -46,6 +47,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("deeplab-jax")
     if name not in _HOMES:
         raise AttributeError(f"module 'deeplab_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(f"deeplab_jax.{_HOMES[name]}"), name)

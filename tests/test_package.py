@@ -1,6 +1,10 @@
 """The public names, and what importing a part brings along."""
 
+import functools
+import importlib.metadata
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -9,10 +13,14 @@ import pytest
 import deeplab_jax
 
 
-@pytest.mark.parametrize("name", deeplab_jax.__all__)
+@pytest.mark.parametrize("name", [n for n in deeplab_jax.__all__ if n != "__version__"])
 def test_public_names_are_there(name):
     assert getattr(deeplab_jax, name).__module__.startswith("deeplab_jax.")
     assert name in dir(deeplab_jax)
+
+
+def test_the_version_is_that_of_the_distribution():
+    assert deeplab_jax.__version__ == importlib.metadata.version("deeplab-jax")
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -47,3 +55,27 @@ def test_there_is_one_context_variable_and_it_is_the_padding_mask():
     sources = pathlib.Path(deeplab_jax.__file__).parent.rglob("*.py")
     holders = [path.name for path in sources if "ContextVar(" in path.read_text()]
     assert holders == ["masking.py"]
+
+
+def test_an_upward_import_breaks_the_contract_of_the_rooms(tmp_path):
+    """`make lint` runs lint-imports, which an import too many in a copy turns red."""
+    root = pathlib.Path(deeplab_jax.__file__).parents[1]
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(root / "deeplab_jax", tmp_path / "deeplab_jax", ignore=ignored)
+    shutil.copy(root / "pyproject.toml", tmp_path)
+    lint = [pathlib.Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+    variables = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = functools.partial(
+        subprocess.run, lint, cwd=tmp_path, env=variables, capture_output=True, text=True
+    )
+    assert run().returncode == 0
+    layers = tmp_path / "deeplab_jax" / "models" / "layers.py"
+    layers.write_text(layers.read_text() + "\n\nimport deeplab_jax.training.losses  # noqa\n")
+    done = run()
+    assert done.returncode == 1
+    assert "deeplab_jax.models.layers -> deeplab_jax.training.losses" in done.stdout
+
+
+def test_no_module_lies_loose():
+    folder = pathlib.Path(deeplab_jax.__file__).parent
+    assert [path.name for path in folder.glob("*.py")] == ["__init__.py"]

@@ -1,4 +1,6 @@
-from deeplab_jax.cli.main.main import main
+"""`python -m deeplab_jax.cli`."""
+
+from deeplab_jax.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -12,7 +12,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from deeplab_jax import config
-from deeplab_jax.config.io import from_python, is_config, nearest_fields
+from deeplab_jax.config.io import file_and_row, from_python, is_config, nearest_fields
 from deeplab_jax.utils.errors import UserError
 
 
@@ -28,7 +28,7 @@ def parse(argv: Sequence[str]) -> list[str]:
         raise SystemExit(_fail(_unknown_field(argv, error))) from error
     except (flags.Error, TypeError, ValueError, ImportError, SyntaxError) as error:
         raise SystemExit(_fail(str(error).strip())) from error
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    path, _ = file_and_row(config_flags.get_config_filename(flags.FLAGS["config"]))
     if not os.path.isfile(path):
         raise SystemExit(_fail(f"--config: there is no file {path}"))
     if not flags.FLAGS["verbosity"].present:
@@ -41,7 +41,7 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 def _check_config(path: str) -> None:
     """Loads a config file, whose errors absl would tell with a traceback."""
-    if is_config(path) and os.path.isfile(f"{path.partition('.py')[0]}.py"):
+    if is_config(path) and os.path.isfile(file_and_row(path)[0]):
         try:
             from_python(path)
         except UserError as error:

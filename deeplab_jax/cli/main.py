@@ -24,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="DeepLabv3 in JAX. Training is `python train.py --config configs/voc_os16.py --workdir W`",
+    help="DeepLabv3 in JAX: train, evaluate, predict, convert, export.",
 )
 app.command()(convert)
 app.add_typer(data, name="data")
@@ -51,12 +51,25 @@ def _commands(
     """Shows the option, which `main` has taken out already."""
 
 
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    add_help_option=False,
+)
+def train() -> None:
+    """Train: `deeplab-jax train voc_os16 --workdir=W`; the flags are those of train.py."""
+
+
 def main() -> None:
     """Runs a command; a user's mistake is one message and exit code 2."""
     try:
         modules, arguments = take_imports(sys.argv[1:])
         import_modules(modules)
-        app(arguments)
+        if arguments[:1] == ["train"]:  # its flags are absl's, which has every field of a config
+            from deeplab_jax.cli import train as training
+
+            training.command(arguments[1:])
+        else:
+            app(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -34,6 +34,12 @@ def is_config(text: str) -> bool:
     return re.fullmatch(r".+\.py(:.*)?", text, re.S) is not None
 
 
+def file_and_row(text: str) -> tuple[str, str]:
+    """Splits "file.py:row"; the row is empty if there is none."""
+    name, colon, row = text.partition(".py:")
+    return (f"{name}.py", row) if colon else (text, "")
+
+
 def row_of(rows: Mapping[str, T], name: str, file: str) -> T:
     """Returns a row of a config file that holds a table of them.
 
@@ -59,8 +65,8 @@ def from_python(path: str | os.PathLike[str]) -> Config:
     Raises:
       UserError: there is no such file, it fails, it has no `get_config() -> Config`, or no rows.
     """
-    name, colon, row = os.fspath(path).partition(".py:")
-    file = pathlib.Path(f"{name}.py" if colon else path)
+    name, row = file_and_row(os.fspath(path))
+    file = pathlib.Path(name)
     if not file.is_file():
         raise UserError(f"there is no config file {file}")
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)

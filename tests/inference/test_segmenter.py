@@ -13,6 +13,7 @@ from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.training.state import TrainState
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.training.checkpoint import Checkpoints
 from deeplab_jax.weights import saved_model as checkpoint
 from deeplab_jax.weights import torch_file, torchvision
 from random_modules import random_variables
@@ -143,7 +144,7 @@ def test_large_images_are_segmented_by_windows(saved, monkeypatch):
 
 def test_a_workdir_gives_its_best_checkpoint(saved, tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    folder = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2, log=print)
+    folder = Checkpoints(tmp_path / "checkpoints", keep=2, log=print)
     info = checkpoint.read(saved[0]).info
     for step, miou in ((1, 0.2), (2, 0.5), (3, 0.3)):
         params = {name: jnp.asarray(step * array) for name, array in saved[2].params.items()}
