@@ -363,7 +363,7 @@ def test_what_torchvision_changes():
 def test_models():
     torchvision = network.summary_of("torchvision_resnet50")
     parts = [p for p in torchvision.parts if not p.name.startswith("aux_classifier")]
-    without = summaries.Part("all", tuple(c for part in parts for c in part.convolutions))
+    without = summaries.ModuleSummary("all", tuple(c for part in parts for c in part.convolutions))
     plus = network.summary_of("paper_resnet50", decoder="plus")
     paper = [network.summary_of("paper_resnet50", output_stride=stride) for stride in (16, 8)]
     listed = [

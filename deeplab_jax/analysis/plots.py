@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import UInt8
 
-from deeplab_jax.analysis.summary import Part, Summary, describe
+from deeplab_jax.analysis.summary import ModuleSummary, Summary, describe
 from deeplab_jax.visualization.canvas import GREY, INK, LIGHT, Canvas, Color, text_width
 
 Picture = UInt8[np.ndarray, "h w 3"]
@@ -149,7 +149,9 @@ def blocks_figure(summary: Summary) -> Picture:
     canvas.text(24, 48, describe(summary.architecture), size=13, color=GREY)
     backbone = _merged([part for part in summary.parts if part.name.startswith("backbone.")])
     head = [
-        Part(c.name, (c,)) for c in summary.all.convolutions if c.name.startswith("classifier.")
+        ModuleSummary(c.name, (c,))
+        for c in summary.all.convolutions
+        if c.name.startswith("classifier.")
     ]
     branches = [part for part in head if ".branches." in part.name]
     tail = [part for part in head if ".branches." not in part.name]
@@ -179,25 +181,25 @@ def blocks_figure(summary: Summary) -> Picture:
 _NUMBERED = re.compile(r"(.*?)(\d+)(?:-\d+)?")  # "backbone.block7", "backbone.block7-12"
 
 
-def _merged(parts: list[Part]) -> list[Part]:
+def _merged(parts: list[ModuleSummary]) -> list[ModuleSummary]:
     """Neighbours of one name that are numbered, and alike in size and rates, as one part."""
-    merged: list[Part] = []
+    merged: list[ModuleSummary] = []
     for part in parts:
         before = merged[-1] if merged else None
         first, last = (_NUMBERED.fullmatch(p.name) if p else None for p in (before, part))
         if before and first and last and first[1] == last[1] and _kind(before) == _kind(part):
             name = f"{first[1]}{first[2]}-{last[2]}"
-            merged[-1] = Part(name, before.convolutions + part.convolutions)
+            merged[-1] = ModuleSummary(name, before.convolutions + part.convolutions)
         else:
             merged.append(part)
     return merged
 
 
-def _kind(part: Part) -> tuple[int | None, tuple[int, ...]]:
+def _kind(part: ModuleSummary) -> tuple[int | None, tuple[int, ...]]:
     return part.convolutions[-1].output_stride, tuple(sorted(set(part.rates)))
 
 
-def _part(canvas: Canvas, span: tuple[float, float], part: Part, summary: Summary) -> None:
+def _part(canvas: Canvas, span: tuple[float, float], part: ModuleSummary, summary: Summary) -> None:
     last = part.convolutions[-1]
     count, kernels = len(part.convolutions), sorted({c.kernel_size for c in part.convolutions})
     what = f"{count} convolutions" if count > 1 else f"{kernels[0]}x{kernels[0]}"
@@ -240,7 +242,9 @@ def _block(
         )
 
 
-def _branches(canvas: Canvas, xs: tuple[float, float, float, float], branches: list[Part]) -> None:
+def _branches(
+    canvas: Canvas, xs: tuple[float, float, float, float], branches: list[ModuleSummary]
+) -> None:
     """ASPP: its branches one above the other, between the features and what joins them."""
     before, left, right, after = xs
     height = 1.0 * _TALLEST / len(branches)
@@ -271,7 +275,7 @@ def _branches(canvas: Canvas, xs: tuple[float, float, float, float], branches: l
 
 
 def _auxiliary(
-    canvas: Canvas, summary: Summary, blocks: list[tuple[tuple[float, float], Part]]
+    canvas: Canvas, summary: Summary, blocks: list[tuple[tuple[float, float], ModuleSummary]]
 ) -> None:
     """The head on features before the last, below the block whose features it reads."""
     head = [c for c in summary.all.convolutions if c.name.startswith("aux_classifier.")]

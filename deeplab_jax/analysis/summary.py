@@ -19,7 +19,7 @@ PART_COLUMNS = ("part", "convolutions", "parameters", "GFLOP", "of all", "valid 
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class ModuleSummary:
     """Some convolutions of a model: those under one of its attributes, or all.
 
     Attributes:
@@ -65,7 +65,7 @@ class Summary:
     architecture: Architecture
     height: int
     width: int
-    all: Part
+    all: ModuleSummary
     other_params: int
 
     @property
@@ -74,12 +74,12 @@ class Summary:
         return self.all.params + self.other_params
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[ModuleSummary]:
         """By the first two names of each path, in the order of execution."""
         groups = itertools.groupby(
             self.all.convolutions, lambda conv: ".".join(conv.name.split(".")[:2])
         )
-        return [Part(name, tuple(convs)) for name, convs in groups]
+        return [ModuleSummary(name, tuple(convs)) for name, convs in groups]
 
     def to_json(self) -> dict[str, Any]:
         """All that the tables hold, as numbers; a FLOP is a multiplication or an addition."""
@@ -107,7 +107,7 @@ def summarize(architecture: Architecture, height: int, width: int | None = None)
       ValueError: a side is below 1.
     """
     model = FunctionalModel(architecture)
-    every = Part("all", tuple(convolutions(model, height, width)))
+    every = ModuleSummary("all", tuple(convolutions(model, height, width)))
     params = sum(math.prod(leaf.shape) for leaf in model.abstract.params.values())
     return Summary(architecture, height, width or height, every, params - every.params)
 

@@ -21,9 +21,9 @@ from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 import jax
-from orbax.checkpoint import multihost
+from orbax.checkpoint import multihost as orbax_multihost
 
-from deeplab_jax.distributed import multihost as agreement
+from deeplab_jax.distributed import multihost
 from deeplab_jax.utils.errors import UserError
 
 _PERIOD = 2.0  # seconds between the turns of the watch
@@ -120,11 +120,11 @@ def started(launch: Launch) -> Iterator[bool]:
     watch = _Watch(launch.lost_timeout)
     watch.start()
     try:
-        watch.hosts = agreement.gather(agreement.host())
+        watch.hosts = multihost.allgather(multihost.host())
         if jax.process_index() > 0:  # the one message that JAX cannot give when it is needed
             _say(f"{_us()} is up; all depend on process 0 ({watch.hosts[0]})")
         yield jax.process_index() == 0
-        agreement.gather("end")
+        multihost.allgather("end")
     except BaseException as error:
         _fail(error, watch, launch.lost_timeout)
     watch.end()
@@ -147,7 +147,7 @@ def start(launch: Launch, environment: Mapping[str, str] = os.environ) -> bool:
             f"process {expected.number} of {expected.count}: waiting for all at {expected.place}, "
             f"up to {launch.start_timeout} s"
         )
-    # Its handler would swallow SIGTERM until somebody asks for it; `StopRequest` has its own.
+    # Its handler would swallow SIGTERM until somebody asks for it; `PreemptionHandler` has its own.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         with _deadline(launch.start_timeout, _nobody_came(expected, launch.start_timeout)):
@@ -242,7 +242,7 @@ class _Watch(threading.Thread):
         self.hosts: list[str] = []
         self._timeout = timeout
         self._ended = threading.Event()
-        self._barrier = multihost.get_barrier_sync_fn()
+        self._barrier = orbax_multihost.get_barrier_sync_fn()
 
     def end(self) -> None:
         """Answers no more."""
@@ -338,7 +338,7 @@ def leave(code: int) -> NoReturn:
 
 
 def _us() -> str:
-    return f"process {jax.process_index()} of {jax.process_count()} ({agreement.host()})"
+    return f"process {jax.process_index()} of {jax.process_count()} ({multihost.host()})"
 
 
 def _say(text: str) -> None:

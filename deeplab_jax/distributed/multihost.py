@@ -42,7 +42,7 @@ def host() -> str:
     return socket.gethostname()
 
 
-def gather(value: Any) -> list[Any]:
+def allgather(value: Any) -> list[Any]:
     """The values of all processes, by number; what JSON can write, and as it reads it again."""
     if jax.process_count() == 1:
         return [value]
@@ -61,7 +61,7 @@ def gather(value: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_hosts() -> Iterator[None]:
     """What fails within it on some processes ends all of them, and is said by all.
 
     Nothing within may wait for other processes: they may have failed.
@@ -81,7 +81,7 @@ def together() -> Iterator[None]:
         mistake: str | None = str(failure)
     else:
         mistake = None if failure is None else f"{type(failure).__name__}: {failure}"
-    outcomes = gather([host(), mistake])
+    outcomes = allgather([host(), mistake])
     if failure is not None and not isinstance(failure, UserError):
         raise failure  # with its traceback
     failed = [(number, *outcome) for number, outcome in enumerate(outcomes) if outcome[1]]
@@ -107,9 +107,9 @@ def check(config: Config, datasets: dict[str, Dataset]) -> None:
     """
     if jax.process_count() == 1:
         return
-    with together():
+    with raise_on_all_hosts():
         ours = facts(config, datasets)
-    everybody = gather([host(), ours])
+    everybody = allgather([host(), ours])
     message = disagreement([name for name, _ in everybody], [theirs for _, theirs in everybody])
     if message:
         raise UserError(message)
@@ -191,14 +191,14 @@ def check_shared(folder: pathlib.Path) -> None:
     if jax.process_count() == 1:
         return
     # A name that no earlier start left behind, and that all know.
-    first_host, name = gather([host(), f".shared-{secrets.token_hex(8)}"])[0]
+    first_host, name = allgather([host(), f".shared-{secrets.token_hex(8)}"])[0]
     path = folder / name
     is_first = jax.process_index() == 0
     try:
-        with together():
+        with raise_on_all_hosts():
             if is_first:
                 path.touch()
-        with together():
+        with raise_on_all_hosts():
             if not _appears(path):
                 raise UserError(
                     f"--workdir {folder} is another folder here than on process 0 ({first_host}): "

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
 
-class StopRequest:
+class PreemptionHandler:
     """While entered, SIGTERM and Ctrl-C ask for a stop and do nothing else; a second one acts.
 
     Outside the main thread, where Python takes no handlers, nothing is ever asked.
@@ -26,7 +26,7 @@ class StopRequest:
         self._previous: dict[signal.Signals, object] = {}
         self._asked: Int32[Array, ""] | None = None
 
-    def agreed(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether to stop now: the same answer in all processes, as each asks equally often.
 
         A signal to one process stops all. With several processes the answer is that of the call
@@ -40,7 +40,7 @@ class StopRequest:
             self.name = signal.Signals(number).name
         return bool(number)
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> PreemptionHandler:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)

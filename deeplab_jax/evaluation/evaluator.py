@@ -16,12 +16,12 @@ from deeplab_jax.data import pipeline
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.data.labels import LabelSet
 from deeplab_jax.distributed import mesh as mesh_lib
-from deeplab_jax.distributed import multihost as agreement
+from deeplab_jax.distributed import multihost
 from deeplab_jax.evaluation.boundary import count_boundary
 from deeplab_jax.evaluation.confusion import Scores, confusion_matrices, count, scores
 from deeplab_jax.evaluation.protocols import PROTOCOLS
 from deeplab_jax.inference.compile import jit_inference
-from deeplab_jax.inference.predictor import Inference, Mode, class_ids
+from deeplab_jax.inference.predictor import Predictor, TestTimeAugmentation, class_ids
 from deeplab_jax.models.functional import FunctionalModel, Variables
 
 
@@ -227,12 +227,14 @@ class Evaluator:
     def _windows(self, variables: Variables) -> Callable[[pipeline.EvalBatch], _Outcome]:
         """Evaluates this host's image of a batch window by window."""
         data, settings = self._config.data, self._config.eval
-        inference = Inference(
+        inference = Predictor(
             self._model.fused,
             self._model.fuse(jax.device_get(mesh_lib.replicate(variables, self._mesh))),
             mean=data.mean,
             std=data.std,
-            mode=Mode(tuple(settings.scales), settings.flip, settings.window, settings.overlap),
+            mode=TestTimeAugmentation(
+                tuple(settings.scales), settings.flip, settings.window, settings.overlap
+            ),
         )
         before = self._num_compilations
 
@@ -297,8 +299,8 @@ class _Tally:
     def add_other_hosts(self) -> None:
         """Adds what the other hosts counted, where each counts images of its own alone."""
         # As text: JAX would cut int64 to 32 bits.
-        self._matrix = np.sum(agreement.gather(self._matrix.tolist()), axis=0, dtype=np.int64)
-        times = agreement.gather(self._times_counted.tolist())
+        self._matrix = np.sum(multihost.allgather(self._matrix.tolist()), axis=0, dtype=np.int64)
+        times = multihost.allgather(self._times_counted.tolist())
         self._times_counted = np.sum(times, axis=0, dtype=np.int64)
         if self._matrices is not None and jax.process_count() > 1:
             everywhere = multihost_utils.process_allgather(self._matrices)

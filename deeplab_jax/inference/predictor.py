@@ -30,7 +30,7 @@ WINDOWS_AT_ONCE = 2  # a window of 513 pixels nearly fills a device by itself
 
 
 @dataclasses.dataclass(frozen=True)
-class Mode:
+class TestTimeAugmentation:
     """How an image is predicted.
 
     Attributes:
@@ -190,7 +190,7 @@ def _mirror(x: Float[Array, "n h w c"], sizes: Int[Array, "n 2"]) -> Float[Array
     return jnp.take_along_axis(x, columns[:, None, :, None], axis=2)
 
 
-class Inference:
+class Predictor:
     """Predicts images of any size, one at a time, on jax's default device.
 
     Images are padded to a `bucket` of sizes, or to the window's; one program is compiled for each
@@ -207,7 +207,7 @@ class Inference:
         *,
         mean: Sequence[float],
         std: Sequence[float],
-        mode: Mode = Mode(),
+        mode: TestTimeAugmentation = TestTimeAugmentation(),
     ) -> None:
         """Places the variables on the device.
 

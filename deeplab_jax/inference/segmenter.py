@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8
 from deeplab_jax.data.io.images import read_image
 from deeplab_jax.data.labels import LabelSet
 from deeplab_jax.inference.compile import jit_inference, use_compilation_cache
-from deeplab_jax.inference.predictor import Inference, Mode
+from deeplab_jax.inference.predictor import Predictor, TestTimeAugmentation
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.weights.convert import read_model
@@ -60,7 +60,9 @@ def load(
       >>> segmenter = deeplab_jax.load("runs/voc")  # doctest: +SKIP
       >>> ids = segmenter.predict("photo.jpg")  # int32 [h, w]  # doctest: +SKIP
     """
-    mode = Mode(tuple(scales), flip, window or None)  # sees whether the settings can be
+    mode = TestTimeAugmentation(
+        tuple(scales), flip, window or None
+    )  # sees whether the settings can be
     use_compilation_cache()
     saved = read_model(path)
     if output_stride is not None:
@@ -87,7 +89,7 @@ class Segmenter:
     def __init__(
         self,
         saved: SavedModel,
-        mode: Mode,
+        mode: TestTimeAugmentation,
         *,
         large_window: int | None = None,
     ) -> None:
@@ -111,7 +113,7 @@ class Segmenter:
         self.std: tuple[float, ...] = tuple(saved.info["std"])
         self._mode = mode
         self._large_window = large_window or mode.window
-        self._inferences: dict[int | None, Inference] = {}
+        self._inferences: dict[int | None, Predictor] = {}
         self._apply = jit_inference(_logits, self.model)
 
     @property
@@ -175,10 +177,10 @@ class Segmenter:
         """Side of the windows that an image of this size is segmented in; None: it is whole."""
         return self._large_window if height * width > LARGE else self._mode.window
 
-    def _inference(self, pixels: np.ndarray) -> Inference:
+    def _inference(self, pixels: np.ndarray) -> Predictor:
         window = self.window_of(*pixels.shape[:2])
         if window not in self._inferences:
-            self._inferences[window] = Inference(
+            self._inferences[window] = Predictor(
                 self.model,
                 self.variables,
                 mean=self.mean,

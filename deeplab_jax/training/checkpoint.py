@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from deeplab_jax.distributed import multihost as agreement
+from deeplab_jax.distributed import multihost
 from deeplab_jax.models.functional import Variables
 from deeplab_jax.training.state import TrainState
 from deeplab_jax.utils.errors import UserError
@@ -89,7 +89,7 @@ class Checkpoints:
                     )
             except Exception as error:  # whatever a damaged file makes the reader raise
                 damage = first_line(error)
-            damage = next(filter(None, agreement.gather(damage)), "")
+            damage = next(filter(None, multihost.allgather(damage)), "")
             if damage:
                 broken.append((found.step, damage))
                 continue
@@ -107,7 +107,7 @@ class Checkpoints:
 
     def _set_aside(self, broken: list[tuple[int, str]]) -> None:
         self._checkpointer.close()
-        with agreement.together():
+        with multihost.raise_on_all_hosts():
             for step, reason in broken if jax.process_index() == 0 else ():
                 target = self._directory.parent / "broken" / str(step)
                 target.parent.mkdir(exist_ok=True)
@@ -132,7 +132,7 @@ class Checkpoints:
           UserError: if the disk is full. Earlier checkpoints stay as they are.
         """
         if step not in [found.step for found in self._checkpointer.checkpoints]:
-            with agreement.together():
+            with multihost.raise_on_all_hosts():
                 self._check_space(state)
             trees = _to_trees(state) | {"info": info}
             # Without a valid pixel there is no mIoU, and none is better or worse than a number.

@@ -11,7 +11,7 @@ import rich.progress
 
 from deeplab_jax.config import Config, TrainConfig, crop_shape
 from deeplab_jax.data.dataset import Dataset
-from deeplab_jax.distributed.preemption import StopRequest
+from deeplab_jax.distributed.preemption import PreemptionHandler
 from deeplab_jax.evaluation.confusion import Scores
 from deeplab_jax.evaluation.evaluator import Evaluation, Evaluator
 from deeplab_jax.models.functional import FunctionalModel, Variables
@@ -97,7 +97,7 @@ class Progress:
         return f"  {datetime.timedelta(seconds=round(seconds))} left"
 
     def evaluate(
-        self, evaluator: Evaluator, variables: Variables, step: int, stop: StopRequest
+        self, evaluator: Evaluator, variables: Variables, step: int, stop: PreemptionHandler
     ) -> Evaluation | None:
         """Evaluates under a bar of its own."""
         task = self._bar.add_task("evaluate", total=evaluator.num_batches, detail=f"at step {step}")
@@ -105,7 +105,7 @@ class Progress:
             return evaluator.evaluate(
                 variables,
                 progress=lambda: self._bar.advance(task),
-                should_stop=stop.agreed,
+                should_stop=stop.should_stop,
             )
         finally:
             self._bar.remove_task(task)

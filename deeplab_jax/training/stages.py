@@ -11,7 +11,7 @@ import jax
 
 from deeplab_jax.config import Config, InitConfig, ModelConfig, SecondStageConfig
 from deeplab_jax.config import rules as config_rules
-from deeplab_jax.distributed import multihost as agreement
+from deeplab_jax.distributed import multihost
 from deeplab_jax.models.deeplab import architecture
 from deeplab_jax.training import train as loop
 from deeplab_jax.training.train import Result
@@ -32,7 +32,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
     Raises:
       UserError: as `loop.train`.
     """
-    with agreement.together():
+    with multihost.raise_on_all_hosts():
         config_rules.validate(config)
         folder = loop.local_folder(workdir)
     first, second = split(config, folder)

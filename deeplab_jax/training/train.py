@@ -24,8 +24,8 @@ from deeplab_jax.data import oversampling as duplication
 from deeplab_jax.data import pipeline
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.distributed import mesh as mesh_lib
-from deeplab_jax.distributed import multihost as agreement
-from deeplab_jax.distributed.preemption import StopRequest
+from deeplab_jax.distributed import multihost
+from deeplab_jax.distributed.preemption import PreemptionHandler
 from deeplab_jax.evaluation.evaluator import Evaluation, Evaluator
 from deeplab_jax.inference.compile import use_compilation_cache
 from deeplab_jax.models.architecture import Architecture, architecture
@@ -39,7 +39,7 @@ from deeplab_jax.training.step import Metrics
 from deeplab_jax.training.writer import Writer
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.files import write_bytes
-from deeplab_jax.visualization.image_grid import prediction_sheet
+from deeplab_jax.visualization.image_grid import prediction_grid
 from deeplab_jax.weights import initialize
 from deeplab_jax.weights.saved_model import check_format, describe
 
@@ -79,7 +79,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
     """
     is_writer = jax.process_index() == 0
     use_compilation_cache()
-    with agreement.together():
+    with multihost.raise_on_all_hosts():
         config_rules.validate(config)
         folder = local_folder(workdir)
         mesh = mesh_lib.make_mesh(config.mesh)
@@ -92,12 +92,12 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
         mesh_lib.check_height("config.data.crop_size", height, stride, mesh)
         check_workdir(folder, config)
         train_set = duplication.apply(config.data, train_set, quiet=not is_writer)
-    agreement.check(config, {config.data.split: train_set, config.data.eval_split: eval_set})
-    with agreement.together():
+    multihost.check(config, {config.data.split: train_set, config.data.eval_split: eval_set})
+    with multihost.raise_on_all_hosts():
         if is_writer:
             claim_workdir(folder, config)
-    agreement.check_shared(folder)
-    with agreement.together():
+    multihost.check_shared(folder)
+    with multihost.raise_on_all_hosts():
         loss = class_weights.resolve(config.loss, train_set, quiet=not is_writer)
 
     program = train_program(model, dataclasses.replace(config, loss=loss), mesh)
@@ -120,7 +120,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
         state, start, miou = restore_or_start(config, model, program, checkpoints, progress)
         progress.describe(config, model, train_set, eval_set, mesh, start)
         writer = stack.enter_context(Writer(folder, start_step=start, enabled=is_writer))
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(PreemptionHandler())
         batches: Iterator[pipeline.Batch] = stack.enter_context(
             pipeline.train_batches(
                 train_set,
@@ -138,7 +138,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
         while True:
             if step > start:
                 miou = None
-            stopping = stop.agreed()
+            stopping = stop.should_stop()
             if miou is None and due(step, config.train.eval_every, config) and not stopping:
                 log.flush()
                 evaluation = progress.evaluate(evaluator, state.eval_variables, step, stop)
@@ -365,7 +365,7 @@ def report(
     picture = None
     if evaluation.predictions:
         rows = [(p.name, p.image, p.label, p.ids) for p in evaluation.predictions]
-        picture = writer.picture(step, PICTURE, prediction_sheet(rows, dataset.labels))
+        picture = writer.picture(step, PICTURE, prediction_grid(rows, dataset.labels))
     absent = [n for n, v in zip(names, scores.per_class_iou, strict=True) if math.isnan(v)]
     progress.evaluated(step, scores, evaluation.images, absent, picture)
     return picture

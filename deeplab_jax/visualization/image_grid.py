@@ -53,7 +53,7 @@ def overlay(
     return np.where(clear[..., None], rgb, blend.astype(np.uint8))
 
 
-def prediction_sheet(
+def prediction_grid(
     rows: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]],
     labels: LabelSet,
     width: int = 240,

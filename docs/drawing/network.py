@@ -9,7 +9,7 @@ from typing import Any
 
 from deeplab_jax.analysis import summary as summaries
 from deeplab_jax.analysis.conv_trace import Convolution
-from deeplab_jax.analysis.summary import Part, Summary
+from deeplab_jax.analysis.summary import ModuleSummary, Summary
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.visualization.canvas import GREY, INK, LIGHT, VERMILLION, Canvas
 from drawing.sheet import (
@@ -87,7 +87,7 @@ def _chains(rows: Sequence[tuple[str, Summary]], names: dict[str, str]) -> Pictu
     return canvas.picture()
 
 
-def _chain(canvas: Canvas, top: float, blocks: Sequence[tuple[str, Part]]) -> None:
+def _chain(canvas: Canvas, top: float, blocks: Sequence[tuple[str, ModuleSummary]]) -> None:
     """Boxes as high as their maps' sides, the names above and rates and sizes below."""
     pitch = (WIDTH - 2 * MARGIN) / len(blocks)
     tallest, middle = 82, top + 50
@@ -118,12 +118,12 @@ def _chain(canvas: Canvas, top: float, blocks: Sequence[tuple[str, Part]]) -> No
             canvas.text(x, below + 20, text, size=14, anchor="mm", color=GREY)
 
 
-def _widest(part: Part) -> Convolution:
+def _widest(part: ModuleSummary) -> Convolution:
     """The last convolution that the image was not pooled before."""
     return next(c for c in reversed(part.convolutions) if c.output_stride is not None)
 
 
-def _largest_view(part: Part) -> int:
+def _largest_view(part: ModuleSummary) -> int:
     return max(c.field_of_view for c in part.convolutions if c.field_of_view is not None)
 
 
@@ -160,20 +160,20 @@ def heads() -> Picture:
     return canvas.picture()
 
 
-def head_parts(found: Summary) -> list[tuple[str, Part]]:
+def head_parts(found: Summary) -> list[tuple[str, ModuleSummary]]:
     """The convolutions of the main head by step, in the order of execution."""
     steps: dict[str, list[Convolution]] = {}
     for conv in found.all.convolutions:
         key = next((k for k in _NAMES if f"{conv.name}.".startswith(f"{k}.")), None)
         if key is not None:
             steps.setdefault(key, []).append(conv)
-    return [(_NAMES[key], Part(key, tuple(convs))) for key, convs in steps.items()]
+    return [(_NAMES[key], ModuleSummary(key, tuple(convs))) for key, convs in steps.items()]
 
 
 _PITCH, _BOX = 146, 108  # from step to step, and width of a box, pixels
 
 
-def _head(canvas: Canvas, middle: float, steps: list[tuple[str, Part]]) -> None:
+def _head(canvas: Canvas, middle: float, steps: list[tuple[str, ModuleSummary]]) -> None:
     """A box a step from left to right; low-level features come in from below."""
     x = float(MARGIN)
     for place, (name, part) in enumerate(steps):
@@ -194,7 +194,7 @@ def _head(canvas: Canvas, middle: float, steps: list[tuple[str, Part]]) -> None:
     canvas.text(x + 6, middle, f"resized to {SIZE}x{SIZE}", size=14)
 
 
-def _step(canvas: Canvas, left: float, middle: float, name: str, part: Part) -> None:
+def _step(canvas: Canvas, left: float, middle: float, name: str, part: ModuleSummary) -> None:
     """A box with its name; below it its map and arithmetic."""
     conv, right = _widest(part), left + _BOX
     atrous = any(rate > 1 for rate in part.rates)

@@ -22,7 +22,7 @@ from deeplab_jax.config import (
 from deeplab_jax.config import io as config_files
 from deeplab_jax.data import labels
 from deeplab_jax.evaluation import setup
-from deeplab_jax.inference.predictor import Inference, Mode
+from deeplab_jax.inference.predictor import Predictor, TestTimeAugmentation
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.utils.errors import UserError
@@ -89,7 +89,7 @@ def test_it_scores_what_inference_predicts(run, network, command, tmp_path):
 
     model, variables = network
     model = FunctionalModel(model.architecture.at_output_stride(8))
-    inference = Inference(model, variables, mean=MEAN, std=STD, mode=Mode())
+    inference = Predictor(model, variables, mean=MEAN, std=STD, mode=TestTimeAugmentation())
     dataset = data_lib.load(DATA, "val")
     expected = np.zeros((5, 5), np.int64)
     for index in range(6):

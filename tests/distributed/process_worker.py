@@ -17,8 +17,8 @@ import jax
 import tiny
 from deeplab_jax import data as data_lib
 from deeplab_jax.distributed import launch as processes
-from deeplab_jax.distributed import multihost as agreement
-from deeplab_jax.distributed.preemption import StopRequest
+from deeplab_jax.distributed import multihost
+from deeplab_jax.distributed.preemption import PreemptionHandler
 from deeplab_jax.evaluation import evaluator as evaluate
 from deeplab_jax.utils.errors import UserError
 
@@ -35,22 +35,22 @@ def check(seed=0, shapes_seed=0):
     config = tiny.get_config()
     config.data.shapes.seed = shapes_seed
     datasets = {split: data_lib.load(config.data, split) for split in ("train", "val")}
-    agreement.check(dataclasses.replace(config, seed=seed), datasets)
+    multihost.check(dataclasses.replace(config, seed=seed), datasets)
 
 
 def check_versions(number):
-    true_version, true_digest = importlib.metadata.version, agreement.source_digest
+    true_version, true_digest = importlib.metadata.version, multihost.source_digest
     if number == 1:
         importlib.metadata.version = lambda name: "0.0" if name == "optax" else true_version(name)
-        agreement.source_digest = lambda: "changed"
+        multihost.source_digest = lambda: "changed"
     try:
         check()
     finally:
-        importlib.metadata.version, agreement.source_digest = true_version, true_digest
+        importlib.metadata.version, multihost.source_digest = true_version, true_digest
 
 
 def together(mistakes):
-    with agreement.together():
+    with multihost.raise_on_all_hosts():
         mistake = mistakes[jax.process_index()]
         if mistake is not None:
             raise mistake
@@ -67,27 +67,27 @@ def windows():
 def stops(number):
     """Answers to four questions, of which process 1 is asked to stop before the second."""
     answers = []
-    with StopRequest() as stop:
+    with PreemptionHandler() as stop:
         for turn in range(4):
             if number == 1 and turn == 1:
                 signal.raise_signal(signal.SIGTERM)
-            answers.append(stop.agreed())
+            answers.append(stop.should_stop())
         return [answers, stop.name]
 
 
 def agree(number, folder):
-    agreement._VISIBLE_SECONDS = 0.5
+    multihost._VISIBLE_SECONDS = 0.5
     own = folder / str(number)
     own.mkdir()
-    tell("gather", lambda: [len(text) for text in agreement.gather("ä" * (5 + 5000 * number))])
+    tell("gather", lambda: [len(text) for text in multihost.allgather("ä" * (5 + 5000 * number))])
     tell("same", check)
     tell("config", lambda: check(seed=number))
     tell("data", lambda: check(shapes_seed=number))
     tell("versions", lambda: check_versions(number))
     tell("one fails", lambda: together([None, UserError("no folder x")]))
     tell("both fail alike", lambda: together([UserError("no folder x")] * 2))
-    tell("one folder", lambda: agreement.check_shared(folder))
-    tell("two folders", lambda: agreement.check_shared(own))
+    tell("one folder", lambda: multihost.check_shared(folder))
+    tell("two folders", lambda: multihost.check_shared(own))
     tell("windows", windows)
     tell("stop", lambda: stops(number))
 
@@ -98,12 +98,12 @@ def main():
     with processes.started(processes.Launch(coordinator, count, number, 60, 4)):
         if ending == "mistake":
             agree(number, folder)
-        agreement.gather("all are here")
+        multihost.allgather("all are here")
         if number == 1 and ending == "mistake":
             raise UserError("a damaged image")
         if number == 1 and ending == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        agreement.gather("never complete")
+        multihost.allgather("never complete")
 
 
 if __name__ == "__main__":

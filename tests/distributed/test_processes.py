@@ -19,7 +19,7 @@ import pytest
 import tiny
 from conftest import ROOT
 from deeplab_jax.distributed import launch as processes
-from deeplab_jax.distributed import multihost as agreement
+from deeplab_jax.distributed import multihost
 from deeplab_jax.training.train import train
 from deeplab_jax.utils.errors import UserError
 
@@ -204,7 +204,7 @@ def test_two_processes_give_the_curve_of_one_until_one_is_killed_and_then_goes_o
     assert killed == -signal.SIGKILL
     assert other not in (0, None)
     assert "on 4 x cpu" in two.err(0)
-    assert f"all depend on process 0 ({agreement.host()})" in two.err(1)
+    assert f"all depend on process 0 ({multihost.host()})" in two.err(1)
     assert [e["step"] for e in entries(workdir)][:5] == [1, 2, 3, 4, 4]
     assert_same_curve(workdir, unbroken)
     assert train(config(4), workdir).step == 8
@@ -223,7 +223,7 @@ def test_different_configs_end_all_processes_with_one_message(tmp_path):
         assert two.codes() == [2, 2]
         messages = [two.err(n).split(f"error: process {n} of 2 ")[1] for n in (0, 1)]
     assert messages[0] == messages[1]
-    host = agreement.host()
+    host = multihost.host()
     assert f"momentum: 0.1 on process 0 ({host}); 0.2 on process 1 ({host})" in messages[0]
     assert "Traceback" not in two.err(0) + two.err(1)
     assert not (tmp_path / "run").exists()
@@ -272,7 +272,7 @@ def test_values_of_any_size_are_gathered(agreed):
     assert [outcomes["gather"] for outcomes in agreed[0]] == [[5, 5005]] * 2
 
 
-HOST = re.escape(agreement.host())
+HOST = re.escape(multihost.host())
 
 
 @pytest.mark.parametrize(
@@ -326,13 +326,13 @@ def test_a_mistake_on_one_process_ends_the_others_too(agreed):
     assert "process 1 of 2" in said[1]
     assert "a damaged image" in said[1]
     assert "Traceback" not in said[1]
-    assert f"process 1 ({agreement.host()}) gave no answer for 4 s" in said[0]
+    assert f"process 1 ({multihost.host()}) gave no answer for 4 s" in said[0]
 
 
 def test_a_process_that_is_killed_is_named_by_the_other(tmp_path):
     with worker(tmp_path, 2, "killed") as two:
         assert two.codes(limit=120) == [1, -signal.SIGKILL]
-    assert f"error: process 0 of 2 ({agreement.host()}): process 1 (" in two.err(0)
+    assert f"error: process 0 of 2 ({multihost.host()}): process 1 (" in two.err(0)
     assert "gave no answer for 4 s" in two.err(0)
 
 
@@ -342,26 +342,26 @@ def test_a_process_that_is_killed_is_named_by_the_other(tmp_path):
 def test_what_differs_is_told_by_value_and_only_so_much():
     hosts = ["a", "b", "c"]
     same = {"config.seed": 1, "version of jax": "1"}
-    assert agreement.disagreement(hosts, [same, dict(same), same]) == ""
+    assert multihost.disagreement(hosts, [same, dict(same), same]) == ""
     other = same | {"version of jax": "2"}
-    message = agreement.disagreement(hosts, [same, other, same])
+    message = multihost.disagreement(hosts, [same, other, same])
     assert '  version of jax: "1" on processes 0 (a), 2 (c); "2" on process 1 (b)\n' in message
     assert "seed" not in message
-    assert "nothing on process 2 (c)" in agreement.disagreement(hosts, [same, same, {}])
+    assert "nothing on process 2 (c)" in multihost.disagreement(hosts, [same, same, {}])
     many = [{f"field {i}": number for i in range(20)} for number in range(6)]
-    message = agreement.disagreement("abcdef", many)
+    message = multihost.disagreement("abcdef", many)
     assert message.count("field") == 8
     assert "and 12 more" in message
     alike = [{"x": 0}] * 6 + [{"x": 1}]
-    assert "x: 0 on 6 processes, 0 (a) the first" in agreement.disagreement("abcdefg", alike)
+    assert "x: 0 on 6 processes, 0 (a) the first" in multihost.disagreement("abcdefg", alike)
 
 
 def test_digests_tell_data_sets_apart_and_need_few_examples():
     configs = [tiny.get_config() for _ in range(3)]
     configs[1].data.shapes.seed = 1
     configs[2].data.shapes.num_train = 23
-    first, seed, fewer = (agreement.data_digest(tiny.Run(c).dataset) for c in configs)
-    assert first == agreement.data_digest(tiny.Run(configs[0]).dataset)
+    first, seed, fewer = (multihost.data_digest(tiny.Run(c).dataset) for c in configs)
+    assert first == multihost.data_digest(tiny.Run(configs[0]).dataset)
     assert len({first, seed, fewer}) == 3
 
 

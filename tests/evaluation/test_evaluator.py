@@ -21,7 +21,7 @@ from deeplab_jax.distributed.mesh import make_mesh
 from deeplab_jax.evaluation import protocols
 from deeplab_jax.evaluation.boundary import count_boundary
 from deeplab_jax.evaluation.evaluator import Evaluator
-from deeplab_jax.inference.predictor import Inference, Mode, bucket
+from deeplab_jax.inference.predictor import Predictor, TestTimeAugmentation, bucket
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, normalize
 from deeplab_jax.utils.errors import UserError
@@ -220,12 +220,12 @@ def test_scales_mirror_images_and_windows_are_those_of_inference(protocol, windo
     fields = {"scales": (0.5, 1.5), "flip": True, "window": window, "overlap": overlap}
     ours = evaluator(model, data, devices=2, protocol=protocol, **fields)
     evaluation = ours.evaluate(None, per_image=True)
-    inference = Inference(
+    inference = Predictor(
         model,
         None,
         mean=DataConfig().mean,
         std=DataConfig().std,
-        mode=Mode((0.5, 1.5), True, window or None, overlap),
+        mode=TestTimeAugmentation((0.5, 1.5), True, window or None, overlap),
     )
     expected = [
         count(label, inference.ids(image)[: label.shape[0], : label.shape[1]])

@@ -1,4 +1,4 @@
-"""Inference on whole images, over scales and by windows, against plain NumPy loops."""
+"""Predictor on whole images, over scales and by windows, against plain NumPy loops."""
 
 import functools
 import itertools
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from deeplab_jax.config import MeshConfig
 from deeplab_jax.distributed.mesh import make_mesh, replicated
 from deeplab_jax.inference.predictor import (
-    Inference,
-    Mode,
+    Predictor,
+    TestTimeAugmentation,
     bucket,
     class_ids,
     probabilities,
@@ -29,8 +29,8 @@ from random_modules import random_variables
 
 CLASSES = 5
 PIXELS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
-PLAIN = Mode()
-ALL_VIEWS = Mode(scales=(0.5, 1, 1.3), flip=True)
+PLAIN = TestTimeAugmentation()
+ALL_VIEWS = TestTimeAugmentation(scales=(0.5, 1, 1.3), flip=True)
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def model_and_variables():
 @functools.cache
 def inference(mode=PLAIN):
     """One of each mode for all tests, which thus share its programs."""
-    return Inference(*model_and_variables(), **PIXELS, mode=mode)
+    return Predictor(*model_and_variables(), **PIXELS, mode=mode)
 
 
 def random_image(height, width, seed=0):
@@ -169,7 +169,7 @@ def looped_windows(image, window, overlap, mode):
 @pytest.mark.parametrize(("height", "width"), [(70, 93), (20, 80), (95, 1)])
 def test_windows_equal_a_loop_over_single_windows(height, width):
     image = random_image(height, width)
-    windows = Mode(window=33)
+    windows = TestTimeAugmentation(window=33)
     expected = looped_windows(image, 33, 0.5, PLAIN)
     ours = inference(windows).probabilities(image)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
@@ -182,7 +182,7 @@ def test_windows_equal_a_loop_over_single_windows(height, width):
 
 def test_windows_are_predicted_over_all_scales_and_directions():
     image = random_image(50, 60)
-    mode = Mode(ALL_VIEWS.scales, ALL_VIEWS.flip, window=33, overlap=0.2)
+    mode = TestTimeAugmentation(ALL_VIEWS.scales, ALL_VIEWS.flip, window=33, overlap=0.2)
     expected = looped_windows(image, 33, 0.2, ALL_VIEWS)
     np.testing.assert_allclose(inference(mode).probabilities(image), expected, atol=1e-5)
 
@@ -190,7 +190,7 @@ def test_windows_are_predicted_over_all_scales_and_directions():
 @pytest.mark.parametrize("size", [(65, 65), (1, 1), (30, 65)])
 def test_an_image_that_a_window_holds_is_predicted_whole(size):
     image = random_image(*size)
-    windows = inference(Mode(window=65))
+    windows = inference(TestTimeAugmentation(window=65))
     np.testing.assert_array_equal(windows.ids(image), inference().ids(image))
     np.testing.assert_allclose(
         windows.probabilities(image), inference().probabilities(image), atol=1e-5
@@ -224,7 +224,7 @@ def test_weights_favour_the_middle_and_are_never_zero(side):
 
 
 def test_memory_does_not_grow_with_the_number_of_rows(monkeypatch):
-    windows = Inference(*model_and_variables(), **PIXELS, mode=Mode(window=33))
+    windows = Predictor(*model_and_variables(), **PIXELS, mode=TestTimeAugmentation(window=33))
     run, on_the_device = windows._run, []
 
     def watched(*arguments):
@@ -254,7 +254,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(monkeypatch):
 # --- Sizes and programs ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [PLAIN, ALL_VIEWS, Mode(window=33)], ids=str)
+@pytest.mark.parametrize("mode", [PLAIN, ALL_VIEWS, TestTimeAugmentation(window=33)], ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (1, 120), (120, 1)])
 def test_images_of_one_pixel_and_of_one_row(mode, size):
     image = random_image(*size)
@@ -269,7 +269,7 @@ def test_one_program_serves_a_bucket_of_sizes():
     """From variables that lie on several devices, too."""
     model, variables = model_and_variables()
     everywhere = jax.device_put(variables, replicated(make_mesh(MeshConfig(data=2))))
-    fresh = Inference(model, everywhere, **PIXELS)
+    fresh = Predictor(model, everywhere, **PIXELS)
     placed = set().union(*(leaf.devices() for leaf in jax.tree.leaves(fresh._variables)))
     assert placed == {jax.devices()[0]}  # the default one
     assert fresh.num_compilations == 0
@@ -281,7 +281,7 @@ def test_one_program_serves_a_bucket_of_sizes():
 
 
 def test_windows_need_the_network_once_and_once_for_what_one_window_holds():
-    windows = Inference(*model_and_variables(), **PIXELS, mode=Mode(window=33))
+    windows = Predictor(*model_and_variables(), **PIXELS, mode=TestTimeAugmentation(window=33))
     for size in [(34, 34), (90, 33), (70, 93), (1, 129)]:
         windows.ids(random_image(*size))
     # The network, and of a bucket of widths: adding windows, moving on, taking ids.
@@ -326,7 +326,7 @@ def test_a_scaled_side_fits_into_the_scaled_bucket(side, scale):
 )
 def test_modes_that_cannot_be(options, message):
     with pytest.raises(UserError, match=message):
-        Mode(**options)
+        TestTimeAugmentation(**options)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_images_that_are_none(image, message):
 
 @pytest.mark.parametrize("window", [None, 33])
 def test_a_full_device_is_said_to_be_full(monkeypatch, window):
-    full = Inference(*model_and_variables(), **PIXELS, mode=Mode(window=window))
+    full = Predictor(*model_and_variables(), **PIXELS, mode=TestTimeAugmentation(window=window))
 
     def run(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")

@@ -11,9 +11,9 @@ import saved_model
 from deeplab_jax.inference import segmenter
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
+from deeplab_jax.training.checkpoint import Checkpoints
 from deeplab_jax.training.state import TrainState
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.training.checkpoint import Checkpoints
 from deeplab_jax.weights import saved_model as checkpoint
 from deeplab_jax.weights import torch_file, torchvision
 from random_modules import random_variables

@@ -30,7 +30,7 @@ def test_sheet_holds_any_sizes_and_channels(channels):
         image = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
         ids = rng.integers(0, 21, (height, width), dtype=np.uint8)
         rows.append(("naïve name", image, ids, ids))
-    sheet = visualize.prediction_sheet(rows, labels.VOC)
+    sheet = visualize.prediction_grid(rows, labels.VOC)
     assert sheet.dtype == np.uint8
     assert sheet.shape[1:] == (3 * 240 + 4 * 8, 3)
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 100

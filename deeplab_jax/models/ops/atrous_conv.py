@@ -240,7 +240,7 @@ _on_cuda.defvjp(_on_cuda_forward, _on_cuda_backward)
 def _on_cpu(x: Array, kernel: Array, *, kernel_dilation: int) -> Array:
     """Products over valid taps: by blocks, or where gradients are wanted by whole windows.
 
-    Inference leaves these convolutions to oneDNN where XLA has it: see
+    Predictor leaves these convolutions to oneDNN where XLA has it: see
     `inference.compile.jit_inference`.
 
     Measured on two cores, float32, milliseconds of native / taps / blocks (oneDNN through PyTorch);
