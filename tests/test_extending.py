@@ -97,6 +97,7 @@ def test_a_part_trains_resumes_and_is_summarised_and_exported(name, convnext, tm
     found = summary.summarize(described.architecture, 65)
     assert found.params == sum(value.size for value in saved.variables.params.values())
     assert found.other_params == 0
+    assert ("head psp" in summary.describe(described.architecture)) == (name == "psp")
 
     segmenter = dl.load(work)
     image = np.random.default_rng(0).integers(0, 256, (50, 61, 3), dtype=np.uint8)

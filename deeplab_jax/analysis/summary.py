@@ -169,6 +169,8 @@ def describe(architecture: Architecture) -> str:
     head = f"atrous rates ({rates})"
     if architecture.cascade is not None:
         head = f"cascade of {architecture.cascade}"
+    elif architecture.head != "aspp":
+        head = f"head {architecture.head}"
     grid = ", ".join(map(str, architecture.multi_grid))
     return (
         f"{architecture.name}, {architecture.num_classes} classes, output stride "

@@ -16,7 +16,7 @@ from deeplab_jax.utils.registry import Registry
 
 @dataclasses.dataclass
 class ModelConfig:
-    """What is built; `None` means the architecture's own (see `models.deeplab.ARCHITECTURES`)."""
+    """What is built; None: the architecture's own (see `models.architecture.ARCHITECTURES`)."""
 
     architecture: str = "paper_resnet101"
     num_classes: int | None = None  # None: the data set's

@@ -57,7 +57,7 @@ class Architecture:
         stage's own rate. Its first entries are taken where the stage has fewer units (ResNet-18
         has 2); it starts over where the stage has more.
       atrous_rates: of ASPP's 3x3 convolutions, at this output stride; none in a cascade.
-      dilation_rule: which rates the stages get whose strides are removed; see `models.resnet`.
+      dilation_rule: which rates the stages get whose strides are removed; see `backbones.resnet`.
       residual: "post" (conv, norm, relu) or "pre" (norm, relu, conv: He et al. 2016).
       stem: "conv7x7" or "deep" (three 3x3).
       stride_place: the convolution of a bottleneck that is strided: its 3x3 "conv2" (v1.5) or the
