@@ -198,14 +198,14 @@ def test_outputs_that_cannot_be_written_end_it(command, model, here):
 def test_settings_reach_the_model(command, model, monkeypatch):
     modes = []
 
-    class Watched(segmenter.Inference):
+    class Watched(segmenter.Predictor):
         def __init__(self, model, variables, *, mode, **rest):
             modes.append((model.architecture.output_stride, mode))
 
         def ids(self, image):
             return np.zeros(image.shape[:2], np.uint8)
 
-    monkeypatch.setattr(segmenter, "Inference", Watched)
+    monkeypatch.setattr(segmenter, "Predictor", Watched)
     flags = ["--scales", "0.5,1", "--flip", "--window", "65", "--output-stride", "8"]
     assert command(model, "photos/a.png", "--out", "out", *flags)[0] == 0
     ((output_stride, mode),) = modes

@@ -59,8 +59,8 @@ def together(mistakes):
 def windows():
     """An evaluation window by window: its counts, and how many images this process saw."""
     seen = []
-    true_ids = evaluate.Inference.ids
-    evaluate.Inference.ids = lambda self, image: seen.append(1) or true_ids(self, image)
+    true_ids = evaluate.Predictor.ids
+    evaluate.Predictor.ids = lambda self, image: seen.append(1) or true_ids(self, image)
     return tiny.evaluate_windows() | {"seen": len(seen)}
 
 

@@ -215,7 +215,7 @@ def test_boundaries_and_predictions_are_of_the_images_without_their_padding():
     [("paper", 0, 0.5), ("native", 0, 0.5), ("native", 48, 0.75)],
 )
 def test_scales_mirror_images_and_windows_are_those_of_inference(protocol, window, overlap):
-    """`Inference` predicts one image after the other; it has tests of its own."""
+    """`Predictor` predicts one image after the other; it has tests of its own."""
     model, data = Smooth(), dataset(SIZES[:5])
     fields = {"scales": (0.5, 1.5), "flip": True, "window": window, "overlap": overlap}
     ours = evaluator(model, data, devices=2, protocol=protocol, **fields)
