@@ -77,13 +77,11 @@ def command(arguments: Sequence[str]) -> None:
         print(__doc__)
         print(flags.FLAGS.module_help(sys.modules[__name__]))
         return
-    config, *rest = arguments
-    if not config.startswith("-"):
-        rest = [f"--config={config_path(config)}", *rest]
-    else:
-        rest = [config, *rest]
+    first, *rest = arguments
+    if not first.startswith("-"):
+        first = f"--config={config_path(first)}"
     # absl and ml_collections read the fields of the config from here.
-    sys.argv = ["deeplab-jax train", *rest]
+    sys.argv = ["deeplab-jax train", first, *rest]
     start(sys.argv)
 
 
