@@ -1,1 +1,1 @@
-"""Small things that all rooms use: errors, files, registries."""
+"""Errors, atomic writes, downloads, progress bars and registries, used by all other packages."""

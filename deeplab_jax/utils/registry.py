@@ -1,4 +1,4 @@
-"""Registries: the names under which a config asks for a backbone, a head, a loss or a data set."""
+"""Registries of the backbones, heads, losses and data sets that a config can name."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ T = TypeVar("T")
 
 
 class Registry(dict[str, T]):
-    """Entries by name. A module outside the package adds one with `register` when it is imported.
+    """A dictionary of entries by name, to which modules outside the package add with `register`.
 
     `registry[name]` raises UserError for an unknown name and suggests the nearest one.
     """
 
     def __init__(self, kind: str, entries: Mapping[str, T | str] | None = None) -> None:
-        """Makes a registry.
+        """Creates a registry.
 
         Args:
-          kind: what errors call an entry, such as "backbone".
-          entries: of the package itself. A text such as "package.module:function" is imported when
-            the entry is first asked for.
+          kind: What error messages call an entry, such as "backbone".
+          entries: The package's own entries. A string such as "package.module:function" is
+            imported at the first access.
         """
         super().__init__(cast("Mapping[str, T]", entries or {}))
         self.kind = kind
@@ -44,7 +44,7 @@ class Registry(dict[str, T]):
         """Adds an entry and returns it.
 
         Raises:
-          ValueError: the name is empty, or another entry has it.
+          ValueError: The name is empty or belongs to another entry.
         """
         if not name:
             raise ValueError(f"a {self.kind} needs a name")
@@ -57,7 +57,7 @@ class Registry(dict[str, T]):
 
 
 def resolved(entry: Any) -> Any:
-    """Returns an entry, imported if it is a text such as "package.module:function"."""
+    """Returns an entry, imported if it is a string such as "package.module:function"."""
     if not isinstance(entry, str):
         return entry
     module, _, attribute = entry.partition(":")
@@ -70,6 +70,6 @@ def module_of(entry: Any) -> str:
 
 
 def _same(entry: Any, other: Any) -> bool:
-    """A file may be executed twice, as a config and by an import: its entries are the same."""
+    """Whether two entries are one: a file may run twice, as a config and by an import."""
     names = [getattr(each, "__qualname__", None) for each in (entry, other)]
     return entry is other or (names[0] is not None and names[0] == names[1])
