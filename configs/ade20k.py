@@ -1,11 +1,11 @@
-"""ADE20K's 150 classes (the scene parsing challenge of 2016), on one GPU.
+"""ADE20K with the 150 classes of the 2016 scene parsing challenge, on one GPU.
 
-The paper has no numbers for it; the settings are those of its VOC runs, but for what is said below.
-Not run with this code.
+The paper has no results on ADE20K. The settings are those of its VOC runs, except for the fields
+below. Not run with this code.
 
     python train.py --config configs/ade20k.py --workdir runs/ade20k --config.data.root=ade20k
 
-`ade20k` holds ADEChallengeData2016/, as ADEChallengeData2016.zip unpacks; see docs/datasets.md.
+The folder `ade20k` holds the unpacked ADEChallengeData2016.zip; see docs/datasets.md.
 """
 
 from deeplab_jax.config import Config, DataConfig, EvalConfig, InitConfig, ModelConfig, TrainConfig
@@ -16,8 +16,8 @@ def get_config() -> Config:
         model=ModelConfig(architecture="paper_resnet50"),
         data=DataConfig(name="ade20k", split="train", num_workers=8),
         init=InitConfig(backbone="resnet50"),
-        # Twice as many images as trainaug, and seven times the classes: 63 epochs.
+        # 63 epochs: ADE20K has twice as many images as trainaug, and seven times as many classes.
         train=TrainConfig(steps=80_000, eval_every=5000),
-        # Images differ in size, from 200 pixels to more than 2000 a side.
+        # Image sides range from 200 to more than 2000 pixels.
         eval=EvalConfig(batch_size=2, protocol="native"),
     )

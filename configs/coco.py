@@ -1,12 +1,12 @@
-"""COCO reduced to VOC's classes, to pretrain on for VOC (arXiv 1706.05587, section 4.3).
+"""COCO with VOC's classes, for pretraining before VOC (arXiv 1706.05587, section 4.3).
 
-The paper tells neither how long it pretrained nor what came of it on COCO: all but the data is
-as on VOC. Not run with this code.
+The paper states neither the length of the pretraining nor its result on COCO. All settings but the
+data are those for VOC. Not run with this code.
 
     python train.py --config configs/coco.py --workdir runs/coco --config.data.root=coco
-    python train.py --config configs/paper/table6_coco.py --workdir runs/table6_coco
+    python train.py --config configs/paper.py:table6_coco --workdir runs/table6_coco
 
-`coco` holds annotations and images as published, see docs/datasets.md.
+The folder `coco` holds the annotations and images as published; see docs/datasets.md.
 """
 
 from deeplab_jax.config import Config, DataConfig, InitConfig, ModelConfig

@@ -1,15 +1,15 @@
-"""Fine-tuning on your own images and masks, from torchvision's DeepLabv3 trained on COCO.
+"""Fine-tuning torchvision's DeepLabv3, trained on COCO, on your own images and masks.
 
-Lay the images into my_data/images, the masks of the same names into my_data/masks, and the class
-names, one a line, into my_data/classes.txt; docs/own_data.md has the other ways. Then look whether
-all is well, and train:
+Put the images into my_data/images, masks of the same names into my_data/masks, and the class names,
+one per line, into my_data/classes.txt; docs/own_data.md lists other layouts. Check the data, then
+train:
 
     deeplab-jax data check my_data
     python train.py --config configs/folder.py --workdir runs/mine --config.data.root=my_data
 
 Set `data.ignore_label` and `data.folder.masks_hold` as the check says, `data.crop_size` to about
-the size of your images, and `train.batch_size` to what fits into memory; where that is 4 or less,
-`train.freeze_bn=True`. `init.path` takes a converted checkpoint or a workdir of train.py as well.
+the size of your images, and `train.batch_size` to what fits into memory; if that is 4 or less, set
+`train.freeze_bn=True`. `init.path` can also be a converted checkpoint or the workdir of a run.
 """
 
 from deeplab_jax.config import (
@@ -26,10 +26,10 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(architecture="torchvision_resnet50"),
         data=DataConfig(name="folder", split="train", crop_size=(513,)),
-        # Downloaded at the first start, 160 MB; the layers that give logits start anew.
+        # Downloaded at the first start, 160 MB. The last layers, which compute logits, are new.
         init=InitConfig(path="deeplabv3_resnet50"),
-        # torchvision trained these weights at 0.02 with batches of 32: the same a image at 8. The
-        # warm-up lets the new last layers settle before they move the rest.
+        # torchvision trained these weights at 0.02 with batches of 32: the same rate per image.
+        # The warm-up limits the changes of the other layers while the new last layers are random.
         optimizer=OptimizerConfig(learning_rate=0.005, warmup_steps=100),
         train=TrainConfig(steps=5000, batch_size=8, eval_every=500, save_every=500),
     )

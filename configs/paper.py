@@ -1,23 +1,23 @@
-"""The ablations of DeepLabv3 (arXiv 1706.05587), as in the paper's tables. None was run here.
+"""The ablations of DeepLabv3 (arXiv 1706.05587), one row for each in the paper's tables.
 
     python configs/paper.py                   # lists the rows with the paper's mIoU on val
     python train.py --config configs/paper.py:table1_os64 --workdir runs/table1_os64
 
-A row is `voc_os16.py` with the changes that stand in `ROWS`.
+A row is `voc_os16.py` with the fields in `ROWS` changed. Not run with this code.
 """
 
 import dataclasses
 from typing import Any
 
 from deeplab_jax.config import Config, InitConfig, ModelConfig
-from deeplab_jax.config.io import row_of, with_fields
+from deeplab_jax.config.io import get_row, with_fields
 
 GRIDS = {name: tuple(map(int, name)) for name in ("111", "121", "123", "124", "222")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of one of the tables: what it says, mIoU on val in percent, fields that it sets."""
+    """A row of a table: its description, the mIoU on val in percent, and the fields it sets."""
 
     text: str
     miou: float
@@ -28,7 +28,7 @@ ROWS: dict[str, Row] = {}
 
 
 def _cascade(name: str, depth: int, grid: str, row: tuple[float, ...], tail: str) -> None:
-    """Adds a line whose columns are block4 to block7."""
+    """Adds a row of the paper's table, whose columns are block4 to block7."""
     for copies, miou in enumerate(row):
         blocks = f"blocks up to block{4 + copies}" if copies else "block4"
         fields = {"model.cascade": copies, "model.multi_grid": GRIDS[grid]}
@@ -65,7 +65,7 @@ _cascade("table3_grid123", 101, "123", (73.14, 75.78, 75.96, 76.11), _grid("123"
 _cascade("table3_grid124", 101, "124", (73.45, 75.74, 75.85, 76.02), _grid("124"))
 _cascade("table3_grid222", 101, "222", (71.45, 74.30, 74.70, 74.62), _grid("222"))
 
-# Table 5: ASPP. Its last line, with image pooling, is voc_os16.py: 77.21.
+# Table 5: ASPP. Its last row, with image pooling, is voc_os16.py: 77.21.
 _ASPP = "ASPP (6, 12, 18) without image pooling"
 _NO_POOLING = {"model.image_pooling": False}
 ROWS |= {
@@ -85,17 +85,17 @@ ROWS |= {
     ),
 }
 
-# Table 6, evaluated at output stride 8, with six scales and mirrored.
+# Table 6: evaluated at output stride 8, with six scales and flip.
 ROWS["table6_coco"] = Row(
     "pretrained on COCO (`configs/coco.py`), learning rate 0.0001; evaluated as in the row above",
     82.70,
     {"init.path": "runs/coco", "init.backbone": "", "optimizer.learning_rate": 1e-4},
 )
 
-# Table 8: how it is trained.
+# Table 8: training settings.
 ROWS |= {
     "table8_shrunk_labels": Row(
-        "labels shrunk to the logits in training, instead of logits upsampled",
+        "labels downsampled to the logits in training, instead of logits upsampled",
         76.01,
         {"loss.upsample": False},
     ),
@@ -103,16 +103,16 @@ ROWS |= {
     "table8_crop321": Row("crops of 321 pixels", 67.22, {"data.crop_size": (321,)}),
 }
 
-# Table 9: the batch, over which batch norm takes its statistics; 16: 77.21.
+# Table 9: batch size, also for the batch norm statistics. At 16: 77.21.
 for batch, miou in {4: 64.43, 8: 75.76, 12: 76.49}.items():
     ROWS[f"table9_batch{batch}"] = Row(
-        f"a batch of {batch}, over which batch norm takes its statistics",
+        f"batch size {batch}, also for the batch norm statistics",
         miou,
         {"train.batch_size": batch},
     )
 
-# Table 10: output stride in training, with the batches that the authors' memory held; the numbers
-# are those at output stride 16. At 8 they are 75.62 and 75.75.
+# Table 10: output stride in training, with the batch size that fitted the authors' memory. The mIoU
+# is that at output stride 16; at 8 it is 75.62 and 75.75.
 for stride, batch, miou in ((8, 6, 74.45), (32, 24, 75.90)):
     ROWS[f"table10_os{stride}"] = Row(
         f"trained at output stride {stride}, batches of {batch}; evaluated at 16",
@@ -122,12 +122,12 @@ for stride, batch, miou in ((8, 6, 74.45), (32, 24, 75.90)):
 
 
 def get_config(row: str = "") -> Config:
-    """The run of a row.
+    """Returns the config of a row.
 
     Raises:
-      UserError: there is no such row; names the nearest.
+      UserError: there is no such row; the message names the nearest.
     """
-    fields = row_of(ROWS, row, "configs/paper.py").fields
+    fields = get_row(ROWS, row, "configs/paper.py").fields
     architecture = fields.get("model.architecture", "paper_resnet101")
     init = InitConfig(backbone=architecture.removeprefix("paper_"))
     if fields.get("model.cascade"):

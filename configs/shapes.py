@@ -1,4 +1,4 @@
-"""A narrow DeepLabv3 on generated shapes, for a first look: minutes on two CPU cores.
+"""A narrow DeepLabv3 on generated shapes, for a first look: a few minutes on two CPU cores.
 
 python train.py --config configs/shapes.py --workdir runs/shapes
 """
@@ -15,8 +15,9 @@ from deeplab_jax.config import (
 
 def get_config() -> Config:
     return Config(
-        # A quarter of ResNet-50's channels. Rates are small, since a map of 64 pixels at output
-        # stride 8 has 8 places a side, and batch norm's statistics must follow a short training.
+        # A quarter of ResNet-50's channels. The rates are small, because the feature map of a
+        # 64-pixel image at output stride 8 has a side of 8. The decay of batch norm's statistics
+        # is fast, because the training is short.
         model=ModelConfig(
             architecture="paper_resnet50",
             width=0.25,
@@ -25,7 +26,7 @@ def get_config() -> Config:
             atrous_rates=(2, 4, 6),
             bn_momentum=0.9,
         ),
-        # Images are drawn in a millisecond: threads do, and need no time to start.
+        # Drawing an image takes a millisecond, so threads are fast enough, and they start at once.
         data=DataConfig(
             name="shapes", split="train", crop_size=(64,), scale_range=(1.0, 1.0), num_workers=0
         ),

@@ -1,9 +1,9 @@
-"""What of the paper's choices shows on generated shapes: docs/study.md has the results.
+"""A small-scale study of the paper's choices on generated shapes; docs/study.md has the results.
 
     python configs/study.py                   # lists the rows
     python train.py --config configs/study.py:os8 --workdir runs/study/os8
 
-The base is a narrow ResNet-50 on shapes of all scales; a row says how it differs.
+The base is a narrow ResNet-50 on shapes of all sizes; each row changes some of its fields.
 """
 
 import dataclasses
@@ -18,19 +18,19 @@ from deeplab_jax.config import (
     ShapesConfig,
     TrainConfig,
 )
-from deeplab_jax.config.io import row_of, with_fields
+from deeplab_jax.config.io import get_row, with_fields
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """How a run differs from the base: in words, and the fields that it sets."""
+    """A run: its difference from the base in words, and the fields it sets."""
 
     text: str
     fields: dict[str, Any]
 
 
 def _half_and_half(steps: int) -> dict[str, Any]:
-    """The paper's two stages; the second's learning rate starts at a seventh of the first's."""
+    """Returns the paper's two stages; stage 2 starts at a seventh of stage 1's learning rate."""
     return {
         "train.steps": steps,
         "second_stage.steps": steps,
@@ -41,7 +41,7 @@ def _half_and_half(steps: int) -> dict[str, Any]:
 
 ROWS: dict[str, Row] = {
     "base": Row("output stride 16, no multi-grid, rates 2, 4, 6, image pooling", {}),
-    # Strides and rates. ASPP's rates follow the output stride, as in the paper.
+    # Strides and rates. ASPP's rates scale with the output stride, as in the paper.
     "os8": Row("output stride 8", {"model.output_stride": 8, "model.atrous_rates": (4, 8, 12)}),
     "os32": Row("output stride 32", {"model.output_stride": 32, "model.atrous_rates": (1, 2, 3)}),
     "grid121": Row("multi-grid (1, 2, 1)", {"model.multi_grid": (1, 2, 1)}),
@@ -58,13 +58,15 @@ ROWS: dict[str, Row] = {
         {"model.image_pooling": False, "model.atrous_rates": (2, 4, 6, 8)},
     ),
     # Training.
-    "shrunk_labels": Row("labels shrunk to the logits in training", {"loss.upsample": False}),
-    "frozen_bn": Row("batch norm never trained: mean 0, variance 1", {"train.freeze_bn": True}),
-    "bn_of_4": Row("batch norm over 4 images, batches of 16", {"optimizer.accumulate": 4}),
-    "bn_decay9997": Row("the paper's decay, made for 30 000 steps", {"model.bn_momentum": 0.9997}),
-    "batch4": Row("batches of 4, over as many steps", {"train.batch_size": 4}),
+    "shrunk_labels": Row("labels downsampled to the logits in training", {"loss.upsample": False}),
+    "frozen_bn": Row(
+        "batch norm frozen from the start: mean 0, variance 1", {"train.freeze_bn": True}
+    ),
+    "bn_of_4": Row("batches of 16, batch norm statistics of 4 images", {"optimizer.accumulate": 4}),
+    "bn_decay9997": Row("the paper's decay, meant for 30 000 steps", {"model.bn_momentum": 0.9997}),
+    "batch4": Row("batches of 4, the same number of steps", {"train.batch_size": 4}),
     "two_stages": Row("half of the steps at output stride 8, frozen", _half_and_half(400)),
-    # One pixel more than a multiple of the output stride, as the paper's 513 are.
+    # One pixel more than a multiple of the output stride, as the paper's 513.
     "size129": Row(
         "images of 129 pixels",
         {"data.shapes.size": 129, "data.crop_size": (129,), "eval.size": 129},
@@ -73,10 +75,10 @@ ROWS: dict[str, Row] = {
 
 
 def get_config(row: str = "base") -> Config:
-    """The run of a row.
+    """Returns the config of a row.
 
     Raises:
-      UserError: there is no such row; names the nearest.
+      UserError: there is no such row; the message names the nearest.
     """
     base = Config(
         model=ModelConfig(
@@ -99,7 +101,7 @@ def get_config(row: str = "base") -> Config:
         train=TrainConfig(steps=800, log_every=50, eval_every=400, save_every=200),
         eval=EvalConfig(batch_size=20, size=128),
     )
-    return with_fields(base, row_of(ROWS, row, "configs/study.py").fields)
+    return with_fields(base, get_row(ROWS, row, "configs/study.py").fields)
 
 
 if __name__ == "__main__":

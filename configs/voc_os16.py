@@ -1,7 +1,7 @@
 """The paper's first stage on PASCAL VOC 2012: output stride 16, batch norm trained.
 
-Paper, ResNet-101, val mIoU: 77.21 %; evaluated at output stride 8: 78.51 % (table 5 and 6 of
-arXiv 1706.05587; one K80 took 3.65 days). Not run at full length with this code.
+mIoU on val in the paper (ResNet-101, tables 5 and 6 of arXiv 1706.05587): 77.21 %; evaluated at
+output stride 8: 78.51 %. It took 3.65 days on one K80. Not run at full length with this code.
 
     python train.py --config configs/voc_os16.py --workdir runs/voc_os16
 """

@@ -1,4 +1,4 @@
-"""The paper's second stage: output stride 8, batch norm frozen, from a run of voc_os16.
+"""The paper's second stage on PASCAL VOC 2012, after voc_os16: output stride 8, batch norm frozen.
 
     python train.py --config configs/voc_os8.py --workdir runs/voc_os8 \
         --config.init.path=runs/voc_os16

@@ -1,13 +1,13 @@
-"""The paper's recipe for the test set, both stages in one command.
+"""The paper's recipe for the PASCAL VOC 2012 test set: both stages in one command.
 
-The first, 30 000 steps on trainaug at output stride 16, trains batch norm; the second, as many on
-trainval at output stride 8, keeps its statistics (arXiv 1706.05587, section 4.1). The first's run
-lies in the folder `stage1` of the workdir. val is a part of trainval: the second stage's scores on
-it are no measure. Not run at full length with this code.
+Stage 1 trains 30 000 steps on trainaug at output stride 16. Stage 2 trains 30 000 steps on trainval
+at output stride 8 with frozen batch norm (arXiv 1706.05587, section 4.1). The folder `stage1` of
+the workdir is the workdir of stage 1. trainval includes val, so the scores of stage 2 on val say
+nothing about generalization. Not run at full length with this code.
 
     python train.py --config configs/voc_paper.py --workdir runs/voc_paper
 
-With hard images shown twice, as for the test set (section 4.4), and from COCO:
+The same from COCO and with hard images shown twice, as in section 4.4:
 
     python train.py --config configs/voc_paper.py --workdir runs/voc_test \\
         --config.data.duplicate_classes=bicycle,chair,diningtable,pottedplant,sofa \\

@@ -1,4 +1,4 @@
-"""DeepLabv3 (arXiv 1706.05587) in JAX and Flax: models, training, conversion of weights."""
+"""DeepLabv3 (arXiv 1706.05587) in JAX and Flax NNX: models, training and weight conversion."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -9,12 +9,13 @@ if TYPE_CHECKING:
     from deeplab_jax.models.architecture import Architecture, architecture
     from deeplab_jax.models.deeplab import DeepLabV3, build_model
     from deeplab_jax.models.heads import ASPPHead, FCNHead
-    from deeplab_jax.training.stages import train
+    from deeplab_jax.training.train import train
     from deeplab_jax.utils.errors import UserError
     from deeplab_jax.weights.convert import convert
 
-# Imported when they are asked for: the models need no data library, and workers no JAX.
-_HOMES = {
+# The module of each public name, imported on first use: models need no data library, and the
+# processes that read data need no JAX.
+_MODULES = {
     "ASPPHead": "models.heads",
     "Architecture": "models.architecture",
     "Config": "config",
@@ -26,7 +27,7 @@ _HOMES = {
     "build_model": "models.deeplab",
     "convert": "weights.convert",
     "load": "inference.segmenter",
-    "train": "training.stages",
+    "train": "training.train",
 }
 
 __all__ = [
@@ -51,9 +52,9 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("deeplab-jax")
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'deeplab_jax' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"deeplab_jax.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"deeplab_jax.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

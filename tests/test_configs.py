@@ -1,7 +1,7 @@
-"""All configs: what each comes to is on record, and those of the paper are what they are called.
+"""All configs: their values match a record, and the paper's configs match their names.
 
-After a change that is meant, `python tests/test_configs.py` writes the record anew; its differences
-show in review which runs the change reaches.
+After an intended change, `python tests/test_configs.py` updates the record; its differences show
+which configs the change affects.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import sys
 import pytest
 
 from deeplab_jax.config import Config, flatten
-from deeplab_jax.config import io as config_files
+from deeplab_jax.config import io as config_io
 from deeplab_jax.config.rules import validate
 from deeplab_jax.models.architecture import ARCHITECTURES, architecture
 from deeplab_jax.models.backbones.resnet import RESNETS, Bottleneck, Stages, block_specs
@@ -29,7 +29,7 @@ TABLES = ("configs/paper.py", "configs/study.py")
 
 
 def rows_of(path: str) -> list[str]:
-    """Each row of a file of configs, as a command takes it."""
+    """Returns each row of a config file, as `file.py:row`."""
     namespace = runpy.run_path(str(ROOT / path))
     return [f"{path}:{row}" for row in namespace["ROWS"]]
 
@@ -50,8 +50,8 @@ def resolved(path: str) -> dict:
 
     Those of the study differ from its base.
     """
-    config = config_files.from_python(ROOT / path)
-    defaults = flatten(config_files.from_python(ROOT / STUDY_BASE) if path in STUDY else Config())
+    config = config_io.from_python(ROOT / path)
+    defaults = flatten(config_io.from_python(ROOT / STUDY_BASE) if path in STUDY else Config())
     fields = {name: value for name, value in flatten(config).items() if value != defaults[name]}
     named = dataclasses.asdict(ARCHITECTURES[config.model.architecture])
     chosen = dataclasses.asdict(architecture_of(config)).items()
@@ -65,20 +65,20 @@ def architecture_of(config):
 
 
 def common() -> dict:
-    """What configs differ from."""
-    named = {config_files.from_python(ROOT / path).model.architecture for path in ALL}
+    """Returns the values that configs are compared with."""
+    named = {config_io.from_python(ROOT / path).model.architecture for path in ALL}
     models = {name: dataclasses.asdict(ARCHITECTURES[name]) for name in sorted(named)}
     return json.loads(json.dumps({"defaults": dataclasses.asdict(Config()), "models": models}))
 
 
 @pytest.mark.parametrize("path", ALL)
-def test_it_is_valid_and_as_on_record(path):
-    validate(config_files.from_python(ROOT / path))
+def test_each_config_is_valid_and_matches_the_record(path):
+    validate(config_io.from_python(ROOT / path))
     recorded = json.loads(RECORD.read_text())["configs"]
     assert resolved(path) == recorded.get(path), "if this is meant: python tests/test_configs.py"
 
 
-def test_the_record_is_of_these_configs_and_defaults():
+def test_the_record_lists_these_configs_and_defaults():
     recorded = json.loads(RECORD.read_text())
     configs = recorded.pop("configs")
     assert recorded == common()
@@ -87,15 +87,15 @@ def test_the_record_is_of_these_configs_and_defaults():
 
 @pytest.fixture
 def short(monkeypatch):
-    """One block in each of the first stages, which have no rates in the paper's tables."""
+    """Shortens the first stages, which have no rates in the paper's tables, to one block each."""
     for name in ("resnet50", "resnet101"):
         monkeypatch.setitem(RESNETS, name, Stages(Bottleneck, (1, 1, 1, 3)))
 
 
 @pytest.mark.parametrize("path", PAPER)
-def test_those_of_the_paper_are_what_they_are_called(path, short):
+def test_the_papers_configs_match_their_names(path, short):
     name = row(path)
-    config = config_files.from_python(ROOT / path)
+    config = config_io.from_python(ROOT / path)
     ours = architecture_of(config)
     _, _, block3, *stages = block_specs(ours)
     assert [spec.kernel_dilation for spec in block3] == [1 if ours.output_stride > 8 else 2]
@@ -129,8 +129,8 @@ def test_those_of_the_paper_are_what_they_are_called(path, short):
 
 
 @pytest.mark.parametrize("path", [STUDY_BASE, *STUDY])
-def test_those_of_the_study_have_the_rates_of_their_output_stride_and_grid(path, short):
-    ours = architecture_of(config_files.from_python(ROOT / path))
+def test_the_studys_configs_have_the_rates_of_their_output_stride_and_grid(path, short):
+    ours = architecture_of(config_io.from_python(ROOT / path))
     *_, block4 = block_specs(ours)
     grid = {"grid121": (1, 2, 1), "grid124": (1, 2, 4)}.get(row(path), (1, 1, 1))
     assert [spec.kernel_dilation for spec in block4] == [
@@ -142,8 +142,8 @@ def test_those_of_the_study_have_the_rates_of_their_output_stride_and_grid(path,
     assert FunctionalModel(dataclasses.replace(ours, width=1 / 64)).abstract.params
 
 
-def test_the_paper_trains_otherwise_where_its_tables_say_so():
-    base = flatten(config_files.from_python(ROOT / "configs" / "voc_os16.py"))
+def test_rows_differ_only_in_what_the_tables_vary():
+    base = flatten(config_io.from_python(ROOT / "configs" / "voc_os16.py"))
     changed = {
         "table8_shrunk_labels": {"loss.upsample": False},
         "table8_frozen_bn": {"train.freeze_bn": True},
@@ -168,7 +168,7 @@ def test_the_paper_trains_otherwise_where_its_tables_say_so():
         },
     }
     for name, fields in changed.items():
-        config = flatten(config_files.from_python(ROOT / f"configs/paper.py:{name}"))
+        config = flatten(config_io.from_python(ROOT / f"configs/paper.py:{name}"))
         assert config == base | fields
     elsewhere = {"model", "init"}
     for path in PAPER:
@@ -180,10 +180,10 @@ def test_the_document_is_written_from_the_configs(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     paper_tables = importlib.import_module("paper_tables")
     page = paper_tables.PAGE.read_text()
-    assert paper_tables.written(page) == page
+    assert paper_tables.update_tables(page) == page
     assert sorted(re.findall(r"^\| `(table\w+)` \|", page, re.M)) == sorted(map(row, PAPER))
-    # A number that the page has wrong is put right.
-    assert paper_tables.written(page.replace("| 75.18 |", "| 75.19 |")) == page
+    # A wrong number on the page is corrected.
+    assert paper_tables.update_tables(page.replace("| 75.18 |", "| 75.19 |")) == page
 
 
 def test_an_unknown_row_names_the_nearest_and_files_of_one_config_have_none(tmp_path):
@@ -195,7 +195,7 @@ def test_an_unknown_row_names_the_nearest_and_files_of_one_config_have_none(tmp_
         "configs/absent.py:os8": "there is no config file",
     }.items():
         with pytest.raises(UserError, match=re.escape(words)):
-            config_files.from_python(ROOT / path)
+            config_io.from_python(ROOT / path)
         done = subprocess.run(
             [sys.executable, "train.py", f"--config={path}", f"--workdir={tmp_path}"],
             cwd=ROOT,

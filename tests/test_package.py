@@ -1,4 +1,4 @@
-"""The public names, and what importing a part brings along."""
+"""The public names, and what each part of the package imports."""
 
 import functools
 import importlib.metadata
@@ -14,7 +14,7 @@ import deeplab_jax
 
 
 @pytest.mark.parametrize("name", [n for n in deeplab_jax.__all__ if n != "__version__"])
-def test_public_names_are_there(name):
+def test_public_names_exist(name):
     assert getattr(deeplab_jax, name).__module__.startswith("deeplab_jax.")
     assert name in dir(deeplab_jax)
 
@@ -35,9 +35,10 @@ def imported(statement: str, modules: list[str]) -> set[str]:
 
 
 HEAVY = ["tensorflow", "tensorflow_datasets", "grain", "cv2", "torch", "ml_collections"]
+HEAVY += ["matplotlib"]
 
 
-def test_models_need_jax_flax_and_numpy_alone():
+def test_models_need_only_jax_flax_and_numpy():
     assert imported("import deeplab_jax.models.deeplab", ["jax", *HEAVY]) == {"jax"}
     assert imported("from deeplab_jax import DeepLabV3, architecture", HEAVY) == set()
 
@@ -46,8 +47,18 @@ def test_training_needs_no_tensorflow():
     assert imported("import deeplab_jax.training.train", ["tensorflow", "grain"]) == {"grain"}
 
 
+def test_matplotlib_is_imported_only_by_what_draws():
+    modules = "training.train", "inference.files", "analysis.plots", "visualization.plots"
+    statement = "; ".join(f"import deeplab_jax.{module}" for module in modules)
+    assert imported(statement, ["matplotlib"]) == set()
+
+
 def test_data_workers_need_no_jax():
     assert imported("import deeplab_jax.data.pipeline", ["flax", "optax"]) == set()
+
+
+def test_the_command_line_starts_without_jax_and_numpy():
+    assert imported("import deeplab_jax.cli.main", ["jax", "numpy", *HEAVY]) == set()
 
 
 def test_there_is_one_context_variable_and_it_is_the_padding_mask():
@@ -58,7 +69,7 @@ def test_there_is_one_context_variable_and_it_is_the_padding_mask():
 
 
 def test_an_upward_import_breaks_the_contract_of_the_rooms(tmp_path):
-    """`make lint` runs lint-imports, which an import too many in a copy turns red."""
+    """`make lint` runs lint-imports, which fails for an upward import added to a copy."""
     root = pathlib.Path(deeplab_jax.__file__).parents[1]
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(root / "deeplab_jax", tmp_path / "deeplab_jax", ignore=ignored)
@@ -76,6 +87,6 @@ def test_an_upward_import_breaks_the_contract_of_the_rooms(tmp_path):
     assert "deeplab_jax.models.layers -> deeplab_jax.training.losses" in done.stdout
 
 
-def test_no_module_lies_loose():
+def test_no_module_is_outside_the_rooms():
     folder = pathlib.Path(deeplab_jax.__file__).parent
     assert [path.name for path in folder.glob("*.py")] == ["__init__.py"]

@@ -1,50 +1,70 @@
-"""Configs from files: one under `configs/`, or the `config.json` that a run leaves."""
+"""Reads configs from Python files, from the `config.json` of a run, and from FIELD=VALUE texts."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import copy
 import difflib
 import importlib.util
 import inspect
 import json
+import operator
 import os
 import pathlib
 import re
 import sys
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from deeplab_jax.config import Config, flatten
+from deeplab_jax.config.rules import union_types
+from deeplab_jax.config.schema import Config, flatten
 from deeplab_jax.utils.errors import UserError, did_you_mean
+from deeplab_jax.utils.paths import required_path
 
 T = TypeVar("T")
 
-
-def make_importable(path: str | os.PathLike[str]) -> None:
-    """Lets a config file import modules that lie beside it."""
-    folder = str(pathlib.Path(path).absolute().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
-def is_config(text: str) -> bool:
-    """Whether a text names a config file, perhaps with a row of it: "x.py" or "x.py:row"."""
+def is_config_file(text: str) -> bool:
+    """Returns whether a text has the form "file.py" or "file.py:row"."""
     return re.fullmatch(r".+\.py(:.*)?", text, re.S) is not None
 
 
-def file_and_row(text: str) -> tuple[str, str]:
-    """Splits "file.py:row"; the row is empty if there is none."""
-    name, colon, row = text.partition(".py:")
-    return (f"{name}.py", row) if colon else (text, "")
+def is_config(text: str) -> bool:
+    """Returns whether a text is a config file, or the name of a config of this package."""
+    return is_config_file(text) or text.partition(":")[0] in _package_configs()
 
 
-def row_of(rows: Mapping[str, T], name: str, file: str) -> T:
-    """Returns a row of a config file that holds a table of them.
+def _package_configs() -> list[str]:
+    return sorted(path.stem for path in CONFIGS.glob("*.py"))
+
+
+def _find_config(text: str) -> tuple[pathlib.Path, str]:
+    """Returns the file and the row of a config.
 
     Raises:
-      UserError: there is no such row, with the nearest one; or none is named.
+      UserError: the text is no config, with the nearest name of one.
+    """
+    if is_config_file(text):
+        name, _, row = text.partition(".py:")
+        return pathlib.Path(f"{name.removesuffix('.py')}.py"), row
+    name, _, row = text.partition(":")
+    names = _package_configs()
+    if name not in names:
+        raise UserError(
+            f"there is no config {name!r}{did_you_mean(name, names)}: give a file that ends in "
+            f".py, or one of {', '.join(names)}"
+        )
+    return CONFIGS / f"{name}.py", row
+
+
+def get_row(rows: Mapping[str, T], name: str, file: str) -> T:
+    """Returns a row of a config file that defines several configs.
+
+    Raises:
+      UserError: `name` is empty or unknown; the message names the nearest row of `file`.
     """
     if name in rows:
         return rows[name]
@@ -57,23 +77,26 @@ def row_of(rows: Mapping[str, T], name: str, file: str) -> T:
 
 
 def from_python(path: str | os.PathLike[str]) -> Config:
-    """What `get_config()` of a Python file gives; the file is executed.
+    """Executes a Python file and returns the result of its `get_config()`.
+
+    The file can import modules from its own folder.
 
     Args:
-      path: the file, or "file.py:row" for `get_config("row")`.
+      path: "file.py"; or the name of a config of this package, such as "voc_os16". To call
+        `get_config("row")`, append ":row" to either.
 
     Raises:
-      UserError: there is no such file, it fails, it has no `get_config() -> Config`, or no rows.
+      UserError: the file is missing or fails, or does not return a `Config` for that row.
     """
-    name, row = file_and_row(os.fspath(path))
-    file = pathlib.Path(name)
+    file, row = _find_config(str(required_path(path, "the path of the config")))
     if not file.is_file():
         raise UserError(f"there is no config file {file}")
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} is no Python file: its name must end in .py")
+    assert spec is not None and spec.loader is not None  # noqa: PT018 - its name ends in .py
     module = importlib.util.module_from_spec(spec)
-    make_importable(file)
+    folder = str(file.absolute().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
         if row and not inspect.signature(module.get_config).parameters:
@@ -84,18 +107,18 @@ def from_python(path: str | os.PathLike[str]) -> Config:
     except Exception as error:  # whatever the file's own code raises
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
-        raise UserError(f"{path}: get_config() must give a Config, got {type(config).__name__}")
+        raise UserError(f"{path}: get_config() must return a Config, got {type(config).__name__}")
     return config
 
 
-def of_run(path: str | os.PathLike[str]) -> Config | None:
-    """The config of the run that a path belongs to; None if it belongs to none.
+def from_run(path: str | os.PathLike[str]) -> Config | None:
+    """Returns the config of the run that a path belongs to, or None.
 
     Args:
-      path: a workdir, its folder checkpoints/, or a checkpoint in it.
+      path: a workdir, its folder checkpoints/, or a checkpoint in that folder.
 
     Raises:
-      UserError: its `config.json` is damaged or of another version.
+      UserError: the `config.json` is damaged or was written by another version.
     """
     folder = pathlib.Path(path).absolute()
     for workdir in (folder, *folder.parents[:2]):
@@ -105,100 +128,91 @@ def of_run(path: str | os.PathLike[str]) -> Config | None:
 
 
 def from_json(path: pathlib.Path) -> Config:
-    """Reads what `config.to_json` wrote; fields that it lacks have their defaults.
+    """Reads a file that `to_json` wrote; missing fields have their defaults.
 
     Raises:
-      UserError: it is no JSON, or holds fields that a config has not.
+      UserError: the file is not JSON, or has fields that a config does not have.
     """
     try:
-        return _from_tree(Config, json.loads(path.read_text()))
+        tree = json.loads(path.read_text())
+        if not isinstance(tree, dict):
+            raise ValueError("it must hold a JSON object")
+        values = flatten(tree).items()
+        return with_fields(Config(), {n: tuple(v) if isinstance(v, list) else v for n, v in values})
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a config: {error}") from error
 
 
-def _from_tree(kind: type, tree: Any, prefix: str = "") -> Any:
-    if not isinstance(tree, dict):
-        raise ValueError(f"{prefix.rstrip('.') or 'the file'} must hold named fields")
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for name, value in tree.items():
-        if name not in hints:
-            raise ValueError(f"there is no field {prefix}{name}")
-        if dataclasses.is_dataclass(hints[name]):
-            value = _from_tree(typing.cast(type, hints[name]), value, f"{prefix}{name}.")
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
-
-
 def override(config: Config, settings: Iterable[str]) -> Config:
-    """A config with some fields set, as in `train.batch_size=64` or `model.multi_grid=1,2,4`.
+    """Returns a copy of a config with fields set by texts such as "model.multi_grid=1,2,4".
 
-    A text that spells no value of its field's type stays a text, for `config.rules.validate` to
-    tell what it must be.
+    A text that cannot be parsed as the type of its field stays a text, which
+    `config.rules.validate` reports.
 
     Args:
-      config: stays as it is.
-      settings: a dotted field and its value each; the last for a field holds.
+      config: is not changed.
+      settings: FIELD=VALUE texts; the last one for a field counts.
 
     Raises:
-      UserError: there is no such field, naming those near it.
+      UserError: a text has another form, or names no field.
     """
     for setting in settings:
-        name, equals, text = setting.partition("=")
+        name, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"a setting is FIELD=VALUE, as train.batch_size=64; got {setting!r}")
-        config = with_fields(config, {name: _Text(text)})
+        config = with_fields(config, {name: value}, parse=True)
     return config
 
 
-class _Text(str):
-    """A value as it stands on the command line."""
+def with_fields(config: Config, fields: Mapping[str, Any], *, parse: bool = False) -> Config:
+    """Returns a copy of a config with fields set, as in `{"model.multi_grid": (1, 2, 4)}`.
 
-
-def with_fields(config: Config, fields: Mapping[str, Any]) -> Config:
-    """Returns a config with some fields set, as in `{"model.multi_grid": (1, 2, 4)}`.
+    Args:
+      config: is not changed.
+      fields: values by dotted field name.
+      parse: whether values are texts, to be parsed as the types of their fields where possible.
 
     Raises:
-      UserError: there is no such field, naming those near it.
+      UserError: a field does not exist; the message names the nearest.
     """
+    config = copy.deepcopy(config)
     for name, value in fields.items():
         if name not in flatten(config):
-            raise UserError(
-                f"the config has no field {name!r}{nearest_fields(name, flatten(config))}"
-            )
-        config = _with_field(config, name.split("."), value)
+            raise UserError(unknown_field(name))
+        path, _, field = name.rpartition(".")
+        section = operator.attrgetter(path)(config) if path else config
+        if parse:
+            with contextlib.suppress(ValueError, KeyError):
+                value = _parse(value, typing.get_type_hints(type(section))[field])
+        setattr(section, field, value)
     return config
 
 
-def _with_field(branch: Any, path: list[str], value: Any) -> Any:
-    if len(path) > 1:
-        value = _with_field(getattr(branch, path[0]), path[1:], value)
-    elif isinstance(value, _Text):
-        try:
-            value = _parse(str(value), typing.get_type_hints(type(branch))[path[0]])
-        except (ValueError, KeyError):
-            value = str(value)
-    return dataclasses.replace(branch, **{path[0]: value})
+_BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
-def _parse(text: str, expected: Any) -> Any:
-    """The value that a text spells; ValueError or KeyError if it is none of the type."""
-    origin, options = typing.get_origin(expected), typing.get_args(expected)
-    if origin in (types.UnionType, typing.Union):
-        chosen = next(option for option in options if option is not type(None))
-        return None if text.lower() == "none" else _parse(text, chosen)
-    if origin is tuple:
-        return tuple(_parse(part, options[0]) for part in text.strip("()").split(",") if part)
-    if expected is bool:
-        return {"true": True, "false": False}[text.lower()]
-    if expected is object:  # `loss.class_weights`: None, a word or numbers
-        return None if text.lower() == "none" else _parse(text, tuple[float, ...])
-    return expected(text)
+def _parse(text: str, hint: Any) -> Any:
+    """Parses a value of a type; raises ValueError or KeyError if the text spells none."""
+    if text.lower() == "none" and (hint is object or type(None) in union_types(hint)):
+        return None
+    hint = union_types(hint)[0]
+    if hint is object:  # `loss.class_weights`: None, "auto" or numbers
+        hint = tuple[float, ...]
+    if typing.get_origin(hint) is tuple:
+        element = typing.get_args(hint)[0]
+        parts = (part.strip().strip("'\"") for part in text.strip("()[] ").split(","))
+        return tuple(element(part) for part in parts if part)
+    return _BOOLEANS[text.lower()] if hint is bool else hint(text)
 
 
-def nearest_fields(name: str, known: Iterable[str]) -> str:
-    """A hint at what is near a misspelt field, by its whole name or by its last part."""
-    last = {field.rsplit(".", 1)[-1]: field for field in known}
-    near = difflib.get_close_matches(name, list(known), n=2)
-    near += [last[part] for part in difflib.get_close_matches(name.split(".")[-1], last, n=2)]
-    return f"; nearest: {', '.join(dict.fromkeys(near))}" if near else ""
+def unknown_field(name: str) -> str:
+    """Returns the message for a name that is no field of a config, with the nearest fields."""
+    known = flatten(Config())
+    message = f"the config has no field {name!r}"
+    if within := [field for field in known if field.startswith(f"{name}.")]:
+        return f"{message}, which is a section; its fields: {', '.join(within)}"
+    by_last_part = {field.rsplit(".", 1)[-1]: field for field in known}
+    near = difflib.get_close_matches(name, known, n=2)
+    last_parts = difflib.get_close_matches(name.split(".")[-1], by_last_part, n=2)
+    near += [by_last_part[part] for part in last_parts]
+    return f"{message}; nearest: {', '.join(dict.fromkeys(near))}" if near else message

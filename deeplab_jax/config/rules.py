@@ -1,4 +1,4 @@
-"""What a config must be: types, ranges and combinations, told all together."""
+"""Validation of a config: types, ranges and combinations, with all problems in one error."""
 
 from __future__ import annotations
 
@@ -7,277 +7,300 @@ import math
 import re
 import types
 import typing
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from deeplab_jax.config import (
+from deeplab_jax.config.schema import (
     IMAGE_LOSSES,
     PIXEL_LOSSES,
     PROTOCOLS,
     Config,
-    DataConfig,
+    flatten,
     output_strides,
 )
 from deeplab_jax.utils.errors import UserError, did_you_mean
 
+# The name of a field, what its value must be, and whether it is that.
+Rule = tuple[str, str, bool]
+# What a value must be, and a function that tells whether it is.
+Range = tuple[str, Callable[[Any], bool]]
+
+_FROM_0: Range = ("0 or more", lambda value: value >= 0)
+_FROM_1: Range = ("1 or more", lambda value: value >= 1)
+_ABOVE_0: Range = ("above 0", lambda value: 0 < value < math.inf)
+_0_TO_1: Range = ("in [0, 1]", lambda value: 0 <= value <= 1)
+_0_TO_BELOW_1: Range = ("in [0, 1)", lambda value: 0 <= value < 1)
+
+_RANGES: dict[str, Range] = {
+    "data.duplicates": _FROM_1,
+    "data.num_workers": _FROM_0,
+    "data.folder.val_fraction": _0_TO_1,
+    "data.folder.channels": _FROM_1,
+    "data.shapes.size": ("16 or more", lambda size: size >= 16),
+    "data.shapes.num_train": _FROM_1,
+    "data.shapes.num_eval": _FROM_1,
+    "data.shapes.max_shapes": _FROM_1,
+    "optimizer.learning_rate": _ABOVE_0,
+    "optimizer.power": _FROM_0,
+    "optimizer.momentum": _0_TO_BELOW_1,
+    "optimizer.weight_decay": _FROM_0,
+    "optimizer.head_multiplier": _ABOVE_0,
+    "optimizer.clip_norm": _FROM_0,
+    "optimizer.ema_decay": _0_TO_BELOW_1,
+    "loss.focal_gamma": _FROM_0,
+    "loss.aux_weight": _FROM_0,
+    "train.steps": _FROM_1,
+    "train.batch_size": _FROM_1,
+    "train.log_every": _FROM_1,
+    "train.eval_every": _FROM_0,
+    "train.save_every": _FROM_0,
+    "train.keep": _FROM_1,
+    "eval.batch_size": _FROM_1,
+    "eval.size": _FROM_1,
+    "eval.num_pictures": _FROM_0,
+    "eval.overlap": _0_TO_BELOW_1,
+    "mesh.data": ("-1 or 1 or more", lambda devices: devices == -1 or devices >= 1),
+    "mesh.space": _FROM_1,
+    "second_stage.steps": _FROM_0,
+    "second_stage.learning_rate": _ABOVE_0,
+}
+
+# Of `ModelConfig` and `models.Architecture`.
+_MODEL_RANGES: dict[str, Range] = {
+    "num_classes": _FROM_1,
+    "in_channels": _FROM_1,
+    "width": _ABOVE_0,
+    "dropout": _0_TO_BELOW_1,
+    "bn_momentum": _0_TO_1,
+    "bn_epsilon": _ABOVE_0,
+    "backbone_bn_momentum": _0_TO_1,
+    "backbone_bn_epsilon": _ABOVE_0,
+}
+_MODEL_CHOICES: dict[str, tuple[Any, ...]] = {
+    "cascade": (None, 0, 1, 2, 3),
+    "dilation_rule": ("paper", "torchvision"),
+    "residual": ("post", "pre"),
+    "stem": ("conv7x7", "deep"),
+    "stride_place": ("conv2", "conv1"),
+    "decoder": ("bilinear", "transposed", "plus"),
+}
+
 
 def validate(config: Config) -> None:
-    """Checks types, ranges and combinations that need no data and no devices.
+    """Checks the types, ranges and combinations that depend neither on data nor on devices.
 
     Raises:
-      UserError: naming every field that is wrong and what it must be.
+      UserError: one line for each wrong field, with what it must be and what it is.
     """
     problems = list(_type_problems(config))
-    if not problems:  # ranges of values of the wrong type mean nothing
+    if not problems:  # values of a wrong type cannot be compared
+        values = flatten(config)
         problems = [
-            f"config.{field} {expected}, got {getattr_dotted(config, field)!r}"
-            for field, expected, ok in _rules(config)
-            if not ok
+            f"config.{field} must be {expected}, got {values[field]!r}"
+            for field, expected, holds in _rules(config)
+            if not holds
         ]
     if problems:
         raise UserError("\n".join(problems))
 
 
-def getattr_dotted(config: Any, name: str) -> Any:
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
+_TYPE_NAMES: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    type(None): "None",
+    tuple[int, ...]: "whole numbers (a,b,...)",
+    tuple[float, ...]: "numbers (a,b,...)",
+    tuple[str, ...]: "names (a,b,...)",
+}
 
 
-def _type_problems(config: Any, prefix: str = "") -> typing.Iterator[str]:
+def _type_problems(config: Any, prefix: str = "config.") -> Iterator[str]:
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value, expected = getattr(config, field.name), hints[field.name]
-        if dataclasses.is_dataclass(expected):
-            if isinstance(value, typing.cast(type, expected)):
-                yield from _type_problems(value, f"{prefix}{field.name}.")
-            else:
-                yield f"config.{prefix}{field.name} must be a {expected}, got {value!r}"
-        elif not _has_type(value, expected):
-            yield f"config.{prefix}{field.name} must be {_spell(expected)}, got {value!r}"
+        name, value, hint = prefix + field.name, getattr(config, field.name), hints[field.name]
+        if not _has_type(value, hint):
+            names = [_TYPE_NAMES.get(kind, f"a {kind.__name__}") for kind in union_types(hint)]
+            yield f"{name} must be {' or '.join(names)}, got {value!r}"
+        elif dataclasses.is_dataclass(hint):
+            yield from _type_problems(value, f"{name}.")
 
 
-def _has_type(value: Any, expected: Any) -> bool:
-    origin = typing.get_origin(expected)
-    if origin in (types.UnionType, typing.Union):
-        return any(_has_type(value, option) for option in typing.get_args(expected))
-    if origin is tuple:
-        element = typing.get_args(expected)[0]
+def union_types(hint: Any) -> tuple[Any, ...]:
+    """Returns the members of a union such as `int | None`, or the one type of another hint."""
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_has_type(value, kind) for kind in union_types(hint))
+    if typing.get_origin(hint) is tuple:
+        element = typing.get_args(hint)[0]
         return isinstance(value, (tuple, list)) and all(_has_type(v, element) for v in value)
-    if expected is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if expected is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, expected)
-
-
-def _spell(expected: Any) -> str:
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    origin = typing.get_origin(expected)
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(_spell(option) for option in typing.get_args(expected))
-    if origin is tuple:
-        element = typing.get_args(expected)[0]
-        words = {int: "whole numbers", float: "numbers", str: "names"}
-        return words.get(element, "values") + " (a,b,...)"
-    return "None" if expected is type(None) else words.get(expected, str(expected))
-
-
-def _rules(config: Config) -> list[tuple[str, str, bool]]:
-    """(field, what it must be, whether it is) for each range and combination."""
-    model, data, optimizer = config.model, config.data, config.optimizer
-    loss, train, evaluation = config.loss, config.train, config.eval
-    blocks = model.cascade if model.cascade in (1, 2, 3) else 0
-    strides = output_strides(blocks)
-    spelled = f"must be {', '.join(map(str, strides[:-1]))} or {strides[-1]}"
-    scales, radii = data.scale_range, data.shapes.radius_range
-    return [
-        (
-            "model.output_stride",
-            spelled + _nearest_stride(model.output_stride, strides),
-            model.output_stride in (None, *strides),
-        ),
-        (
-            "eval.output_stride",
-            spelled + _nearest_stride(evaluation.output_stride, strides),
-            evaluation.output_stride in (None, *strides),
-        ),
-        ("model.cascade", "must be None or 0 to 3", model.cascade in (None, 0, 1, 2, 3)),
-        (
-            "model.atrous_rates",
-            f"must be None with model.cascade = {model.cascade}, which has no ASPP",
-            model.atrous_rates is None or model.cascade is None,
-        ),
-        ("model.multi_grid", "must be rates of 1 or more", _all_from(1, model.multi_grid)),
-        ("model.atrous_rates", "must be rates of 1 or more", _all_from(1, model.atrous_rates)),
-        (
-            "model.num_classes",
-            "must be 1 to 255",
-            model.num_classes is None or 1 <= model.num_classes <= 255,
-        ),
-        ("model.dtype", "must be float32 or bfloat16", model.dtype in ("float32", "bfloat16")),
-        (
-            "data.crop_size",
-            "must be one side or height,width, each 1 pixel or more",
-            len(data.crop_size) in (1, 2) and _all_from(1, data.crop_size),
-        ),
-        (
-            "data.scale_range",
-            "must be two scales above 0, the smaller first",
-            len(scales) == 2 and 0 < scales[0] <= scales[1],
-        ),
-        ("data.duplicates", "must be 1 or more", data.duplicates >= 1),
-        ("data.ignore_label", "must be an id, 0 to 255", 0 <= data.ignore_label <= 255),
-        (
-            "data.std",
-            "must hold as many numbers above 0 as data.mean",
-            len(data.std) == len(data.mean) and all(value > 0 for value in data.std),
-        ),
-        ("data.num_workers", "must be 0 or more", data.num_workers >= 0),
-        *_folder_rules(data),
-        ("data.shapes.size", "must be 16 or more", data.shapes.size >= 16),
-        ("data.shapes.num_train", "must be 1 or more", data.shapes.num_train >= 1),
-        ("data.shapes.num_eval", "must be 1 or more", data.shapes.num_eval >= 1),
-        (
-            "data.shapes.radius_range",
-            "must be two shares of the side, above 0 and below 1, the smaller first",
-            len(radii) == 2 and 0 < radii[0] <= radii[1] < 1,
-        ),
-        ("data.shapes.max_shapes", "must be 1 or more", data.shapes.max_shapes >= 1),
-        ("optimizer.learning_rate", "must be above 0", optimizer.learning_rate > 0),
-        ("optimizer.power", "must be 0 or more", optimizer.power >= 0),
-        ("optimizer.momentum", "must be in [0, 1)", 0 <= optimizer.momentum < 1),
-        ("optimizer.weight_decay", "must be 0 or more", optimizer.weight_decay >= 0),
-        (
-            "optimizer.warmup_steps",
-            f"must be 0 or more and below train.steps = {train.steps}",
-            0 <= optimizer.warmup_steps < max(train.steps, 1),
-        ),
-        ("optimizer.head_multiplier", "must be above 0", optimizer.head_multiplier > 0),
-        ("optimizer.clip_norm", "must be 0 or more", optimizer.clip_norm >= 0),
-        ("optimizer.ema_decay", "must be in [0, 1)", 0 <= optimizer.ema_decay < 1),
-        (
-            "optimizer.accumulate",
-            f"must divide train.batch_size = {train.batch_size}",
-            optimizer.accumulate >= 1 and train.batch_size % optimizer.accumulate == 0,
-        ),
-        (
-            "loss.name",
-            f"must be {', '.join(PIXEL_LOSSES)} or {', '.join(IMAGE_LOSSES)}"
-            f"{did_you_mean(loss.name, [*PIXEL_LOSSES, *IMAGE_LOSSES])}",
-            loss.name in PIXEL_LOSSES or loss.name in IMAGE_LOSSES,
-        ),
-        ("loss.focal_gamma", "must be 0 or more", loss.focal_gamma >= 0),
-        (
-            "loss.class_weights",
-            "must be None, auto, or numbers of 0 or more (a,b,...), not all 0",
-            loss.class_weights in (None, "auto") or _are_weights(loss.class_weights),
-        ),
-        (
-            "loss.class_weights",
-            f"must be None with loss.name = {loss.name}, which weighs classes alike",
-            loss.class_weights is None or loss.name not in IMAGE_LOSSES,
-        ),
-        (
-            "loss.hard_pixel_fraction",
-            f"must be 1 with loss.name = {loss.name}, a loss of images",
-            loss.hard_pixel_fraction == 1 or loss.name not in IMAGE_LOSSES,
-        ),
-        (
-            "loss.hard_pixel_fraction",
-            "must be above 0 and at most 1",
-            0 < loss.hard_pixel_fraction <= 1,
-        ),
-        ("loss.aux_weight", "must be 0 or more", loss.aux_weight >= 0),
-        (
-            "loss.upsample",
-            f"must be true with model.decoder = {model.decoder}, which upsamples by itself",
-            loss.upsample or model.decoder in (None, "bilinear"),
-        ),
-        ("train.steps", "must be 1 or more", train.steps >= 1),
-        ("train.batch_size", "must be 1 or more", train.batch_size >= 1),
-        ("train.log_every", "must be 1 or more", train.log_every >= 1),
-        ("train.eval_every", "must be 0 or more", train.eval_every >= 0),
-        ("train.save_every", "must be 0 or more", train.save_every >= 0),
-        ("train.keep", "must be 1 or more", train.keep >= 1),
-        ("eval.batch_size", "must be 1 or more", evaluation.batch_size >= 1),
-        ("eval.size", "must be 1 or more", evaluation.size >= 1),
-        ("eval.num_pictures", "must be 0 or more", evaluation.num_pictures >= 0),
-        (
-            "eval.protocol",
-            f"must be {', '.join(PROTOCOLS)}{did_you_mean(evaluation.protocol, PROTOCOLS)}",
-            evaluation.protocol in PROTOCOLS,
-        ),
-        (
-            "eval.scales",
-            "must be one or more numbers above 0",
-            len(evaluation.scales) > 0 and all(0 < s < math.inf for s in evaluation.scales),
-        ),
-        (
-            "eval.window",
-            "must be 0 (whole images) or a side of 32 pixels or more",
-            evaluation.window == 0 or evaluation.window >= 32,
-        ),
-        (
-            "eval.window",
-            "must be 0 under eval.protocol = paper, which pads whole images; choose native",
-            evaluation.window <= 0 or evaluation.protocol != "paper",
-        ),
-        ("eval.overlap", "must be in [0, 1)", 0 <= evaluation.overlap < 1),
-        ("mesh.data", "must be -1 or 1 or more", config.mesh.data == -1 or config.mesh.data >= 1),
-        ("mesh.space", "must be 1 or more", config.mesh.space >= 1),
-        ("second_stage.steps", "must be 0 or more", config.second_stage.steps >= 0),
-        ("second_stage.learning_rate", "must be above 0", config.second_stage.learning_rate > 0),
-        (
-            "second_stage.output_stride",
-            spelled + _nearest_stride(config.second_stage.output_stride, strides),
-            config.second_stage.output_stride in (None, *strides),
-        ),
-    ]
-
-
-def _folder_rules(data: DataConfig) -> list[tuple[str, str, bool]]:
-    folder = data.folder
-    values = ",".join(["0.5"] * folder.channels)
-    return [
-        (
-            "data.folder.masks_hold",
-            "must be ids, colors or binary",
-            folder.masks_hold in ("ids", "colors", "binary"),
-        ),
-        (
-            "data.folder.mask_name",
-            "must hold {name} once, and no suffix, as in {name}_mask",
-            folder.mask_name.count("{name}") == 1
-            and not re.search(r"\.(png|jpe?g|tiff?|bmp|gif|npy)$", folder.mask_name, re.I),
-        ),
-        (
-            "data.folder.val_fraction",
-            "must be in [0, 1]",
-            0 <= folder.val_fraction <= 1,
-        ),
-        ("data.folder.channels", "must be 1 or more", folder.channels >= 1),
-        (
-            "data.mean",
-            f"must hold one number a channel, as data.folder.channels = {folder.channels}; so "
-            f"must data.std. Where you know no better: --config.data.mean={values} "
-            f"--config.data.std={values}",
-            data.name != "folder" or len(data.mean) == folder.channels,
-        ),
-    ]
-
-
-def _all_from(least: float, values: tuple[float, ...] | None) -> bool:
-    return values is None or (len(values) > 0 and all(value >= least for value in values))
-
-
-def _are_weights(values: object) -> bool:
-    if not _has_type(values, tuple[float, ...]):
+    if hint in (int, float) and isinstance(value, bool):
         return False
-    weights = typing.cast(tuple[float, ...], values)
-    return _all_from(0, weights) and any(weights) and all(map(math.isfinite, weights))
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
-def _nearest_stride(stride: int | None, strides: tuple[int, ...]) -> str:
+def model_rules(model: Any) -> Iterator[Rule]:
+    """Yields the rules that a `ModelConfig` and an `Architecture` of `models` share.
+
+    A field that is absent or None satisfies its rules.
+    """
+    for field, choices in _MODEL_CHOICES.items():
+        value = getattr(model, field)
+        yield field, spell_choices(choices), value is None or value in choices
+    for field, (expected, in_range) in _MODEL_RANGES.items():
+        value = getattr(model, field, None)
+        yield field, expected, value is None or in_range(value)
+    yield _output_stride_rule("output_stride", model.output_stride, model.cascade)
+    multi_grid, rates = model.multi_grid, model.atrous_rates
+    yield "multi_grid", "whole rates of 1 or more", multi_grid is None or are_rates(multi_grid)
+    yield "atrous_rates", "whole rates of 1 or more", not rates or are_rates(rates)
+    yield (
+        "atrous_rates",
+        f"left out with cascade = {model.cascade}, which has no ASPP",
+        model.cascade is None or not rates,
+    )
+
+
+def are_rates(values: tuple[Any, ...]) -> bool:
+    """Returns whether the values are one or more atrous rates."""
+    return bool(values) and all(isinstance(value, int) and value >= 1 for value in values)
+
+
+def spell_choices(choices: Iterable[Any]) -> str:
+    """Returns the choices as words: "8, 16 or 32"."""
+    *others, last = map(str, choices)
+    return f"{', '.join(others)} or {last}"
+
+
+def _output_stride_rule(field: str, stride: int | None, cascade: int | None) -> Rule:
+    strides = output_strides(cascade if cascade in _MODEL_CHOICES["cascade"] else None)
     if stride is None or stride in strides:
-        return ""
-    return f" (nearest: {min(strides, key=lambda s: abs(s - stride))})"
+        return field, "", True
+    nearest = min(strides, key=lambda known: abs(known - stride))
+    return field, f"{spell_choices(strides)} (nearest: {nearest})", False
+
+
+def _rules(config: Config) -> Iterator[Rule]:
+    values = flatten(config)
+    for field, (expected, in_range) in _RANGES.items():
+        yield field, expected, in_range(values[field])
+    for field, expected, holds in model_rules(config.model):
+        yield f"model.{field}", expected, holds
+    yield from _data_rules(config)
+    yield from _loss_rules(config)
+    model, train, evaluation = config.model, config.train, config.eval
+    for field in ("eval.output_stride", "second_stage.output_stride"):
+        yield _output_stride_rule(field, values[field], model.cascade)
+    yield "model.num_classes", "at most 255", model.num_classes is None or model.num_classes <= 255
+    yield "model.dtype", "float32 or bfloat16", model.dtype in ("float32", "bfloat16")
+    yield (
+        "optimizer.warmup_steps",
+        f"0 or more and below train.steps = {train.steps}",
+        0 <= config.optimizer.warmup_steps < max(train.steps, 1),
+    )
+    parts = config.optimizer.accumulate
+    yield (
+        "optimizer.accumulate",
+        f"1 or more, and must divide train.batch_size = {train.batch_size}",
+        parts >= 1 and train.batch_size % parts == 0,
+    )
+    yield (
+        "eval.protocol",
+        spell_choices(PROTOCOLS) + did_you_mean(evaluation.protocol, PROTOCOLS),
+        evaluation.protocol in PROTOCOLS,
+    )
+    yield (
+        "eval.scales",
+        "one or more numbers above 0",
+        len(evaluation.scales) > 0 and all(0 < scale < math.inf for scale in evaluation.scales),
+    )
+    yield (
+        "eval.window",
+        "0 (whole images) or a side of 32 pixels or more",
+        evaluation.window == 0 or evaluation.window >= 32,
+    )
+    yield (
+        "eval.window",
+        "0 under eval.protocol = paper, which pads whole images; choose native",
+        evaluation.window <= 0 or evaluation.protocol != "paper",
+    )
+
+
+def _data_rules(config: Config) -> Iterator[Rule]:
+    data, folder = config.data, config.data.folder
+    scales, radii = data.scale_range, data.shapes.radius_range
+    yield (
+        "data.crop_size",
+        "one side or height,width, each 1 pixel or more",
+        len(data.crop_size) in (1, 2) and min(data.crop_size) >= 1,
+    )
+    yield (
+        "data.scale_range",
+        "two scales above 0, the smaller first",
+        len(scales) == 2 and 0 < scales[0] <= scales[1],
+    )
+    yield (
+        "data.shapes.radius_range",
+        "two fractions of the side, above 0 and below 1, the smaller first",
+        len(radii) == 2 and 0 < radii[0] <= radii[1] < 1,
+    )
+    yield "data.ignore_label", "an id, 0 to 255", 0 <= data.ignore_label <= 255
+    yield (
+        "data.std",
+        "as many finite numbers above 0 as data.mean",
+        len(data.std) == len(data.mean) and all(0 < value < math.inf for value in data.std),
+    )
+    yield "data.mean", "finite numbers", all(map(math.isfinite, data.mean))
+    neutral = ",".join(["0.5"] * folder.channels)
+    yield (
+        "data.mean",
+        f"one number per channel, as data.folder.channels = {folder.channels}, and so must "
+        "data.std. Without statistics of your images, set "
+        f"--config.data.mean={neutral} --config.data.std={neutral}",
+        data.name != "folder" or len(data.mean) == folder.channels,
+    )
+    masks = ("ids", "colors", "binary")
+    yield "data.folder.masks_hold", spell_choices(masks), folder.masks_hold in masks
+    yield (
+        "data.folder.mask_name",
+        "a text that holds {name} once and no suffix, such as {name}_mask",
+        folder.mask_name.count("{name}") == 1
+        and not re.search(r"\.(png|jpe?g|tiff?|bmp|gif|npy)$", folder.mask_name, re.I),
+    )
+
+
+def _loss_rules(config: Config) -> Iterator[Rule]:
+    loss, decoder = config.loss, config.model.decoder
+    names = [*PIXEL_LOSSES, *IMAGE_LOSSES]
+    yield "loss.name", spell_choices(names) + did_you_mean(loss.name, names), loss.name in names
+    weights: Any = loss.class_weights
+    yield (
+        "loss.class_weights",
+        "None, auto, or numbers of 0 or more (a,b,...), not all 0",
+        weights in (None, "auto")
+        or (
+            _has_type(weights, tuple[float, ...])
+            and any(weights)
+            and all(0 <= weight < math.inf for weight in weights)
+        ),
+    )
+    yield (
+        "loss.class_weights",
+        f"None with loss.name = {loss.name}, which weighs classes alike",
+        weights is None or loss.name not in IMAGE_LOSSES,
+    )
+    yield "loss.hard_pixel_fraction", "above 0 and at most 1", 0 < loss.hard_pixel_fraction <= 1
+    yield (
+        "loss.hard_pixel_fraction",
+        f"1 with loss.name = {loss.name}, which is a mean over images, not pixels",
+        loss.hard_pixel_fraction == 1 or loss.name not in IMAGE_LOSSES,
+    )
+    yield (
+        "loss.upsample",
+        f"true with model.decoder = {decoder}, which itself upsamples the logits",
+        loss.upsample or decoder in (None, "bilinear"),
+    )

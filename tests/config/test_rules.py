@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import operator
 import subprocess
 import sys
@@ -11,21 +12,21 @@ import pytest
 
 from conftest import ROOT
 from deeplab_jax import config as config_lib
-from deeplab_jax.cli import flags
+from deeplab_jax.cli.errors import exit_on_user_error
 from deeplab_jax.config import Config
-from deeplab_jax.config import rules as config_rules
+from deeplab_jax.config.rules import validate
 from deeplab_jax.utils.errors import UserError
 
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
-def test_configs_are_valid_and_say_what_they_are(path):
+def test_configs_are_valid_and_documented(path):
     module: dict = {"__file__": str(ROOT / path)}
     source = (ROOT / path).read_text()
     exec(compile(source, str(path), "exec"), module)
     row = list(module.get("ROWS", []))[-1:]  # the rows of a table are all tried in test_configs
-    config_rules.validate(module["get_config"](*row))
+    validate(module["get_config"](*row))
     assert f"--config {path}" in module["__doc__"]
 
 
@@ -42,7 +43,9 @@ def test_configs_are_valid_and_say_what_they_are(path):
         ("data.shapes.radius_range", (0.4, 0.2), "the smaller first"),
         ("data.shapes.radius_range", (0.2, 1.0), "below 1"),
         ("data.shapes.max_shapes", 0, "1 or more"),
-        ("data.std", (1.0,), "as many numbers above 0 as data.mean"),
+        ("data.std", (1.0,), "as many finite numbers above 0 as data.mean"),
+        ("data.std", (1.0, 1.0, math.inf), "as many finite numbers above 0 as data.mean"),
+        ("data.mean", (0.5, 0.5, math.nan), "finite numbers"),
         ("optimizer.accumulate", 3, "must divide train.batch_size = 16"),
         ("optimizer.warmup_steps", 30_000, "below train.steps = 30000"),
         ("optimizer.learning_rate", "0.1", "must be a number, got '0.1'"),
@@ -58,7 +61,7 @@ def test_a_wrong_value_is_named(field, value, message):
     branch, name = field.rsplit(".", 1)
     setattr(operator.attrgetter(branch)(config), name, value)
     with pytest.raises(UserError, match=f"config.{field} .*{message}"):
-        config_rules.validate(config)
+        validate(config)
 
 
 def test_all_wrong_values_are_named_together():
@@ -66,7 +69,7 @@ def test_all_wrong_values_are_named_together():
     config.train.steps = 0
     config.eval.size = 0
     with pytest.raises(UserError, match=r"(?s)train\.steps.*eval\.size"):
-        config_rules.validate(config)
+        validate(config)
 
 
 def test_differences_name_fields_and_skip_those_that_may_change():
@@ -75,11 +78,11 @@ def test_differences_name_fields_and_skip_those_that_may_change():
     theirs.train.log_every = 7
     theirs.mesh.data = 4
     stored = json.loads(config_lib.to_json(theirs))
-    assert config_lib.differences(ours, stored) == [
-        "optimizer.learning_rate: 0.007 here, 0.1 there"
-    ]
+    assert config_lib.differences(ours, stored) == {
+        "config.optimizer.learning_rate": "0.007 here, 0.1 there"
+    }
     ours.optimizer.learning_rate = 0.1
-    assert config_lib.differences(ours, stored) == []
+    assert config_lib.differences(ours, stored) == {}
 
 
 def test_fields_that_may_change_exist():
@@ -120,7 +123,7 @@ def test_mistakes_on_the_command_line_exit_with_2_and_no_traceback(tmp_path, arg
     assert not workdir.exists()
 
 
-def test_a_missing_config_file_or_workdir_is_said():
+def test_a_missing_config_file_or_workdir_is_reported():
     done = command("--config", "configs/none.py", "--workdir", "x")
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
     assert "configs/none.py" in done.stderr
@@ -129,18 +132,20 @@ def test_a_missing_config_file_or_workdir_is_said():
     assert "workdir" in done.stderr
 
 
-def test_a_full_disk_is_said_without_a_traceback(capsys):
-    def write(argv):
+def test_a_full_disk_is_reported_without_a_traceback(capsys):
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
-
-    assert flags.run(write, []) == 2
+    assert stop.value.code == 2
     assert "the disk is full (metrics.jsonl)" in capsys.readouterr().err
-
-    def fail(argv):
+    with pytest.raises(OSError, match="broken"), exit_on_user_error():
         raise OSError(errno.EIO, "broken")
 
-    with pytest.raises(OSError, match="broken"):
-        flags.run(fail, [])
+
+def test_a_config_file_is_executed_once_and_its_error_is_one_message(tmp_path):
+    (tmp_path / "mine.py").write_text("print('executed')\nraise KeyError('oops')\n")
+    done = command(f"--config={tmp_path}/mine.py", "--config.train.steps=3", "--workdir=x")
+    assert (done.returncode, done.stdout) == (2, "executed\n")
+    assert done.stderr == f"error: {tmp_path}/mine.py: KeyError: 'oops'\n"
 
 
 def test_help_shows_examples():
