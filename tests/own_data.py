@@ -1,11 +1,11 @@
-"""A small data set of one's own, written file by file, with what its examples must be."""
+"""Writes a small data set of images and masks, and keeps the expected examples."""
 
 import numpy as np
 from PIL import Image
 
 from deeplab_jax import data
 from deeplab_jax.config import DataConfig, FolderConfig
-from deeplab_jax.data import pipeline
+from deeplab_jax.data.dataset import read_example
 from deeplab_jax.data.labels import IGNORE
 
 NAMES = ("sky", "traffic light", "car")
@@ -21,7 +21,9 @@ class Maker:
         self.images: dict[str, np.ndarray] = {}
         self.labels: dict[str, np.ndarray] = {}
 
-    def pair(self, name, *, folder="", mask_name="{name}", ignore=255, shape=(7, 9), holds="ids"):
+    def pair(
+        self, name, *, folder="", mask_name="{name}", ignore=255, shape=(7, 9), encoding="ids"
+    ):
         image = self.rng.integers(0, 256, (*shape, 3), np.uint8)
         label = self.rng.integers(0, 3, shape).astype(np.uint8)
         label[0, :3] = (0, 1, 2)
@@ -29,13 +31,13 @@ class Maker:
         self.save(self.root / "images" / folder / f"{name}.png", image)
         mask = np.where(label == IGNORE, ignore, label).astype(np.uint8)
         path = self.root / "masks" / folder / f"{mask_name.format(name=name)}.png"
-        if holds == "palette":
+        if encoding == "palette":
             picture = Image.fromarray(mask).convert("P")
             picture.putpalette(self.rng.integers(0, 256, 768, np.uint8).tobytes())
             picture.putdata(mask.ravel().tolist())
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
-        elif holds == "colors":
+        elif encoding == "colors":
             table = np.zeros((256, 3), np.uint8)
             table[:3], table[255] = COLORS, (224, 224, 192)
             self.save(path, table[label])
@@ -64,7 +66,7 @@ class Maker:
 
     def expect(self, dataset, names):
         """The examples of a data set are those that were written under the names."""
-        found = [pipeline.read(dataset, index) for index in range(len(dataset.source))]
+        found = [read_example(dataset, index) for index in range(len(dataset.source))]
         assert [example["name"] for example in found] == list(names)
         for example, name in zip(found, names, strict=True):
             key = name.rpartition("/")[2]

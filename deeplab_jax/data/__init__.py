@@ -1,4 +1,4 @@
-"""Data on the host: data sets by name, augmentation, batches. NumPy arrays throughout."""
+"""Data sets by name, augmentation and batches, as NumPy arrays on the host."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class DatasetEntry:
     """A data set in `DATASETS`.
 
     Attributes:
-      load: gives a split, as `load(config.data, split)`; or the text "module:function", which is
-        imported when the data set is loaded.
-      splits: names of its splits.
-      num_classes: number of its classes, if it does not depend on the user's files.
+      load: returns a split, called as `load(config.data, split)`. May be a string
+        "module:function", which is imported when the data set is loaded.
+      splits: names of the splits.
+      num_classes: number of classes; None: it depends on the user's files.
     """
 
     load: Load | str
@@ -32,7 +32,7 @@ class DatasetEntry:
 _VOC_SPLITS = ("train", "trainaug", "trainval", "val", "test")
 _SPLITS = ("train", "val", "trainval")
 _FOLDER_SPLITS = ("train", "val", "test", "trainval")
-# As texts, so that the generated data set does not pay for importing TFDS.
+# Strings, so that a data set that does not use TFDS does not import it.
 DATASETS: Registry[DatasetEntry] = Registry(
     "data set",
     {
@@ -40,21 +40,21 @@ DATASETS: Registry[DatasetEntry] = Registry(
         "coco": DatasetEntry("deeplab_jax.data.datasets.coco:load", ("train", "val"), 21),
         "cityscapes": DatasetEntry("deeplab_jax.data.datasets.cityscapes:load", _SPLITS, 19),
         "ade20k": DatasetEntry("deeplab_jax.data.datasets.ade20k:load", _SPLITS, 150),
-        "folder": DatasetEntry("deeplab_jax.data.datasets.folder:load", _FOLDER_SPLITS),
+        "folder": DatasetEntry("deeplab_jax.data.datasets.image_folder:load", _FOLDER_SPLITS),
         "shapes": DatasetEntry("deeplab_jax.data.datasets.shapes:load", ("train", "val"), 5),
     },
 )
 
 
 def load(config: DataConfig, split: str) -> Dataset:
-    """A split of the data set that the config names.
+    """Loads a split of the data set `config.name`.
 
     Args:
-      config: its `name`, `root` and the fields of that data set decide.
-      split: as `config.split` or `config.eval_split`.
+      config: the config of the data.
+      split: name of the split, such as `config.split` or `config.eval_split`.
 
     Raises:
-      UserError: there is no data set or split of that name, or its files are absent or damaged.
+      UserError: the data set or split is unknown, or its files are missing or damaged.
     """
     if config.name not in DATASETS:
         raise UserError(_unknown("config.data.name", config.name, DATASETS))

@@ -8,7 +8,7 @@ from jaxtyping import Float, UInt8
 
 from deeplab_jax.data.labels import IGNORE
 
-# cv2.warpAffine takes border colours of up to four channels.
+# cv2.warpAffine accepts border colours of up to four channels.
 _MAX_WARP_CHANNELS = 4
 
 
@@ -22,21 +22,20 @@ def augment(
     flip: bool,
     fill: UInt8[np.ndarray, " c"],
 ) -> tuple[UInt8[np.ndarray, "crop_h crop_w c"], UInt8[np.ndarray, "crop_h crop_w"]]:
-    """Scales, crops, flips and pads as in the paper, section 4.1.
+    """Scales, crops, flips and pads an image and its label as in the paper, section 4.1.
 
-    The scale is uniform in `scale_range`, where the authors' code draws multiples of 0.25. The
-    scaled image is padded at the bottom and right where it is smaller than the crop, as there.
-    The image is resampled bilinearly, without a low-pass filter, as there: down to a scale of
-    0.5 that averages each pixel it passes over.
+    The scale is uniform in `scale_range`; the authors' code draws multiples of 0.25. As in their
+    code, a scaled image smaller than the crop is padded at the bottom and right, and the image is
+    resampled bilinearly without a low-pass filter, which uses every pixel down to a scale of 0.5.
 
     Args:
-      image: an image, any number of channels.
-      label: its class ids.
-      rng: its next four uniform draws decide; a generator of this image alone.
+      image: an image with any number of channels.
+      label: the class ids of the image.
+      rng: a generator for this image; four uniform numbers are drawn.
       crop: height and width of the result, pixels.
-      scale_range: least and greatest scale.
-      flip: whether half of the images are mirrored.
-      fill: colour around the image; around the label it is `labels.IGNORE`.
+      scale_range: smallest and largest scale.
+      flip: whether to mirror half of the images.
+      fill: colour of the image's padding; the label's is `labels.IGNORE`.
     """
     draws = rng.random(4)
     scale = scale_range[0] + draws[0] * (scale_range[1] - scale_range[0])
@@ -51,18 +50,18 @@ def augment(
 def crop_matrix(
     scale: float, top: int, left: int, crop_width: int, mirror: bool
 ) -> Float[np.ndarray, "2 3"]:
-    """The affine map from pixels of the crop to pixels of the image.
+    """Returns the affine map from pixels of the crop to pixels of the image.
 
-    The centre of pixel i is at i + 1/2 on a continuous axis, so at scale 1 a crop is an exact
-    copy, and image and label stay on each other at any scale. OpenCV's axes have pixel i's centre
-    at i: hence the halves.
+    The centre of pixel i is at i + 1/2, so a crop at scale 1 is an exact copy, and the image and
+    its label stay aligned at any scale. In OpenCV's axes the centre of pixel i is at i, hence the
+    halves in the code.
 
     Args:
-      scale: of the image.
-      top: rows of the scaled image above the crop.
-      left: columns of the scaled image left of the crop.
-      crop_width: pixels.
-      mirror: whether the crop is then mirrored.
+      scale: scale of the image.
+      top: number of rows of the scaled image above the crop.
+      left: number of columns of the scaled image left of the crop.
+      crop_width: width of the crop, pixels.
+      mirror: whether to mirror the crop.
     """
     x_step, x_origin = (-1, left + crop_width) if mirror else (1, left)
     x_shift = (x_origin + x_step * 0.5) / scale - 0.5
@@ -77,14 +76,14 @@ def warp(
     shape: tuple[int, int],
     fill: UInt8[np.ndarray, " c"],
 ) -> tuple[UInt8[np.ndarray, "out_h out_w c"], UInt8[np.ndarray, "out_h out_w"]]:
-    """Resamples the image bilinearly and the label by its nearest pixel.
+    """Warps an image with bilinear interpolation and its label with the nearest pixel.
 
     Args:
-      image: an image, any number of channels.
-      label: its class ids.
-      matrix: from pixels of the result to pixels of the image, `(x, y, 1)` in OpenCV's axes.
+      image: an image with any number of channels.
+      label: the class ids of the image.
+      matrix: affine map of `(x, y, 1)` from the result to the image, in OpenCV's axes.
       shape: height and width of the result, pixels.
-      fill: colour around the image.
+      fill: colour of the pixels outside the image.
     """
     size = (shape[1], shape[0])
     groups = [

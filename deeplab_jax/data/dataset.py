@@ -1,31 +1,34 @@
-"""What a data set is to the rest of the package: random access to examples, and class names."""
+"""The interface of a data set: random access to examples, and the classes."""
 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from typing import Protocol, TypedDict
 
 import numpy as np
+from jaxtyping import UInt8
 
-from deeplab_jax.data.labels import LabelSet
+from deeplab_jax.data.labels import IGNORE, LabelSet
+from deeplab_jax.utils.errors import UserError
 
 
 class Example(TypedDict):
-    """One image with its labels.
+    """One image with its label.
 
     Fields:
       image: uint8 `[height, width, channels]`, RGB order, 0..255.
       label: uint8 `[height, width]`, class ids; `labels.IGNORE` where a pixel does not count.
-      name: what to call the example in an error or a picture: a file name, an id.
+      name: the example's name in errors and pictures: a file name or an id.
     """
 
-    image: np.ndarray
-    label: np.ndarray
+    image: UInt8[np.ndarray, "h w c"]
+    label: UInt8[np.ndarray, "h w"]
     name: str
 
 
 class Source(Protocol):
-    """Random access to examples. Must pickle: worker processes read from copies of it."""
+    """Random access to examples. Must pickle: each worker process reads from a copy."""
 
     def __len__(self) -> int: ...
 
@@ -37,11 +40,65 @@ class Dataset:
     """A split of a data set.
 
     Attributes:
-      source: its examples.
-      labels: names and colours of its classes.
-      num_channels: of its images.
+      source: the examples.
+      labels: names and colours of the classes.
+      num_channels: number of channels of the images.
     """
 
     source: Source
     labels: LabelSet
     num_channels: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The files of one example.
+
+    Attributes:
+      name: name of the example.
+      image: an image file, or a `.npy` file.
+      mask: a file of class ids or colours: an image, a `.npy` file, or a `.mat` file of SBD.
+      listed_in: the file or folder that names the example.
+    """
+
+    name: str
+    image: pathlib.Path
+    mask: pathlib.Path
+    listed_in: pathlib.Path
+
+
+def read_example(dataset: Dataset, index: int) -> Example:
+    """Reads an example and checks its shapes and class ids.
+
+    Raises:
+      UserError: the image and the label differ in size or do not fit the data set.
+    """
+    example = dataset.source[index]
+    image, label, name = example["image"], example["label"], example["name"]
+    if image.shape[2:] != (dataset.num_channels,):
+        raise UserError(
+            f"{name}: the image must be [height, width, {dataset.num_channels}], "
+            f"got {list(image.shape)}"
+        )
+    if label.shape != image.shape[:2]:
+        sizes = [" x ".join(map(str, array.shape[1::-1])) for array in (label, image)]
+        raise UserError(f"{name}: the label is {sizes[0]} pixels, its image {sizes[1]}")
+    check_ids(label, dataset.labels, name)
+    return example
+
+
+def check_ids(ids: np.ndarray, labels: LabelSet, name: str) -> None:
+    """Raises UserError if an id is neither a class nor `labels.IGNORE`; `name` names the label."""
+    last = labels.num_classes - 1
+    unknown = ids[((ids < 0) | (ids > last)) & (ids != IGNORE)]
+    if unknown.size:
+        values, counts = np.unique(unknown, return_counts=True)
+        listed = ", ".join(
+            f"id {value} ({count} pixels)"
+            for value, count in zip(values[:5], counts[:5], strict=True)
+        )
+        others = f" and {len(values) - 5} other ids" if len(values) > 5 else ""
+        raise UserError(
+            f"{name}: the label holds {listed}{others}; expected a class (0 to {last}) or {IGNORE} "
+            "for pixels that do not count"
+        )

@@ -1,4 +1,4 @@
-"""Class tables: the name and colour of each class id of the data sets known here."""
+"""Names and colours of classes, and the tables of VOC, CamVid and Cityscapes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import dataclasses
 
 import numpy as np
 
-# Label id of pixels that count neither in the loss nor in a metric, after a data set's own
-# ignore id has been mapped to it. It is VOC's "void" border.
+from deeplab_jax.utils.errors import UserError
+
+# The id, in labels, of pixels that count neither in the loss nor in a metric. Data sets map their
+# own ignore id to it. It is the id of VOC's "void" border.
 IGNORE = 255
 
 
@@ -16,8 +18,8 @@ class LabelSet:
     """Names and colours of the classes `0..num_classes-1`.
 
     Attributes:
-      names: one name a class, in the order of ids.
-      colors: one `(red, green, blue)` triple a class, each 0..255.
+      names: names of the classes, in the order of ids.
+      colors: colours of the classes, `(red, green, blue)` of 0..255.
     """
 
     names: tuple[str, ...]
@@ -34,29 +36,34 @@ class LabelSet:
         return len(self.names)
 
     def palette(self) -> np.ndarray:
-        """uint8 `[256, 3]`: the colour of each id; ids without a class are white."""
+        """Returns the colour of each id, uint8 `[256, 3]`; ids without a class are white."""
         table = np.full((256, 3), 255, np.uint8)
         table[: len(self.colors)] = self.colors
         return table
 
 
-def voc_palette(num_colors: int) -> tuple[tuple[int, int, int], ...]:
-    """VOC's colour map: bits of the id are spread over red, green and blue from the top bit down.
+def check_ignore_label(title: str, ignore_label: int) -> None:
+    """Raises UserError unless a config's ignore label is `IGNORE`, as the data set's is."""
+    if ignore_label != IGNORE:
+        raise UserError(
+            f"{title}'s ignored pixels have the id {IGNORE}: "
+            f"config.data.ignore_label must be {IGNORE}, got {ignore_label}"
+        )
 
-    Source: `VOClabelcolormap.m` of the VOC 2012 development kit.
+
+def voc_palette(num_colors: int) -> tuple[tuple[int, int, int], ...]:
+    """Returns the first colours of VOC's colour map.
+
+    Bit 3 b + c of an id is bit 7 - b of colour channel c. Source: `VOClabelcolormap.m` of the VOC
+    2012 development kit.
     """
-    colors = []
-    for index in range(num_colors):
-        channels = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                channels[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
-        colors.append((channels[0], channels[1], channels[2]))
-    return tuple(colors)
+    shifts = 3 * np.arange(8) + np.arange(3)[:, None]
+    bits = (np.arange(num_colors)[:, None, None] >> shifts) & 1
+    return tuple(map(tuple, np.packbits(bits, axis=2)[:, :, 0].tolist()))
 
 
 def named(*names: str) -> LabelSet:
-    """A label set with VOC's colour map."""
+    """Returns a label set with the colours of VOC's colour map."""
     return LabelSet(tuple(names), voc_palette(len(names)))
 
 

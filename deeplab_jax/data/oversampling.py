@@ -1,7 +1,7 @@
-"""Images of hard classes shown more often: the paper's bootstrapping on hard images.
+"""Oversampling of images with hard classes: the paper's bootstrapping.
 
-Source: arXiv 1706.05587, "Test set result and an effective bootstrapping method": images that hold
-bicycle, chair, table, potted plant or sofa are duplicated in the training set.
+Source: arXiv 1706.05587, "Test set result and an effective bootstrapping method": images that
+contain bicycle, chair, table, potted plant or sofa are duplicated in the training set.
 """
 
 from __future__ import annotations
@@ -14,53 +14,53 @@ from jaxtyping import Int
 from rich.console import Console
 
 from deeplab_jax.config import DataConfig
-from deeplab_jax.data import statistics as passes
+from deeplab_jax.data import statistics
 from deeplab_jax.data.dataset import Dataset, Example, Source
 from deeplab_jax.utils.errors import UserError, did_you_mean
 
 
 def apply(config: DataConfig, dataset: Dataset, *, quiet: bool = False) -> Dataset:
-    """The training split, in which images of `config.duplicate_classes` come `duplicates` times.
+    """Returns the training split with each image of `config.duplicate_classes` repeated.
 
-    Each time is an example of its own, with its place in the epoch and its augmentation. What is
-    found is a function of the data alone, so that a run that resumes and all its hosts have the
-    same epochs.
+    Such an image appears `config.duplicates` times per epoch, each time with its own position and
+    augmentation. Which images are repeated depends only on the data, so all hosts, and a run that
+    resumes, have the same epochs.
 
     Args:
-      config: of the data; without classes the split stays as it is, and is not read.
+      config: the config of the data. Without classes the split is returned unchanged, and unread.
       dataset: the training split.
-      quiet: show no progress, and do not say how many images there are.
+      quiet: whether to hide the progress bar and the number of images.
 
     Raises:
-      UserError: the data set has no such class, or an example is damaged.
+      UserError: the data set has no class of a name, or an example is damaged.
     """
-    wanted = class_ids(config.duplicate_classes, dataset.labels.names)
-    if not wanted or config.duplicates == 1:
+    hard_ids = class_ids(config.duplicate_classes, dataset.labels.names)
+    if not hard_ids or config.duplicates == 1:
         return dataset
-    counts = passes.class_pixels(dataset, "images of hard classes", quiet=quiet)
-    hard = np.fromiter((count[wanted].any() for count in counts), bool)
-    times = np.where(hard, config.duplicates, 1)
+    pixels = statistics.class_pixels(dataset, "images of hard classes", quiet=quiet)
+    is_hard = np.fromiter((counts[hard_ids].any() for counts in pixels), bool)
+    repeats = np.where(is_hard, config.duplicates, 1)
     if not quiet:
-        names = ", ".join(dataset.labels.names[index] for index in wanted)
+        names = ", ".join(dataset.labels.names[index] for index in hard_ids)
         Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"duplicated: {hard.sum():,} of {len(hard):,} images, which hold {names}, come "
-            f"{config.duplicates} times in an epoch of {times.sum():,}",
+            f"oversampling: {is_hard.sum():,} of {len(is_hard):,} images contain {names}; they "
+            f"appear {config.duplicates} times in an epoch of {repeats.sum():,}",
             markup=False,
         )
-    indices = np.repeat(np.arange(len(hard)), times)
-    return dataclasses.replace(dataset, source=_Repeated(dataset.source, indices))
+    indices = np.repeat(np.arange(len(is_hard)), repeats)
+    return dataclasses.replace(dataset, source=_IndexedSource(dataset.source, indices))
 
 
 def class_ids(classes: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Ids of classes by name, ascending.
+    """Returns the ids of classes, in ascending order.
 
     Args:
-      classes: names; one with commas that is no name itself holds several, which is what a flag
-        without quotes gives.
-      names: of all classes.
+      classes: names of classes. A text with commas that is not itself a name is a list of names,
+        as from a flag without quotes.
+      names: the names of all classes.
 
     Raises:
-      UserError: there is no class of that name, with the nearest.
+      UserError: a name is unknown; the message suggests the nearest.
     """
     chosen = [
         name.strip()
@@ -79,8 +79,8 @@ def class_ids(classes: Sequence[str], names: Sequence[str]) -> list[int]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Repeated:
-    """Examples of a source, some of them several times."""
+class _IndexedSource:
+    """The examples of a source at `indices`, which may repeat."""
 
     source: Source
     indices: Int[np.ndarray, " examples"]

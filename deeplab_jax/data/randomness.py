@@ -1,4 +1,4 @@
-"""Random numbers as a function of (seed, stream, index): nothing is carried from draw to draw."""
+"""Random numbers as a function of (seed, stream, index), without any state."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ import functools
 import numpy as np
 from jaxtyping import Int
 
-# Streams of one seed, each with its own numbers.
+# Independent streams of random numbers from one seed.
 ORDER, AUGMENT, SHAPES_TRAIN, SHAPES_VAL = range(4)
 
 
 def _philox(seed: int, stream: int, index: int) -> np.random.Philox:
-    """A counter-based generator (Salmon et al. 2011): any index at once, no state to advance.
+    """Returns a counter-based bit generator (Salmon et al. 2011).
 
-    The index is the counter's highest word, so the draws of two indices do not overlap.
+    The index is the highest word of the counter, so the draws of two indices do not overlap.
     """
     counter = np.array([0, 0, 0, index], np.uint64)
     return np.random.Philox(counter=counter, key=np.array([seed % 2**64, stream], np.uint64))
 
 
 def generator(seed: int, stream: int, index: int) -> np.random.Generator:
-    """The generator of one item.
+    """Returns the random generator of one item.
 
     Args:
-      seed: any whole number.
-      stream: what the numbers are for, as `AUGMENT`.
-      index: of the item, 0 or more.
+      seed: any integer.
+      stream: the purpose of the numbers, such as `AUGMENT`.
+      index: the index of the item, at least 0.
     """
     return np.random.Generator(_philox(seed, stream, index))
 
 
-@functools.lru_cache(maxsize=4)  # a batch spans an epoch's end, and rarely more
+@functools.lru_cache(maxsize=4)  # few epochs share a batch
 def permutation(size: int, seed: int, epoch: int) -> Int[np.ndarray, " size"]:
-    """The order in which `size` examples come in an epoch; read-only.
+    """Returns the order of `size` examples in an epoch; read-only.
 
-    It sorts raw draws, whose values NumPy promises never to change, where those of
-    `Generator.permutation` may change with its version.
+    Sorts raw draws, which NumPy promises never to change. `Generator.permutation` may change
+    between versions.
     """
     order = np.argsort(_philox(seed, ORDER, epoch).random_raw(size), kind="stable")
     order.flags.writeable = False

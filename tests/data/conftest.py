@@ -1,4 +1,4 @@
-"""A data set of one's own that several files of tests begin with."""
+"""A fixture: a small data set of images and masks, written by `own_data.Maker`."""
 
 import pytest
 

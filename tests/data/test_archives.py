@@ -1,4 +1,4 @@
-"""Archives: mirrors, checksums, damage, and what is unpacked of them."""
+"""Archives: mirrors, checksums, damage, and the files that are unpacked."""
 
 import dataclasses
 import functools
@@ -44,9 +44,9 @@ def archive_of(path: pathlib.Path, *urls: str) -> archives.Archive:
 
 
 @pytest.fixture
-def published(tmp_path):
+def packed(tmp_path):
     pack(tmp_path / "kit.tar", FILES)
-    return archives.Place(archive_of(tmp_path / "kit.tar"), tmp_path / "kit.tar")
+    return archives.LocalArchive(archive_of(tmp_path / "kit.tar"), tmp_path / "kit.tar")
 
 
 @pytest.fixture
@@ -74,10 +74,10 @@ def files_below(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_unpacks_what_is_wanted(tmp_path, mode):
+def test_unpacks_the_selected_files(tmp_path, mode):
     pack(tmp_path / "kit.tar", FILES, mode)
-    place = archives.Place(archive_of(tmp_path / "kit.tar"), tmp_path / "kit.tar")
-    folder = archives.unpack(place, ("lists", "images"), tmp_path / "out")
+    local = archives.LocalArchive(archive_of(tmp_path / "kit.tar"), tmp_path / "kit.tar")
+    folder = archives.unpack(local, ("lists", "images"), tmp_path / "out")
     assert folder == tmp_path / "out/kit/data"
     wanted = {name: FILES[name] for name in list(FILES)[:3]}
     assert files_below(tmp_path / "out") == wanted
@@ -86,80 +86,80 @@ def test_unpacks_what_is_wanted(tmp_path, mode):
 def test_unpacks_files_of_the_folder_itself(tmp_path):
     pack(tmp_path / "kit.tar", {"./kit/data/train.txt": b"a", "./kit/data/img/a.jpg": b"b"})
     archive = dataclasses.replace(archive_of(tmp_path / "kit.tar"), marker="train.txt")
-    archives.unpack(archives.Place(archive, tmp_path / "kit.tar"), (".",), tmp_path / "out")
+    archives.unpack(archives.LocalArchive(archive, tmp_path / "kit.tar"), (".",), tmp_path / "out")
     assert files_below(tmp_path / "out") == {"kit/data/train.txt": b"a"}
 
 
 def test_never_writes_outside(tmp_path):
     files = {"kit/data/lists/train.txt": b"a", "kit/data/images/../../../../evil": b"x"}
     pack(tmp_path / "kit.tar", files)
-    place = archives.Place(archive_of(tmp_path / "kit.tar"), tmp_path / "kit.tar")
-    archives.unpack(place, ("lists", "images/../../../.."), tmp_path / "in/out")
+    local = archives.LocalArchive(archive_of(tmp_path / "kit.tar"), tmp_path / "kit.tar")
+    archives.unpack(local, ("lists", "images/../../../.."), tmp_path / "in/out")
     assert sorted(files_below(tmp_path)) == ["in/out/kit/data/lists/train.txt", "kit.tar"]
 
 
-def test_an_unpacked_archive_is_used_as_it_is(tmp_path, published):
-    folder = archives.unpack(published, ("lists",), tmp_path / "root")
-    place = archives.find(published.archive, tmp_path / "root")
-    assert place.unpacked
-    assert archives.unpack(place, ("lists",), tmp_path / "never") == folder
+def test_an_unpacked_archive_is_used_as_it_is(tmp_path, packed):
+    folder = archives.unpack(packed, ("lists",), tmp_path / "root")
+    local = archives.find_archive(packed.archive, tmp_path / "root")
+    assert local.is_unpacked
+    assert archives.unpack(local, ("lists",), tmp_path / "never") == folder
     assert not (tmp_path / "never").exists()
 
 
-def test_find(tmp_path, published):
-    assert archives.find(published.archive, tmp_path) == published
-    assert archives.find(published.archive, tmp_path / "absent") is None
+def test_find_archive(tmp_path, packed):
+    assert archives.find_archive(packed.archive, tmp_path) == packed
+    assert archives.find_archive(packed.archive, tmp_path / "absent") is None
     (tmp_path / "kit/data/lists").mkdir(parents=True)
-    assert archives.find(published.archive, tmp_path) == published  # a folder without its lists
+    assert archives.find_archive(packed.archive, tmp_path) == packed  # a folder without its lists
     (tmp_path / "kit/data/lists/train.txt").touch()
-    assert archives.find(published.archive, tmp_path).path == tmp_path / "kit/data"
+    assert archives.find_archive(packed.archive, tmp_path).path == tmp_path / "kit/data"
 
 
-def test_a_flipped_bit_is_noticed(tmp_path, published):
-    data = bytearray(published.path.read_bytes())
+def test_a_flipped_bit_is_noticed(tmp_path, packed):
+    data = bytearray(packed.path.read_bytes())
     data[5000] ^= 1
-    published.path.write_bytes(data)
+    packed.path.write_bytes(data)
     with pytest.raises(UserError, match=r"kit\.tar: is damaged: its MD5 .*http://example\.invalid"):
-        archives.unpack(published, ("lists",), tmp_path / "out")
+        archives.unpack(packed, ("lists",), tmp_path / "out")
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.6])
-def test_a_truncated_archive_is_noticed(tmp_path, mode, share):
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.6])
+def test_a_truncated_archive_is_noticed(tmp_path, mode, fraction):
     pack(tmp_path / "kit.tar", FILES, mode)
     archive = archive_of(tmp_path / "kit.tar")
     data = (tmp_path / "kit.tar").read_bytes()
-    (tmp_path / "kit.tar").write_bytes(data[: int(share * len(data))])
-    place = archives.Place(archive, tmp_path / "kit.tar")
+    (tmp_path / "kit.tar").write_bytes(data[: int(fraction * len(data))])
+    local = archives.LocalArchive(archive, tmp_path / "kit.tar")
     with pytest.raises(UserError, match=r"kit\.tar: .*damaged or truncated.*as published\. Downl"):
-        archives.unpack(place, ("lists", "images"), tmp_path / "out")
+        archives.unpack(local, ("lists", "images"), tmp_path / "out")
 
 
-def test_an_archive_packed_anew_is_used_with_a_warning(tmp_path, published, caplog):
-    pack(published.path, FILES | {"kit/data/images/e.jpg": b"e" * 20_000})
-    archives.unpack(published, ("lists", "images"), tmp_path / "out")
+def test_a_repacked_archive_is_used_with_a_warning(tmp_path, packed, caplog):
+    pack(packed.path, FILES | {"kit/data/images/e.jpg": b"e" * 20_000})
+    archives.unpack(packed, ("lists", "images"), tmp_path / "out")
     assert (tmp_path / "out/kit/data/images/e.jpg").stat().st_size == 20_000
     assert "is not kit.tar as published" in caplog.text
 
 
-def test_an_archive_of_something_else(tmp_path, published):
-    pack(published.path, {"other/file": b"x" * 30_000})
+def test_an_archive_of_something_else(tmp_path, packed):
+    pack(packed.path, {"other/file": b"x" * 30_000})
     with pytest.raises(UserError, match=r"holds no kit/data/lists/train\.txt"):
-        archives.unpack(published, ("lists",), tmp_path / "out")
+        archives.unpack(packed, ("lists",), tmp_path / "out")
 
 
 def test_downloads_from_the_first_mirror_that_answers(tmp_path, web, capsys):
     pack(tmp_path / "web/kit.tar", FILES)
     archive = archive_of(tmp_path / "web/kit.tar", f"{web}/gone.tar", f"{web}/kit.tar")
-    place = archives.download(archive, tmp_path / "downloads")
-    assert place.path == tmp_path / "downloads/kit.tar"
-    assert place.path.read_bytes() == (tmp_path / "web/kit.tar").read_bytes()
+    local = archives.download(archive, tmp_path / "downloads")
+    assert local.path == tmp_path / "downloads/kit.tar"
+    assert local.path.read_bytes() == (tmp_path / "web/kit.tar").read_bytes()
     assert capsys.readouterr().out == ""
     (tmp_path / "web/kit.tar").unlink()
-    assert archives.download(archive, tmp_path / "downloads") == place  # not again
+    assert archives.download(archive, tmp_path / "downloads") == local  # not again
 
 
-def test_a_failed_download_tells_why_and_leaves_nothing(tmp_path, web):
+def test_a_failed_download_reports_the_reason_and_leaves_nothing(tmp_path, web):
     pack(tmp_path / "web/kit.tar", FILES)
     archive = archive_of(tmp_path / "web/kit.tar", f"{web}/gone.tar", f"{web}/kit.tar")
     (tmp_path / "web/kit.tar").write_bytes(b"something else")
@@ -178,7 +178,7 @@ def test_a_connection_that_breaks_off_is_a_failure(tmp_path, monkeypatch):
         headers = {"Content-Length": "500"}  # noqa: RUF012
 
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: Response(b"x" * 100))
-    archive = archives.Archive("kit.tar", ("http://a",), "0" * 32, 500, "kit", "list")
-    with pytest.raises(UserError, match="broke off after 100 bytes"):
+    archive = archives.Archive("kit.tar", ("http://a",), "kit", "list", "0" * 32, 500)
+    with pytest.raises(UserError, match="broke off after 100 of 500 bytes"):
         archives.download(archive, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -172,7 +172,7 @@ def crop_of_ramp(*draws, scale_range=(1.0, 1.0), flip=True):
     return place[0, 0, 0], place[-1, 0, 0], place[0, 0, 1], place[0, -1, 1]
 
 
-def test_each_place_of_the_crop_is_as_likely():
+def test_crop_positions_are_uniform():
     draws = (np.arange(1100) + 0.5) / 1100  # 11 rows to start at, 16 columns
     rows = [crop_of_ramp(0, draw, 0, 1)[0] for draw in draws]
     np.testing.assert_array_equal(np.bincount(np.int64(rows), minlength=11), np.full(11, 100))
@@ -195,7 +195,7 @@ def test_half_of_the_images_are_mirrored():
         assert left < right
 
 
-def test_an_image_crop_depends_on_the_generator_alone():
+def test_a_crop_depends_only_on_the_generator():
     image, label = random_example(np.random.default_rng(1), (60, 70), 3)
     kwargs = {"crop": (33, 33), "scale_range": (0.5, 2.0), "flip": True}
     kwargs["fill"] = np.zeros(3, np.uint8)

@@ -1,4 +1,4 @@
-"""Cityscapes and ADE20K, read as published: ids to classes, pairs, and what is told of mistakes."""
+"""Cityscapes and ADE20K, read as published: classes of ids, pairs, and errors."""
 
 import importlib.util
 import pathlib
@@ -15,8 +15,8 @@ from PIL import Image
 from deeplab_jax import data
 from deeplab_jax.analysis import descriptions
 from deeplab_jax.config import DataConfig
-from deeplab_jax.config import io as config_files
-from deeplab_jax.config import rules as config_rules
+from deeplab_jax.config import io as config_io
+from deeplab_jax.config.rules import validate
 from deeplab_jax.data import labels
 from deeplab_jax.data.datasets import cityscapes
 from deeplab_jax.utils.errors import UserError
@@ -183,18 +183,22 @@ def test_images_without_masks_and_masks_without_images(streets):
     assert "val: holds no *_leftImg8bit.png" in error_of("cityscapes", streets, "val")
 
 
-def test_a_root_that_is_none(tmp_path, streets, scenes):
-    get = "Unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://www.city"
-    assert get in error_of("cityscapes", "")
-    assert f"there is no folder {tmp_path / 'none'}. {get}" in error_of(
-        "cityscapes", tmp_path / "none"
-    )
+def test_an_invalid_root(tmp_path, streets, scenes):
+    wanted = "- leftImg8bit, or leftImg8bit_trainvaltest.zip from https://www.city"
+    message = error_of("cityscapes", "")
+    assert "config.data.root is empty" in message
+    assert wanted in message
+    message = error_of("cityscapes", tmp_path / "none")
+    assert f"{tmp_path / 'none'} does not exist" in message
+    assert wanted in message
     packed = tmp_path / "packed"
     packed.mkdir()
-    assert get in error_of("cityscapes", packed)
-    (packed / "gtFine_trainvaltest.zip").touch()
-    assert "no gtFine/val. Unpack gtFine_trainvaltest.zip there." in error_of("cityscapes", packed)
-    assert f"The root is the folder it is in, {scenes}" in error_of("ade20k", scenes / ADE)
+    assert wanted in error_of("cityscapes", packed)
+    for name in ("leftImg8bit", "gtFine"):
+        (packed / f"{name}_trainvaltest.zip").touch()
+    (packed / "leftImg8bit").mkdir()
+    assert error_of("cityscapes", packed).endswith(f"unpack gtFine_trainvaltest.zip in {packed}")
+    assert f"{scenes} looks like the root" in error_of("ade20k", scenes / ADE)
 
 
 def test_another_ignore_label(streets):
@@ -211,7 +215,7 @@ def test_the_names_of_ade20k_s_classes(scenes):
 
 
 def test_cityscapes_config_is_the_papers():
-    config = config_files.from_python(ROOT / "configs/cityscapes.py")
+    config = config_io.from_python(ROOT / "configs/cityscapes.py")
     assert config.data.crop_size == (769,)
     assert (config.train.steps, config.train.batch_size) == (90_000, 16)
     assert (config.optimizer.learning_rate, config.optimizer.power) == (0.007, 0.9)
@@ -237,4 +241,4 @@ def test_the_document_names_each_data_set_and_gives_commands_that_work():
         config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
         flags.DEFINE_string("workdir", None, "", flag_values=values)
         values(argv)
-        config_rules.validate(values.config)
+        validate(values.config)

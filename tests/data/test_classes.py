@@ -1,4 +1,4 @@
-"""classes.txt: each way to write a class, and what is told of other lines."""
+"""classes.txt: every way to write a class, and errors for other lines."""
 
 import pytest
 
@@ -31,12 +31,13 @@ def test_lines_of_classes(tmp_path, line, name, color):
     ("text", "message"),
     [
         ("", "names 0 classes, expected 1 to 255"),
-        ("a\n" * 2, r"line 2: the class 'a' is named before"),
-        ("a\nb 300 0 0\n", r"line 2: the colour 300 0 0 is not"),
-        ("car #40008\n", r"line 1: 'car #40008' is no class"),
-        ("a 1 2 3\nb\n", "b has no colour, others have"),
+        ("a\n" * 2, r"line 2: the class 'a' is already named"),
+        ("a\nb 300 0 0\n", r"line 2: the colour 300 0 0 has a number greater than 255"),
+        ("car #40008\n", r"line 1: 'car #40008' is not a class"),
+        ("a 1 2 3\nb\n", "b has no colour, but others have"),
         ("\n".join(f"c{i}" for i in range(256)), "names 256 classes"),
-        (b"\xff\xfe\x00", "not text in UTF-8"),
+        (b"\xff\xfe\x00", "is not UTF-16 text"),
+        (b"\xe9", "is not UTF-8 text"),
     ],
 )
 def test_wrong_lines_of_classes(tmp_path, text, message):

@@ -1,4 +1,4 @@
-"""COCO reduced to VOC's classes: labels against hand-drawn ones, the right images, what is told."""
+"""COCO reduced to VOC's classes: labels against hand-drawn ones, images of each split, errors."""
 
 import ast
 import importlib.util
@@ -48,9 +48,9 @@ class Maker:
     def __init__(self, root: pathlib.Path) -> None:
         self.root = root
         self.content: dict[str, dict[str, list]] = {
-            split: {"images": [], "annotations": []} for split in coco.SPLITS
+            split: {"images": [], "annotations": []} for split in ("train", "val")
         }
-        for split in coco.SPLITS:
+        for split in ("train", "val"):
             (root / f"{split}2017").mkdir(parents=True)
         (root / "annotations").mkdir()
 
@@ -172,7 +172,7 @@ def test_labels_are_those_of_torchvisions_rule():
             expected = (stacked * torch.from_numpy(classes)[:, None, None]).max(dim=0).values
             expected[stacked.sum(0) > 1] = 255
         np.testing.assert_array_equal(
-            coco.draw(coco.Picture("x.jpg", 9, 11, instances)), expected.numpy()
+            coco.draw_label(coco.AnnotatedImage("x.jpg", 9, 11, instances)), expected.numpy()
         )
 
 
@@ -252,7 +252,7 @@ def test_archives_in_place_of_folders(maker, tmp_path):
     assert f"{packed / 'train2017.zip'}: the archive is damaged or truncated" in error_of(packed)
 
 
-def test_prepared_once_and_anew_when_it_changes(maker, monkeypatch, capsys):
+def test_prepared_once_and_again_when_it_changes(maker, monkeypatch, capsys):
     maker.image("train", 1, (PERSON, [box(1, 1, 4, 3)]))
     root = maker.write()
     load(root)
@@ -281,7 +281,7 @@ def test_an_unknown_split_and_another_ignore_label(maker):
         data.load(DataConfig(name="coco", root=str(maker.root), ignore_label=0), "val")
 
 
-def test_all_problems_are_told_together(maker, data_dir):
+def test_all_problems_are_reported_together(maker, data_dir):
     polygon = [box(1, 1, 4, 3)]
     for image_id in (1, 2, 3):
         maker.image("train", image_id, (PERSON, polygon))
@@ -297,8 +297,8 @@ def test_all_problems_are_told_together(maker, data_dir):
     for line, expected in zip(
         lines[1:],
         [
-            r"1\.jpg: is missing, yet .*instances_train2017\.json names it",
-            r"2\.jpg: truncated, or no image",
+            r"1\.jpg: is missing, but .*instances_train2017\.json names it",
+            r"2\.jpg: is a text file\. Expected an image",
             r"3\.jpg: is 9 x 9 pixels \(width x height\), but .* says 7 x 5",
             r"4\.jpg: the segmentation of annotation 103 .*its size is \[7, 5\]",
             r"5\.jpg: the segmentation of annotation 104 cannot be decoded",
@@ -309,12 +309,12 @@ def test_all_problems_are_told_together(maker, data_dir):
     assert not list(data_dir.rglob("*.array_record*"))
 
 
-def test_annotations_that_are_none(maker):
+def test_invalid_annotations(maker):
     maker.image("train", 1, (ZEBRA, [box(1, 1, 4, 3)]))
     root = maker.write()
     path = root / "annotations/instances_train2017.json"
     assert f"{path}: has no image with VOC's classes" in error_of(root)
     path.write_text(path.read_text()[:-20])
-    assert f"{path}: truncated, or no JSON" in error_of(root)
+    assert f"{path}: truncated, or not JSON" in error_of(root)
     path.write_text(json.dumps({"images": []}))
-    assert f"{path}: is no file of COCO's instances (KeyError: 'annotations')" in error_of(root)
+    assert f"{path}: is not a file of COCO's instances (KeyError: 'annotations')" in error_of(root)

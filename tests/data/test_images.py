@@ -1,6 +1,8 @@
-"""Reading images that people have: what they look like, and what is said of other files."""
+"""Image files, as stored and as displayed, and messages about files that are not images."""
 
+import functools
 import gzip
+import io
 import pickle
 
 import cv2
@@ -12,6 +14,8 @@ from deeplab_jax.data.io import images
 from deeplab_jax.utils.errors import UserError
 
 EXIF_ORIENTATION = 0x0112
+RNG = np.random.default_rng(0)
+read_photo = functools.partial(images.read_image, upright=True)  # as for prediction
 
 
 @pytest.fixture
@@ -32,7 +36,7 @@ def save(path, image, **options):
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".ppm", ".tga", ".webp", ".gif"])
 def test_lossless_formats_are_exact(tmp_path, colours, suffix):
     options = {"lossless": True} if suffix == ".webp" else {}
-    read = images.read_image(save(tmp_path / f"a{suffix}", colours, **options))
+    read = read_photo(save(tmp_path / f"a{suffix}", colours, **options))
     assert read.dtype == np.uint8
     np.testing.assert_array_equal(read, colours)
 
@@ -52,38 +56,38 @@ def test_exif_orientation_is_applied(tmp_path, colours, orientation):
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = orientation
     for name, options in (("a.png", {}), ("a.jpg", {"quality": 100, "subsampling": 0})):
-        read = images.read_image(save(tmp_path / name, colours, exif=exif, **options))
+        read = read_photo(save(tmp_path / name, colours, exif=exif, **options))
         np.testing.assert_allclose(read.astype(int), turned(colours), atol=3)
 
 
-def test_what_is_transparent_shows_white(tmp_path, colours):
+def test_transparent_pixels_become_white(tmp_path, colours):
     alpha = np.full((12, 20), 255, np.uint8)
     alpha[:6], alpha[6:, :10] = 0, 51  # a fifth
-    read = images.read_image(save(tmp_path / "a.png", np.dstack([colours, alpha])))
+    read = read_photo(save(tmp_path / "a.png", np.dstack([colours, alpha])))
     assert np.all(read[:6] == 255)
     np.testing.assert_allclose(read[6:, :10], colours[6:, :10] * 0.2 + 255 * 0.8, atol=1)
     np.testing.assert_array_equal(read[6:, 10:], colours[6:, 10:])
 
     grey = np.dstack([np.full((2, 2), 100, np.uint8), np.array([[0, 255], [255, 255]], np.uint8)])
-    read = images.read_image(save(tmp_path / "la.png", Image.fromarray(grey, "LA")))
+    read = read_photo(save(tmp_path / "la.png", Image.fromarray(grey, "LA")))
     np.testing.assert_array_equal(read[..., 0], [[255, 100], [100, 100]])
 
 
 def test_palettes_show_their_colours_and_their_transparent_entry_white(tmp_path, colours):
     paletted = Image.fromarray(colours).quantize(4)
     entry = np.asarray(paletted)[0, 0]
-    read = images.read_image(save(tmp_path / "a.png", paletted))
+    read = read_photo(save(tmp_path / "a.png", paletted))
     np.testing.assert_array_equal(read, colours)
-    read = images.read_image(save(tmp_path / "b.png", paletted, transparency=int(entry)))
+    read = read_photo(save(tmp_path / "b.png", paletted, transparency=int(entry)))
     assert np.all(read[:6, :10] == 255)
     np.testing.assert_array_equal(read[6:], colours[6:])
 
 
 def test_one_bit_and_grey_become_rgb(tmp_path):
     grey = np.arange(48, dtype=np.uint8).reshape(6, 8)
-    read = images.read_image(save(tmp_path / "a.png", grey))
+    read = read_photo(save(tmp_path / "a.png", grey))
     np.testing.assert_array_equal(read, np.dstack([grey] * 3))
-    read = images.read_image(save(tmp_path / "b.png", Image.fromarray(grey > 20)))
+    read = read_photo(save(tmp_path / "b.png", Image.fromarray(grey > 20)))
     np.testing.assert_array_equal(read[..., 1], np.where(grey > 20, 255, 0))
 
 
@@ -99,25 +103,25 @@ def test_of_16_bits_the_upper_8_are_taken(tmp_path, suffix, channels):
     cv2.imwrite(str(path), deep)
     expected = (deep >> 8)[..., :3]
     expected = expected[..., ::-1] if channels > 1 else np.repeat(expected, 3, axis=2)
-    np.testing.assert_array_equal(images.read_image(path), expected)
+    np.testing.assert_array_equal(read_photo(path), expected)
 
 
 def test_floating_point_in_0_to_1(tmp_path):
     values = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
-    read = images.read_image(save(tmp_path / "a.tiff", values))
+    read = read_photo(save(tmp_path / "a.tiff", values))
     np.testing.assert_array_equal(read[..., 2], np.rint(values * 255))
     with pytest.raises(UserError, match=r"numbers from 0 to 300, expected numbers in 0\.\.1"):
-        images.read_image(save(tmp_path / "b.tiff", values * 300))
+        read_photo(save(tmp_path / "b.tiff", values * 300))
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".tif"])
-def test_cmyk_has_its_colours(tmp_path, colours, suffix):
+def test_cmyk_colours(tmp_path, colours, suffix):
     """A JPEG stores CMYK inverted, as Adobe does, and says so in an Adobe marker."""
     cmyk = Image.fromarray(colours).convert("CMYK")
     path = save(tmp_path / f"a{suffix}", cmyk, **({"quality": 100} if suffix == ".jpg" else {}))
     if suffix == ".jpg":
         assert b"Adobe" in path.read_bytes()
-    np.testing.assert_allclose(images.read_image(path).astype(int), colours, atol=4)
+    np.testing.assert_allclose(read_photo(path).astype(int), colours, atol=4)
 
 
 def test_of_an_animation_the_first_frame_is_taken(tmp_path, colours):
@@ -125,26 +129,26 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path, colours):
     for name in ("a.gif", "a.tiff", "a.webp"):
         options = {"lossless": True} if name == "a.webp" else {}
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
-        np.testing.assert_array_equal(images.read_image(tmp_path / name), colours)
+        np.testing.assert_array_equal(read_photo(tmp_path / name), colours)
 
 
-def test_models_of_other_channels_get_theirs(tmp_path, colours):
+def test_images_get_the_channels_of_the_model(tmp_path, colours):
     path = save(tmp_path / "a.png", colours)
-    grey = images.read_image(path, 1)
+    grey = read_photo(path, 1)
     assert grey.shape == (12, 20, 1)
     np.testing.assert_allclose(grey[..., 0], colours @ [0.299, 0.587, 0.114], atol=1)
     four = np.dstack([colours, np.full((12, 20), 7, np.uint8)])
-    np.testing.assert_array_equal(images.read_image(save(tmp_path / "b.png", four), 4), four)
+    np.testing.assert_array_equal(read_photo(save(tmp_path / "b.png", four), 4), four)
     np.save(tmp_path / "c.npy", np.dstack([four, colours]))
-    np.testing.assert_array_equal(images.read_image(tmp_path / "c.npy", 7)[..., 4:], colours)
+    np.testing.assert_array_equal(read_photo(tmp_path / "c.npy", 7)[..., 4:], colours)
     with pytest.raises(UserError, match=r"a\.png: has 3 channels"):
-        images.read_image(path, 5)
+        read_photo(path, 5)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1)])
 def test_any_size(tmp_path, size):
     image = np.full((*size, 3), 9, np.uint8)
-    np.testing.assert_array_equal(images.read_image(save(tmp_path / "a.png", image)), image)
+    np.testing.assert_array_equal(read_photo(save(tmp_path / "a.png", image)), image)
 
 
 OTHER_FILES = {
@@ -157,10 +161,10 @@ OTHER_FILES = {
     "zip": (b"PK\x03\x04\x14\0", "is a ZIP archive"),
     "gzip": (gzip.compress(b"x"), "is a gzip archive"),
     "pickle": (pickle.dumps({"a": 1}, protocol=2), "is a Python pickle"),
-    "text": ("dog.jpg\nnaïve.jpg\n".encode(), "is a text"),
+    "text": ("dog.jpg\nnaïve.jpg\n".encode(), "is a text file"),
     "html": (b"<!DOCTYPE html><html>404", "is a web page"),
-    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is a drawing"),
-    "noise": (bytes(range(128, 256)) * 20, "is no image that is known here"),
+    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is an SVG drawing"),
+    "noise": (bytes(range(128, 256)) * 20, "is truncated, or not in a known image format"),
 }
 
 
@@ -170,7 +174,7 @@ def test_other_files_are_named(tmp_path, kind):
     path = tmp_path / "file.jpg"
     path.write_bytes(data)
     with pytest.raises(UserError, match=rf"file\.jpg: {message}"):
-        images.read_image(path)
+        read_photo(path)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".webp", ".tif", ".bmp"])
@@ -178,16 +182,90 @@ def test_truncated_images_are_refused(tmp_path, suffix):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     path = save(tmp_path / f"a{suffix}", noise)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"a\.\w+: is a truncated or damaged image"):
-        images.read_image(path)
+    with pytest.raises(UserError, match=r"a\.\w+: is truncated or damaged"):
+        read_photo(path)
 
 
 def test_folders_missing_files_and_giants(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"is a folder\. Expected an image"):
-        images.read_image(tmp_path)
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory"):
+        read_photo(tmp_path)
     with pytest.raises(UserError, match=r"none\.png: cannot be read \(No such file"):
-        images.read_image(tmp_path / "none.png")
+        read_photo(tmp_path / "none.png")
     path = save(tmp_path / "a.png", np.zeros((30, 30), np.uint8))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(images, "_MAX_PIXELS", 100)
     with pytest.raises(UserError, match="too large to be decoded"):
-        images.read_image(path)
+        read_photo(path)
+
+
+# Pixels as stored.
+
+
+def smooth_image(height: int, width: int) -> np.ndarray:
+    """uint8 [height, width, 3] that JPEG hardly changes."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([4 * x % 200, 3 * y % 180, (x + y) % 160], -1).astype(np.uint8)
+
+
+def jpeg(image: Image.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 5), (37, 64), (375, 500)])
+def test_decode_image_agrees_with_pillow(height, width):
+    data = jpeg(Image.fromarray(smooth_image(height, width)), quality=95)
+    ours = images.decode_image(data, "a")
+    theirs = np.array(Image.open(io.BytesIO(data)))
+    assert ours.dtype == np.uint8
+    assert ours.shape == theirs.shape
+    assert np.abs(ours.astype(int) - theirs).max() <= 4
+
+
+def test_decode_image_is_rgb_and_exact_for_png(tmp_path):
+    image = RNG.integers(0, 256, (9, 11, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(images.read_image(tmp_path / "a.png"), image)
+
+
+def test_decode_image_makes_grey_rgb_and_keeps_opaque_pixels(tmp_path):
+    grey = RNG.integers(0, 256, (6, 8), np.uint8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    rgba = RNG.integers(0, 256, (6, 8, 4), np.uint8)
+    rgba[..., 3] = 255
+    Image.fromarray(rgba).save(tmp_path / "rgba.png")
+    from_grey = images.read_image(tmp_path / "grey.png")
+    np.testing.assert_array_equal(from_grey, np.repeat(grey[..., None], 3, -1))
+    from_rgba = images.read_image(tmp_path / "rgba.png")
+    np.testing.assert_array_equal(from_rgba, rgba[..., :3])
+    grey_jpeg = images.decode_image(jpeg(Image.fromarray(grey)), "a")
+    assert grey_jpeg.shape == (6, 8, 3)
+
+
+def test_decode_image_leaves_pixels_as_stored():
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6  # to be shown turned by 90 degrees
+    data = jpeg(Image.fromarray(smooth_image(10, 20)), exif=exif)
+    assert images.decode_image(data, "a").shape == (10, 20, 3)
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8\xff\xe0"])
+def test_decode_image_rejects_other_bytes(data):
+    with pytest.raises(ValueError, match=r"a: is (empty|a text file|truncated)"):
+        images.decode_image(data, "a")
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.5, 0.9, 0.999])
+def test_truncated_jpeg_is_noticed(fraction, monkeypatch):
+    # OpenCV 4 decodes what there is and says nothing.
+    monkeypatch.setattr(images, "_decode", lambda *_: np.zeros((90, 120, 3), np.uint8))
+    data = jpeg(Image.fromarray(RNG.integers(0, 256, (90, 120, 3), np.uint8)))
+    assert images.decode_image(data, "cut.jpg").shape == (90, 120, 3)
+    with pytest.raises(UserError, match=r"cut\.jpg: is truncated"):
+        images.decode_image(data[: int(fraction * len(data))], "cut.jpg")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (8, 9)])
+def test_small_images_are_sound(tmp_path, size):
+    (tmp_path / "a.jpg").write_bytes(jpeg(Image.fromarray(smooth_image(*size))))
+    assert images.read_image(tmp_path / "a.jpg").shape == (*size, 3)

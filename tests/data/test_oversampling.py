@@ -1,20 +1,19 @@
-"""Images of hard classes come several times in an epoch, the others once."""
+"""Images of hard classes appear several times in an epoch, the others once."""
 
 import collections
 
 import jax
 import numpy as np
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
 import tiny
 from deeplab_jax.config import Config, DataConfig
-from deeplab_jax.config import rules as config_rules
-from deeplab_jax.data import labels, pipeline
-from deeplab_jax.data import oversampling as duplication
+from deeplab_jax.config.io import with_fields
+from deeplab_jax.config.rules import validate
+from deeplab_jax.data import labels, oversampling, pipeline
 from deeplab_jax.data.dataset import Dataset
-from deeplab_jax.training import train as loop
+from deeplab_jax.training import class_weights
+from deeplab_jax.training.train import train
 from deeplab_jax.utils.errors import UserError
 
 SIDE = 5
@@ -22,7 +21,7 @@ HARD = {1, 4, 6}  # images of the fixture that hold a chair or a sofa
 
 
 class Numbered:
-    """Images filled with their index; of the labels one pixel differs, if any."""
+    """Images filled with their index; one pixel of each label is of a given class."""
 
     def __init__(self, *classes):
         self.classes = classes
@@ -61,7 +60,7 @@ def shown(dataset, steps, *, settings=None, **kwargs):
 
 def test_an_epoch_shows_hard_images_so_many_times_and_others_once(dataset):
     """7 images, of which 3 come thrice: epochs of 13, which batches of 13 lay bare."""
-    duplicated = duplication.apply(config(), dataset, quiet=True)
+    duplicated = oversampling.apply(config(), dataset, quiet=True)
     epochs = shown(duplicated, 3, batch_size=13).reshape(3, 13)
     for epoch in epochs:
         times = collections.Counter(epoch.tolist())
@@ -72,7 +71,7 @@ def test_an_epoch_shows_hard_images_so_many_times_and_others_once(dataset):
 
 
 def test_each_time_is_augmented_by_itself(dataset):
-    duplicated = duplication.apply(config(duplicates=8), dataset, quiet=True)
+    duplicated = oversampling.apply(config(duplicates=8), dataset, quiet=True)
     settings = config(scale_range=(0.5, 2.0), flip=True, crop_size=(9,))
     with pipeline.train_batches(
         duplicated, settings, batch_size=28, seed=0, start_step=0
@@ -85,7 +84,7 @@ def test_each_time_is_augmented_by_itself(dataset):
 
 def test_a_run_resumes_and_hosts_share_the_batch(dataset):
     def duplicated():
-        return duplication.apply(config(), dataset, quiet=True)
+        return oversampling.apply(config(), dataset, quiet=True)
 
     whole = shown(duplicated(), 8)
     np.testing.assert_array_equal(shown(duplicated(), 3, start_step=5), whole[20:])
@@ -93,19 +92,19 @@ def test_a_run_resumes_and_hosts_share_the_batch(dataset):
     np.testing.assert_array_equal(np.concatenate(halves, axis=1).ravel(), whole)
 
 
-def test_without_classes_the_split_stays_as_it_is_unread():
+def test_without_classes_the_split_is_unchanged_and_not_read():
     unreadable = Dataset(Numbered(*[99] * 3), labels.VOC)  # 99 is no class
     for settings in (config(duplicate_classes=()), config(duplicates=1)):
-        assert duplication.apply(settings, unreadable) is unreadable
-    with pytest.raises(UserError, match="the label holds the id 99"):
-        duplication.apply(config(), unreadable, quiet=True)
+        assert oversampling.apply(settings, unreadable) is unreadable
+    with pytest.raises(UserError, match="the label holds id 99"):
+        oversampling.apply(config(), unreadable, quiet=True)
 
 
-def test_how_many_are_duplicated_is_said_unless_quiet(dataset, capfd):
-    duplication.apply(config(duplicate_classes=("sofa", "chair")), dataset)
-    said = "duplicated: 3 of 7 images, which hold chair, sofa, come 3 times in an epoch of 13"
+def test_the_number_of_duplicates_is_reported_unless_quiet(dataset, capfd):
+    oversampling.apply(config(duplicate_classes=("sofa", "chair")), dataset)
+    said = "oversampling: 3 of 7 images contain chair, sofa; they appear 3 times in an epoch of 13"
     assert said in capfd.readouterr().err
-    duplication.apply(config(), dataset, quiet=True)
+    oversampling.apply(config(), dataset, quiet=True)
     assert capfd.readouterr().err == ""
 
 
@@ -120,17 +119,14 @@ def test_how_many_are_duplicated_is_said_unless_quiet(dataset, capfd):
 )
 def test_an_unknown_class_is_named_with_the_nearest(dataset, classes, message):
     with pytest.raises(UserError, match=rf"config\.data\.duplicate_classes: .*{message}"):
-        duplication.apply(config(duplicate_classes=classes), dataset)
+        oversampling.apply(config(duplicate_classes=classes), dataset)
 
 
 def parsed(text):
     """The field after a flag of the command line."""
-    values = flags.FlagValues()
-    argv = ["program", f"--config.data.duplicate_classes={text}"]
-    config_flags.DEFINE_config_dataclass("config", Config(), flag_values=values, sys_argv=argv)
-    values(argv)
-    config_rules.validate(values["config"].value)
-    return values["config"].value.data.duplicate_classes
+    parsed = with_fields(Config(), {"data.duplicate_classes": text}, parse=True)
+    validate(parsed)
+    return parsed.data.duplicate_classes
 
 
 @pytest.mark.parametrize(
@@ -138,23 +134,23 @@ def parsed(text):
     [("sofa,chair", [9, 18]), ("chair", [9]), ("'sofa', 'chair'", [9, 18]), ("", []), ("()", [])],
 )
 def test_the_command_line_takes_names(text, ids):
-    assert duplication.class_ids(parsed(text), labels.VOC.names) == ids
+    assert oversampling.class_ids(parsed(text), labels.VOC.names) == ids
 
 
 def test_names_may_hold_blanks_and_commas():
     names = ("sky", "traffic light", "door, open")
-    assert duplication.class_ids(("door, open", "traffic light,sky"), names) == [0, 1, 2]
+    assert oversampling.class_ids(("door, open", "traffic light,sky"), names) == [0, 1, 2]
 
 
-def test_wrong_settings_are_told():
+def test_wrong_settings_are_reported():
     with pytest.raises(UserError, match=r"config\.data\.duplicates must be 1 or more, got 0"):
-        config_rules.validate(Config(data=DataConfig(duplicates=0)))
+        validate(Config(data=DataConfig(duplicates=0)))
     with pytest.raises(UserError, match=r"duplicate_classes must be names \(a,b,\.\.\.\), got \(3"):
-        config_rules.validate(Config(data=DataConfig(duplicate_classes=(3,))))
+        validate(Config(data=DataConfig(duplicate_classes=(3,))))
 
 
 @pytest.mark.parametrize("process", [0, 1])
-def test_a_run_trains_on_them_and_one_process_says_so(tmp_path, capfd, monkeypatch, process):
+def test_a_run_trains_on_them_and_one_process_reports_it(tmp_path, capfd, monkeypatch, process):
     class Stop(Exception):
         pass
 
@@ -162,11 +158,11 @@ def test_a_run_trains_on_them_and_one_process_says_so(tmp_path, capfd, monkeypat
         assert len(dataset.source) > 24
         raise Stop
 
-    monkeypatch.setattr(loop.class_weights, "resolve", resolve)
+    monkeypatch.setattr(class_weights, "resolve", resolve)
     monkeypatch.setattr(jax, "process_index", lambda: process)
     settings = tiny.get_config()
     settings.data.duplicate_classes = ("disc",)
     with pytest.raises(Stop):
-        loop.train(settings, tmp_path)
-    said = "of 24 images, which hold disc, come 2 times in an epoch of"
+        train(settings, tmp_path)
+    said = "of 24 images contain disc; they appear 2 times in an epoch of"
     assert (said in capfd.readouterr().err) == (process == 0)

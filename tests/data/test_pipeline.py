@@ -1,4 +1,4 @@
-"""Batches as a function of (seed, step), whoever makes them, and workers that end."""
+"""Batches are a function of (seed, step) on any number of workers; workers stop at the end."""
 
 import functools
 import os
@@ -17,7 +17,7 @@ import pytest
 from deeplab_jax import data
 from deeplab_jax.config import DataConfig, ShapesConfig
 from deeplab_jax.data import pipeline, randomness
-from deeplab_jax.data.dataset import Dataset
+from deeplab_jax.data.dataset import Dataset, read_example
 from deeplab_jax.data.labels import IGNORE, named
 from deeplab_jax.utils.errors import UserError
 
@@ -181,7 +181,7 @@ def test_workers_pass_batches_through_pipes_where_shared_memory_is_short(monkeyp
 
 
 def square(size):
-    return functools.partial(pipeline.square, size=size)
+    return functools.partial(pipeline.square_shape, size=size)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_each_image_is_evaluated_once(batch_size, num_hosts, num_workers):
         assert [index for index in seen if index >= 0] == list(range(10))
 
 
-def test_larger_images_get_the_next_side():
+def test_larger_images_get_the_next_larger_side():
     dataset = numbered((24, 10), (25, 10), (10, 257), (10, 258))
     for rows in (None, range(1), range(1, 2)):
         sides = [
@@ -275,8 +275,13 @@ class Given:
 @pytest.mark.parametrize(
     ("image_shape", "label_shape", "label_id", "message"),
     [
-        ((4, 6, 3), (4, 6), 3, "it: the label holds the id 3, but the classes are 0 to 2"),
-        ((4, 6, 3), (4, 6), 254, "it: the label holds the id 254"),
+        (
+            (4, 6, 3),
+            (4, 6),
+            3,
+            r"it: the label holds id 3 \(1 pixels\); expected a class \(0 to 2\) or 255",
+        ),
+        ((4, 6, 3), (4, 6), 254, "it: the label holds id 254"),
         ((4, 6, 3), (6, 4), 0, "it: the label is 4 x 6 pixels, its image 6 x 4"),
         ((4, 6, 4), (4, 6), 0, r"it: the image must be \[height, width, 3\], got \[4, 6, 4\]"),
         ((4, 6), (4, 6), 0, r"it: the image must be \[height, width, 3\], got \[4, 6\]"),
@@ -287,14 +292,14 @@ def test_examples_that_cannot_be_used(image_shape, label_shape, label_id, messag
     label[-1, -1] = label_id
     dataset = Dataset(Given(np.zeros(image_shape, np.uint8), label), named("a", "b", "c"))
     with pytest.raises(UserError, match=message):
-        pipeline.read(dataset, 0)
+        read_example(dataset, 0)
 
 
 @pytest.mark.parametrize("label_id", [0, 2, IGNORE])
 def test_examples_that_can(label_id):
     image, label = np.zeros((4, 6, 3), np.uint8), np.full((4, 6), label_id, np.uint8)
     dataset = Dataset(Given(image, label), named("a", "b", "c"))
-    assert pipeline.read(dataset, 0)["label"] is label
+    assert read_example(dataset, 0)["label"] is label
 
 
 def test_empty_data_set():
@@ -354,7 +359,7 @@ def main(end):
         damaged = Dataset(Damaged(dataset.source), dataset.labels)
         fill = pipeline.mean_pixel(config)
         try:
-            shape = functools.partial(pipeline.square, size=96)
+            shape = functools.partial(pipeline.square_shape, size=96)
             list(
                 pipeline.eval_batches(damaged, batch_size=1, shape=shape, fill=fill, num_workers=1)
             )

@@ -1,4 +1,4 @@
-"""The generated data set: pure, honest labels, and no class to be told by its colour."""
+"""The generated data set: deterministic, exact labels, and colours that do not reveal the class."""
 
 import pickle
 
@@ -17,7 +17,7 @@ def source(split="train", **fields):
     return data.load(DataConfig(name="shapes", shapes=ShapesConfig(**fields)), split).source
 
 
-def test_an_example_depends_on_seed_split_and_index_alone():
+def test_an_example_depends_only_on_seed_split_and_index():
     ours = source()
     backwards = [ours[index] for index in reversed(range(6))][::-1]
     again = pickle.loads(pickle.dumps(ours))
@@ -66,7 +66,7 @@ def test_classes_are_balanced_and_borders_thin():
     assert max(present) < 1.5 * min(present)
 
 
-def test_a_border_lies_between_any_two_classes():
+def test_a_border_separates_any_two_classes():
     for index in range(50):
         label = source()[index]["label"].astype(int)
         for one, other in ((label[1:], label[:-1]), (label[:, 1:], label[:, :-1])):
@@ -114,7 +114,7 @@ def test_outlines_are_of_their_class():
         assert center == pytest.approx((399.5, 399.5), abs=1)
 
 
-def test_image_and_label_lie_on_each_other():
+def test_image_and_label_are_aligned():
     """Steps of the image's brightness are under the ignored borders, not beside them."""
     under, beside = [], []
     for index in range(60):
@@ -133,7 +133,7 @@ def test_image_and_label_lie_on_each_other():
     assert np.mean(under) > 2.5 * np.mean(beside)
 
 
-def test_colour_does_not_tell_the_class():
+def test_colour_does_not_reveal_the_class():
     """The mean colour of each shape is that of all, up to the error of the sample."""
     num_classes = shapes.LABELS.num_classes
     sums, squares, counts = (np.zeros((num_classes, width)) for width in (3, 3, 1))
@@ -153,10 +153,8 @@ def test_colour_does_not_tell_the_class():
 
 @pytest.mark.parametrize("split", ["trainaug", "trainval", "vall"])
 def test_unknown_split(split):
-    config = DataConfig(name="shapes")
-    for load in (data.load, shapes.load):
-        with pytest.raises(UserError, match=rf"train.*val.*'{split}'"):
-            load(config, split)
+    with pytest.raises(UserError, match=rf"train.*val.*'{split}'"):
+        data.load(DataConfig(name="shapes"), split)
 
 
 def test_unknown_data_set():

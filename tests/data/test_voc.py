@@ -1,4 +1,4 @@
-"""VOC and SBD: the right images in each split, labels exact, broken data told before training."""
+"""VOC and SBD: images of each split, exact labels, errors for damaged files before training."""
 
 import importlib.util
 import os
@@ -15,10 +15,12 @@ import pytest
 import scipy.io
 from PIL import Image
 
+from deeplab_jax import data
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data import labels
-from deeplab_jax.data.datasets import voc
-from deeplab_jax.data.io import reading
+from deeplab_jax.data.dataset import check_ids
+from deeplab_jax.data.datasets import records, voc
+from deeplab_jax.data.io import images, masks
 from deeplab_jax.utils.errors import UserError
 
 SIZES = [(30, 40), (41, 25), (17, 33)]
@@ -166,21 +168,21 @@ def test_is_prepared_once(root, monkeypatch):
     def not_again(*args):
         raise AssertionError("prepared again")
 
-    monkeypatch.setattr(voc, "_prepare", not_again)
+    monkeypatch.setattr(records._RecordBuilder, "_generate_examples", not_again)
     assert names(load(root, "trainaug")) == before
     assert len(load(root, "trainval")) == 7
 
 
-def test_the_root_is_left_alone(root, capsys):
+def test_the_root_is_not_changed(root, capsys):
     before = snapshot(root)
     load(root, "trainaug")
     assert snapshot(root) == before
     output = capsys.readouterr()
     assert output.out == ""
-    assert f"Preparing voc2012 from {root}" in output.err
+    assert f"Preparing VOC 2012 from {root}" in output.err
 
 
-def test_a_changed_root_is_prepared_anew(root):
+def test_a_changed_root_is_prepared_again(root):
     assert load(root, "train")[0]["label"].max() == 255
     mask = root / "VOCdevkit/VOC2012/SegmentationClass/a1.png"
     for value in (7, 9):  # files of one size
@@ -212,7 +214,7 @@ def assert_same(ours, theirs) -> None:
         np.testing.assert_array_equal(ours[index]["label"], theirs[index]["label"])
 
 
-def test_archives_laid_by_hand(root, tmp_path, data_dir):
+def test_archives_placed_by_the_user(root, tmp_path, data_dir):
     pack(root, tmp_path / "tars")
     assert_same(load(tmp_path / "tars", "trainaug"), load(root, "trainaug"))
     assert_same(load(tmp_path / "tars", "val"), load(root, "val"))
@@ -284,20 +286,21 @@ def test_empty_root(tmp_path):
 
 
 def test_a_root_one_folder_too_deep(root):
-    assert f"the root is the folder it is in, {root}" in error_of(root / "VOCdevkit")
+    assert f"{root} looks like the root" in error_of(root / "VOCdevkit")
 
 
 def test_trainaug_asks_for_sbd(tmp_path, data_dir):
     write_voc(tmp_path / "root", ["a1"], ["v1"])
     message = error_of(tmp_path / "root", "trainaug")
     assert "benchmark_RELEASE/dataset/train.txt, or benchmark.tgz from https://" in message
-    assert "train, val and trainval, but not trainaug" in message
+    assert "train, val and trainval do not need SBD" in message
     assert not data_dir.exists()  # told before VOC was prepared for nothing
     assert len(load(tmp_path / "root", "trainval")) == 2
 
 
 def test_unknown_split(root):
-    assert "train, val, trainval, trainaug; got 'minival'" in error_of(root, "minival")
+    with pytest.raises(UserError, match=r"train, trainaug, trainval, val, test, got 'minival'"):
+        data.load(DataConfig(name="voc", root=str(root)), "minival")
     assert "VOC's test images have no labels to train or evaluate on" in error_of(root, "test")
 
 
@@ -318,10 +321,10 @@ def test_a_missing_or_empty_list(root):
     path.write_text("\n")
     assert f"{path}: names no image" in error_of(root)
     path.unlink()
-    assert f"{path}: the list of a split's images cannot be read" in error_of(root)
+    assert f"{path}: cannot be read (No such file" in error_of(root)
 
 
-def test_all_problems_are_told_together(root, data_dir):
+def test_all_problems_are_reported_together(root, data_dir):
     devkit = root / "VOCdevkit/VOC2012"
     images, masks = devkit / "JPEGImages", devkit / "SegmentationClass"
     data = (images / "a1.jpg").read_bytes()
@@ -335,7 +338,7 @@ def test_all_problems_are_told_together(root, data_dir):
     Image.open(masks / "v2.png").convert("RGB").save(masks / "v2.png")
     message = error_of(root, "val")
     lines = message.splitlines()
-    assert lines[0] == "Checking VOC: 6 problems"
+    assert lines[0] == "Checking VOC 2012: 6 problems"
     assert [line.split(": ")[0] for line in lines[1:]] == [
         f"- {path}"
         for path in (
@@ -350,12 +353,12 @@ def test_all_problems_are_told_together(root, data_dir):
     for line, expected in zip(
         lines[1:],
         [
-            "truncated, or no image",
+            "is truncated or damaged",
             "is 6 x 5 pixels (width x height), but its image",
-            f"is missing, yet {devkit / 'ImageSets/Segmentation/train.txt'} names a3",
-            "is missing, yet",
-            "id 99 (3 pixels): neither a class (0 to 20) nor the ignore label 255",
-            "holds colours (an image of mode RGB)",
+            f"is missing, but {devkit / 'ImageSets/Segmentation/train.txt'} names a3",
+            "is missing, but",
+            "holds id 99 (3 pixels); expected a class (0 to 20) or 255",
+            "holds colours, not class ids",
         ],
         strict=True,
     ):
@@ -364,7 +367,7 @@ def test_all_problems_are_told_together(root, data_dir):
     assert [path.name for path in written if path.name != "metadata.json"] == ["lock"]
 
 
-def test_mended_data_is_prepared(root):
+def test_repaired_data_is_prepared(root):
     image = root / "VOCdevkit/VOC2012/JPEGImages/a1.jpg"
     data = image.read_bytes()
     image.write_bytes(data[:300])
@@ -410,11 +413,12 @@ print([source[index]["name"] for index in range(len(source))])
 """
 KILLED = """
 import os, signal
+from deeplab_jax.data.datasets import records
 def die(*args):
     yield 0, next(examples(*args))[1]
     os.kill(os.getpid(), signal.SIGKILL)
-examples = voc.VocSegmentation._generate_examples
-voc.VocSegmentation._generate_examples = die
+examples = records._RecordBuilder._generate_examples
+records._RecordBuilder._generate_examples = die
 """
 
 
@@ -450,8 +454,8 @@ def test_two_processes_prepare_at_once(root, data_dir):
     outputs = [run.communicate() for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
     assert {out for out, _ in outputs} == {f"{names(load(root, 'trainaug'))}\n"}
-    assert sum(err.count("Preparing voc2012") for _, err in outputs) == 1
-    assert sum(err.count("Preparing sbd") for _, err in outputs) == 1
+    assert sum(err.count("Preparing VOC 2012") for _, err in outputs) == 1
+    assert sum(err.count("Preparing SBD") for _, err in outputs) == 1
 
 
 # Real data.
@@ -471,8 +475,9 @@ def real(mini, tmp_path_factory):
 
 
 def test_real_splits(real, mini, monkeypatch):
-    monkeypatch.setattr(reading, "decode_image", len)  # names alone: thousands of examples
-    monkeypatch.setattr(reading, "decode_label", len)
+    # Names alone: there are thousands of examples.
+    monkeypatch.setattr(images, "decode_image", lambda *_: None)
+    monkeypatch.setattr(masks, "decode_label", len)
     ids = {split: names(source) for split, source in real.items()}
     lists = mini / "VOCdevkit/VOC2012/ImageSets/Segmentation"
     assert sorted(ids["trainaug"]) == sorted((mini / "trainaug_expected.txt").read_text().split())
@@ -518,4 +523,4 @@ def test_real_labels_and_images(real, mini):
 def test_real_val_has_the_ignored_borders(real):
     label = real["val"][0]["label"]
     assert label.max() == labels.IGNORE
-    assert reading.to_label(label, 21, 255, pathlib.Path()).tolist() == label.tolist()
+    check_ids(label, labels.VOC, "val")

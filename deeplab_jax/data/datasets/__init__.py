@@ -1,1 +1,1 @@
-"""The data sets, a module each, and what they share."""
+"""One module per data set, and the modules that they share."""

@@ -1,177 +1,161 @@
-"""Published archives of data sets: finding, downloading, verifying and unpacking them."""
+"""Finds, downloads, verifies and unpacks the published archives of data sets."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import http.client
 import logging
+import os
 import pathlib
-import shutil
 import tarfile
-import urllib.request
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import IO
+from collections.abc import Iterable, Sequence
 
 import rich.progress
 from rich.console import Console
 
+from deeplab_jax.utils.download import download_file, file_digest
 from deeplab_jax.utils.errors import UserError
-
-_TIMEOUT = 30.0  # seconds without an answer, before the next mirror is tried
 
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """A tar file on the web.
+    """A published archive.
 
     Attributes:
-      file_name: as published.
-      urls: where it is, the official place first.
-      md5: of the file, hexadecimal.
-      num_bytes: of the file.
-      folder: path inside it, below which everything of interest lies.
-      marker: a file below `folder` by which an unpacked archive is known.
+      file_name: name of the file.
+      urls: where the file is published, the official place first.
+      folder: the folder in the archive that holds all that is used.
+      marker: a path below `folder`, by which the unpacked archive is recognized.
+      md5: MD5 checksum of the file, hexadecimal; empty for an archive that is not downloaded.
+      num_bytes: size of the file.
     """
 
     file_name: str
     urls: tuple[str, ...]
-    md5: str
-    num_bytes: int
     folder: str
-    marker: str
+    marker: str = ""
+    md5: str = ""
+    num_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where an archive's content is on this machine: in a tar file, or unpacked."""
+class LocalArchive:
+    """The file of an archive on this machine, or its folder if it is unpacked."""
 
     archive: Archive
     path: pathlib.Path
 
     @property
-    def unpacked(self) -> bool:
+    def is_unpacked(self) -> bool:
         return self.path.is_dir()
 
 
-def find(archive: Archive, root: pathlib.Path) -> Place | None:
-    """The unpacked archive below a root or, failing that, the tar file in it."""
-    if (root / archive.folder / archive.marker).is_file():
-        return Place(archive, root / archive.folder)
+def find_archive(archive: Archive, root: pathlib.Path) -> LocalArchive | None:
+    """Finds an unpacked archive below a root or, failing that, its file in the root."""
+    if (root / archive.folder / archive.marker).exists():
+        return LocalArchive(archive, root / archive.folder)
     if (root / archive.file_name).is_file():
-        return Place(archive, root / archive.file_name)
+        return LocalArchive(archive, root / archive.file_name)
     return None
 
 
-def download(archive: Archive, folder: pathlib.Path) -> Place:
-    """The archive as a tar file in `folder`, downloaded if it is not there; verified at download.
+def find_archives(archives: Iterable[Archive], root: str, hint: str) -> dict[Archive, LocalArchive]:
+    """Finds each archive in the folder `config.root`; see `find_archive`.
 
-    Not for two processes at once: what one that was killed has left is overwritten.
+    Raises:
+      UserError: archives are missing. The message lists them and ends with the hint.
+    """
+    folder = pathlib.Path(os.path.expanduser(root))
+    found = {archive: find_archive(archive, folder) if root else None for archive in archives}
+    missing = [archive for archive, local in found.items() if local is None]
+    if missing:
+        if not root:
+            state = " is empty"
+        elif not folder.exists():
+            state = f": {folder} does not exist"
+        else:
+            state = f": {folder} does not hold what this split needs"
+            if any(find_archive(archive, folder.parent) for archive in missing):
+                hint += f" {folder.parent} looks like the root."
+        needed = [
+            f"- {pathlib.PurePosixPath(archive.folder, archive.marker)}, or {archive.file_name} "
+            f"from {archive.urls[0]}"
+            for archive in missing
+        ]
+        heading = f"config.data.root{state}. It must be a folder that holds"
+        raise UserError("\n".join([heading, *needed, hint]))
+    return {archive: local for archive, local in found.items() if local is not None}
+
+
+def download(archive: Archive, folder: pathlib.Path) -> LocalArchive:
+    """Downloads an archive into `folder` and verifies it, unless its file exists.
+
+    Not for two processes at once: the partial file of a killed process is deleted.
 
     Raises:
       UserError: no URL could be read, naming each URL and why.
     """
     target = folder / archive.file_name
-    if target.is_file():
-        return Place(archive, target)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"incomplete.{target.name}")
-    failures = []
-    for url in archive.urls:
-        try:
-            _stream(url, partial)
-            _require_md5(archive, partial)
-            partial.replace(target)
-            return Place(archive, target)
-        except (OSError, http.client.HTTPException, UserError) as error:
-            failures.append(f"- {url}: {error}")
-        finally:
-            partial.unlink(missing_ok=True)
-    raise UserError(
-        "\n".join([f"{archive.file_name} could not be downloaded:", *failures])
-        + "\nGet it by other means, lay it in a folder, and set config.data.root to that folder."
-    )
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        for partial in folder.glob(f".{archive.file_name}.*.partial"):
+            partial.unlink()
+        advice = "Get it by other means and set config.data.root to the folder that holds it."
+        download_file(archive.urls, target, algorithm="md5", digest=archive.md5, advice=advice)
+    return LocalArchive(archive, target)
 
 
-def _stream(url: str, path: pathlib.Path) -> None:
-    with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, path.open("wb") as file:
-        expected = int(response.headers.get("Content-Length", 0))
-        with rich.progress.wrap_file(
-            response, expected, description=f"Downloading {url}", console=Console(stderr=True)
-        ) as watched:
-            shutil.copyfileobj(watched, file, 1 << 20)
-    if expected and path.stat().st_size != expected:
-        raise ConnectionError(f"the connection broke off after {path.stat().st_size} bytes")
+def unpack(local: LocalArchive, folders: Sequence[str], target: pathlib.Path) -> pathlib.Path:
+    """Unpacks folders of a tar file below `target`, unless the archive is unpacked already.
 
-
-def unpack(place: Place, folders: Sequence[str], into: pathlib.Path) -> pathlib.Path:
-    """The archive's folder, unpacked below `into` unless it is unpacked already.
-
-    A file of the published size must have the published checksum. Another size is taken for an
-    archive that the user packed anew, and need only be whole.
+    A file of the published size must have the published checksum. A file of another size is taken
+    for one that the user packed; it only has to be complete.
 
     Args:
-      place: an archive on this machine.
-      folders: those in the archive's folder whose files are wanted; "." is itself.
-      into: an existing folder, for this alone.
+      local: an archive on this machine.
+      folders: folders in the archive's folder. Their files are unpacked, their subfolders are not.
+        "." is the archive's folder itself.
+      target: an existing folder.
+
+    Returns:
+      The unpacked archive's folder.
 
     Raises:
-      UserError: the tar file is damaged, or holds nothing of what is wanted.
+      UserError: the tar file is damaged, or is not the archive.
     """
-    archive, path = place.archive, place.path
-    if place.unpacked:
+    archive, path = local.archive, local.path
+    if local.is_unpacked:
         return path
-    if path.stat().st_size == archive.num_bytes:
-        _require_md5(archive, path)
-    else:
+    if path.stat().st_size != archive.num_bytes:
         logging.warning("%s is not %s as published; using what it holds", path, archive.file_name)
-    target = into / archive.folder
+    elif (md5 := file_digest(path, "md5")) != archive.md5:
+        raise UserError(
+            f"{path}: is damaged: its MD5 checksum is {md5}, {archive.md5} as published. "
+            f"Delete it and download it again from {archive.urls[0]}"
+        )
+    wanted = {pathlib.PurePosixPath(archive.folder, folder) for folder in folders}
+    console = Console(stderr=True)
     try:
-        for member, content in _members(path):
-            relative = _below(archive.folder, member)
-            if relative is not None and relative.parent.as_posix() in folders:
-                (target / relative).parent.mkdir(parents=True, exist_ok=True)
-                (target / relative).write_bytes(content.read())
+        with (
+            rich.progress.open(
+                path, "rb", description=f"Unpacking {path.name}", console=console
+            ) as file,
+            tarfile.open(fileobj=file, mode="r|*") as tar,
+        ):
+            for member in tar:
+                name = pathlib.PurePosixPath(member.name)
+                content = tar.extractfile(member) if member.isreg() else None
+                if content is not None and name.parent in wanted and ".." not in name.parts:
+                    (target / name).parent.mkdir(parents=True, exist_ok=True)
+                    (target / name).write_bytes(content.read())
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise UserError(
             f"{path}: the archive is damaged or truncated ({error}); it has {path.stat().st_size} "
             f"bytes, {archive.num_bytes} as published. Download it again from {archive.urls[0]}"
         ) from None
-    if not (target / archive.marker).is_file():
+    folder = target / archive.folder
+    if not (folder / archive.marker).is_file():
         raise UserError(
             f"{path}: holds no {archive.folder}/{archive.marker}. Expected {archive.urls[0]}"
         )
-    return target
-
-
-def _below(folder: str, member: str) -> pathlib.PurePosixPath | None:
-    """Path of a tar member within a folder; None for one outside, or that would lead outside."""
-    path = pathlib.PurePosixPath(member)
-    if ".." in path.parts or not path.is_relative_to(folder):
-        return None
-    return path.relative_to(folder)
-
-
-def _members(path: pathlib.Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Names and contents of the files in a tar file, in one pass: read each before the next."""
-    with (
-        rich.progress.open(
-            path, "rb", description=f"Unpacking {path.name}", console=Console(stderr=True)
-        ) as file,
-        tarfile.open(fileobj=file, mode="r|*") as tar,
-    ):
-        for member in tar:
-            content = tar.extractfile(member) if member.isreg() else None
-            if content is not None:
-                yield member.name, content
-
-
-def _require_md5(archive: Archive, path: pathlib.Path) -> None:
-    with path.open("rb") as file:
-        md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if md5 != archive.md5:
-        raise UserError(
-            f"{path}: is damaged: its MD5 checksum is {md5}, {archive.md5} as published. "
-            f"Delete it and download it again from {archive.urls[0]}"
-        )
+    return folder

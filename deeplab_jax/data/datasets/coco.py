@@ -1,11 +1,11 @@
 """COCO 2017 reduced to VOC's classes, for pretraining as in the paper's section 4.3.
 
-Instances are drawn into one label an image, as torchvision's `references/segmentation` does it,
-with whose published scores those on val can be compared:
+The instances of an image are drawn into one label by the rules of torchvision's
+`references/segmentation`, so that scores on val are comparable with torchvision's published ones:
 
-- the 20 categories that VOC has keep their class; what belongs to the other 60 is background;
-- a pixel of more than one instance, be they of one class, is ignored (255);
-- a crowd region is an instance like others: for a class, it does not matter how many there are.
+- the 20 categories that VOC has keep their class; instances of the other 60 are background;
+- a pixel of more than one instance, even of one class, is ignored (255);
+- a crowd region is an instance like others.
 
 | split | images of COCO 2017 |
 |---|---|
@@ -16,52 +16,42 @@ The rule of train is torchvision's reading of the paper's "images that have anno
 larger than 1000 pixels and contain the classes defined in PASCAL VOC 2012", which left about 60 000
 of trainval_minus_minival.
 
-Nothing is downloaded. Each split is prepared once by a TFDS builder in ArrayRecord files, below
-`TFDS_DATA_DIR` (else `~/tensorflow_datasets`) at `coco_roots/KEY/coco_segmentation/`. KEY is a hash
-of the names, sizes and modification times of the split's archives or, if they are unpacked, of its
-annotations and the folder of its images. All files are checked before the first is written.
+Nothing is downloaded. A TFDS builder prepares each split once, in ArrayRecord files below
+`TFDS_DATA_DIR` (default `~/tensorflow_datasets`) at `coco_roots/KEY/coco_segmentation/`. KEY is a
+hash of the names, sizes and modification times of the split's archives or, if they are unpacked, of
+its annotation file and image folder. All files are checked before the first is written.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
 import importlib.util
 import json
 import pathlib
-import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from jaxtyping import Bool, UInt8
 
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data import labels
 from deeplab_jax.data.dataset import Dataset
-from deeplab_jax.data.datasets import records as prepared
-from deeplab_jax.data.io import reading
+from deeplab_jax.data.datasets import archives, records
+from deeplab_jax.data.io.images import decode_image
 from deeplab_jax.utils.errors import UserError
 
-SPLITS = ("train", "val")
-MIN_AREA = 1000  # pixels of VOC's classes that an image of train has more than
+MIN_AREA = 1000  # an image of train has more pixels of VOC's classes than this
 
-# COCO's category id of each class of VOC, in the order of `labels.VOC`.
+# COCO's category id of each class of VOC, in the order of `labels.VOC`; background has none.
 _CATEGORIES = (0, 5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)
 CLASS_OF_CATEGORY = {
-    category: index for index, category in enumerate(_CATEGORIES) if index > 0
-}  # background is no category
-
-_URLS = {
-    "annotations_trainval2017.zip": (
-        "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
-    ),
-    "train2017.zip": "http://images.cocodataset.org/zips/train2017.zip",
-    "val2017.zip": "http://images.cocodataset.org/zips/val2017.zip",
+    category: class_id for class_id, category in enumerate(_CATEGORIES) if class_id > 0
 }
+
+_URL = "http://images.cocodataset.org"
 
 _Path = pathlib.Path | zipfile.Path
 
@@ -71,9 +61,9 @@ class Instance:
     """A region of one of VOC's classes.
 
     Attributes:
-      id: of the annotation.
-      class_id: in `labels.VOC`.
-      area: pixels, as the annotation says.
+      id: id of the annotation.
+      class_id: class in `labels.VOC`.
+      area: number of pixels, according to the annotation.
       segmentation: polygons, each `[x, y, x, y, ...]`; or a run-length code, a dict of its size and
         counts.
     """
@@ -85,7 +75,7 @@ class Instance:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class AnnotatedImage:
     """An image and its instances of VOC's classes, in the order of the annotations."""
 
     file_name: str
@@ -95,101 +85,93 @@ class Picture:
 
 
 def load(config: DataConfig, split: str) -> Dataset:
-    """A split of COCO, prepared at the first call; see the module for where and how.
+    """Loads a split of COCO. The first call prepares it; the module says where and how.
 
     Args:
       config: its `root` is a folder that holds `annotations/`, and `train2017/` or `val2017/`, or
-        in their place the zip files as published.
+        the zip files as published instead.
       split: train or val.
 
     Returns:
       The split, in the order of COCO's image ids.
 
     Raises:
-      UserError: data is missing, or is found unusable when it is prepared; lists all problems.
-        Or it is not prepared yet, and pycocotools is not installed.
+      UserError: files are missing or, at the first call, unusable; the message lists all problems.
+        Or pycocotools, which the first call needs, is not installed.
     """
-    if split not in SPLITS:
-        raise UserError(f"COCO has the splits {', '.join(SPLITS)}; got {split!r}")
-    prepared.check_ignore_label("COCO", config)
-    places = _find(config.root, split)
-    data_dir = prepared.data_dir() / "coco_roots" / _key(places)
-    folder = data_dir / CocoSegmentation.name / split
-    final = prepared.once(
-        folder / str(CocoSegmentation.VERSION), lambda: _prepare(places, split, data_dir)
+    labels.check_ignore_label("COCO", config.ignore_label)
+    hint = "COCO is not downloaded automatically."
+    found = archives.find_archives(_archives(split), config.root, hint).values()
+    annotations, images = found
+    key = records.fingerprint((path.name, path) for path in map(_path_on_disk, found))
+    folder = records.prepare(
+        "coco_segmentation",
+        split,
+        f"COCO {split}",
+        records.data_dir() / "coco_roots" / key,
+        config.root,
+        lambda _: {split: _list_records(split, _open(annotations), _open(images))},
     )
-    return Dataset(prepared.RecordSource([(final, split)]), labels.VOC)
+    return Dataset(records.RecordSource([(folder, split)]), labels.VOC)
 
 
-class CocoSegmentation(tfds.core.GeneratorBasedBuilder):
-    """Writes a split of COCO; the builder's config names it.
+def _archives(split: str) -> tuple[archives.Archive, archives.Archive]:
+    """Returns the archives of a split's annotations and images."""
+    annotations = "annotations_trainval2017.zip"
+    images = f"{split}2017.zip"
+    return (
+        archives.Archive(
+            annotations,
+            (f"{_URL}/annotations/{annotations}",),
+            folder="annotations",
+            marker=f"instances_{split}2017.json",
+        ),
+        archives.Archive(images, (f"{_URL}/zips/{images}",), folder=f"{split}2017"),
+    )
 
-    Args:
-      annotations: the file of instances.
-      images: the folder of the split's images.
-      **kwargs: those of the base class.
-    """
 
-    VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in SPLITS]  # noqa: RUF012
-
-    def __init__(self, *, annotations: _Path, images: _Path, **kwargs: Any) -> None:
-        super().__init__(file_format="array_record", **kwargs)
-        self._annotations = annotations
-        self._images = images
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="COCO 2017 with the classes of PASCAL VOC.",
-            features=prepared.features(),
-            disable_shuffling=True,  # the order of the ids is kept
+def _list_records(split: str, annotations: _Path, images: _Path) -> list[records.Record]:
+    if importlib.util.find_spec("pycocotools") is None:
+        raise UserError(
+            "COCO's annotations are decoded with pycocotools, which is not installed: "
+            "pip install 'deeplab-jax[coco]'. It is needed once, when the data set is prepared."
         )
-
-    def _split_generators(
-        self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        del dl_manager  # the archives are here already
-        split = self.builder_config.name
-        pictures = read_annotations(self._annotations)
-        if split == "train":
-            pictures = [picture for picture in pictures if is_trained_on(picture)]
-        if not pictures:
-            raise UserError(f"{self._annotations}: has no image with VOC's classes")
-        masks = reading.check_all(self._encoded_mask, pictures, f"Checking COCO {split}")
-        return {split: self._generate_examples(pictures, masks)}
-
-    def _encoded_mask(self, picture: Picture) -> bytes:
-        path = self._images / picture.file_name
-        if not path.is_file():
-            raise UserError(f"{path}: is missing, yet {self._annotations} names it.")
-        stored = reading.check_image_data(_read(path), str(path))
-        if stored != (picture.height, picture.width):
-            raise UserError(
-                f"{path}: is {stored[1]} x {stored[0]} pixels (width x height), but "
-                f"{self._annotations} says {picture.width} x {picture.height}."
-            )
-        return reading.encode_label(draw(picture))
-
-    def _generate_examples(
-        self, pictures: Sequence[Picture], masks: Sequence[bytes]
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        for index, picture in enumerate(reading.watch(pictures, "Writing COCO")):
-            image = _read(self._images / picture.file_name)
-            name = pathlib.PurePosixPath(picture.file_name).stem
-            yield index, {"image": image, "label": masks[index], "name": name}
+    annotated = read_annotations(annotations)
+    if split == "train":
+        annotated = [
+            image
+            for image in annotated
+            if sum(instance.area for instance in image.instances) > MIN_AREA
+        ]
+    if not annotated:
+        raise UserError(f"{annotations}: has no image with VOC's classes")
+    return [
+        records.Record(
+            pathlib.PurePosixPath(image.file_name).stem,
+            functools.partial(_read, images / image.file_name),
+            functools.partial(_read_label, image, images / image.file_name, annotations),
+        )
+        for image in annotated
+    ]
 
 
-def is_trained_on(picture: Picture) -> bool:
-    """Whether an image belongs to the split train; see the module."""
-    return sum(instance.area for instance in picture.instances) > MIN_AREA
+def _read_label(image: AnnotatedImage, path: _Path, annotations: _Path) -> UInt8[np.ndarray, "h w"]:
+    if not path.is_file():
+        raise UserError(f"{path}: is missing, but {annotations} names it.")
+    height, width = decode_image(_read(path), str(path)).shape[:2]
+    if (height, width) != (image.height, image.width):
+        raise UserError(
+            f"{path}: is {width} x {height} pixels (width x height), but {annotations} says "
+            f"{image.width} x {image.height}."
+        )
+    return draw_label(image)
 
 
-def read_annotations(path: _Path) -> list[Picture]:
-    """The images of an `instances_*.json` of COCO in the order of their ids.
+def read_annotations(path: _Path) -> list[AnnotatedImage]:
+    """Reads the images of one of COCO's `instances_*.json`, in the order of their ids.
 
     Raises:
-      UserError: the file cannot be read, or is none of COCO's.
+      UserError: the file cannot be read, or is not one of COCO's.
     """
     try:
         content = json.loads(_read(path))
@@ -203,30 +185,30 @@ def read_annotations(path: _Path) -> list[Picture]:
                     )
                 )
         return [
-            Picture(
+            AnnotatedImage(
                 image["file_name"], image["height"], image["width"], tuple(instances[image["id"]])
             )
             for image in sorted(content["images"], key=lambda image: image["id"])
         ]
     except ValueError as error:
-        raise UserError(f"{path}: truncated, or no JSON ({error}). Replace the file.") from None
+        raise UserError(f"{path}: truncated, or not JSON ({error}). Replace the file.") from None
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: is no file of COCO's instances ({type(error).__name__}: {error}). Expected "
-            "that of annotations_trainval2017.zip."
+            f"{path}: is not a file of COCO's instances ({type(error).__name__}: {error}). "
+            "Expected the file in annotations_trainval2017.zip."
         ) from None
 
 
-def draw(picture: Picture) -> UInt8[np.ndarray, "h w"]:
-    """The label of an image: VOC's class ids, and `labels.IGNORE` where instances overlap.
+def draw_label(image: AnnotatedImage) -> UInt8[np.ndarray, "h w"]:
+    """Draws an image's label: VOC's class ids, and `labels.IGNORE` where instances overlap.
 
     Raises:
       UserError: a segmentation cannot be decoded.
     """
-    label = np.zeros((picture.height, picture.width), np.uint8)
+    label = np.zeros((image.height, image.width), np.uint8)
     covered, overlap = np.zeros(label.shape, bool), np.zeros(label.shape, bool)
-    for instance in picture.instances:
-        inside = _decode(instance, picture)
+    for instance in image.instances:
+        inside = _decode(instance, image)
         label[inside] = instance.class_id
         overlap |= covered & inside
         covered |= inside
@@ -234,11 +216,11 @@ def draw(picture: Picture) -> UInt8[np.ndarray, "h w"]:
     return label
 
 
-def _decode(instance: Instance, picture: Picture) -> Bool[np.ndarray, "h w"]:
-    """The pixels of an instance, by COCO's own rule for those on a polygon's edge."""
+def _decode(instance: Instance, image: AnnotatedImage) -> Bool[np.ndarray, "h w"]:
+    """Returns the mask of an instance. pycocotools decides on the pixels of a polygon's edge."""
     from pycocotools import mask as coco_mask
 
-    size = [picture.height, picture.width]
+    size = [image.height, image.width]
     segmentation = instance.segmentation
     try:
         if isinstance(segmentation, dict):
@@ -249,64 +231,30 @@ def _decode(instance: Instance, picture: Picture) -> Bool[np.ndarray, "h w"]:
         else:
             code = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
         return coco_mask.decode(code).astype(bool)
-    except Exception as error:  # pycocotools raises what its parser stumbles on
+    except Exception as error:  # pycocotools raises various errors
         raise UserError(
-            f"{picture.file_name}: the segmentation of annotation {instance.id} cannot be decoded "
+            f"{image.file_name}: the segmentation of annotation {instance.id} cannot be decoded "
             f"({error})."
         ) from None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a source of COCO is: unpacked, or at a path inside a zip file."""
-
-    on_disk: pathlib.Path
-    inside: str = ""
-
-    def open(self) -> _Path:
-        if not self.inside:
-            return self.on_disk
-        try:
-            return zipfile.Path(zipfile.ZipFile(self.on_disk), self.inside)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{self.on_disk}: the archive is damaged or truncated ({error}). Download it again "
-                f"from {_URLS[self.on_disk.name]}"
-            ) from None
+def _path_on_disk(local: archives.LocalArchive) -> pathlib.Path:
+    """Returns the path of the zip file or, if it is unpacked, of the annotations or images."""
+    return local.path / local.archive.marker if local.is_unpacked else local.path
 
 
-def _find(root: str, split: str) -> list[_Place]:
-    """A split's file of annotations and folder of images, unpacked or, failing that, in zips.
-
-    Raises:
-      UserError: the root does not hold them.
-    """
-    if not root:
+def _open(local: archives.LocalArchive) -> _Path:
+    """Returns the path of the annotations or images, on disk or in the zip file."""
+    path, archive = _path_on_disk(local), local.archive
+    if local.is_unpacked:
+        return path
+    try:
+        return zipfile.Path(zipfile.ZipFile(path), f"{archive.folder}/{archive.marker}".rstrip("/"))
+    except (OSError, zipfile.BadZipFile) as error:
         raise UserError(
-            "config.data.root is empty: COCO is not downloaded by itself. Lay these, or what is in "
-            "them, into a folder, and give it:\n" + "\n".join(_URLS.values())
-        )
-    folder = pathlib.Path(root).expanduser()
-    annotations = f"annotations/instances_{split}2017.json"
-    sources = {
-        "annotations_trainval2017.zip": annotations,
-        f"{split}2017.zip": f"{split}2017",
-    }
-    places, missing = [], []
-    for archive, inside in sources.items():
-        if (folder / inside).exists():
-            places.append(_Place(folder / inside))
-        elif (folder / archive).is_file():
-            places.append(_Place(folder / archive, inside))
-        else:
-            missing.append(f"- {inside}, or {archive} from {_URLS[archive]}")
-    if missing:
-        state = "does not hold what this split needs" if folder.exists() else "does not exist"
-        raise UserError(
-            "\n".join([f"config.data.root: {folder} {state}. Looked for", *missing])
-            + "\nLay one or the other there."
-        )
-    return places
+            f"{path}: the archive is damaged or truncated ({error}). Download it again from "
+            f"{archive.urls[0]}"
+        ) from None
 
 
 def _read(path: _Path) -> bytes:
@@ -314,30 +262,3 @@ def _read(path: _Path) -> bytes:
         return path.read_bytes()
     except (OSError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}).") from None
-
-
-def _key(places: Sequence[_Place]) -> str:
-    """Hash of the names, sizes and modification times of what is on disk."""
-    digest = hashlib.sha256()
-    for place in places:
-        status = place.on_disk.stat()
-        # The size of a folder differs between file systems.
-        size = status.st_size if place.on_disk.is_file() else 0
-        digest.update(f"{place.on_disk.name} {size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _prepare(places: Sequence[_Place], split: str, data_dir: pathlib.Path) -> None:
-    if importlib.util.find_spec("pycocotools") is None:
-        raise UserError(
-            "COCO's annotations are decoded with pycocotools, which is not installed: "
-            "pip install 'deeplab-jax[coco]'. It is needed once, when the data set is prepared."
-        )
-    folder = data_dir / CocoSegmentation.name / split
-    annotations, images = (place.open() for place in places)
-    print(f"Preparing COCO {split} from {images} in {folder}", file=sys.stderr)
-    with prepared.scratch(folder) as scratch:
-        builder = CocoSegmentation(
-            annotations=annotations, images=images, config=split, data_dir=data_dir
-        )
-        prepared.write(builder, scratch)

@@ -1,171 +1,126 @@
-"""Data sets that are read where they were unpacked, as published: images, masks, a table of ids.
+"""Data sets that are read from their files as published, without a preparation.
 
-At the start names are matched and a few pairs are read; what is wrong within a file shows when it
-is read.
+Loading a split matches file names and reads a few pairs. Other damaged files raise an error when
+they are read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
+from jaxtyping import UInt8
 
 from deeplab_jax.config import DataConfig
-from deeplab_jax.data import labels as label_sets
-from deeplab_jax.data.dataset import Dataset, Example
-from deeplab_jax.data.io import reading
-from deeplab_jax.data.io.reading import Pair
-from deeplab_jax.data.labels import LabelSet
-from deeplab_jax.utils.errors import UserError
+from deeplab_jax.data.dataset import Dataset, Pair
+from deeplab_jax.data.datasets.archives import Archive, find_archives
+from deeplab_jax.data.datasets.file_source import FileSource
+from deeplab_jax.data.io import masks
+from deeplab_jax.data.labels import LabelSet, check_ignore_label
+from deeplab_jax.utils.errors import UserError, raise_problems
+from deeplab_jax.utils.files import find_files
 
-_FIRST_LOOK = 4  # pairs, evenly spread
-_FOREIGN = -1  # what an id that a data set does not have is mapped to
+_UNKNOWN = -1  # the class of an id that the data set does not have
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where a data set's files lie below its root.
+class RawDataset:
+    """The files of a data set below its root.
 
     Attributes:
-      title: what it is called.
+      title: name of the data set in messages.
       images: folder of each split's images.
-      masks: folder of each split's masks; they have the images' names but for the ends.
-      image_end: of the names of images.
-      mask_end: of the names of masks.
-      archives: files that hold them, as published.
-      home: where the archives are.
+      masks: folder of each split's masks. A mask is named as its image but for the suffix.
+      image_suffix: end of the names of images.
+      mask_suffix: end of the names of masks.
+      archives: the archives, whose URL may be a page that offers them.
+      class_of_id: the class, or `labels.IGNORE`, of each id that masks may hold.
     """
 
     title: str
     images: Mapping[str, str]
     masks: Mapping[str, str]
-    image_end: str
-    mask_end: str
-    archives: tuple[str, ...]
-    home: str
+    image_suffix: str
+    mask_suffix: str
+    archives: tuple[Archive, ...]
+    class_of_id: Mapping[int, int]
 
 
-def load(
-    layout: Layout,
-    config: DataConfig,
-    parts: Sequence[str],
-    ids: Mapping[int, int],
-    labels: LabelSet,
-) -> Dataset:
-    """Some splits of a data set, one after the other, each in the order of names.
+def load(raw: RawDataset, config: DataConfig, split: str, labels: LabelSet) -> Dataset:
+    """Loads a split, in the order of file names; trainval is train, then val.
 
     Args:
-      layout: of the data set.
-      config: its `root` and `ignore_label`.
-      parts: splits of the layout.
-      ids: the class, or `labels.IGNORE`, of each id that masks may hold.
-      labels: of the classes.
+      raw: the files of the data set.
+      config: its `root` and `ignore_label` are used.
+      split: train, val or trainval.
+      labels: the classes.
 
     Raises:
-      UserError: files are missing, or a pair among a few is damaged. Reading an example raises one
-        if it is.
+      UserError: files are missing, or one of the few pairs that are read is damaged.
     """
-    if config.ignore_label != label_sets.IGNORE:
-        raise UserError(
-            f"{layout.title}'s ignored pixels are mapped to {label_sets.IGNORE}: "
-            f"config.data.ignore_label must be {label_sets.IGNORE}, got {config.ignore_label}"
-        )
-    root = root_of(layout, config)
-    pairs = [pair for part in parts for pair in _pairs(layout, root, part)]
-    source = PublishedSource(pairs, ids)
-    for index in sorted({int(i) for i in np.linspace(0, len(source) - 1, _FIRST_LOOK)}):
-        source[index]
+    check_ignore_label(raw.title, config.ignore_label)
+    root = find_root(raw, config)
+    parts = ("train", "val") if split == "trainval" else (split,)
+    pairs = [pair for part in parts for pair in _match_files(raw, root, part)]
+    table = np.full(256, _UNKNOWN, np.int16)
+    table[list(raw.class_of_id)] = list(raw.class_of_id.values())
+    source = FileSource(pairs, functools.partial(_read_label, table))
+    source.check_samples()
     return Dataset(source, labels)
 
 
-class PublishedSource:
-    """Examples read from their files when they are asked for. It pickles.
-
-    Args:
-      pairs: the files.
-      ids: the class, or `labels.IGNORE`, of each id that masks may hold.
-    """
-
-    def __init__(self, pairs: Sequence[Pair], ids: Mapping[int, int]) -> None:
-        # Texts, which pickle in a fraction of the time that paths take.
-        self._files = tuple((pair.name, str(pair.image), str(pair.mask)) for pair in pairs)
-        self._table = np.full(256, _FOREIGN, np.int16)
-        self._table[list(ids)] = list(ids.values())
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} of {len(self)} examples")
-        name, *paths = self._files[index]
-        image_path, mask_path = map(pathlib.Path, paths)
-        image = reading.read_image(image_path)
-        label = self._read_label(mask_path)
-        reading.check_sizes(image_path, image.shape[:2], mask_path, label.shape)
-        return {"image": image, "label": label, "name": name}
-
-    def _read_label(self, path: pathlib.Path) -> np.ndarray:
-        ids = reading.read_ids(path)
-        label = np.where((ids >= 0) & (ids < 256), self._table[ids & 255], _FOREIGN)
-        if (label == _FOREIGN).any():
-            values = ", ".join(map(str, np.unique(ids[label == _FOREIGN])[:5]))
-            known = ", ".join(map(str, np.flatnonzero(self._table != _FOREIGN)))
-            raise UserError(f"{path}: holds {values}, no id of this data set, which has {known}")
-        return label.astype(np.uint8)
+def _read_label(table: np.ndarray, path: pathlib.Path) -> UInt8[np.ndarray, "h w"]:
+    ids = masks.read_ids(path)
+    label = np.where((ids >= 0) & (ids < 256), table[ids & 255], _UNKNOWN)
+    if (label == _UNKNOWN).any():
+        values = ", ".join(map(str, np.unique(ids[label == _UNKNOWN])[:5]))
+        known = ", ".join(map(str, np.flatnonzero(table != _UNKNOWN)))
+        raise UserError(f"{path}: holds {values}, no id of this data set, which has {known}")
+    return label.astype(np.uint8)
 
 
-def root_of(layout: Layout, config: DataConfig) -> pathlib.Path:
-    """The folder that the config names.
+def find_root(raw: RawDataset, config: DataConfig) -> pathlib.Path:
+    """Returns the folder that `config.root` names.
 
     Raises:
-      UserError: there is none; or archives lie in it that were not unpacked.
+      UserError: the folder does not hold the unpacked archives.
     """
-    get = f"Unpack {' and '.join(layout.archives)} from {layout.home} into one folder"
-    if not config.root:
-        raise UserError(f"config.data.root is empty. {get}, and give it.")
-    root = pathlib.Path(config.root).expanduser()
-    if not root.is_dir():
-        raise UserError(f"config.data.root: there is no folder {root}. {get}.")
-    needed = [*layout.images.values(), *layout.masks.values()]
-    missing = [folder for folder in needed if not (root / folder).is_dir()]
-    if missing:
-        packed = [name for name in layout.archives if (root / name).is_file()]
-        mend = f"Unpack {' and '.join(packed)} there." if packed else f"{get}."
-        if any((root.parent / folder).is_dir() for folder in needed):
-            mend = f"The root is the folder it is in, {root.parent}."
-        raise UserError(f"config.data.root: {root} has no {', no '.join(missing)}. {mend}")
-    return root
+    found = find_archives(raw.archives, config.root, "Unpack the archives there.")
+    packed = [archive.file_name for archive, local in found.items() if not local.is_unpacked]
+    if packed:
+        raise UserError(f"config.data.root: unpack {' and '.join(packed)} in {config.root}")
+    return pathlib.Path(os.path.expanduser(config.root))
 
 
-def _pairs(layout: Layout, root: pathlib.Path, split: str) -> list[Pair]:
-    images_folder, masks_folder = root / layout.images[split], root / layout.masks[split]
-    images = _files(images_folder, layout.image_end)
-    masks = _files(masks_folder, layout.mask_end)
+def _match_files(raw: RawDataset, root: pathlib.Path, split: str) -> list[Pair]:
+    images_folder, masks_folder = root / raw.images[split], root / raw.masks[split]
+    images = _find_files(images_folder, raw.image_suffix)
+    masks = _find_files(masks_folder, raw.mask_suffix)
     if not images:
-        raise UserError(f"{images_folder}: holds no *{layout.image_end}")
+        raise UserError(f"{images_folder}: holds no *{raw.image_suffix}")
     problems = [
-        f"{path}: has no mask {masks_folder / name}{layout.mask_end}"
-        for name, path in images.items()
-        if name not in masks
+        f"{images[name]}: has no mask {masks_folder / name}{raw.mask_suffix}"
+        for name in sorted(images.keys() - masks.keys())
     ]
     problems += [
-        f"{path}: has no image {images_folder / name}{layout.image_end}"
-        for name, path in masks.items()
-        if name not in images
+        f"{masks[name]}: has no image {images_folder / name}{raw.image_suffix}"
+        for name in sorted(masks.keys() - images.keys())
     ]
-    reading.raise_together(f"{layout.title} {split} in {root}", problems)
+    raise_problems(f"{raw.title} {split} in {root}", problems)
     return [
         Pair(pathlib.PurePosixPath(name).name, images[name], masks[name], images_folder)
         for name in sorted(images)
     ]
 
 
-def _files(folder: pathlib.Path, end: str) -> dict[str, pathlib.Path]:
-    """The files below a folder whose names end so, by their path from it without the end."""
+def _find_files(folder: pathlib.Path, suffix: str) -> dict[str, pathlib.Path]:
+    """Finds files at any depth; keys are the paths from the folder without the suffix."""
     return {
-        path.relative_to(folder).as_posix().removesuffix(end): path
-        for path in folder.rglob(f"*{end}")
+        path.relative_to(folder).as_posix().removesuffix(suffix): path
+        for path in (find_files(folder) if folder.is_dir() else ())
+        if path.name.endswith(suffix)
     }

@@ -1,4 +1,4 @@
-"""A generated data set: textured shapes on textured ground, told apart by their outline alone."""
+"""A generated data set: textured shapes on a textured ground, which differ only in outline."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from deeplab_jax.config import DataConfig, ShapesConfig
 from deeplab_jax.data import randomness
 from deeplab_jax.data.dataset import Dataset, Example
 from deeplab_jax.data.labels import IGNORE, LabelSet
-from deeplab_jax.utils.errors import UserError
 
 LABELS = LabelSet(
     names=("background", "disc", "triangle", "ring", "cross"),
     colors=((0, 0, 0), (230, 60, 60), (255, 225, 25), (0, 130, 200), (145, 30, 180)),
 )
 
-_SPREAD = (0.12, 0.88)  # of centres over the sides, and of colours over their range
-# Shapes are lighter than the ground, so that a short training need not first learn to see them.
+_SPREAD = (0.12, 0.88)  # range of centres (fraction of the side) and of colours
+# Shapes are lighter than the ground, so that even a short training finds them.
 _GROUND_COLORS = (0, 110)
 _SHAPE_COLORS = (110, 255)
-_NOISE = 10  # at most, of 255
-_SUBPIXEL_BITS = 6  # of the vertices that OpenCV draws
+_NOISE = 10  # largest, of 255
+_SUBPIXEL_BITS = 6  # fractional bits of OpenCV's vertices
 
 
 def _regular(corners: int, *radii: float) -> np.ndarray:
-    """A polygon with corners at equal angles, whose radii repeat."""
+    """Returns a polygon with corners at equal angles; the radii are repeated."""
     angles = 2 * np.pi * np.arange(corners) / corners
     return np.resize(radii, corners)[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
@@ -44,7 +43,7 @@ _CROSS = np.concatenate(
     ]
 )
 
-# Outlines of each class from id 1 on, on the unit disc; the inside of a second one is a hole.
+# Outlines of each class, from id 1, in the unit disc. A second outline is a hole.
 _OUTLINES: tuple[tuple[np.ndarray, ...], ...] = (
     (_regular(48, 1.0),),
     (_regular(3, 1.0),),
@@ -56,31 +55,24 @@ _SPLITS = {"train": randomness.SHAPES_TRAIN, "val": randomness.SHAPES_VAL}
 
 
 def load(config: DataConfig, split: str) -> Dataset:
-    """The split "train" or "val"; each image is a function of (`shapes.seed`, split, index).
-
-    Raises:
-      UserError: the split is another.
-    """
-    if split not in _SPLITS:
-        raise UserError(f"data set shapes has the splits train and val, got {split!r}")
+    """Loads the split train or val. An image is a function of (`shapes.seed`, split, index)."""
     shapes = config.shapes
-    length = shapes.num_train if split == "train" else shapes.num_eval
-    return Dataset(Shapes(split, length, shapes), LABELS)
+    num_images = shapes.num_train if split == "train" else shapes.num_eval
+    return Dataset(ShapesSource(split, num_images, shapes), LABELS)
 
 
-class Shapes:
-    """Examples drawn when they are asked for."""
+class ShapesSource:
+    """Draws an example when it is indexed."""
 
-    def __init__(self, split: str, length: int, config: ShapesConfig) -> None:
-        """`length` is the number of images."""
-        self._split, self._length, self._config = split, length, config
+    def __init__(self, split: str, num_images: int, config: ShapesConfig) -> None:
+        self._split, self._num_images, self._config = split, num_images, config
 
     def __len__(self) -> int:
-        return self._length
+        return self._num_images
 
     def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < self._length:
-            raise IndexError(f"index must be in [0, {self._length}), got {index}")
+        if not 0 <= index < self._num_images:
+            raise IndexError(f"index must be in [0, {self._num_images}), got {index}")
         rng = randomness.generator(self._config.seed, _SPLITS[self._split], index)
         image, label = draw(rng, self._config)
         return {"image": image, "label": label, "name": f"shapes-{self._split}-{index:06d}"}
@@ -89,16 +81,16 @@ class Shapes:
 def draw(
     rng: np.random.Generator, config: ShapesConfig
 ) -> tuple[UInt8[np.ndarray, "size size 3"], UInt8[np.ndarray, "size size"]]:
-    """An image of 1 to `max_shapes` shapes, later ones over earlier ones, and its label.
+    """Draws an image of 1 to `max_shapes` shapes, later ones over earlier ones, and its label.
 
-    Class, colour and texture of a shape are drawn independently. A pixel belongs to the class
-    that covers at least half of it; a border around each shape is `labels.IGNORE`, as in VOC.
+    The class, colour and texture of a shape are independent. A pixel belongs to the class that
+    covers at least half of it. A border around each shape is `labels.IGNORE`, as in VOC.
     """
     size, (smallest, largest) = config.size, config.radius_range
     num_shapes = int(rng.integers(1, config.max_shapes + 1))
-    ground, *colors = _far_apart(rng, num_shapes + 1, 3)
-    centers = _far_apart(rng, num_shapes, 2) * size
-    # Channels first: NumPy's loops then run along rows.
+    ground, *colors = _sample_far_apart(rng, num_shapes + 1, 3)
+    centers = _sample_far_apart(rng, num_shapes, 2) * size
+    # Channels first, so that NumPy's inner loops run along rows.
     image = _texture(rng, size, np.interp(ground, (0, 1), _GROUND_COLORS))
     label = np.zeros((size, size), np.uint8)
     for center, color in zip(centers, colors, strict=True):
@@ -118,7 +110,7 @@ def draw(
 def _coverage(
     rng: np.random.Generator, size: int, class_id: int, center: np.ndarray, radius: float
 ) -> UInt8[np.ndarray, "size size"]:
-    """How much of each pixel a shape of random rotation covers, 0..255."""
+    """Returns how much of each pixel a randomly rotated shape covers, 0..255."""
     angle = rng.uniform(0, 2 * np.pi)
     rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     outlines = [
@@ -133,7 +125,7 @@ def _coverage(
 def _texture(
     rng: np.random.Generator, size: int, color: np.ndarray
 ) -> Float32[np.ndarray, "3 size size"]:
-    """Stripes, checks or blobs of random scale, direction and strength around a colour."""
+    """Draws stripes, checks or blobs of random scale, direction and contrast around a colour."""
     kind = rng.integers(3)
     if kind == 2:
         cells = int(rng.integers(4, 12))
@@ -141,7 +133,7 @@ def _texture(
         pattern = cv2.resize(blobs, (size, size), interpolation=cv2.INTER_CUBIC)
     else:
         angle, phase = rng.uniform(0, 2 * np.pi, 2).tolist()
-        waves = rng.uniform(5, 18)  # over the side of the image
+        waves = rng.uniform(5, 18)  # periods per side of the image
         along = np.linspace(0, 2 * np.pi * waves, size, dtype=np.float32)
         x, y = along * math.cos(angle), along * math.sin(angle) + phase
         pattern = np.sin(x + y[:, None])
@@ -152,14 +144,14 @@ def _texture(
     return color.astype(np.float32)[:, None, None] + contrast[:, None, None] * pattern
 
 
-def _far_apart(rng: np.random.Generator, count: int, dimensions: int) -> np.ndarray:
-    """Points of a cube with side `_SPREAD`, `[count, dimensions]`, mostly far from each other.
+def _sample_far_apart(rng: np.random.Generator, num_points: int, dimensions: int) -> np.ndarray:
+    """Samples points in the cube `_SPREAD`, `[num_points, dimensions]`, mostly far apart.
 
-    Each is the farthest of several candidates from those before it (Mitchell 1991): shapes
-    seldom hide each other wholly, and none has the colour of its ground.
+    Each point is the one of several candidates that is farthest from the points before it (Mitchell
+    1991). So shapes seldom hide each other completely, and none has the colour of the ground.
     """
     points = rng.uniform(*_SPREAD, (1, dimensions))
-    for _ in range(count - 1):
+    for _ in range(num_points - 1):
         candidates = rng.uniform(*_SPREAD, (6, dimensions))
         distances = np.linalg.norm(candidates[:, None] - points, axis=-1).min(axis=1)
         points = np.concatenate([points, candidates[[distances.argmax()]]])

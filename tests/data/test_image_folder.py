@@ -1,4 +1,4 @@
-"""A user's own images and masks: every kind of them gives the examples that were drawn."""
+"""A user's own images and masks: every format gives the examples that were written."""
 
 import io
 import pickle
@@ -16,28 +16,27 @@ from deeplab_jax import data
 from deeplab_jax.config import Config, DataConfig
 from deeplab_jax.config.rules import validate
 from deeplab_jax.data import labels, pipeline
-from deeplab_jax.data.io import masks, reading
+from deeplab_jax.data.dataset import read_example
+from deeplab_jax.data.io import images, masks
 from deeplab_jax.data.labels import IGNORE
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.training import train as loop
-from deeplab_jax.training.train import resolve_architecture
+from deeplab_jax.training.train import resolve_architecture, train
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import initialize
-from deeplab_jax.weights import saved_model as checkpoint
+from deeplab_jax.weights import initialize, saved_model
 from own_data import COLORS, NAMES
 
 
-@pytest.mark.parametrize("holds", ["ids", "palette"])
+@pytest.mark.parametrize("encoding", ["ids", "palette"])
 @pytest.mark.parametrize("ignore", [255, 3, 77])
-def test_ids_with_any_ignore_label(maker, holds, ignore):
-    maker.pair("a", folder="train", ignore=ignore, holds=holds)
+def test_ids_with_any_ignore_label(maker, encoding, ignore):
+    maker.pair("a", folder="train", ignore=ignore, encoding=encoding)
     dataset = maker.load(ignore_label=ignore)
     maker.expect(dataset, "a")
     assert dataset.labels.names == NAMES
 
 
-def test_an_ignored_class_is_none_of_the_classes_if_it_is_the_last(maker):
+def test_an_ignored_last_class_is_not_a_class_of_the_model(maker):
     maker.text("classes.txt", *NAMES, "void")
     maker.pair("a", folder="train", ignore=3)
     dataset = maker.load(ignore_label=3)
@@ -58,7 +57,7 @@ def test_colors(maker, written):
     }
     lines["void"] = [*lines["hex"], "void 224 224 192"]
     maker.text("classes.txt", "# of mine", *lines[written])
-    maker.pair("a", folder="train", holds="colors")
+    maker.pair("a", folder="train", encoding="colors")
     # 255 is VOC's border, whose colour this is; else it is the last line's.
     dataset = maker.load(masks_hold="colors", ignore_label=3 if written == "void" else 255)
     assert dataset.labels == labels.LabelSet(NAMES, COLORS)
@@ -154,14 +153,14 @@ def test_sixteen_bits_keep_their_upper_eight(tmp_path):
     pages = [Image.fromarray(image[..., channel]) for channel in range(3)]
     pages[0].save(tmp_path / "grey.png")
     pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:] * 2)
-    read = reading.read_image(tmp_path / "pages.tif", 5)
+    read = images.read_image(tmp_path / "pages.tif", 5)
     assert read[0, 0].tolist() == [0x12, 0xFF, 0x00, 0xFF, 0x00]
-    assert reading.read_image(tmp_path / "grey.png", 1)[0, 0].tolist() == [0x12]
+    assert images.read_image(tmp_path / "grey.png", 1)[0, 0].tolist() == [0x12]
     (tmp_path / "rgb.png").write_bytes(png(1, 1, 16, 2, rows))
-    assert reading.read_image(tmp_path / "rgb.png")[0, 0].tolist() == [0x12, 0xFF, 0x00]
+    assert images.read_image(tmp_path / "rgb.png")[0, 0].tolist() == [0x12, 0xFF, 0x00]
     rgba = b"\0" + struct.pack(">4H", 0x0102, 0x0304, 0x0506, 0x0708)
     (tmp_path / "rgba.png").write_bytes(png(1, 1, 16, 6, rgba))
-    assert reading.read_image(tmp_path / "rgba.png", 4)[0, 0].tolist() == [1, 3, 5, 7]
+    assert images.read_image(tmp_path / "rgba.png", 4)[0, 0].tolist() == [1, 3, 5, 7]
 
 
 def png(width, height, bits, color_type, rows):
@@ -177,7 +176,7 @@ def png(width, height, bits, color_type, rows):
 
 
 @pytest.mark.parametrize("shape", [(7, 9), (7, 9, 3), (7, 9, 4)])
-def test_other_channels_than_said(maker, shape):
+def test_unexpected_channels(maker, shape):
     maker.pair("a", folder="train")
     maker.save(maker.root / "images/train/a.png", np.zeros(shape, np.uint8))
     with pytest.raises(UserError, match=r"a\.png: has \d channels.*folder\.channels is 6"):
@@ -193,8 +192,8 @@ def test_a_numpy_mask(maker):
     (maker.root / "masks/train/a.png").unlink()
     np.save(maker.root / "masks/train/a.npy", maker.labels["a"].astype(np.int64))
     maker.expect(maker.load(), "a")
-    np.save(maker.root / "masks/train/a.npy", maker.labels["a"].astype(float))
-    with pytest.raises(UserError, match=r"a\.npy: must hold whole numbers"):
+    np.save(maker.root / "masks/train/a.npy", maker.labels["a"] + 0.5)
+    with pytest.raises(UserError, match=r"a\.npy: holds .*must be whole numbers"):
         maker.load()
 
 
@@ -209,7 +208,7 @@ def test_a_turned_image_is_named_as_such(flat):
     exif[0x0112] = 6
     Image.fromarray(flat.images["b"]).save(flat.root / "images/b.png", exif=exif)
     flat.save(flat.root / "masks/b.png", np.zeros((9, 7), np.uint8))
-    with pytest.raises(UserError, match=r"9 x 7 as stored \(to be shown turned: EXIF 6\)"):
+    with pytest.raises(UserError, match=r"9 x 7 as stored \(viewers apply EXIF orientation 6\)"):
         flat.load()
 
 
@@ -229,7 +228,7 @@ def test_unknown_colors_are_located_with_the_nearest_class(maker):
     )
 
 
-def test_an_unknown_id_is_located_with_the_setting_that_mends_it(flat):
+def test_an_unknown_id_is_located_with_the_setting_that_fixes_it(flat):
     mask = np.zeros((7, 9), np.uint8)
     for name in "ab":
         flat.save(flat.root / f"masks/{name}.png", mask)
@@ -253,22 +252,22 @@ def test_ids_beyond_a_byte(flat, value):
 
 
 @pytest.mark.parametrize(
-    ("holds", "mask", "message"),
+    ("encoding", "mask", "message"),
     [
         ("ids", np.array([[0, 255]]), r"masks_hold=binary"),
         ("binary", np.array([[0, 1]]), r"masks_hold=ids"),
         ("colors", np.array([[0, 1]]), r"masks_hold=ids"),
         ("colors", np.array([[0, 255]]), r"masks_hold=binary"),
-        ("ids", np.zeros((1, 2, 3)), r"masks_hold=colors"),
+        ("ids", np.array([[[1, 1, 2], [2, 2, 3]]]), r"masks_hold=colors"),
     ],
 )
-def test_the_wrong_kind_of_mask_is_told_with_the_right_one(maker, holds, mask, message):
+def test_a_wrong_mask_format_is_reported_with_the_right_one(maker, encoding, mask, message):
     maker.pair("a", folder="train")
     maker.save(maker.root / "images/train/a.png", np.zeros((1, 2, 3), np.uint8))
     maker.save(maker.root / "masks/train/a.png", mask.astype(np.uint8))
     maker.text("classes.txt", "a 1 1 2", "b 2 2 3")
     with pytest.raises(UserError, match=message):
-        maker.load(masks_hold=holds, ignore_label=7)
+        maker.load(masks_hold=encoding, ignore_label=7)
 
 
 def test_masks_as_jpeg_are_named_as_the_cause(maker):
@@ -285,14 +284,14 @@ def test_no_file_of_classes(maker):
     with pytest.raises(UserError) as error:
         maker.load(ignore_label=9)
     assert re.search(
-        r"(?s)classes\.txt: there is no file of class names\. Write a class a line.*"
+        r"(?s)classes\.txt: there is no file of class names\. Write one class per line.*"
         r"first 1 masks hold id 0, id 1, id 2, id 9\. 9 is ignored",
         str(error.value),
     )
     (maker.root.parent / "names").write_text("\n".join(NAMES))
     dataset = maker.load(ignore_label=9, classes=str(maker.root.parent / "names"))
     assert dataset.labels.names == NAMES
-    maker.pair("a", folder="train", holds="colors")
+    maker.pair("a", folder="train", encoding="colors")
     with pytest.raises(UserError, match=r"with its colour.*\n.*\n(?s:.*)colour \(10, 20, 30\)"):
         maker.load(masks_hold="colors")
 
@@ -305,7 +304,7 @@ def test_two_classes_of_one_color(maker):
     assert maker.load().labels.names == ("a", "b", "c")
 
 
-def test_binary_wants_two_classes(maker):
+def test_binary_needs_two_classes(maker):
     maker.pair("a", folder="train")
     with pytest.raises(UserError, match=r"names 3 classes.*two: that of 0, then that of 255"):
         maker.load(masks_hold="binary")
@@ -317,7 +316,7 @@ def jpeg(array) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("content", ["empty", "text", "cut"])
+@pytest.mark.parametrize("content", ["empty", "a text file", "truncated"])
 @pytest.mark.parametrize("kind", ["images/b.jpg", "masks/b.png"])
 def test_broken_files_are_named(flat, content, kind):
     (flat.root / "images/b.png").unlink()
@@ -325,22 +324,22 @@ def test_broken_files_are_named(flat, content, kind):
     assert len(flat.load().source) == 2
     path = flat.root / kind
     whole = path.read_bytes()
-    path.write_bytes({"empty": b"", "text": b"no image", "cut": whole[:-30]}[content])
-    with pytest.raises(UserError, match=rf"{kind}: truncated, or no image"):
+    path.write_bytes({"empty": b"", "a text file": b"no image"}.get(content, whole[:-30]))
+    with pytest.raises(UserError, match=rf"{kind}: is {content}"):
         flat.load()
 
 
 def test_a_truncated_jpeg_is_noticed_where_opencv_fills_it_up(flat, monkeypatch):
-    monkeypatch.setattr(reading, "decode_image", lambda data: np.zeros((7, 9, 3), np.uint8))
+    monkeypatch.setattr(images, "_decode", lambda *_: np.zeros((7, 9, 3), np.uint8))
     path = flat.root / "cut.jpg"
     whole = jpeg(flat.images["a"])
     path.write_bytes(whole)
-    assert reading.read_image(path).shape == (7, 9, 3)
+    assert images.read_image(path).shape == (7, 9, 3)
     path.write_bytes(whole + b"appended by some camera" * 500)
-    assert reading.read_image(path).shape == (7, 9, 3)
+    assert images.read_image(path).shape == (7, 9, 3)
     path.write_bytes(whole[:-20])
-    with pytest.raises(UserError, match=r"cut\.jpg: truncated"):
-        reading.read_image(path)
+    with pytest.raises(UserError, match=r"cut\.jpg: is truncated"):
+        images.read_image(path)
 
 
 def test_an_error_in_a_worker_names_the_file(flat):
@@ -353,7 +352,7 @@ def test_an_error_in_a_worker_names_the_file(flat):
     config = DataConfig(crop_size=(5,), num_workers=0)
     with (
         pipeline.train_batches(dataset, config, batch_size=7, seed=0, start_step=0) as batches,
-        pytest.raises(UserError, match=r"images/d\.png: truncated, or no image"),
+        pytest.raises(UserError, match=r"images/d\.png: is empty"),
     ):
         next(batches)
 
@@ -376,7 +375,7 @@ def test_camvid(shared_data):
     assert (len(train.source), len(val.source)) == (367, 101)
     assert train.labels.colors == labels.CAMVID.colors
     index = random.Random(0).randrange(367)
-    example = pipeline.read(train, index)
+    example = read_example(train, index)
     mask = np.array(Image.open(shared_data / "camvid/masks/train" / f"{example['name']}.png"))
     np.testing.assert_array_equal(example["label"], np.where(mask == 11, IGNORE, mask))
 
@@ -391,22 +390,22 @@ def test_fine_tuning_replaces_the_head_of_other_classes_and_says_so(maker, tmp_p
     config.data.split, config.data.num_workers, config.data.crop_size = "train", 0, (33,)
     five = FunctionalModel(architecture("paper_resnet18", num_classes=5, width=0.125))
     saved = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), five.abstract)
-    info = checkpoint.describe(
+    info = saved_model.describe(
         five.architecture, labels.named(*"abcde"), mean=(0,), std=(1,), resize="", size=(33, 33)
     )
-    config.init.path = str(checkpoint.write_model(tmp_path / "five", saved, info))
+    config.init.path = str(saved_model.write_model(tmp_path / "five", saved, info))
 
     said = []
     dataset = maker.load()
     three = FunctionalModel(resolve_architecture(config, dataset))
-    start = initialize.variables(config, three, log=said.append)
-    assert any("classifier.logits.kernel" in line and "start anew" in line for line in said)
+    start = initialize.init_variables(config, three, log=said.append)
+    assert any("classifier.logits.kernel" in line and "stay random" in line for line in said)
     assert start.params["classifier.logits.kernel"].shape[-1] == 3
     assert np.unique(start.params["backbone.stem.0.conv.kernel"]).tolist() == [0.5]
 
-    result = loop.train(config, tmp_path / "run")
+    result = train(config, tmp_path / "run")
     assert (result.step, result.stopped) == (1, False)
-    assert checkpoint.read(tmp_path / "run").info["classes"] == list(NAMES)
+    assert saved_model.read(tmp_path / "run").info["classes"] == list(NAMES)
 
 
 def test_the_table_of_colors_is_exact():
@@ -431,10 +430,14 @@ def test_the_table_of_colors_is_exact():
         (
             "channels",
             4,
-            r"data\.mean must hold one number a channel.*= 4.*mean=0\.5,0\.5,0\.5,0\.5",
+            r"data\.mean must be one number per channel.*= 4.*mean=0\.5,0\.5,0\.5,0\.5",
         ),
         ("channels", 0, r"folder\.channels must be 1 or more"),
-        ("mask_name", "{name}.png", r"mask_name must hold \{name\} once, and no suffix"),
+        (
+            "mask_name",
+            "{name}.png",
+            r"mask_name must be a text that holds \{name\} once and no suffix",
+        ),
         ("val_fraction", 1.5, r"val_fraction must be in \[0, 1\]"),
         ("masks_hold", "id", r"masks_hold must be ids, colors or binary, got 'id'"),
     ],

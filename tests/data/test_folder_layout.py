@@ -1,4 +1,4 @@
-"""Which files of a user's folder belong together, and what is told where they do not."""
+"""Pairs and splits of each layout of a user's folder, and errors for incomplete pairs."""
 
 import re
 
@@ -7,7 +7,7 @@ import pytest
 
 from deeplab_jax import data
 from deeplab_jax.config import DataConfig
-from deeplab_jax.data.datasets import layout
+from deeplab_jax.data.datasets.folder_layout import detect_layout
 from deeplab_jax.utils.errors import UserError
 
 
@@ -28,7 +28,7 @@ def test_folders_may_be_nested(maker):
     maker.expect(maker.load(mask_name="gt-{name}"), ["town/1/a", "town/2/b"])
 
 
-def test_lists_keep_their_order_and_leave_the_rest(maker):
+def test_lists_keep_their_order_and_skip_unlisted_images(maker):
     for name in "abcde":
         maker.pair(name)
     (maker.root / "masks" / "e.png").unlink()
@@ -38,7 +38,7 @@ def test_lists_keep_their_order_and_leave_the_rest(maker):
     maker.expect(maker.load("val"), "d")
 
 
-def test_a_fraction_is_val_and_more_images_move_none(maker):
+def test_a_fraction_is_val_and_adding_images_moves_none(maker):
     names = [f"{index:03d}" for index in range(200)]
     for name in names:
         maker.pair(name, shape=(2, 3))
@@ -56,7 +56,7 @@ def test_a_fraction_is_val_and_more_images_move_none(maker):
 
 
 def split_names(maker, **folder):
-    splits = layout.find(maker.config(**folder)).splits
+    splits = detect_layout(maker.config(**folder)).splits
     return [[pair.name for pair in splits[split]] for split in ("train", "val")]
 
 
@@ -71,7 +71,7 @@ def test_a_csv(maker):
     maker.expect(maker.load("val"), ["images/c"])
 
 
-def test_a_csv_without_splits_is_divided(maker):
+def test_a_csv_without_splits_is_split(maker):
     for index in range(30):
         maker.pair(f"{index}", shape=(2, 3))
     rows = [f"{maker.root}/images/{i}.png,masks/{i}.png" for i in range(30)]
@@ -92,18 +92,18 @@ def test_missing_pairs_are_named_both_ways_and_with_the_nearest_name(maker):
     assert "2 problems" in message
     assert re.search(
         r"images/train/street_002\.png: has no mask .*masks/train/street_002\.\* "
-        r"\(nearest name: stret_002\)",
+        r"\(did you mean 'stret_002'\?\)",
         message,
     )
     assert re.search(
-        r"stret_002\.png: is the mask of no image \(nearest name: street_002\)", message
+        r"stret_002\.png: is the mask of no image \(did you mean 'street_002'\?\)", message
     )
 
 
 def test_a_pattern_of_names_is_found(maker):
     for name in ("a1", "a2"):
         maker.pair(name, folder="train", mask_name="{name}_mask")
-    with pytest.raises(UserError, match=r"set config\.data\.folder\.mask_name=\{name\}_mask"):
+    with pytest.raises(UserError, match=r"Set config\.data\.folder\.mask_name=\{name\}_mask"):
         maker.load()
     maker.expect(maker.load(mask_name="{name}_mask"), ["a1", "a2"])
 
@@ -111,18 +111,18 @@ def test_a_pattern_of_names_is_found(maker):
 def test_two_files_of_one_name(maker):
     maker.pair("a", folder="train")
     maker.save(maker.root / "images/train/a.bmp", np.zeros((7, 9, 3), np.uint8))
-    with pytest.raises(UserError, match=r"a\.png and .*a\.bmp have one name"):
+    with pytest.raises(UserError, match=r"a\.png and .*a\.bmp have the same name"):
         maker.load()
 
 
-def test_lists_must_name_what_there_is_and_share_nothing(maker):
+def test_lists_must_name_existing_images_and_not_overlap(maker):
     for name in ("aaa", "bbb", "ccc"):
         maker.pair(name)
     maker.text("train.txt", "aaa", "bbb", "cccc")
     maker.text("val.txt", "bbb")
     with pytest.raises(UserError) as error:
         maker.load()
-    assert re.search(r"train\.txt: names cccc, .*\(nearest name: ccc\)", str(error.value))
+    assert re.search(r"train\.txt: names cccc, .*\(did you mean 'ccc'\?\)", str(error.value))
     assert re.search(r"val\.txt and .*train\.txt share 1 images, as bbb", str(error.value))
 
 
@@ -134,7 +134,10 @@ def test_lists_must_name_what_there_is_and_share_nothing(maker):
         (["image,mask,split", "images/a.png,masks/a.png,valid"], "line 2 has split 'valid'"),
         (["image,mask", "images/a.png"], "line 2 names no mask"),
         (["image,mask", *["images/a.png,masks/a.png"] * 2], "lines 2 and 3 name one image"),
-        (["image,mask", "images/a.png,masks/aa.png"], r"masks/aa\.png.*\(nearest name: a\.png\)"),
+        (
+            ["image,mask", "images/a.png,masks/aa.png"],
+            r"masks/aa\.png.*\(did you mean 'a\.png'\?\)",
+        ),
     ],
 )
 def test_mistakes_in_a_csv(maker, rows, message):
@@ -145,7 +148,7 @@ def test_mistakes_in_a_csv(maker, rows, message):
         maker.load()
 
 
-def test_an_empty_root_and_none(maker, tmp_path):
+def test_an_empty_and_a_missing_root(maker, tmp_path):
     with pytest.raises(UserError, match=r"has no folder images and no folder masks\. It holds cla"):
         maker.load()
     maker.text("pairs.csv", "image,mask")
@@ -162,7 +165,7 @@ def test_an_empty_root_and_none(maker, tmp_path):
         data.load(DataConfig(name="folder"), "train")
 
 
-def test_absent_splits_say_what_there_is(flat):
+def test_the_error_for_an_absent_split_lists_the_splits(flat):
     with pytest.raises(UserError, match=r"no images of split val; it has train \(2\).*val\.txt"):
         flat.load("val")
     (flat.root / "train.txt").unlink()
