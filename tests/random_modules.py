@@ -1,4 +1,4 @@
-"""Modules filled by NumPy, for which no program is compiled for each shape of parameter."""
+"""Modules with random parameters from NumPy, which avoids compiling an initializer per shape."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,7 @@ def abstract_module(make):
 
 
 def random_module(make, seed=0):
-    """The module that `make()` returns, with kernels from He's initialisation, in inference mode.
+    """The module that `make()` returns, with kernels from He's initialization, in inference mode.
 
     Batch norms and biases are as after training, so that a swapped or forgotten one shows.
     """

@@ -1,4 +1,4 @@
-"""The checker of signatures: an int will do where a float is asked for, as everywhere in Python."""
+"""The runtime type checker for signatures; it accepts an int where a float is annotated."""
 
 from beartype import BeartypeConf, beartype
 

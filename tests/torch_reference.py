@@ -1,4 +1,4 @@
-"""torchvision's models as references: the one place where tests import PyTorch and torchvision."""
+"""torchvision's models as references; the only module of the tests that imports torchvision."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def segmentation_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build(weights=None, weights_backbone=None, aux_loss=aux, num_classes=num_classes)
-    return randomise(model, seed)
+    return randomize(model, seed)
 
 
 def shallow_segmentation_model(num_units: tuple[int, ...], *, seed: int = 0) -> Any:
@@ -38,7 +38,7 @@ def shallow_segmentation_model(num_units: tuple[int, ...], *, seed: int = 0) -> 
             resnet.Bottleneck, list(num_units), replace_stride_with_dilation=[False, True, True]
         )
         model = deeplabv3._deeplabv3_resnet(backbone, 21, True)
-    return randomise(model, seed)
+    return randomize(model, seed)
 
 
 def classifier(architecture: str, *, seed: int = 0, num_classes: int = 10) -> Any:
@@ -46,10 +46,10 @@ def classifier(architecture: str, *, seed: int = 0, num_classes: int = 10) -> An
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(torchvision.models, architecture)(weights=None, num_classes=num_classes)
-    return randomise(model, seed)
+    return randomize(model, seed)
 
 
-def randomise(model: Any, seed: int) -> Any:
+def randomize(model: Any, seed: int) -> Any:
     """Gives batch norm statistics and affine parameters that a mistake cannot hide behind.
 
     Fresh ones are zeros and ones: a converter that swapped mean with bias would go unnoticed.

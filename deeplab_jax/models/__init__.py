@@ -1,5 +1,5 @@
-"""DeepLabv3 as Flax modules. Needs jax, flax and NumPy alone."""
+"""DeepLabv3 as Flax modules. Imports no third-party packages but jax, flax, jaxtyping and NumPy."""
 
-# Fills the registries, whichever module of the package is imported first.
+# Fill the registries, whichever module of the package is imported first.
 from deeplab_jax.models import backbones as backbones
 from deeplab_jax.models import heads as heads

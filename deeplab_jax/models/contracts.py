@@ -1,4 +1,4 @@
-"""What `DeepLabV3` expects of a backbone and of a head, and checks that parts fit."""
+"""Protocols of a backbone and a head, and checks that the two fit together."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from deeplab_jax.utils.errors import did_you_mean
 
 
 class Feature(NamedTuple):
-    """A feature map that a backbone returns.
+    """The size of a feature map that a backbone returns.
 
     Attributes:
       channels: number of channels.
-      stride: pixels of the image a pixel of the map, a power of 2 up to 256. For images of any
-        height the map has `ceil(height / stride)` rows, and so for the width.
+      stride: size of the image divided by the size of the map, a power of 2 up to 256. For images
+        of any height the map has `ceil(height / stride)` rows, and the same for the width.
     """
 
     channels: int
@@ -27,16 +27,16 @@ class Feature(NamedTuple):
 
 @runtime_checkable
 class Backbone(Protocol):
-    """What `DeepLabV3` expects of a backbone, an `nnx.Module`.
+    """The protocol of a backbone, which is an `nnx.Module`.
 
     Attributes:
       features: the feature maps by name.
-      out_feature: name of those that the head reads.
-      aux_feature: name of those that the auxiliary head reads; "" if there are none.
-      low_level_feature: name of those of stride 4 for DeepLabv3+'s decoder; "" if there are none.
+      out_feature: name of the feature that the head reads.
+      aux_feature: name of the feature that the auxiliary head reads, or "".
+      low_level_feature: name of the feature of stride 4 that DeepLabv3+'s decoder reads, or "".
 
     Optional attributes: `in_channels` (of the images, checked in each call) and `remat` (whether to
-    recompute blocks in the backward pass; set by training as the config's `train.remat` says).
+    recompute blocks in the backward pass; training sets it to the config's `train.remat`).
     """
 
     @property
@@ -51,13 +51,13 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class Head(Protocol):
-    """What `DeepLabV3` expects of a head, an `nnx.Module`.
+    """The protocol of a head, which is an `nnx.Module`.
 
-    Its last layer should be called `logits`: on fine-tuning with another number of classes, what
-    stands under that name starts with new parameters.
+    Its last layer should be called `logits`: fine-tuning with another number of classes gives new
+    parameters to the layer of that name.
 
     Attributes:
-      in_features: number of channels of each of the backbone's features that it reads.
+      in_features: number of channels of each feature that the head reads, by the feature's name.
     """
 
     @property
@@ -69,20 +69,20 @@ class Head(Protocol):
 
 
 def channels_for(backbone: Backbone, role: str, reader: str) -> int:
-    """Returns the number of channels of the features that a backbone has for a role.
+    """Returns the number of channels of the feature that a backbone has for a role.
 
     Args:
-      backbone: to look at.
-      role: its attribute that names the features, such as "aux_feature".
-      reader: what needs them, for the error.
+      backbone: backbone to look at.
+      role: its attribute that names the feature, such as "aux_feature".
+      reader: the part that reads the feature, for the error.
 
     Raises:
-      ValueError: it has none.
+      ValueError: the backbone has no such feature.
     """
     name = getattr(backbone, role, "")
     if name not in backbone.features:
         raise ValueError(
-            f"{reader} needs features that {type(backbone).__name__} does not have: its `{role}` "
+            f"{reader} needs a feature that {type(backbone).__name__} does not have: its `{role}` "
             f"is {name!r}, its features are {', '.join(backbone.features)}"
         )
     return backbone.features[name].channels
@@ -90,18 +90,18 @@ def channels_for(backbone: Backbone, role: str, reader: str) -> int:
 
 def check_head(role: str, head: Head, backbone: Backbone) -> None:
     """Raises ValueError unless a backbone has the features that a head reads."""
-    kinds = f"{type(head).__name__}, the {role}, reads the feature"
+    subject = f"{type(head).__name__}, the {role}, reads the feature"
     for name, channels in head.in_features.items():
         if name not in backbone.features:
             raise ValueError(
-                f"{kinds} {name!r}, which {type(backbone).__name__} does not have"
+                f"{subject} {name!r}, which {type(backbone).__name__} does not have"
                 f"{did_you_mean(name, backbone.features)}. It has {', '.join(backbone.features)}"
             )
-        given = backbone.features[name].channels
-        if given != channels:
+        actual = backbone.features[name].channels
+        if actual != channels:
             raise ValueError(
-                f"{kinds} {name!r} with {channels} channels, but {type(backbone).__name__} gives "
-                f"{given}: build the head for this backbone"
+                f"{subject} {name!r} with {channels} channels, but {type(backbone).__name__} gives "
+                f"{actual}: build the head for this backbone"
             )
 
 
@@ -114,10 +114,10 @@ def check_features(
         return
     for name, (channels, stride) in backbone.features.items():
         expected = (images.shape[0], -(-height // stride), -(-width // stride), channels)
-        found = features[name].shape if name in features else "nothing"
-        if found != expected:
+        actual = features[name].shape if name in features else "nothing"
+        if actual != expected:
             raise ValueError(
                 f"{type(backbone).__name__} declares the feature {name!r} with {channels} "
                 f"channels at stride {stride}: for images {images.shape} it must be {expected}, "
-                f"got {found}. Pad each layer so that it gives ceil(size / stride) rows"
+                f"got {actual}. Pad each layer so that it gives ceil(size / stride) rows"
             )

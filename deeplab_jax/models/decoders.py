@@ -1,4 +1,4 @@
-"""Decoders: DeepLabv3+'s, and a learned upsampling of logits."""
+"""DeepLabv3+'s decoder, and a learned upsampling of logits."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ DECODER_CHANNELS = 256  # arXiv 1802.02611, table 2
 
 
 class PlusDecoder(nnx.Module):
-    """DeepLabv3+'s decoder: refines deep features with low-level ones, which have sharp edges.
+    """DeepLabv3+'s decoder, which refines deep features by low-level features with sharp edges.
 
-    A 1x1 convolution first reduces the low-level features, so that they do not outweigh the others.
-    Batch norm and relu follow each convolution.
+    A 1x1 convolution first reduces the channels of the low-level features, so that they do not
+    outweigh the deep ones. Batch norm and relu follow each convolution.
 
     Source: Chen et al. 2018, arXiv 1802.02611, sections 3.1 and 4.1.
 
@@ -59,8 +59,8 @@ class PlusDecoder(nnx.Module):
         """Returns refined features of the size of `low_level`.
 
         Args:
-          features: of ASPP, or of a cascade.
-          low_level: of the backbone, at output stride 4.
+          features: features of ASPP or of a cascade.
+          low_level: features of the backbone at output stride 4.
         """
         upsampled = resize_like(features, low_level)
         x = jnp.concatenate([upsampled, self.low_level(low_level)], axis=3)
@@ -68,17 +68,19 @@ class PlusDecoder(nnx.Module):
 
 
 class TransposedDecoder(nnx.Module):
-    """Upsamples each class by its own transposed convolution, which starts as bilinear.
+    """Upsamples each class by its own transposed convolution, initialized as bilinear.
 
-    The kernel of stride s has a side of 2s. It is kept for the largest output stride and averaged
-    down for smaller ones: the mean of a triangle over equal cells is the coarser triangle, so it
-    starts bilinear at each output stride while the parameters have one shape for all of them.
+    The kernel for stride s has a side of 2s. The parameter is the kernel for the largest output
+    stride; for smaller ones its cells are averaged. The average of a triangle over equal cells is
+    the coarser triangle, so that the initial kernel is bilinear at each output stride, and the
+    parameter has one shape for all of them.
 
     Attributes:
       kernel: `[64, 64, num_classes]`.
-      stride: output stride of the logits that it is given, a divisor of 32.
-      replicate: makes a map whole on each device. Set where the image height is sharded: the
-        gradients of slices are wrong in XLA's partitioner (jaxlib 0.10) where a device has no row.
+      stride: output stride of the logits, a divisor of 32.
+      replicate: function that replicates a map on all devices; the identity by default. It is set
+        where the image height is sharded, since XLA's partitioner (jaxlib 0.10) computes wrong
+        gradients of slices where a device has no row.
     """
 
     LARGEST = 32  # output stride, pixels
@@ -93,9 +95,9 @@ class TransposedDecoder(nnx.Module):
     def __call__(
         self, logits: Float[Array, "n h w classes"], images: Float[Array, "n height width c"]
     ) -> Float[Array, "n height width classes"]:
-        """Upsamples by `stride` and cuts out the middle, of the images' size.
+        """Upsamples by `stride` and crops the centre, of the images' size.
 
-        With a padding mask, cuts out the middle of each image without its padding.
+        With a padding mask, crops the centre of each image without its padding.
         """
         height, width = images.shape[1:3]
         in_sizes, out_sizes = valid_sizes(logits), valid_sizes(images)
@@ -106,7 +108,7 @@ class TransposedDecoder(nnx.Module):
         stride, cell = self.stride, self.LARGEST // self.stride
         kernel = self.kernel[...].reshape(2 * stride, cell, 2 * stride, cell, num_classes)
         kernel = kernel.mean((1, 3)).reshape(2, stride, 2, stride, num_classes)
-        # Each block of stride x stride outputs between four neighbours is a weighted sum of them.
+        # Each block of stride x stride outputs is a weighted sum of four neighbouring logits.
         padded = jnp.pad(logits, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
         blocks = sum(
             padded[:, 1 - a : h + 2 - a, None, 1 - b : w + 2 - b, None] * kernel[a, :, b][:, None]

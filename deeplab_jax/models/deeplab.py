@@ -1,4 +1,4 @@
-"""DeepLabv3 (Chen et al. 2017, arXiv 1706.05587): backbone, head, auxiliary head, decoder."""
+"""DeepLabv3 (Chen et al. 2017, arXiv 1706.05587) from a backbone, heads and a decoder."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from deeplab_jax.models.ops.resize import resize_like
 
 
 class DeepLabV3(nnx.Module):
-    """A backbone and the heads on its features.
+    """A backbone and the heads that read its features.
 
-    Like all of Flax's modules it is in training mode when it is made: `model.eval()` has batch norm
-    use its running statistics and turns dropout off, `model.train()` turns both on again.
+    Like every Flax module it starts in training mode. `model.eval()` makes batch norm use running
+    statistics and turns dropout off; `model.train()` reverts both.
 
-    Every `nnx.Conv` inside, the user's own ones too, is computed by the fastest implementation for
-    the platform and respects the padding mask (see `models.ops.convolution`), unless it was given
-    another function than `lax.conv_general_dilated`.
+    Every `nnx.Conv` inside, including those of user-defined parts, is computed by the fastest
+    implementation for the platform and respects the padding mask (see `models.ops.convolution`),
+    unless it was made with a `conv_general_dilated` of its own.
 
     Attributes:
-      backbone: gives features by name, see `models.contracts.Backbone`.
+      backbone: returns features by name, see `models.contracts.Backbone`.
       classifier: the head of the "out" logits, see `models.contracts.Head`.
       aux_classifier: the head of the "aux" logits, or None.
-      decoder: learned upsampling of the "out" logits; None: they are resized.
+      decoder: learned upsampling of the "out" logits, or None for bilinear resizing.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class DeepLabV3(nnx.Module):
         aux_classifier: Head | None = None,
         decoder: TransposedDecoder | None = None,
     ) -> None:
-        """Joins parts that fit.
+        """Joins the parts.
 
         Raises:
-          ValueError: a head reads features that the backbone does not have, or not with so many
-            channels.
+          ValueError: a head reads a feature that the backbone does not have, or that has another
+            number of channels.
         """
         check_head("classifier", classifier, backbone)
         if aux_classifier is not None:
@@ -64,20 +64,21 @@ class DeepLabV3(nnx.Module):
         upsample: bool = True,
         rngs: jax.Array | None = None,
     ) -> dict[str, Float[Array, "n ho wo classes"]]:
-        """Returns the logits "out", and "aux" with an auxiliary head: float32, of the images' size.
+        """Computes float32 logits: "out", and "aux" if there is an auxiliary head.
 
         Args:
-          images: normalised pixels, of any height and width.
-          sizes: height and width of each image, pixels; what lies beyond is padding. The logits on
-            the image are then those of the image alone, up to rounding; those beyond have no
-            meaning. For inference only: batch norm's statistics would include the padding.
-          upsample: whether logits are resized to the images' size. False returns them at their own
+          images: normalized pixels, of any height and width.
+          sizes: height and width of each image in pixels; the pixels outside are padding. Logits on
+            the image are then those of the image without padding, up to rounding; logits on the
+            padding have no meaning. For inference only, since the statistics of batch norm would
+            include the padding.
+          upsample: whether to resize logits to the images' size. False returns them at their own
             stride, for a loss that resizes them in parts. A learned decoder always upsamples.
           rngs: key of dropout, needed in training mode.
 
         Raises:
-          ValueError: the images have another number of channels than the backbone, the sizes are
-            not `[n, 2]`, or the backbone's features do not have the size that it declares.
+          ValueError: the images do not have the backbone's number of channels, the sizes are not
+            `[n, 2]`, or the backbone's features do not have the size that it declares.
         """
         in_channels = getattr(self.backbone, "in_channels", None)
         if images.ndim != 4 or images.shape[3] != (in_channels or images.shape[3]):
@@ -105,17 +106,17 @@ def build_model(
     rngs: nnx.Rngs,
     **overrides: Any,
 ) -> DeepLabV3:
-    """Builds a model from a description.
+    """Builds a model from an architecture.
 
     Args:
-      name_or_architecture: a name in `ARCHITECTURES`, such as "paper_resnet101"; or an
-        architecture.
-      num_classes: number of logits a pixel; needed with a name.
-      rngs: `rngs.params` draws the kernels.
-      **overrides: fields of the named architecture, see `architecture`.
+      name_or_architecture: a name in `ARCHITECTURES`, such as "paper_resnet101", or an
+        `Architecture`.
+      num_classes: number of classes; required with a name.
+      rngs: random keys; `rngs.params` initializes the kernels.
+      **overrides: fields to replace in the named architecture, see `architecture`.
 
     Raises:
-      UserError: an unknown name or field, or a value that cannot be.
+      UserError: an unknown name or field, or an invalid value.
 
     Example:
       >>> model = build_model("paper_resnet18", num_classes=21, width=0.125, rngs=nnx.Rngs(0))
@@ -126,18 +127,15 @@ def build_model(
     if isinstance(name_or_architecture, Architecture):
         if overrides or num_classes is not None:
             raise TypeError("num_classes and overrides are for a name, not for an Architecture")
-        described = name_or_architecture
+        chosen = name_or_architecture
     else:
         if num_classes is None:
             raise TypeError("build_model needs num_classes with a name")
-        described = architecture(name_or_architecture, num_classes=num_classes, **overrides)
-    backbone = BACKBONES[described.backbone](described, rngs=rngs)
-    classifier = HEADS[described.head](backbone, described, rngs=rngs)
-    return DeepLabV3(
-        backbone,
-        classifier,
-        fcn_head(backbone, described, rngs=rngs) if described.aux_head else None,
-        TransposedDecoder(described.num_classes, described.output_stride, dtype=described.dtype)
-        if described.decoder == "transposed"
-        else None,
-    )
+        chosen = architecture(name_or_architecture, num_classes=num_classes, **overrides)
+    backbone = BACKBONES[chosen.backbone](chosen, rngs=rngs)
+    classifier = HEADS[chosen.head](backbone, chosen, rngs=rngs)
+    aux_classifier = fcn_head(backbone, chosen, rngs=rngs) if chosen.aux_head else None
+    decoder = None
+    if chosen.decoder == "transposed":
+        decoder = TransposedDecoder(chosen.num_classes, chosen.output_stride, dtype=chosen.dtype)
+    return DeepLabV3(backbone, classifier, aux_classifier, decoder)

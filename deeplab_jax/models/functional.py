@@ -1,7 +1,7 @@
-"""A DeepLabv3 as pure functions over flat dictionaries of arrays.
+"""A model as pure functions over flat dictionaries of arrays.
 
-The rest of the package sees parameters as `{"backbone.layer4.0.conv2.kernel": array, ...}` and
-knows nothing of NNX. A dotted name is the attribute path of the variable in `DeepLabV3`.
+The rest of the package uses parameters of the form `{"backbone.layer4.0.conv2.kernel": array, ...}`
+and does not depend on NNX. A dotted name is the attribute path of the variable in `DeepLabV3`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Variables(NamedTuple):
 
 
 class FunctionalModel:
-    """`init` and `apply` of a model; holds no arrays.
+    """The functions `init` and `apply` of a model; holds no arrays.
 
     Attributes:
-      architecture: what the model is made of.
-      abstract: shapes and dtypes of its arrays.
+      architecture: description of the model.
+      abstract: shapes and dtypes of its variables.
       is_fused: whether its batch norms are fused into its convolutions, see `fused`.
     """
 
@@ -46,23 +46,25 @@ class FunctionalModel:
         self.is_fused = False
         self._edits: tuple[Callable[[DeepLabV3], None], ...] = ()
         self._using: dict[Implementation, FunctionalModel] = {}
-        self._set(lambda: build_model(architecture, rngs=ShapeRngs(0)))
+        self._set_module(lambda: build_model(architecture, rngs=ShapeRngs(0)))
 
-    def _set(self, make: Callable[..., DeepLabV3], *arguments: Any) -> None:
-        """Takes the graph and the shapes of the module that a function makes."""
+    def _set_module(self, make: Callable[..., DeepLabV3], *arguments: Any) -> None:
+        """Stores the graph and the shapes of the module that a function makes."""
 
-        def variables(*arguments: Any) -> Variables:
-            self._graph, params, batch_stats = _split(make(*arguments))
-            self._param_paths, self._stat_paths = _paths(params), _paths(batch_stats)
-            return Variables(_flatten(params), _flatten(batch_stats))
+        def make_variables(*arguments: Any) -> Variables:
+            self._graph, *states = _split(make(*arguments))
+            self._paths = [
+                {_name(path): path for path, _ in nnx.to_flat_state(state)} for state in states
+            ]
+            return Variables(*map(_flatten, states))
 
-        self.abstract = jax.eval_shape(variables, *arguments)
+        self.abstract = jax.eval_shape(make_variables, *arguments)
 
     def edited(self, edit: Callable[[DeepLabV3], None]) -> FunctionalModel:
-        """Returns the model after an edit of its module.
+        """Returns a copy of the model whose module was passed to `edit`.
 
         Args:
-          edit: changes the attributes of the module in place.
+          edit: function that changes the attributes of a module in place.
         """
 
         def make(variables: Variables) -> DeepLabV3:
@@ -73,19 +75,19 @@ class FunctionalModel:
         model = copy.copy(self)
         model._edits = (*self._edits, edit)
         model._using = {}
-        model.__dict__.pop("fused", None)  # the cached one of this model
-        model._set(make, self.abstract)
+        model.__dict__.pop("fused", None)  # the cached property of this model
+        model._set_module(make, self.abstract)
         return model
 
     def using(self, implementation: Implementation) -> FunctionalModel:
-        """Returns the model with another implementation of its operations, the same each time."""
+        """Returns the model with another implementation of its operations; cached."""
         if implementation not in self._using:
             edit = functools.partial(use_implementation, implementation=implementation)
             self._using[implementation] = self.edited(edit)
         return self._using[implementation]
 
     def at_output_stride(self, output_stride: int) -> FunctionalModel:
-        """Returns the model for the same variables at another output stride.
+        """Returns the model at another output stride, for the same variables.
 
         Raises:
           UserError: as `Architecture.at_output_stride` does.
@@ -98,7 +100,7 @@ class FunctionalModel:
 
     @functools.cached_property
     def fused(self) -> FunctionalModel:
-        """The model for inference with fused batch norm; takes the variables of `fuse`.
+        """The model for inference with fused batch norms, whose variables `fuse` returns.
 
         See `models.fusion.fuse_batch_norm`.
         """
@@ -109,23 +111,19 @@ class FunctionalModel:
         return model
 
     def fuse(self, variables: Variables) -> Variables:
-        """Returns the variables of `fused`.
+        """Returns the variables of `fused` that correspond to variables of this model.
 
-        Args:
-          variables: of this model, as NumPy's arrays or JAX's: the result's are of the same kind.
+        The result has NumPy arrays if `variables` does, and otherwise JAX arrays.
         """
         if self.is_fused:
             return variables
         module = self._merge(variables)
         fuse_batch_norm(module)
-        _, params, batch_stats = _split(module)
-        return Variables(_flatten(params), _flatten(batch_stats))
+        return _variables(module)
 
     def init(self, key: jax.Array) -> Variables:
-        """Returns random parameters, and the running statistics of a new batch norm."""
-        module = build_model(self.architecture, rngs=nnx.Rngs(params=key))
-        _, params, batch_stats = _split(module)
-        return Variables(_flatten(params), _flatten(batch_stats))
+        """Returns random parameters and initial running statistics."""
+        return _variables(build_model(self.architecture, rngs=nnx.Rngs(params=key)))
 
     def apply(
         self,
@@ -143,20 +141,20 @@ class FunctionalModel:
 
         Args:
           variables: arrays of the model.
-          images: normalised pixels.
-          train: whether batch norm uses the batch's statistics and dropout acts.
-          key: of dropout; needed when training with it.
-          freeze_bn: whether batch norm keeps its running statistics in training.
-          remat: whether blocks of the backbone are computed again in the backward pass: less memory
-            for about a third more arithmetic.
+          images: normalized pixels.
+          train: whether batch norm uses the statistics of the batch and dropout is active.
+          key: key of dropout, needed in training with dropout.
+          freeze_bn: whether batch norm uses and keeps its running statistics in training.
+          remat: whether to recompute blocks of the backbone in the backward pass, which saves
+            memory for about a third more arithmetic.
           sizes: see `DeepLabV3.__call__`.
           upsample: see `DeepLabV3.__call__`.
 
         Raises:
-          ValueError: `train` with a fused model, with sizes, or without the key of a dropout that
-            acts; `remat` with a backbone that has no such attribute; or as `DeepLabV3` does.
+          ValueError: `train` with a fused model, with sizes, or with dropout and no key; `remat`
+            with a backbone that has no such attribute; or as `DeepLabV3` does.
         """
-        # NumPy arrays become JAX's: batch norm assigns to its statistics.
+        # Batch norm assigns to elements of its statistics, which only JAX arrays support.
         module = self._merge(jax.tree.map(jnp.asarray, variables))
         if train:
             self._check_training(module, key, sizes)
@@ -171,11 +169,13 @@ class FunctionalModel:
         return outputs, _flatten(nnx.state(module, nnx.BatchStat))
 
     def _merge(self, variables: Variables) -> DeepLabV3:
-        return nnx.merge(
-            self._graph,
-            _unflatten(variables.params, self._param_paths, nnx.Param),
-            _unflatten(variables.batch_stats, self._stat_paths, nnx.BatchStat),
+        states = (
+            nnx.from_flat_state({path: kind(arrays[name]) for name, path in paths.items()})
+            for kind, arrays, paths in zip(
+                (nnx.Param, nnx.BatchStat), variables, self._paths, strict=True
+            )
         )
+        return nnx.merge(self._graph, *states)
 
     def _check_training(
         self, module: DeepLabV3, key: jax.Array | None, sizes: Array | None
@@ -183,19 +183,18 @@ class FunctionalModel:
         if self.is_fused:
             raise ValueError("a model with fused batch norm is for inference: train the original")
         if sizes is not None:
-            # Batch norm's statistics would be those of the padding too.
-            raise ValueError("train=True takes no sizes: padding is for inference alone")
+            # The statistics of batch norm would include the padding.
+            raise ValueError("train=True takes no sizes: padding is for inference only")
         parts = [part for _, part in nnx.iter_modules(module) if isinstance(part, nnx.Dropout)]
-        if key is None and any(part.rate for part in parts):
-            raise ValueError(
-                f"train=True needs a key: dropout is {max(part.rate for part in parts)}, not 0"
-            )
+        rate = max((part.rate for part in parts), default=0.0)
+        if key is None and rate:
+            raise ValueError(f"train=True needs a key: dropout is {rate}, not 0")
 
 
 def normalize(
     images: Num[Array, "n h w c"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "n h w c"]:
-    """Normalises pixels 0..255: (pixel / 255 - mean) / std, mean and std one number a channel."""
+    """Normalizes pixels 0..255: `(pixel / 255 - mean) / std`, with one mean and std per channel."""
     return (images.astype(jnp.float32) / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)
 
 
@@ -210,6 +209,7 @@ def _set_remat(module: DeepLabV3) -> None:
 
 
 def _split(module: DeepLabV3) -> tuple[Any, Any, Any]:
+    """Returns the graph, the parameters and the running statistics of a module."""
     graph, params, batch_stats, rest = nnx.split(  # type: ignore[misc]
         module, nnx.Param, nnx.BatchStat, ...
     )
@@ -222,17 +222,14 @@ def _split(module: DeepLabV3) -> tuple[Any, Any, Any]:
     return graph, params, batch_stats
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(map(str, path))
-
-
-def _paths(state: Any) -> dict[str, tuple[Any, ...]]:
-    return {_name(path): path for path, _ in nnx.to_flat_state(state)}
+def _variables(module: DeepLabV3) -> Variables:
+    _, *states = _split(module)
+    return Variables(*map(_flatten, states))
 
 
 def _flatten(state: Any) -> Arrays:
     return {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
 
-def _unflatten(arrays: Arrays, paths: dict[str, tuple[Any, ...]], kind: type) -> Any:
-    return nnx.from_flat_state({path: kind(arrays[name]) for name, path in paths.items()})
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))

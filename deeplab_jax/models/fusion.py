@@ -1,4 +1,4 @@
-"""Fusing batch norm into convolutions for inference, by surgery on a module."""
+"""Fusing batch norm into convolutions for inference."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from jaxtyping import Array
 
 
 class Identity(nnx.Module):
-    """Takes the place of a batch norm that was fused into its convolution."""
+    """Replaces a batch norm that was fused into its convolution."""
 
     def __call__(self, x: Array) -> Array:
         return x
 
 
 def fuse_batch_norm(module: nnx.Module) -> None:
-    """Fuses batch norms by running statistics into the convolutions before them, in place.
+    """Fuses batch norms, by their running statistics, into the preceding convolutions, in place.
 
-    The module then computes the same up to rounding with less: each convolution has a scaled kernel
-    and a bias, and its norm is gone. It cannot be trained any more.
+    The module then gives the same result up to rounding: each convolution has a scaled kernel and a
+    bias, and `Identity` takes the place of the norm. It cannot be trained any more.
 
-    Fuses the pairs that a part lists in its method `conv_norms()`: names of two of its attributes,
-    a convolution and the norm that follows it directly. Other norms stay.
+    Fuses the pairs that a submodule lists in its method `conv_norms()`: the names of two of its
+    attributes, a convolution and the norm that directly follows it. Other norms stay.
     """
     for _, part in list(nnx.iter_modules(module)):
         if not hasattr(part, "conv_norms"):

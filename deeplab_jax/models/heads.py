@@ -1,8 +1,7 @@
-"""Heads: from a backbone's features to logits.
+"""Heads, which compute logits from a backbone's features.
 
-A head is a module that is called as `head(features, rngs=key)` with the backbone's features by
-name, and that says in `in_features` which of them it reads and how many channels each has. Its last
-layer is called `logits`. A new head is a file and a line in `HEADS`.
+See `models.contracts.Head` for their protocol. To add one, write a file like this one and register
+it in `HEADS`.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ from deeplab_jax.models.layers import (
 from deeplab_jax.models.ops.pooling import mean_over_image
 
 HEAD_FEATURES = 256  # arXiv 1706.05587, section 3.3
-AUX_DROPOUT = 0.1  # at most, as torchvision has it
+AUX_DROPOUT = 0.1  # as in torchvision
 
 Features = dict[str, Array]
 
 
 class ImagePooling(nnx.Module):
-    """Image-level features: the mean over the image, a 1x1 convolution, spread over the map."""
+    """Image-level features: the mean over the image and a 1x1 convolution, broadcast to the map."""
 
     def __init__(self, in_features: int, out_features: int, **options: Any) -> None:
-        """`options` are those of `ConvBN`."""
+        """Makes the convolution; `options` are other arguments of `ConvBN`."""
         self.project = ConvBN(in_features, out_features, activation=relu, **options)
 
     def __call__(self, x: Float[Array, "n h w cin"]) -> Float[Array, "n h w cout"]:
@@ -52,13 +51,13 @@ class ImagePooling(nnx.Module):
 class ASPP(nnx.Module):
     """Atrous spatial pyramid pooling (arXiv 1706.05587, section 3.3).
 
-    Parallel branches see the features at several rates; a 1x1 convolution joins them. Batch norm
-    and relu follow each convolution.
+    Parallel branches convolve the features at several rates; a 1x1 convolution joins them. Batch
+    norm and relu follow each convolution.
 
     Attributes:
       branches: a 1x1 convolution, a 3x3 convolution for each rate, and image pooling.
       project: 1x1 convolution of the concatenated branches.
-      dropout: behind `project`.
+      dropout: dropout after `project`.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class ASPP(nnx.Module):
     ) -> None:
         options: dict[str, Any] = {"norm": norm, "dtype": dtype, "rngs": rngs}
         conv: Callable[..., ConvBN] = functools.partial(ConvBN, activation=relu, **options)
-        # In this order a seed gives the parameters that it always gave.
+        # The order in which layers are made decides the parameters that a seed gives.
         atrous = [conv(in_features, out_features, 3, kernel_dilation=rate) for rate in atrous_rates]
         pooling = [ImagePooling(in_features, out_features, **options)] if image_pooling else []
         branches: list[nnx.Module] = [conv(in_features, out_features), *atrous, *pooling]
@@ -86,22 +85,22 @@ class ASPP(nnx.Module):
     def __call__(
         self, x: Float[Array, "n h w cin"], *, rngs: jax.Array | None = None
     ) -> Float[Array, "n h w cout"]:
-        """Joins the branches; `rngs` is the key of dropout."""
+        """Returns joined features of the input's size; `rngs` is the key of dropout."""
         joined = jnp.concatenate([branch(x) for branch in self.branches], axis=3)
         return self.dropout(self.project(joined), rngs=rngs)
 
 
 class ASPPHead(nnx.Module):
-    """DeepLabv3's head: ASPP, and in torchvision's models a 3x3 convolution, before the logits.
+    """DeepLabv3's head: ASPP, in torchvision's models a 3x3 convolution, and logits.
 
     Without atrous rates there is no ASPP, as in a cascade (arXiv 1706.05587, section 3.2). With
     DeepLabv3+'s decoder the logits have the size of the low-level features.
 
     Attributes:
       aspp: ASPP, or None.
-      dropout: before the logits where there is no ASPP; ASPP has its own.
+      dropout: dropout if there is no ASPP, which has its own.
       head_conv: 3x3 convolution to 256 channels (times width), or None.
-      decoder: DeepLabv3+'s, or None.
+      decoder: DeepLabv3+'s decoder, or None.
       logits: the last convolution.
     """
 
@@ -120,13 +119,13 @@ class ASPPHead(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        """Makes the head for a backbone's features.
+        """Makes the head for a backbone.
 
         Args:
-          backbone: whose features the head reads.
+          backbone: the backbone whose features the head reads.
           plus: whether the head has DeepLabv3+'s decoder.
-          norm: makes a batch norm for a number of channels.
-          rngs: `rngs.params` draws the kernels.
+          norm: function that makes a batch norm from a number of channels.
+          rngs: random keys; `rngs.params` initializes the kernels.
 
         The other arguments are fields of `Architecture`.
         """
@@ -177,7 +176,7 @@ class ASPPHead(nnx.Module):
 
 
 class FCNHead(nnx.Module):
-    """Auxiliary head, as torchvision's: 3x3 convolution to a quarter of the channels, logits."""
+    """torchvision's auxiliary head: a 3x3 convolution to a quarter of the channels, and logits."""
 
     def __init__(
         self,
@@ -189,11 +188,11 @@ class FCNHead(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        """Arguments are those of `ASPPHead`; reads the backbone's `aux_feature`."""
+        """Makes the head for a backbone's `aux_feature`; for the arguments see `ASPPHead`."""
         self._aux = backbone.aux_feature
         channels = channels_for(backbone, "aux_feature", "an auxiliary head (aux_head)")
         self.in_features: Mapping[str, int] = FrozenDict({self._aux: channels})
-        features = scaled_channels(channels, 1 / 4)  # the channels carry the width already
+        features = scaled_channels(channels, 1 / 4)  # the channels include the width already
         options: dict[str, Any] = {"norm": norm, "dtype": dtype, "rngs": rngs}
         self.head_conv = ConvBN(channels, features, 3, activation=relu, **options)
         self.dropout = nnx.Dropout(dropout)
@@ -208,7 +207,7 @@ class FCNHead(nnx.Module):
 
 
 def aspp_head(backbone: Backbone, architecture: Architecture, *, rngs: nnx.Rngs) -> ASPPHead:
-    """Makes the head that an architecture describes."""
+    """Makes the `ASPPHead` of an architecture."""
     return ASPPHead(
         backbone,
         architecture.num_classes,
@@ -223,7 +222,7 @@ def aspp_head(backbone: Backbone, architecture: Architecture, *, rngs: nnx.Rngs)
 
 
 def fcn_head(backbone: Backbone, architecture: Architecture, *, rngs: nnx.Rngs) -> FCNHead:
-    """Makes the auxiliary head that an architecture describes."""
+    """Makes the auxiliary head of an architecture."""
     dropout = min(AUX_DROPOUT, architecture.dropout)
     options = _layer_options(architecture, rngs)
     return FCNHead(backbone, architecture.num_classes, dropout=dropout, **options)

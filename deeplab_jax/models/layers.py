@@ -1,8 +1,9 @@
-"""Layers: `nnx.Conv` and `nnx.BatchNorm` where they must differ, and the two in sequence."""
+"""Subclasses of `nnx.Conv` and `nnx.BatchNorm`, and a module of both in sequence."""
 
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,13 +15,12 @@ from jaxtyping import Array, DTypeLike, Float
 from deeplab_jax.models.ops.batch_norm import normalize_by_batch
 from deeplab_jax.models.ops.convolution import fastest_conv
 
-Initializer = Callable[..., Array]
 Activation = Callable[[Array], Array]
 
-# He et al. 2015, as torchvision initialises its ResNets: variance 2 / (k * k * out_features).
-HE_FAN_OUT: Initializer = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
-# Small, so that a new head starts with nearly equal probabilities: a loss of log(num_classes).
-SMALL_NORMAL: Initializer = nnx.initializers.normal(0.01)
+# He et al. 2015, as in torchvision's ResNets: variance 2 / (k * k * out_features).
+HE_FAN_OUT = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+# A new head starts with nearly equal probabilities, and so with a loss of log(num_classes).
+SMALL_NORMAL = nnx.initializers.normal(0.01)
 
 
 def param_dtype(dtype: DTypeLike) -> Any:
@@ -34,29 +34,22 @@ def scaled_channels(channels: int, width: float) -> int:
 
 
 class ShapeRngs(nnx.Rngs):
-    """Random keys for a model of which only the shapes matter, as under `nnx.eval_shape`.
+    """Random keys for a model that only needs shapes, as under `nnx.eval_shape`.
 
-    This package's layers then draw nothing and start at 0, which traces four times as fast.
+    The layers of this package then use zeros for random kernels, which traces four times as fast.
     """
 
 
-class _NoKeys:
-    """Stands in for `nnx.Rngs` where the initialisers draw nothing."""
-
-    @staticmethod
-    def params() -> None:
-        return None
-
-
-_NO_KEYS: Any = _NoKeys()
+# Replaces `nnx.Rngs` for initializers that draw no random numbers.
+_NO_KEYS: Any = types.SimpleNamespace(params=lambda: None)
 
 
 class Conv(nnx.Conv):
-    """A 2-D `nnx.Conv` with the defaults of a ResNet.
+    """A 2-D `nnx.Conv` with other defaults: those of a ResNet.
 
-    No bias, He's initialisation, float32 parameters under bfloat16, and symmetric zero padding that
-    keeps the size at stride 1, as torch pads. (`SAME` is not symmetric at stride 2.) It is computed
-    by `models.ops.convolution.fastest_conv`.
+    It has no bias, He initialization, float32 parameters under bfloat16, and symmetric zero padding
+    that keeps the size at stride 1, as in torch. (`SAME` is not symmetric at stride 2.) It is
+    computed by `models.ops.convolution.fastest_conv`.
     """
 
     def __init__(
@@ -75,7 +68,7 @@ class Conv(nnx.Conv):
         """Takes the arguments of `nnx.Conv`.
 
         Raises:
-          ValueError: `padding` is given and would shift features against the image.
+          ValueError: `padding` would shift features against the image.
         """
         options = {"kernel_init": HE_FAN_OUT, "conv_general_dilated": fastest_conv} | kwargs
         if isinstance(rngs, ShapeRngs):
@@ -96,34 +89,34 @@ class Conv(nnx.Conv):
 
 
 def _padding(padding: Any, reach: int) -> tuple[tuple[int, int], ...]:
-    """Padding of rows and columns for a kernel of `reach + 1` pixels; see `Conv` for the error."""
-    around = (reach // 2, reach - reach // 2)
+    """Returns the checked padding of both axes for a kernel that covers `reach + 1` pixels."""
+    symmetric = (reach // 2, reach - reach // 2)
     if padding is None:
-        return (around, around)
-    sides = [padding, padding] if isinstance(padding, int) else list(padding)
-    pads = tuple((each, each) if isinstance(each, int) else tuple(each) for each in sides)
-    # An even kernel has no centre: it may begin at its pixel, or lie around it.
-    if pads not in ((around, around), ((0, reach),) * 2 if reach % 2 else None):
+        return (symmetric, symmetric)
+    axes = [padding, padding] if isinstance(padding, int) else list(padding)
+    pads = tuple((each, each) if isinstance(each, int) else tuple(each) for each in axes)
+    # An even kernel has no centre pixel: it may also begin at the pixel of its output.
+    if pads not in ((symmetric, symmetric), ((0, reach),) * 2 if reach % 2 else None):
         raise ValueError(
-            f"padding must be {around} on both axes (or left out) for a kernel of {reach + 1} "
-            f"pixels, got {padding!r}: another one shifts features against the image, and logits "
-            "would be resized to the wrong place. Use nnx.Conv if that is what you want"
+            f"padding must be {symmetric} on both axes (or left out) for a kernel of {reach + 1} "
+            f"pixels, got {padding!r}: other padding shifts features against the image, and logits "
+            "would be resized to the wrong position. Use nnx.Conv if that is what you want"
         )
     return pads
 
 
 class BatchNorm(nnx.BatchNorm):
-    """`nnx.BatchNorm` over images and pixels, with float32 statistics whatever the input's dtype.
+    """An `nnx.BatchNorm` over images and pixels, with float32 statistics under bfloat16 too.
 
-    `nnx.BatchNorm` rounds running statistics under bfloat16, and its derived gradient reads the map
-    once more. Here the statistics and the arithmetic have the dtype of the parameters. They move as
+    `nnx.BatchNorm` rounds running statistics under bfloat16, and its gradient reads the map once
+    more. Here statistics and arithmetic have the dtype of the parameters. Training updates
 
-        running = momentum * running + (1 - momentum) * batch's
+        running = momentum * running + (1 - momentum) * batch
 
-    so torch's momentum 0.1 is 0.9 here. The running variance is the biased one, which also
-    normalises the batch; torch's is n / (n - 1) times that. Under `jit` with a sharded batch the
-    statistics are those of the whole batch. A single value a channel, as image pooling gives for
-    one image, has variance 0 and is normalised to `bias`.
+    so that torch's momentum 0.1 is 0.9 here. The running variance is the biased one, which also
+    normalizes the batch; torch's is n / (n - 1) times that. Under `jit` with a sharded batch the
+    statistics are those of the global batch. A single value per channel, as in image pooling of one
+    image, has variance 0 and is normalized to `bias`.
     """
 
     def __init__(
@@ -136,7 +129,7 @@ class BatchNorm(nnx.BatchNorm):
         use_running_average: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        """Takes these arguments of `nnx.BatchNorm`; draws nothing from `rngs`."""
+        """Takes arguments of `nnx.BatchNorm`; ignores `rngs`."""
         super().__init__(
             num_features,
             momentum=momentum,
@@ -145,14 +138,14 @@ class BatchNorm(nnx.BatchNorm):
             use_running_average=use_running_average,
             rngs=_NO_KEYS,
         )
-        if self.mean.dtype != param_dtype:  # nnx.BatchNorm has float32 even with float64
+        if self.mean.dtype != param_dtype:  # nnx.BatchNorm makes them float32
             self.mean = nnx.BatchStat(jnp.zeros(num_features, param_dtype))
             self.var = nnx.BatchStat(jnp.ones(num_features, param_dtype))
 
     def __call__(  # type: ignore[override]
         self, x: Float[Array, "n h w c"], use_running_average: bool | None = None
     ) -> Float[Array, "n h w c"]:
-        """Normalises by the batch's statistics and updates the running ones, or by the latter."""
+        """Normalizes by batch statistics and updates the running ones, or by running statistics."""
         if use_running_average is None:
             use_running_average = self.use_running_average
         assert self.scale is not None
@@ -163,7 +156,7 @@ class BatchNorm(nnx.BatchNorm):
             self._update(self.mean, mean)
             self._update(self.var, var)
             return y
-        # Not x * scale + shift: for a large mean the shift would cancel it with fewer digits left.
+        # Subtracts the mean first, since x * scale + shift loses digits for a large mean.
         values = x.astype(jnp.promote_types(x.dtype, jnp.float32)) - self.mean[...]
         return (values * (scale * lax.rsqrt(self.var[...] + self.epsilon)) + bias).astype(x.dtype)
 
@@ -173,7 +166,7 @@ class BatchNorm(nnx.BatchNorm):
 
 
 def batch_norm(dtype: DTypeLike, momentum: float, epsilon: float) -> Callable[..., BatchNorm]:
-    """Returns a function that makes a batch norm for a number of channels."""
+    """Returns a function that makes a `BatchNorm` from a number of channels."""
     options: dict[str, Any] = {"momentum": momentum, "epsilon": epsilon}
     return functools.partial(BatchNorm, param_dtype=param_dtype(dtype), **options)
 
@@ -192,7 +185,7 @@ class ConvBN(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
-        """`options` are those of `Conv`."""
+        """Makes the layers; `options` are other arguments of `Conv`."""
         self.conv = Conv(in_features, out_features, kernel_size, rngs=rngs, **options)
         self.bn = norm(out_features)
         self.activation = activation
@@ -206,6 +199,6 @@ class ConvBN(nnx.Module):
 
 
 def logits_conv(in_features: int, num_classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Conv:
-    """Returns the last convolution of a head: 1x1, with a bias, in float32 under bfloat16."""
+    """Makes the last convolution of a head: 1x1, with a bias, in float32 under bfloat16."""
     options: dict[str, Any] = {"use_bias": True, "kernel_init": SMALL_NORMAL}
     return Conv(in_features, num_classes, dtype=param_dtype(dtype), rngs=rngs, **options)

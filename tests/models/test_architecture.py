@@ -1,4 +1,4 @@
-"""Named architectures and what is changed about them."""
+"""Named architectures and overrides of their fields."""
 
 import dataclasses
 import json
@@ -90,11 +90,11 @@ def test_rates_that_would_not_be_whole_are_refused():
         ),
         ("vgg", {}, "Known: paper_mobilenet_v3_large, paper_resnet101, .*torchvision_resnet50"),
         ("paper_resnet18", {"multigrid": (1,)}, r"'multigrid' \(did you mean 'multi_grid'"),
-        ("paper_resnet18", {"output_stride": 12}, "output_stride must be one of 8, 16, 32, got 12"),
-        ("paper_resnet18", {"output_stride": 0}, "output_stride must be one of 8, 16, 32, got 0"),
-        ("paper_resnet18", {"dilation_rule": "none"}, "dilation_rule must be one of paper, torch"),
-        ("paper_resnet18", {"multi_grid": ()}, "multi_grid must be one or more whole rates"),
-        ("paper_resnet18", {"atrous_rates": (1.5,)}, "atrous_rates must be one or more whole"),
+        ("paper_resnet18", {"output_stride": 12}, r"must be 8, 16 or 32 \(nearest: 8\), got 12"),
+        ("paper_resnet18", {"output_stride": 0}, r"must be 8, 16 or 32 \(nearest: 8\), got 0"),
+        ("paper_resnet18", {"dilation_rule": "none"}, "dilation_rule must be paper or torchvision"),
+        ("paper_resnet18", {"multi_grid": ()}, "multi_grid must be whole rates of 1 or more"),
+        ("paper_resnet18", {"atrous_rates": (1.5,)}, "atrous_rates must be whole rates of 1"),
         ("paper_resnet18", {"width": 0}, "width must be above 0, got 0"),
         ("paper_resnet18", {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ("paper_resnet18", {"width": -1, "stem": "x"}, "stem must be .*; width must be"),

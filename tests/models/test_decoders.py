@@ -1,4 +1,4 @@
-"""DeepLabv3+'s decoder against torch, and its place in the model."""
+"""DeepLabv3+'s decoder against torch, separately and in the model."""
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +60,8 @@ def test_logits_are_torchs_of_the_models_features(x64):
     assert set(outputs) == {"out"}
 
 
-class FeaturesAlone:
-    """What a head is told of a backbone."""
+class BackboneAttributes:
+    """The attributes of a backbone that a head reads."""
 
     out_feature, low_level_feature, aux_feature = "last", "low", ""
 
@@ -73,10 +73,10 @@ class FeaturesAlone:
 
 
 def kernel_shapes(in_channels, low_level_channels, name="paper_resnet50", **options):
-    """Of the head behind ASPP."""
+    """Returns the kernel shapes of a head without its ASPP."""
     ours = architecture(name, num_classes=21, decoder="plus", **options)
 
-    backbone = FeaturesAlone(in_channels, low_level_channels)
+    backbone = BackboneAttributes(in_channels, low_level_channels)
     head = nnx.eval_shape(lambda: aspp_head(backbone, ours, rngs=nnx.Rngs(0)))
     flat = nnx.to_flat_state(nnx.state(head, nnx.Param))
     kernels = {".".join(map(str, path[:-1])): v.shape for path, v in flat if path[-1] == "kernel"}
@@ -84,7 +84,7 @@ def kernel_shapes(in_channels, low_level_channels, name="paper_resnet50", **opti
 
 
 def test_channels_are_the_papers():
-    """48 of the low-level features (its table 1), two 3x3 of 256 (its table 2)."""
+    """arXiv 1802.02611: 48 low-level channels (table 1), two 3x3 to 256 channels (table 2)."""
     expected = {
         "decoder.low_level.conv": (1, 1, 100, 48),
         "decoder.conv1.conv": (3, 3, 256 + 48, 256),
@@ -92,11 +92,11 @@ def test_channels_are_the_papers():
         "logits": (1, 1, 256, 21),
     }
     assert kernel_shapes(300, 100) == expected
-    # It takes the place of torchvision's 3x3, unless both are asked for.
+    # It replaces torchvision's 3x3, unless both are requested.
     assert kernel_shapes(300, 100, "torchvision_resnet50") == expected
     both = kernel_shapes(300, 100, "torchvision_resnet50", head_conv=True)
     assert both == {"head_conv.conv": (3, 3, 256, 256)} | expected
-    # Behind a cascade it reads the last block's features; a width multiplies all but the classes.
+    # After a cascade it reads the last block's features. A width scales all but the classes.
     assert kernel_shapes(75, 25, cascade=1, width=0.25) == {
         "decoder.low_level.conv": (1, 1, 25, 12),
         "decoder.conv1.conv": (3, 3, 75 + 12, 64),
@@ -106,7 +106,7 @@ def test_channels_are_the_papers():
 
 
 def test_the_decoder_is_trained():
-    """Its running statistics move, and each of its parameters has a gradient."""
+    """Its running statistics change, and each of its parameters has a gradient."""
     plus = random_module(lambda: PlusDecoder(12, 10, width=0.05, rngs=nnx.Rngs(0)))
     plus.train()
     graph, params, stats = nnx.split(plus, nnx.Param, nnx.BatchStat)

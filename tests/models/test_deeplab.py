@@ -1,4 +1,4 @@
-"""DeepLabv3 as a whole, and its heads against torch."""
+"""Complete models, and their heads against torch."""
 
 import functools
 
@@ -32,7 +32,7 @@ def narrow(**overrides):
 
 @functools.cache
 def split_model(ours):
-    """(graph, parameters, running statistics), random."""
+    """Returns the graph, random parameters and random running statistics."""
     model = random_module(lambda: build_model(ours, rngs=nnx.Rngs(0)))
     return nnx.split(model, nnx.Param, nnx.BatchStat)
 
@@ -43,7 +43,7 @@ def graph_of(ours):
 
 @functools.partial(jax.jit, static_argnames=("graph", "train", "freeze_bn"))
 def run(graph, params, stats, images, key=None, *, train=False, freeze_bn=False):
-    """Logits and the running statistics afterwards."""
+    """Returns logits and the running statistics after the batch."""
     model = nnx.merge(graph, params, stats)
     model.set_attributes(use_running_average=not train or freeze_bn, deterministic=not train)
     outputs = model(images, rngs=key)
@@ -58,7 +58,7 @@ def same(a, b):
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
 
 
-# --- Parameters --------------------------------------------------------------------------------
+# Parameters
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_parameters_serve_another_output_stride():
 
 
 def test_starts_from_nearly_equal_probabilities_decided_by_the_seed():
-    # At the least width most kernels have one shape, and share one compiled initialiser.
+    # At the smallest width most kernels have the same shape and share a compiled initializer.
     ours = narrow(num_classes=21, width=1 / 64)
     first, again, other = (
         nnx.split(build_model(ours, rngs=nnx.Rngs(seed)), nnx.Param, nnx.BatchStat)
@@ -144,7 +144,7 @@ def test_starts_from_nearly_equal_probabilities_decided_by_the_seed():
     assert float(entropy.min()) > 0.9 * np.log(21)
 
 
-# --- Shapes ------------------------------------------------------------------------------------
+# Shapes
 
 
 @settings(max_examples=25, deadline=None)
@@ -179,7 +179,7 @@ def test_small_images_give_finite_logits(variant, size):
         assert np.isfinite(logits).all()
 
 
-# --- Training ----------------------------------------------------------------------------------
+# Training
 
 
 def test_training_moves_the_running_statistics_and_freezing_keeps_them():
@@ -193,13 +193,13 @@ def test_training_moves_the_running_statistics_and_freezing_keeps_them():
     assert same(kept_too, stats)
     for path, variable in nnx.to_flat_state(moved):
         before = dict(nnx.to_flat_state(stats))[path]
-        assert not np.array_equal(variable[...], before[...]), path  # not one is forgotten
+        assert not np.array_equal(variable[...], before[...]), path  # every one changes
     for name, logits in evaluated.items():
         np.testing.assert_array_equal(frozen[name], logits)
         assert not np.allclose(trained[name], logits, atol=1e-3)
 
 
-def test_dropout_acts_by_the_key_in_training_alone():
+def test_dropout_depends_on_the_key_and_acts_only_in_training():
     ours = narrow(dropout=0.5, aux_head=True)
     graph, params, stats = split_model(ours)
     images, key = random_images(2, 33, 33, 3), jax.random.key
@@ -219,7 +219,7 @@ def test_dropout_acts_by_the_key_in_training_alone():
 
 
 def test_one_small_image_trains_without_nan():
-    """Image pooling then normalises one value a channel, and the last stage has one pixel."""
+    """Image pooling normalizes one value per channel, and the last stage has one pixel."""
     ours = narrow(dropout=0.0, aux_head=True, decoder="transposed")
     graph, params, stats = split_model(ours)
     images = random_images(1, 5, 7, 3)
@@ -248,10 +248,10 @@ def test_bfloat16_is_close_to_float32():
     rounded = run(graph_of(half), params, stats, images)[0]["out"]
     assert rounded.dtype == jnp.float32
     error = float(jnp.abs(rounded - exact).max() / jnp.std(exact))
-    assert 1e-4 < error < 0.2  # it was computed in bfloat16, and well
+    assert 1e-4 < error < 0.2  # computed in bfloat16, but accurate
 
 
-# --- Heads -------------------------------------------------------------------------------------
+# Heads
 
 
 def torch_conv_norm(x, conv, norm):
@@ -332,7 +332,7 @@ def test_logits_are_the_heads_resized_by_torch(float64_model):
         np.testing.assert_allclose(outputs[name], theirs.numpy().transpose(0, 2, 3, 1), atol=1e-11)
 
 
-# --- Mistakes ----------------------------------------------------------------------------------
+# Mistakes
 
 
 @pytest.mark.parametrize(

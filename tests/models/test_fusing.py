@@ -1,4 +1,4 @@
-"""Batch norm as part of the convolution before it: the same logits."""
+"""Batch norm fused into the preceding convolution gives the same logits."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def test_fused_logits_are_the_same(x64, variant):
     for head in plain:
         scale = jnp.abs(plain[head]).max()
         np.testing.assert_allclose(fused[head], plain[head], atol=1e-12 * float(scale))
-    # That the statistics have their part in it is seen by changing them.
+    # Other running statistics give other logits, so the comparison above is not trivial.
     moved = variables._replace(batch_stats={n: v * 2 for n, v in kept.items()})
     assert not np.allclose(both(moved, images)[1][0]["out"], fused["out"], atol=1e-6)
 
@@ -56,7 +56,7 @@ def test_fusing_leaves_no_normalisation_in_the_program():
 
 
 def test_fusing_keeps_the_kind_of_arrays():
-    """NumPy's on the host stay there, and JAX's on their device."""
+    """NumPy arrays stay on the host, and JAX arrays on their device."""
     model = FunctionalModel(architecture("paper_resnet18", num_classes=3, width=0.125))
     variables = random_variables(model)
     on_host = model.fuse(jax.device_get(variables))
@@ -71,7 +71,7 @@ def test_fusing_keeps_the_kind_of_arrays():
 
 
 def test_a_fused_model_is_not_trained():
-    """The batch's statistics are known only when the convolution is done."""
+    """In training, batch norm needs statistics of the convolution's output."""
     model = FunctionalModel(architecture("paper_resnet18", num_classes=3, width=0.125, dropout=0))
     fused = model.fuse(random_variables(model))
     with pytest.raises(ValueError, match="is for inference: train the original"):

@@ -1,4 +1,4 @@
-"""ASPP's choice of branches; its values are held to torchvision's in `tests/weights`."""
+"""The branches of ASPP; `tests/weights` compares its values with torchvision's."""
 
 import jax.numpy as jnp
 import numpy as np

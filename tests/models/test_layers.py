@@ -24,7 +24,7 @@ def from_torch(x):
 
 
 def norm_with_values(channels, *, momentum=0.9, epsilon=1e-5, dtype="float64", seed=0):
-    """A batch norm none of whose variables is 0 or 1."""
+    """Returns a batch norm with random variables."""
     rng = np.random.default_rng(seed)
     norm = BatchNorm(channels, momentum=momentum, epsilon=epsilon, param_dtype=dtype)
     norm.scale[...] = jnp.asarray(rng.uniform(0.5, 2, channels), norm.scale.dtype)
@@ -45,7 +45,7 @@ def torch_norm(norm):
 
 
 def apply_norm(norm, x):
-    """Output and running statistics after a training batch, as functions of the parameters."""
+    """Returns a function of the parameters that normalizes a training batch, and the parameters."""
     graph, params, stats = nnx.split(norm, nnx.Param, nnx.BatchStat)
 
     def run(params, x):
@@ -65,7 +65,7 @@ class TestBatchNorm:
         y = ours(jnp.asarray(x), use_running_average=not train)
         np.testing.assert_allclose(y, from_torch(theirs(to_torch(x))), atol=1e-12)
         np.testing.assert_allclose(ours.mean[...], theirs.running_mean, atol=1e-12)
-        # The variance that torch adds is the unbiased one, n / (n - 1) of ours, of n = 60 values.
+        # torch adds the unbiased variance, n / (n - 1) times ours, with n = 60 values.
         ours_added, theirs_added = ours.var[...] - 0.9 * old_var, theirs.running_var - 0.9 * old_var
         ratio = 60 / 59 if train else 1
         np.testing.assert_allclose(ours_added * ratio, theirs_added, atol=1e-12)
@@ -118,9 +118,9 @@ class TestBatchNorm:
         np.testing.assert_allclose(norm.mean[...], 0.1 * exact.mean((0, 1, 2)), rtol=1e-5)
         np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * exact.var((0, 1, 2)), rtol=1e-5)
         rounded = np.asarray(norm.mean[...]).astype(jnp.bfloat16).astype(np.float32)
-        assert not np.array_equal(rounded, norm.mean[...])  # bfloat16 could not have held them
+        assert not np.array_equal(rounded, norm.mean[...])  # bfloat16 cannot represent them
 
-    def test_one_value_a_channel_gives_the_bias_and_no_nan(self):
+    def test_one_value_per_channel_gives_the_bias_and_no_nan(self):
         norm = norm_with_values(5, dtype="float32")
         x = jnp.asarray(np.random.default_rng(1).normal(7, 9, size=(1, 1, 1, 5)), jnp.float32)
         run, params = apply_norm(norm, x)
@@ -137,7 +137,7 @@ class TestBatchNorm:
         np.testing.assert_allclose(grads["scale"].get_value(), 0, atol=1e-6)
 
     @pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices")
-    def test_statistics_are_of_the_whole_batch_when_it_is_divided(self):
+    def test_statistics_of_a_sharded_batch_are_global(self):
         x = np.random.default_rng(1).normal(size=(4, 3, 3, 2)) + np.arange(4)[:, None, None, None]
         x = x.astype(np.float32)
         run, params = apply_norm(BatchNorm(2, momentum=0.5, epsilon=1e-5), x)
@@ -260,13 +260,13 @@ class TestTransposedDecoder:
 
 
 class TestDropout:
-    def test_zeroes_a_share_and_keeps_the_mean(self):
+    def test_zeroes_a_fraction_and_keeps_the_mean(self):
         x = jnp.full((4, 50, 50, 10), 3.0)
         y = np.asarray(nnx.Dropout(0.3)(x, rngs=jax.random.key(0)))
         assert (y == 0).mean() == pytest.approx(0.3, abs=0.01)
         np.testing.assert_allclose(y[y != 0], 3 / 0.7, rtol=1e-6)
 
-    def test_follows_the_key_alone(self):
+    def test_depends_only_on_the_key(self):
         x = jnp.ones((2, 5, 5, 4))
         dropout = nnx.Dropout(0.5)
         first, again = (dropout(x, rngs=jax.random.key(1)) for _ in range(2))
@@ -301,7 +301,7 @@ class TestPadding:
         ],
     )
     @pytest.mark.parametrize("side", [1, 8, 9])
-    def test_what_is_accepted_gives_ceil_of_the_size(self, kernel_size, options, side):
+    def test_accepted_paddings_give_ceil_of_the_size(self, kernel_size, options, side):
         conv = Conv(2, 2, kernel_size, **options, rngs=nnx.Rngs(0))
         strides = options.get("strides", 1)
         assert conv(jnp.zeros((1, side, side + 3, 2))).shape[1:3] == (
@@ -313,20 +313,20 @@ class TestPadding:
         ("kernel_size", "padding"),
         [
             (3, 0),
-            (3, ((0, 2), (0, 2))),  # what SAME is at stride 2 on even sizes, and more
+            (3, ((0, 2), (0, 2))),  # SAME at stride 2 on even sizes, and more
             (3, ((1, 1), (1, 2))),
             (3, "SAME"),
             (4, ((3, 0), (3, 0))),
             (5, 1),
         ],
     )
-    def test_one_that_would_shift_features_is_refused(self, kernel_size, padding):
+    def test_paddings_that_would_shift_features_are_refused(self, kernel_size, padding):
         with pytest.raises(ValueError, match="shifts features against the image"):
             Conv(2, 2, kernel_size, 2, padding=padding, rngs=nnx.Rngs(0))
 
 
 def test_jit_sees_that_an_implementation_was_swapped():
-    """It is an attribute, and so in the graph definition that jit's key holds."""
+    """It is an attribute, and so part of the graph definition, which is part of jit's cache key."""
     traced = []
 
     def own(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Backbones. A new one is a file here, or anywhere, and a line in `BACKBONES`."""
+"""Backbones, which are registered in `BACKBONES`; see `models.contracts.Backbone`."""
 
 from deeplab_jax.models.architecture import BACKBONES
 from deeplab_jax.models.backbones.mobilenet_v3 import MobileNetV3

@@ -1,9 +1,9 @@
-"""MobileNetV3-Large (Howard et al. 2019, arXiv 1905.02244), whose later strides may be replaced.
+"""MobileNetV3-Large (Howard et al. 2019, arXiv 1905.02244), with atrous convolution.
 
-It equals torchvision's, block by block. Output stride 32 is the network as published, 16 the one
-under torchvision's DeepLabv3, with the same parameters. Where a stride is removed, the depthwise
-convolutions from there on get its dilation, the formerly strided one included. (This is the
-dilation rule "paper" of `backbones.resnet`; torchvision treats its ResNets otherwise.)
+It equals torchvision's, block by block. Output stride 32 is the published network, 16 that of
+torchvision's DeepLabv3, with the same parameters. Where a stride is removed, that depthwise
+convolution and the following ones are dilated instead, which is the dilation rule "paper" of
+`backbones.resnet`. (torchvision's ResNets follow the other rule.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from deeplab_jax.models.ops.pooling import mean_over_image
 
 
 class Row(NamedTuple):
-    """An inverted residual as published: a row of arXiv 1905.02244, table 1."""
+    """A published inverted residual, which is a row of arXiv 1905.02244, table 1."""
 
     kernel_size: int
     expanded_features: int
@@ -54,18 +54,18 @@ TABLE: tuple[Row, ...] = (
 
 STEM_FEATURES = 16
 STEM_STRIDE = 2  # pixels
-LAST_EXPANSION = 6  # of the last convolution, over the last inverted residual
+LAST_EXPANSION = 6  # channels of the last convolution per channel of the last block
 
 
 class BlockSpec(NamedTuple):
-    """The place of an inverted residual in the network.
+    """The settings of an inverted residual.
 
     Attributes:
-      row: as published.
-      in_features, expanded_features, out_features: at the architecture's width.
-      strides: pixels, of the depthwise convolution.
-      kernel_dilation: of the depthwise convolution.
-      output_stride: pixels of the image a pixel of the output.
+      row: the published settings.
+      in_features, expanded_features, out_features: numbers of channels at the architecture's width.
+      strides: stride of the depthwise convolution, pixels.
+      kernel_dilation: dilation of the depthwise convolution, pixels.
+      output_stride: image size divided by the size of the output.
     """
 
     row: Row
@@ -78,7 +78,7 @@ class BlockSpec(NamedTuple):
 
 
 def block_specs(architecture: Architecture) -> list[BlockSpec]:
-    """Returns the inverted residuals, with strides and dilations at the output stride."""
+    """Returns the inverted residuals at the architecture's width and output stride."""
     in_features = divisible_channels(STEM_FEATURES * architecture.width)
     total_stride, dilation = STEM_STRIDE, 1
     specs = []
@@ -99,7 +99,7 @@ def block_specs(architecture: Architecture) -> list[BlockSpec]:
 def divisible_channels(channels: float) -> int:
     """Returns the nearest multiple of 8 that is at least 8 and at least 90 % of `channels`.
 
-    MobileNets round so under a width multiplier (`_make_divisible` in torchvision).
+    This is how MobileNets round under a width multiplier (`_make_divisible` in torchvision).
     """
     nearest = max(8, int(channels + 4) // 8 * 8)
     return nearest if nearest >= 0.9 * channels else nearest + 8
@@ -108,11 +108,11 @@ def divisible_channels(channels: float) -> int:
 class SqueezeExcite(nnx.Module):
     """Scales each channel by a number in [0, 1] computed from the channels' means over the image.
 
-    As in arXiv 1709.01507, section 3, with a hard sigmoid (arXiv 1905.02244, section 5.3).
+    Source: arXiv 1709.01507, section 3, with a hard sigmoid (arXiv 1905.02244, section 5.3).
     """
 
     def __init__(self, features: int, squeeze_features: int, **options: Any) -> None:
-        """`options` are those of `Conv`."""
+        """Creates the layers; `options` are further arguments of `Conv`."""
         self.fc1 = Conv(features, squeeze_features, use_bias=True, **options)
         self.fc2 = Conv(squeeze_features, features, use_bias=True, **options)
 
@@ -125,12 +125,12 @@ class InvertedResidual(nnx.Module):
     """Expansion, depthwise convolution, squeeze-excite, projection, and a shortcut.
 
     Attributes:
-      expand: 1x1 convolution, or None where the number of channels stays.
+      expand: 1x1 convolution, or None if the number of channels stays the same.
       depthwise: depthwise convolution.
-      squeeze_excite: or None.
+      squeeze_excite: `SqueezeExcite`, or None.
       project: 1x1 convolution without activation.
-      shortcut: whether the input is added. This follows the published stride, so that the function
-        between the layers is the same at each output stride.
+      shortcut: whether the input is added to the result. It depends on the published stride, so
+        that it is the same at each output stride.
     """
 
     def __init__(
@@ -144,11 +144,10 @@ class InvertedResidual(nnx.Module):
         row, features = spec.row, spec.expanded_features
         options: dict[str, Any] = {"dtype": architecture.dtype, "rngs": rngs}
         conv: Callable[..., ConvBN] = functools.partial(ConvBN, norm=norm, **options)
-        self.expand = (
-            conv(spec.in_features, features, activation=row.activation)
-            if features != spec.in_features
-            else None
-        )
+        expand = None
+        if features != spec.in_features:
+            expand = conv(spec.in_features, features, activation=row.activation)
+        self.expand = expand
         self.depthwise = conv(
             features,
             features,
@@ -188,14 +187,14 @@ class MobileNetV3(nnx.Module):
       block1, ..., block15: inverted residuals.
       last: 1x1 convolution.
       features: channels and stride of each feature map that `__call__` returns.
-      remat: whether each block is computed again in the backward pass, to save memory.
+      remat: whether to recompute each block in the backward pass, to save memory.
     """
 
     options = frozenset({"width"})
     out_feature = "last"
     aux_feature = "block4"  # the first features of output stride 8
-    # The last depthwise convolution's of stride 4, before they are projected to few channels, as
-    # the authors of DeepLabv3+ take them for MobileNets.
+    # The last features of stride 4 before the projection to few channels, as in DeepLabv3+'s own
+    # code for MobileNets.
     low_level_feature = "block3.expanded"
 
     def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs) -> None:
@@ -221,14 +220,13 @@ class MobileNetV3(nnx.Module):
         self.remat = False
 
     def __call__(self, images: Float[Array, "n h w c"]) -> dict[str, Array]:
-        """Returns the features "stem", "block1", ..., "block15", "last", `[n, h', w', c']` each.
+        """Returns the features "stem", "block1", ..., "block15" and "last" of normalized images.
 
-        And "block3.expanded", the input of that block's projection.
-
-        Args:
-          images: normalised pixels.
+        "block3.expanded" is the input of the projection in that block.
         """
-        run = nnx.remat(_run_block) if self.remat else _run_block
+        run = InvertedResidual.with_expansion
+        if self.remat:
+            run = nnx.remat(run)
         features: dict[str, Array] = {"stem": self.stem(images)}
         x = features["stem"]
         for number in range(1, len(TABLE) + 1):
@@ -237,7 +235,3 @@ class MobileNetV3(nnx.Module):
             features |= {f"{name}.expanded": expanded, name: x}
         features["last"] = self.last(x)
         return {name: features[name] for name in self.features}
-
-
-def _run_block(block: InvertedResidual, x: Array) -> tuple[Array, Array]:
-    return block.with_expansion(x)

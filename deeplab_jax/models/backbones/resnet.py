@@ -1,20 +1,20 @@
-"""ResNet (He et al. 2015, 2016) whose later strides may be replaced by atrous convolution.
+"""ResNet (He et al. 2015, 2016), in which atrous convolution may replace the later strides.
 
-Output stride 32 is the network as published. At 16 and 8 the last one or two stages lose their
-stride, and the convolutions behind it get a dilation instead; the parameters stay the same. A
-cascade (arXiv 1706.05587, section 3.2) appends up to three copies of `layer4`, the paper's block4.
-Each halves the features, down to output stride 256, or doubles the dilation once the requested
-output stride is reached. In block4 and its copies the dilations are multiplied by the multi-grid
-(section 3.2.1). The dilation rule says which dilations the stages get:
+Output stride 32 is the published network. At 16 and 8 the last one or two stages have stride 1, and
+their convolutions a dilation instead; the parameters stay the same. A cascade (arXiv 1706.05587,
+section 3.2) appends up to three copies of `layer4`, the paper's block4. Each copy halves the
+features, down to output stride 256, or doubles the dilation once the requested output stride is
+reached. In block4 and its copies the multi-grid (section 3.2.1) multiplies the dilations. Where
+strides are removed, the dilation rule decides the dilations:
 
-- "torchvision": a convolution's dilation is the product of the strides removed before it.
+- "torchvision": the dilation of a convolution is the product of the strides removed before it.
   Subsampling the dense features by the removed strides gives the strided network's features
-  exactly. A bottleneck's 3x3 convolution that lost its stride keeps the dilation before it.
-- "paper": all blocks of a stage have its dilation: at output stride 16 block4 has 2; at 8 block3
-  has 2 and block4 has 4.
+  exactly. The 3x3 convolution of a bottleneck that lost its stride has the dilation before it.
+- "paper": all blocks of a stage have the same dilation: at output stride 16, 2 in block4; at 8, 2
+  in block3 and 4 in block4.
 
-With full pre-activation (He et al. 2016, arXiv 1603.05027, appendix) the stem's activation serves
-as the first block's, which has none of its own, and batch norm and relu follow the last block.
+With full pre-activation (He et al. 2016, arXiv 1603.05027, appendix) the first block has no first
+activation of its own, because the stem ends with one. Batch norm and relu follow the last block.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from deeplab_jax.models.ops.pooling import max_pool
 
 
 class BlockSpec(NamedTuple):
-    """The place of a residual block in the network.
+    """The settings of a residual block.
 
     Attributes:
       in_features: number of channels of the input.
       features: number of channels of the inner convolutions; the output has `expansion` times as
         many.
-      strides: pixels.
-      first_dilation: of the convolutions up to the strided one.
-      kernel_dilation: of the convolutions after the strided one.
-      project: whether the shortcut is a convolution. This follows the stage's published stride, so
-        that the parameters are the same at each output stride.
-      activated: whether the input was just normalised and activated, as by the stem.
+      strides: stride of the block, pixels.
+      first_dilation: dilation of the convolutions up to the strided one.
+      kernel_dilation: dilation of the convolutions after the strided one.
+      project: whether the shortcut is a convolution. It depends on the published stride of the
+        stage, so that the parameters are the same at each output stride.
+      activated: whether the input is already normalized and activated, as by the stem.
     """
 
     in_features: int
@@ -60,12 +60,13 @@ class BlockSpec(NamedTuple):
 
 
 class _ResidualBlock(nnx.Module):
-    """What both kinds of block share.
+    """Base class of residual blocks.
 
     Attributes:
-      conv1, bn1, ...: each norm follows its convolution, or precedes it with `pre_activation`.
-      downsample: the shortcut's convolution, with batch norm unless `pre_activation`; or None.
-      add_relu: computes `relu(shortcut + y)`.
+      conv1, bn1, ...: convolutions and norms. A norm follows its convolution, or precedes it with
+        `pre_activation`.
+      downsample: convolution of the shortcut, with batch norm unless `pre_activation`; or None.
+      add_relu: function that computes `relu(shortcut + y)`.
     """
 
     num_convs: int
@@ -96,7 +97,7 @@ class _ResidualBlock(nnx.Module):
     def convs(
         self, spec: BlockSpec, architecture: Architecture, conv: Callable[..., Conv]
     ) -> Sequence[Conv]:
-        """Makes the convolutions, in the order of use."""
+        """Makes the convolutions in the order of execution."""
         raise NotImplementedError
 
     def conv_norms(self) -> Sequence[tuple[str, str]]:
@@ -120,10 +121,10 @@ class _ResidualBlock(nnx.Module):
         return self.add_relu(shortcut, y, conv.kernel[...][0, 0, 0, 0])
 
     def _pre_activation(self, x: Array) -> Array:
-        """He et al. 2016, figure 4e: shortcut + conv(relu(norm(...))), the sum left as it is.
+        """He et al. 2016, figure 4e: shortcut + conv(relu(norm(...))), with no activation after.
 
-        A projection reads the first activation, as in the authors' code; an identity reads `x`. The
-        first block's first activation is the stem's, before the paths divide: both read `x`.
+        A projection reads the first activation, as in the authors' code; an identity reads `x`. In
+        the first block, whose input is activated already, both read `x`.
         """
         y, shortcut = x, x
         for index, (conv, norm) in enumerate(self._layers()):
@@ -152,7 +153,7 @@ class BasicBlock(_ResidualBlock):
 
 
 class Bottleneck(_ResidualBlock):
-    """A 1x1, a 3x3 and a 1x1 convolution to four times the channels, and a shortcut."""
+    """A 1x1, a 3x3 and a 1x1 convolution with four times the channels, and a shortcut."""
 
     num_convs = 3
     expansion = 4
@@ -172,7 +173,7 @@ class Bottleneck(_ResidualBlock):
 
 
 class Stages(NamedTuple):
-    """The block of a ResNet and the number of blocks of each stage."""
+    """The kind of block of a ResNet and the number of blocks of each stage."""
 
     block: type[BasicBlock] | type[Bottleneck]
     sizes: tuple[int, int, int, int]
@@ -190,13 +191,13 @@ STEM_FEATURES = 64
 STEM_STRIDE = 4  # pixels, the max pool's included
 STAGE_FEATURES = (64, 128, 256, 512)
 STAGE_STRIDES = (1, 2, 2, 2)
-LAST_STAGE = 3  # layer4, the paper's block4: the one that a cascade repeats
+LAST_STAGE = 3  # layer4, the paper's block4, which a cascade repeats
 
 
 def block_specs(architecture: Architecture) -> list[list[BlockSpec]]:
-    """Returns the blocks of each stage, then those of a cascade's copies.
+    """Returns the blocks of each stage, including the stages of a cascade.
 
-    Strides and dilations are those at the architecture's output stride.
+    They have the strides and dilations of the architecture's output stride.
     """
     block, sizes = RESNETS[architecture.backbone]
     published = [*range(LAST_STAGE + 1), *[LAST_STAGE] * (architecture.cascade or 0)]
@@ -238,17 +239,17 @@ class ResNet(nnx.Module):
 
     Attributes:
       stem: convolutions with batch norm and relu: one 7x7, or three 3x3 in a "deep" stem.
-      layer1, ..., layer4: lists of residual blocks; layer5 to layer7 in a cascade.
+      layer1, ..., layer4: lists of residual blocks; in a cascade also layer5 to layer7.
       features: channels and stride of each feature map that `__call__` returns.
-      final_bn: batch norm behind the last block with pre-activation, otherwise None.
-      remat: whether each block is computed again in the backward pass, to save memory.
+      final_bn: batch norm after the last block with pre-activation, otherwise None.
+      remat: whether to recompute each block in the backward pass, to save memory.
     """
 
     options = frozenset(
         {"multi_grid", "dilation_rule", "residual", "stem", "stride_place", "cascade", "width"}
     )
     aux_feature = "layer3"
-    low_level_feature = "layer1"  # of stride 4, "Conv2" of arXiv 1802.02611
+    low_level_feature = "layer1"  # stride 4, "Conv2" of arXiv 1802.02611
 
     def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs) -> None:
         self.in_channels = architecture.in_channels
@@ -272,13 +273,13 @@ class ResNet(nnx.Module):
         self.remat = False
 
     def __call__(self, images: Float[Array, "n h w c"]) -> dict[str, Array]:
-        """Returns the features "stem" (after the max pool), "layer1", ..., of normalised images."""
+        """Returns "stem" (the features after the max pool), "layer1", ... of normalized images."""
         x = images
         for conv in self.stem:
             x = conv(x)
         x = max_pool(x)
         features: dict[str, Array] = {"stem": x}
-        run = nnx.remat(_run_block) if self.remat else _run_block
+        run = nnx.remat(_ResidualBlock.__call__) if self.remat else _ResidualBlock.__call__
         for name in list(self.features)[1:]:
             for block in getattr(self, name):
                 x = run(block, x)
@@ -286,10 +287,6 @@ class ResNet(nnx.Module):
         if self.final_bn is not None:
             features[self.out_feature] = relu(self.final_bn(x))
         return features
-
-
-def _run_block(block: _ResidualBlock, x: Array) -> Array:
-    return block(x)
 
 
 def _stem(architecture: Architecture, features: int, **shared: Any) -> list[ConvBN]:

@@ -1,11 +1,11 @@
-"""Atrous convolution: one function with several exact implementations, chosen per platform."""
+"""Atrous convolution, by the fastest of several exact methods for the target platform."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import export, lax
 from jaxtyping import Array, Float
 
-# Pixels: an int, or an expression of jax.export in a program that is traced for any size.
+# Pixels: an int, or a symbolic dimension of jax.export in a program for any size.
 Size = Any
 Method = Callable[..., Float[Array, "n ho wo cout"]]
 
@@ -29,40 +29,47 @@ def atrous_conv(
     """Convolves with taps `rate = kernel_dilation` pixels apart: y[i] = sum_k x[i + rate k] w[k].
 
     Pads `rate * (k - 1) / 2` zeros on every side, as torch does, so that the output has
-    `ceil(h / strides)` rows at any rate. The number of groups is `x`'s channels divided by the
-    kernel's.
+    `ceil(h / strides)` rows at any rate. The number of groups is the number of channels of `x`
+    divided by that of the kernel.
 
     Args:
       x: features.
-      kernel: of an odd side `k`, and `kw = k`.
-      strides: pixels between the outputs' centres.
+      kernel: weights, with an odd side `k` and `kw = k`.
+      strides: pixels between the centres of neighbouring outputs.
       kernel_dilation: pixels between the taps; may be larger than the map.
       method: a name in `METHODS`. Defaults to the fastest one for the target platform.
 
     Raises:
-      ValueError: the kernel's side is even, not the same in both directions, or its channels do
-        not divide those of `x`; or `strides` or `kernel_dilation` is below 1.
+      ValueError: the kernel is not square or its side is even; its input channels do not divide
+        the channels of `x`; `strides` or `kernel_dilation` is below 1; or the method is unknown.
 
     Source: arXiv 1706.05587, equation 1.
     """
     _check(x.shape, kernel.shape, strides, kernel_dilation)
+    options: dict[str, Any] = {"strides": strides, "kernel_dilation": kernel_dilation}
     if method is not None:
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-        return METHODS[method](x, kernel, strides=strides, kernel_dilation=kernel_dilation)
-    native = functools.partial(_native, strides=strides, kernel_dilation=kernel_dilation)
-    chosen: dict[str, Callable[..., Array]] = {}
-    if _is_product(x.shape, kernel.shape, strides):
-        chosen["cpu"] = functools.partial(
-            _valid_taps, strides=strides, kernel_dilation=kernel_dilation
-        )
-    elif strides == 1 and kernel_dilation > 1 and not _any_size(x.shape):
+        return METHODS[method](x, kernel, **options)
+    any_size = any(map(export.is_symbolic_dim, x.shape[1:3]))
+    by_platform: dict[str, Method] = {}
+    if kernel.shape[:3] == (1, 1, x.shape[3]):
+        # One matrix product, on CPU 1.7 to 2.9 times as fast with gradients. For a strided map of
+        # any size JAX cannot prove that the output sizes agree.
+        if strides == 1 or not any_size:
+            by_platform["cpu"] = _valid_taps
+    elif strides == 1 and kernel_dilation > 1 and not any_size:
         if _taps_win_on_cpu(x.shape, kernel.shape, kernel_dilation):
-            chosen["cpu"] = functools.partial(_on_cpu, kernel_dilation=kernel_dilation)
-        chosen["cuda"] = functools.partial(_on_cuda, kernel_dilation=kernel_dilation)
-    if not chosen:
-        return native(x, kernel)
-    return lax.platform_dependent(x, kernel, **chosen, default=native)
+            by_platform["cpu"] = _on_cpu
+        by_platform["cuda"] = _on_cuda
+    if not by_platform:
+        return _native(x, kernel, **options)
+    default, *chosen = (
+        functools.partial(function, **options) for function in (_native, *by_platform.values())
+    )
+    return lax.platform_dependent(
+        x, kernel, default=default, **dict(zip(by_platform, chosen, strict=True))
+    )
 
 
 def unless_differentiated(
@@ -71,8 +78,8 @@ def unless_differentiated(
     """Returns a function that runs `inference`, or `training` when it is differentiated.
 
     Args:
-      inference: the function without a gradient.
-      training: the same function up to rounding; its gradient is taken.
+      inference: the function to run without a gradient.
+      training: a function with the same result up to rounding, whose gradient is taken.
     """
 
     @jax.custom_vjp
@@ -85,12 +92,24 @@ def unless_differentiated(
     return function
 
 
-def valid_share(
-    size: int, kernel_size: int, *, strides: int = 1, kernel_dilation: int = 1
+def valid_fraction(
+    sizes: Sequence[int], kernel_size: int, *, strides: int = 1, kernel_dilation: int = 1
 ) -> float:
-    """Share of the taps along one axis that fall on the map and not into its padding, 0..1."""
-    spans = [_span(size, offset, strides) for offset in _offsets(kernel_size, kernel_dilation)]
-    return sum(stop - start for start, stop in spans) / (kernel_size * -(-size // strides))
+    """Returns the fraction of a kernel's taps that read the map and not its padding, 0..1.
+
+    Args:
+      sizes: height and width of the map, or one of them.
+      kernel_size: side of the kernel.
+      strides: pixels between the centres of neighbouring outputs.
+      kernel_dilation: pixels between the taps.
+    """
+
+    def along_axis(size: int) -> float:
+        ranges = [_valid_outputs(size, offset, strides) for offset in offsets]
+        return sum(stop - start for start, stop in ranges) / (kernel_size * -(-size // strides))
+
+    offsets = _offsets(kernel_size, kernel_dilation)
+    return math.prod(map(along_axis, sizes))
 
 
 def _native(x: Array, kernel: Array, *, strides: int, kernel_dilation: int) -> Array:
@@ -107,30 +126,32 @@ def _native(x: Array, kernel: Array, *, strides: int, kernel_dilation: int) -> A
 
 
 def _valid_taps(x: Array, kernel: Array, *, strides: int, kernel_dilation: int) -> Array:
-    """One matrix product a tap, over the window where the tap falls on the map; nothing else."""
+    """Sums one matrix product per tap, over the window where the tap reads the map."""
     _, height, width, _ = x.shape
     centre = kernel.shape[0] // 2
-    # The centre's tap is valid everywhere, so it starts the sum; of a 1x1 kernel it is all.
+    # The centre tap is valid everywhere, so its product starts the sum.
     out = _product(x[:, ::strides, ::strides], kernel[centre, centre])
-    for row, dy in enumerate(_offsets(kernel.shape[0], kernel_dilation)):
-        for column, dx in enumerate(_offsets(kernel.shape[1], kernel_dilation)):
-            if (dy, dx) == (0, 0):
-                continue
-            (top, bottom), (left, right) = _span(height, dy, strides), _span(width, dx, strides)
-            if top == bottom or left == right:
-                continue
-            rows = slice(top * strides + dy, (bottom - 1) * strides + dy + 1, strides)
-            columns = slice(left * strides + dx, (right - 1) * strides + dx + 1, strides)
-            product = _product(x[:, rows, columns], kernel[row, column])
-            out = out.at[:, top:bottom, left:right].add(product)
+    taps = enumerate(_offsets(kernel.shape[0], kernel_dilation))
+    for (row, dy), (column, dx) in itertools.product(taps, repeat=2):
+        if row == column == centre:
+            continue
+        top, bottom = _valid_outputs(height, dy, strides)
+        left, right = _valid_outputs(width, dx, strides)
+        if top == bottom or left == right:
+            continue
+        rows = slice(top * strides + dy, (bottom - 1) * strides + dy + 1, strides)
+        columns = slice(left * strides + dx, (right - 1) * strides + dx + 1, strides)
+        product = _product(x[:, rows, columns], kernel[row, column])
+        out = out.at[:, top:bottom, left:right].add(product)
     return out.astype(x.dtype)
 
 
 def _valid_blocks(x: Array, kernel: Array, *, strides: int, kernel_dilation: int) -> Array:
-    """The same products by blocks of the map, so that its pixels are copied once.
+    """Computes the products of `_valid_taps` by blocks of the map, copying each pixel once.
 
-    The windows of `_valid_taps` overlap; blocks between all their edges do not. A block's products
-    with the taps that are valid on all of it are added where these taps lay it.
+    The windows of `_valid_taps` overlap. Their edges cut the map into blocks that do not. Each
+    block is multiplied by the taps that are valid on all of it, and each product is added to the
+    outputs that read the block through that tap.
     """
     _, height, width, _ = x.shape
     offsets = _offsets(kernel.shape[0], kernel_dilation)
@@ -143,15 +164,16 @@ def _valid_blocks(x: Array, kernel: Array, *, strides: int, kernel_dilation: int
                 if row == column == centre:
                     continue
                 dy, dx = offsets[row], offsets[column]
-                where = (slice(top - dy, bottom - dy), slice(left - dx, right - dx))
-                out = out.at[:, *where].add(_product(block, kernel[row, column]))
+                outputs = (slice(top - dy, bottom - dy), slice(left - dx, right - dx))
+                out = out.at[:, *outputs].add(_product(block, kernel[row, column]))
     return out[:, ::strides, ::strides].astype(x.dtype)
 
 
 def _product(x: Array, weights: Array) -> Array:
-    """`[n h w cin]` times `[cin cout]`, as a product of two matrices.
+    """Multiplies `[n h w cin]` by `[cin cout]`, as a product of two matrices.
 
-    Of `[n h w cin]` itself XLA:CPU would lay the cotangent out anew for the weights' gradient.
+    Without the reshape, XLA:CPU would copy the cotangent to another memory layout for the gradient
+    of the weights.
     """
     n, height, width, channels = x.shape
     accumulator = jnp.promote_types(x.dtype, jnp.float32)
@@ -161,10 +183,10 @@ def _product(x: Array, weights: Array) -> Array:
 
 
 def _phases(x: Array, kernel: Array, *, strides: int, kernel_dilation: int) -> Array:
-    """Space to batch: every rate-th row and column is a map of its own, convolved at rate 1.
+    """Space to batch: convolves every rate-th row and column as a map of its own, at rate 1.
 
     Pads the map with zeros to a multiple of the rate, where taps would read zeros anyway. Along an
-    axis no longer than the rate only the centre's tap falls on the map.
+    axis no longer than the rate only the centre tap reads the map.
     """
     n, height, width, channels = x.shape
     rows, columns = (kernel_dilation if kernel_dilation < size else 1 for size in (height, width))
@@ -196,12 +218,11 @@ METHODS: dict[str, Method] = {
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _on_cuda(x: Array, kernel: Array, kernel_dilation: int) -> Array:
-    """cuDNN's convolution of the whole map, or of its phases, and always the phases' gradient.
+def _on_cuda(x: Array, kernel: Array, *, strides: int = 1, kernel_dilation: int) -> Array:
+    """Convolves by cuDNN, up to rate 6 natively and above by phases; the gradient is by phases.
 
-    Measured on one H100, bfloat16, milliseconds of native / phases (cuDNN through PyTorch);
-    `benchmarks/atrous_methods.py` measures such rows again:
+    Measured on one H100, bfloat16, milliseconds of native / phases (cuDNN through PyTorch).
+    `benchmarks/atrous_methods.py` repeats such measurements:
 
     | kernel, channels, maps, rate           | forward             | both gradients      |
     |----------------------------------------|---------------------|---------------------|
@@ -215,36 +236,30 @@ def _on_cuda(x: Array, kernel: Array, kernel_dilation: int) -> Array:
     | 3x3, 2048 -> 256, 32x65x65, rate 24    | 2.69 / 2.33 (2.75)  | 7.54 / 5.11 (6.21)  |
     | 3x3, 2048 -> 256, 32x65x65, rate 36    | 2.59 / 1.44 (2.68)  | 7.51 / 4.72 (6.08)  |
     """
-    method = _phases if kernel_dilation > 6 else _native
-    return method(x, kernel, strides=1, kernel_dilation=kernel_dilation)
-
-
-def _on_cuda_forward(
-    x: Array, kernel: Array, kernel_dilation: int
-) -> tuple[Array, tuple[Array, Array]]:
-    return _on_cuda(x, kernel, kernel_dilation), (x, kernel)
-
-
-def _on_cuda_backward(
-    kernel_dilation: int, inputs: tuple[Array, Array], cotangent: Array
-) -> tuple[Array, Array]:
-    _, gradient = jax.vjp(
-        functools.partial(_phases, strides=1, kernel_dilation=kernel_dilation), *inputs
+    native, phases = (
+        functools.partial(method, strides=strides, kernel_dilation=kernel_dilation)
+        for method in (_native, _phases)
     )
-    return gradient(cotangent)
+    forward = phases if kernel_dilation > 6 else native
+
+    @jax.custom_vjp
+    def convolve(*inputs: Array) -> Array:
+        return forward(*inputs)
+
+    convolve.defvjp(
+        lambda *inputs: (forward(*inputs), inputs),
+        lambda inputs, cotangent: jax.vjp(phases, *inputs)[1](cotangent),
+    )
+    return convolve(x, kernel)
 
 
-_on_cuda.defvjp(_on_cuda_forward, _on_cuda_backward)
+def _on_cpu(x: Array, kernel: Array, *, strides: int = 1, kernel_dilation: int) -> Array:
+    """Convolves by blocks of valid taps or natively, and for gradients by whole valid windows.
 
+    `inference.compilation.jit_inference` replaces these convolutions by oneDNN's where XLA has it.
 
-def _on_cpu(x: Array, kernel: Array, *, kernel_dilation: int) -> Array:
-    """Products over valid taps: by blocks, or where gradients are wanted by whole windows.
-
-    Predictor leaves these convolutions to oneDNN where XLA has it: see
-    `inference.compile.jit_inference`.
-
-    Measured on two cores, float32, milliseconds of native / taps / blocks (oneDNN through PyTorch);
-    `benchmarks/atrous_methods.py` measures such rows again, gradients apart from the forward pass:
+    Measured on two cores, float32, milliseconds of native / taps / blocks (oneDNN through PyTorch).
+    `benchmarks/atrous_methods.py` repeats such measurements, gradients apart from the forward pass:
 
     | kernel, channels, maps, rate         | valid | forward              | with both gradients    |
     |--------------------------------------|-------|----------------------|------------------------|
@@ -259,10 +274,12 @@ def _on_cpu(x: Array, kernel: Array, *, kernel_dilation: int) -> Array:
     | 3x3, 2048 -> 256, 1x65x65, rate 24   | 0.57  | 287 / 105 / 79 (67)  | 742 / 301 / 364 (304)  |
     | 3x3, 2048 -> 256, 1x65x65, rate 36   | 0.40  | 396 / 68 / 64 (51)   | 872 / 209 / 224 (397)  |
     """
-    method = _valid_blocks if _valid(x.shape, kernel.shape, kernel_dilation) <= 0.8 else _native
+    few_valid = (
+        valid_fraction(x.shape[1:3], kernel.shape[0], kernel_dilation=kernel_dilation) <= 0.8
+    )
     inference, training = (
-        functools.partial(each, strides=1, kernel_dilation=kernel_dilation)
-        for each in (method, _valid_taps)
+        functools.partial(method, strides=strides, kernel_dilation=kernel_dilation)
+        for method in (_valid_blocks if few_valid else _native, _valid_taps)
     )
     return unless_differentiated(inference, training)(x, kernel)
 
@@ -270,58 +287,35 @@ def _on_cpu(x: Array, kernel: Array, *, kernel_dilation: int) -> Array:
 def _taps_win_on_cpu(
     x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], kernel_dilation: int
 ) -> bool:
-    """Whether enough of the work falls into the padding for `_on_cpu` to gain, by its table."""
-    _, _, kernel_channels, _ = kernel_shape
-    grouped = kernel_channels != x_shape[3]
-    return (
-        not grouped
-        and kernel_channels >= 64
-        and _valid(x_shape, kernel_shape, kernel_dilation) <= 0.85
-    )
-
-
-def _valid(x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], kernel_dilation: int) -> float:
-    """Share of the taps that fall on the map, 0..1."""
-    return math.prod(
-        valid_share(size, kernel_shape[0], kernel_dilation=kernel_dilation) for size in x_shape[1:3]
-    )
-
-
-def _is_product(x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], strides: int) -> bool:
-    """Whether it is one matrix product, which on CPU is 1.7 to 2.9 times as fast with gradients."""
+    """Returns whether enough taps read padding for `_on_cpu` to gain time, by its table."""
     side, _, kernel_channels, _ = kernel_shape
-    if side > 1 or kernel_channels != x_shape[3]:
-        return False
-    return strides == 1 or not _any_size(x_shape)  # else JAX cannot tell that the sizes agree
-
-
-def _any_size(x_shape: tuple[Size, ...]) -> bool:
-    """Whether a map's height or width is left open, as in an exported program."""
-    return any(map(export.is_symbolic_dim, x_shape[1:3]))
+    return (
+        64 <= kernel_channels == x_shape[3]
+        and valid_fraction(x_shape[1:3], side, kernel_dilation=kernel_dilation) <= 0.85
+    )
 
 
 def _offsets(kernel_size: int, kernel_dilation: int) -> list[int]:
-    """Of each tap from the centre's, in pixels."""
+    """Returns the offset of each tap from the centre tap, in pixels."""
     return [kernel_dilation * (index - kernel_size // 2) for index in range(kernel_size)]
 
 
-def _span(size: int, offset: int, strides: int) -> tuple[int, int]:
-    """First output whose tap at `offset` falls on a map of `size`, and one past the last."""
+def _valid_outputs(size: int, offset: int, strides: int) -> tuple[int, int]:
+    """Returns start and stop of the outputs whose tap at `offset` reads a map of `size` pixels."""
     start = max(0, -(offset // strides))
     stop = min((size - 1 - offset) // strides + 1, -(-size // strides))
     return (start, stop) if start < stop else (0, 0)
 
 
 def _blocks(size: int, offsets: list[int]) -> list[tuple[tuple[int, int], list[int]]]:
-    """Start and stop of the blocks of an axis, and the taps at `offsets` that all of it gives to.
+    """Returns start and stop of each block along an axis, and the taps that are valid on all of it.
 
-    Pixel s gives to output s - offset, where the map has that.
+    The tap at `offset` reads input pixel s for output pixel s - offset, if the map has that.
     """
-    ends = (min(max(end, 0), size) for offset in offsets for end in (offset, size + offset))
-    cuts = sorted({0, size, *ends})
+    edges = (min(max(edge, 0), size) for offset in offsets for edge in (offset, size + offset))
     return [
         ((start, stop), [k for k, at in enumerate(offsets) if at <= start and stop <= size + at])
-        for start, stop in itertools.pairwise(cuts)
+        for start, stop in itertools.pairwise(sorted({0, size, *edges}))
     ]
 
 

@@ -1,4 +1,4 @@
-"""Batch norm by the batch's statistics, with its gradient written out."""
+"""Batch norm by the statistics of the batch, with an explicit gradient."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ def normalize_by_batch(
     bias: Float[Array, " c"],
     epsilon: float,
 ) -> tuple[Float[Array, "n h w c"], Float[Array, " c"], Float[Array, " c"]]:
-    """Normalises a map; returns the batch's mean and variance too, as constants.
+    """Normalizes a map; returns also the mean and variance of the batch, without gradients.
 
-    The gradient is written out (Ioffe & Szegedy 2015, section 3) so that it reads the map twice,
-    once for both sums and once for the result. The derived one reads it three times and keeps a
-    copy.
+    The gradient is that of Ioffe & Szegedy 2015, section 3. It reads the map twice: for both sums
+    and for the result. The gradient that JAX derives reads it three times and saves a copy.
     """
     values = x.astype(scale.dtype)
     mean = jnp.mean(values, (0, 1, 2))
-    # One pass over the map, and one exchange between devices, for both statistics.
-    # Rounding may leave a tiny negative difference.
+    # Both statistics in one pass over the map and one all-reduce between devices. The maximum
+    # guards against a difference that rounding made negative.
     var = jnp.maximum(jnp.mean(jnp.square(values), (0, 1, 2)) - jnp.square(mean), 0)
     y = (values - mean) * (scale * lax.rsqrt(var + epsilon)) + bias
     return y.astype(x.dtype), mean, var
@@ -40,15 +39,15 @@ def _forward(
 
 
 def _backward(
-    epsilon: float, kept: tuple[Array, ...], cotangents: tuple[Array, Array, Array]
+    epsilon: float, residuals: tuple[Array, ...], cotangents: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array]:
-    x, scale, mean, var = kept
+    x, scale, mean, var = residuals
     dy = cotangents[0].astype(scale.dtype)
     centred = x.astype(scale.dtype) - mean
     inverse_deviation = lax.rsqrt(var + epsilon)
     dbias = jnp.sum(dy, (0, 1, 2))
     dscale = jnp.sum(dy * centred, (0, 1, 2)) * inverse_deviation
-    count = float(x.size // x.shape[3])  # as an integer it may not fit 32 bits
+    count = float(x.size // x.shape[3])  # an integer might not fit in 32 bits
     dx = dy - dbias / count - centred * (inverse_deviation * dscale / count)
     return (dx * (scale * inverse_deviation)).astype(x.dtype), dscale, dbias
 

@@ -1,8 +1,8 @@
-"""Convolution as `lax.conv_general_dilated` defines it, by the fastest exact implementation.
+"""Implementations of convolutions and residual sums, and a function that swaps them in a model.
 
-Each function here has the signature of `lax.conv_general_dilated` and is meant for the attribute
-`conv_general_dilated` of an `nnx.Conv`. All give the same result up to rounding, and all mask the
-padding of images first (see `models.ops.masking`). `use_implementation` swaps them in a model.
+Each convolution here has the signature of `lax.conv_general_dilated` and serves as the attribute
+`conv_general_dilated` of an `nnx.Conv`. All give the same result up to rounding, and all set the
+padding of images to zero first (see `models.ops.masking`).
 """
 
 from __future__ import annotations
@@ -24,36 +24,31 @@ _NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 
 def fastest_conv(lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
-    """Chooses by platform, kernel and map; whatever it does not know goes to XLA.
+    """Convolves by `depthwise_conv` or `atrous_conv`, which choose by platform, kernel and map.
 
-    It knows 2-D convolutions of NHWC maps with an odd square kernel and symmetric padding that
-    keeps the size. See `atrous_conv` and `depthwise_conv` for the choices.
+    They compute 2-D convolutions of NHWC maps with an odd square kernel and symmetric padding that
+    keeps the size. XLA computes all others.
     """
     lhs = _mask(lhs, rhs)
-    known = _known(lhs, rhs, *args, **kwargs)
-    if known is None:
+    options = _atrous_options(lhs, rhs, *args, **kwargs)
+    if options is None:
         return lax.conv_general_dilated(lhs, rhs, *args, **kwargs)
     convolve = depthwise_conv if _is_depthwise(lhs, rhs) else atrous_conv
-    return convolve(lhs, rhs, strides=known.strides, kernel_dilation=known.kernel_dilation)
+    return convolve(lhs, rhs, **options)
 
 
 def xla_conv(lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
-    """XLA's convolution: for exporters, for XLA's partitioner, and to read a model's program."""
+    """Convolves by XLA: for exporters, XLA's partitioner, and the analysis of a model's program."""
     return lax.conv_general_dilated(_mask(lhs, rhs), rhs, *args, **kwargs)
 
 
 def onednn_conv(lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
-    """XLA's convolution, which calls oneDNN on CPU, except for depthwise ones."""
+    """Convolves by XLA, which calls oneDNN on CPU; by `fastest_conv` if depthwise."""
     convolve = fastest_conv if _is_depthwise(lhs, rhs) else xla_conv
     return convolve(lhs, rhs, *args, **kwargs)
 
 
-class _Known(NamedTuple):
-    strides: int
-    kernel_dilation: int
-
-
-def _known(
+def _atrous_options(
     lhs: Array,
     rhs: Array,
     window_strides: Sequence[int],
@@ -62,22 +57,16 @@ def _known(
     rhs_dilation: Sequence[int] | None = None,
     dimension_numbers: Any = None,
     feature_group_count: int = 1,
-    batch_group_count: int = 1,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    out_sharding: Any = None,
-) -> _Known | None:
-    """Strides and dilation of a convolution that `atrous_conv` computes, or None."""
+    **others: Any,
+) -> dict[str, Any] | None:
+    """Returns `strides` and `kernel_dilation` for `atrous_conv`, or None if it cannot be used."""
     del feature_group_count  # follows from the shapes
     dilations = tuple(rhs_dilation or (1, 1))
     side, width = rhs.shape[:2]
     if (
         dimension_numbers != _NHWC
         or set(lhs_dilation or ()) - {1}
-        or batch_group_count != 1
-        or precision is not None
-        or preferred_element_type is not None
-        or out_sharding is not None
+        or any(value is not None for value in others.values())
         or side != width
         or side % 2 == 0
         or len(set(window_strides)) > 1
@@ -88,7 +77,7 @@ def _known(
     reach = dilations[0] * (side // 2)
     if any(tuple(pads) != (reach, reach) for pads in padding):
         return None
-    return _Known(window_strides[0], dilations[0])
+    return {"strides": window_strides[0], "kernel_dilation": dilations[0]}
 
 
 def _is_depthwise(lhs: Array, rhs: Array) -> bool:
@@ -96,38 +85,39 @@ def _is_depthwise(lhs: Array, rhs: Array) -> bool:
 
 
 def _mask(lhs: Array, rhs: Array) -> Array:
-    """A 1x1 kernel sees no neighbour, so its input need not be masked."""
+    """Masks padding, unless the kernel is 1x1 and reads no neighbouring pixels."""
     return mask_padding(lhs) if lhs.ndim == 4 and rhs.shape[:2] != (1, 1) else lhs
 
 
 def add_relu(
     shortcut: Float[Array, "n h w c"], y: Float[Array, "n h w c"], parameter: Float[Array, ""]
 ) -> Float[Array, "n h w c"]:
-    """Computes `relu(shortcut + y)`, the end of a residual block, as is fastest on the platform.
+    """Computes `relu(shortcut + y)`, the end of a residual block.
 
     Args:
-      shortcut: a map.
+      shortcut: one map.
       y: the other map.
-      parameter: any number that XLA does not know and that all devices hold; it has no effect.
+      parameter: any number that is on all devices and not a constant of the program. It has no
+        effect on the result.
     """
-    on_cpu = unless_differentiated(_add_once, plain_add_relu)
+    on_cpu = unless_differentiated(_unfused_add_relu, plain_add_relu)
     return lax.platform_dependent(shortcut, y, parameter, cpu=on_cpu, default=plain_add_relu)
 
 
 def plain_add_relu(
     shortcut: Float[Array, "n h w c"], y: Float[Array, "n h w c"], parameter: Float[Array, ""]
 ) -> Float[Array, "n h w c"]:
-    """Computes `relu(shortcut + y)`, left to XLA; see `add_relu`."""
+    """Computes `relu(shortcut + y)` without `add_relu`'s special case for CPU."""
     del parameter
     return relu(shortcut + y)
 
 
-def _add_once(shortcut: Array, y: Array, parameter: Array) -> Array:
-    """The sum behind a conditional, which XLA:CPU does not fuse into its readers.
+def _unfused_add_relu(shortcut: Array, y: Array, parameter: Array) -> Array:
+    """Computes the sum inside a conditional, which XLA:CPU does not fuse into its consumers.
 
-    Without a gradient to keep the sum, XLA:CPU would recompute it for each reader. The next block's
-    sum is one of them, so each block would add up all blocks before it: a fifth of ResNet-101's
-    forward pass. (XLA:CPU drops an optimization barrier before it fuses.)
+    Where no gradient needs the sum, XLA:CPU would compute it again for each consumer. The next
+    block's sum is one of them, so that each block would add up all blocks before it: a fifth of the
+    time of ResNet-101's forward pass. (XLA:CPU removes optimization barriers before it fuses.)
     """
     return lax.cond(parameter >= 0, plain_add_relu, plain_add_relu, shortcut, y, parameter)
 
@@ -143,17 +133,18 @@ FASTEST = Implementation(fastest_conv, add_relu)
 XLA = Implementation(xla_conv, plain_add_relu)
 ONEDNN = Implementation(onednn_conv, plain_add_relu)
 
-_OURS = {each.conv_general_dilated for each in (FASTEST, XLA, ONEDNN)}
+_REPLACEABLE = {lax.conv_general_dilated, fastest_conv, xla_conv, onednn_conv}
 
 
 def use_implementation(module: nnx.Module, implementation: Implementation) -> None:
     """Sets the implementation of every `nnx.Conv` and residual block inside a module.
 
-    A convolution that was given another function than `lax.conv_general_dilated` keeps it.
+    Keeps the function of a convolution that was made with one from outside this module, other than
+    `lax.conv_general_dilated`.
     """
     for _, part in nnx.iter_modules(module):
         if isinstance(part, nnx.Conv):
-            if part.conv_general_dilated in {lax.conv_general_dilated, *_OURS}:
+            if part.conv_general_dilated in _REPLACEABLE:
                 part.conv_general_dilated = implementation.conv_general_dilated
         elif hasattr(part, "add_relu"):
             part.add_relu = implementation.add_relu

@@ -1,7 +1,8 @@
-"""Depthwise convolution, one kernel a channel: two exact implementations, chosen per platform.
+"""Depthwise convolution, by the faster of two exact methods for the target platform.
 
-XLA:CPU has no fast path for as many groups as channels; a sum of shifted products, which it fuses
-into one loop, is many times faster there. Milliseconds, two cores, float32, one image:
+XLA:CPU has no fast path for a convolution with as many groups as channels. It fuses a sum of
+shifted products into one loop, which is many times faster. Milliseconds, two cores, float32, one
+image:
 
 | kernel, channels, map, stride, rate | forward: convolution, products | both gradients |
 |-------------------------------------|--------------------------------|----------------|
@@ -35,13 +36,13 @@ def depthwise_conv(
 
     Args:
       x: features.
-      kernel: of an odd side `k`.
-      strides: pixels between the outputs' centres.
+      kernel: weights, with an odd side `k`.
+      strides: pixels between the centres of neighbouring outputs.
       kernel_dilation: pixels between the taps; may be larger than the map.
       method: a name in `METHODS`. Defaults to the fastest one for the target platform.
 
     Raises:
-      ValueError: the kernel is not one a channel, or is none that `atrous_conv` takes.
+      ValueError: the kernel is not `[k, k, 1, c]`, or its side is even.
     """
     if kernel.shape[2:] != (1, x.shape[3]):
         raise ValueError(f"kernel must be [k, k, 1, {x.shape[3]}], got {list(kernel.shape)}")
@@ -55,14 +56,14 @@ def depthwise_conv(
 
 
 def _products(x: Array, kernel: Array, *, strides: int, kernel_dilation: int) -> Array:
-    """The sum over the taps of the shifted map times the tap's weights."""
+    """Sums the shifted map times the weights of each tap, over the taps."""
     _, height, width, _ = x.shape
     side = kernel.shape[0]
     padding = kernel_dilation * (side // 2)
     accumulator = jnp.promote_types(x.dtype, jnp.float32)
-    around = (padding, padding)
-    padded = jnp.pad(x, ((0, 0), around, around, (0, 0))).astype(accumulator)
-    # Up to the last centre exactly: of a size left open JAX sees no other to be the convolution's.
+    padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    padded = padded.astype(accumulator)
+    # Slices end at the last centre exactly, so that JAX can prove equal sizes for symbolic shapes.
     rows, columns = ((size - 1) // strides * strides + 1 for size in (height, width))
     windows = (
         padded[:, top : top + rows : strides, left : left + columns : strides]

@@ -1,4 +1,4 @@
-"""MobileNetV3-Large: torchvision's, stage by stage; its rates against hand-made tables."""
+"""MobileNetV3-Large against torchvision, stage by stage, and its rates against tables."""
 
 import functools
 
@@ -28,7 +28,7 @@ from random_modules import abstract_module, random_module
 
 NAME = "torchvision_mobilenet_v3_large"
 NUM_BLOCKS = 15
-# Ours and, by their places, torchvision's "0" to "16".
+# Our names of torchvision's children "0" to "16".
 STAGES = ["stem", *(f"block{i}" for i in range(1, NUM_BLOCKS + 1)), "last"]
 
 
@@ -54,7 +54,7 @@ def from_torch(tensor):
 
 
 def assert_close(ours, theirs, tolerance, name=""):
-    """The largest difference, relative to the largest value."""
+    """Checks the largest difference, relative to the largest value."""
     theirs = np.asarray(theirs)
     assert ours.shape == theirs.shape, name
     scale = np.abs(theirs).max()
@@ -62,13 +62,13 @@ def assert_close(ours, theirs, tolerance, name=""):
     assert np.abs(np.asarray(ours) - theirs).max() <= tolerance * scale, name
 
 
-# --- torchvision's -----------------------------------------------------------------------------
+# torchvision's
 
 
 def variables_of(reference, ours, *, backbone_only=False):
-    """Our variables with the arrays of torchvision's; each of theirs is used."""
+    """Returns our variables with torchvision's arrays, all of which must be used."""
     arrays = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
-    params, stats, report = to_model(arrays, FunctionalModel(ours), backbone_only=backbone_only)
+    (params, stats), report = to_model(arrays, FunctionalModel(ours), backbone_only=backbone_only)
     assert not report.missing
     assert all(name.endswith("num_batches_tracked") for name, _ in report.dropped)
     return Variables(params, stats)
@@ -101,7 +101,7 @@ def filled(make, variables, prefix=""):
 
 
 def named_as_theirs(prefix, params, stats=None):
-    """Arrays of a part of our model by the names, and in the axes, of torchvision's whole model."""
+    """Returns arrays of a part of our model with torchvision's names and axes."""
     ours = {
         prefix + ".".join(map(str, path)): variable[...]
         for state in (params, stats)
@@ -117,7 +117,7 @@ def torchvision_model():
 
 
 def stage_by_stage(backbone, x):
-    """Features of torchvision's modules, by our names."""
+    """Returns the features of torchvision's modules by our names."""
     numbers, modules = zip(*backbone.named_children(), strict=True)
     assert numbers == tuple(map(str, range(NUM_BLOCKS + 2)))
     stages = {}
@@ -161,12 +161,12 @@ def test_equals_torchvision_stage_by_stage(x64, dtype, tolerance, size):
         assert_close(outputs[head], from_torch(logits[head]), tolerance, head)
 
 
-# At 0.05 channels meet at 8: expansions go, and a removed stride must not add a shortcut.
+# At width 0.05 most channels are 8: there are no expansions, and no shortcut may be added.
 @pytest.mark.parametrize(("width", "dilated"), [(0.05, True), (0.35, False)])
 def test_other_widths_and_the_published_strides_equal_torchvision(x64, width, dilated):
     module = torch_reference.torchvision.models.mobilenetv3
     conf, last = module._mobilenet_v3_conf("mobilenet_v3_large", width_mult=width, dilated=dilated)
-    theirs = torch_reference.randomise(module.MobileNetV3(conf, last, num_classes=2), 3).double()
+    theirs = torch_reference.randomize(module.MobileNetV3(conf, last, num_classes=2), 3).double()
     ours = small(width=width, output_stride=16 if dilated else 32, dtype="float64")
     variables = variables_of(theirs.features, ours, backbone_only=True)
     graph, params, stats = filled(
@@ -180,8 +180,8 @@ def test_other_widths_and_the_published_strides_equal_torchvision(x64, width, di
         assert_close(features[name], from_torch(stage), 1e-9, f"stage {name}")
 
 
-def test_training_normalises_by_the_batch_and_moves_running_statistics_as_torchvision(x64):
-    """torch's running variance is the unbiased one, ours is not."""
+def test_training_normalizes_by_the_batch_and_moves_running_statistics_as_torchvision(x64):
+    """torch's running variance is unbiased, ours is not."""
     theirs = torch_reference.segmentation_model("deeplabv3_mobilenet_v3_large").double().backbone
     before = {name: tensor.clone().numpy() for name, tensor in theirs.state_dict().items()}
     ours = architecture(NAME, num_classes=21, dtype="float64")
@@ -248,7 +248,7 @@ def test_a_block_and_its_gradients_equal_torchvision(x64, index):
 
     (of_params, of_x), y = gradients(params, x)
     assert_close(y, from_torch(expected), 1e-12)
-    # torch's gradient of the hard sigmoid is the float32 1/6 in float64 too: 3e-8 off.
+    # torch's gradient of the hard sigmoid is the float32 1/6, in float64 off by 3e-8.
     tolerance = 3e-8 if spec.row.squeeze_excite else 1e-11
     assert_close(of_x, from_torch(graph_in.grad), tolerance)
     of_theirs = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
@@ -282,10 +282,10 @@ def test_squeeze_excite_equals_torchvision(x64):
     np.testing.assert_allclose(jax.jit(module)(x), expected, rtol=0, atol=1e-12)
 
 
-# --- Strides and rates -------------------------------------------------------------------------
+# Strides and rates
 
 S2, R1, R2, R4 = (2, 1), (1, 1), (1, 2), (1, 4)
-# (stride, rate) of the depthwise convolution of each block, written out by hand.
+# (stride, rate) of the depthwise convolution of each block, written by hand.
 DEPTHWISE = {
     32: [R1, S2, R1, S2, R1, R1, S2, R1, R1, R1, R1, R1, S2, R1, R1],
     16: [R1, S2, R1, S2, R1, R1, S2, R1, R1, R1, R1, R1, R2, R2, R2],
@@ -311,7 +311,7 @@ def test_effective_rates(output_stride):
     assert heads == {f"classifier.aspp.branches.{i}.conv": scale * 12 * i for i in (1, 2, 3)}
 
 
-@pytest.mark.parametrize("width", [1 / 16, 1])  # at 1/16 the channels of blocks meet at 8
+@pytest.mark.parametrize("width", [1 / 16, 1])  # at 1/16 most channels are 8
 def test_parameters_are_the_same_at_every_output_stride(width):
     def shapes(output_stride):
         ours = small(width=width, output_stride=output_stride)
@@ -340,7 +340,7 @@ def test_features_have_the_output_stride_for_any_size_and_width(output_stride):
         }
 
 
-# --- Parameters, names, settings ---------------------------------------------------------------
+# Parameters, names, settings
 
 
 @pytest.mark.parametrize(("aux_head", "count"), [(True, 11_029_328), (False, 11_025_477)])
@@ -366,7 +366,7 @@ def test_batch_norm_of_backbone_and_heads():
     assert norms(small(backbone_bn_momentum=0.5)) == {*own, ("backbone", 0.5, 1e-3)} - {
         ("backbone", 0.99, 1e-3)
     }
-    # What is asked for the whole network holds for all of it.
+    # A value for the network applies to the backbone too.
     assert norms(small(bn_momentum=0.7, bn_epsilon=0.1)) == {
         (part, 0.7, 0.1) for part in ("backbone", *heads)
     }
@@ -403,7 +403,7 @@ def test_choices_of_resnets_are_refused(field, value):
     assert len([f for f in ("multi_grid", "residual", "stem") if f in str(info.value)]) <= 1
 
 
-# --- Training ----------------------------------------------------------------------------------
+# Training
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -469,7 +469,7 @@ def test_freezing_keeps_running_statistics_and_bfloat16_is_close():
     rounded, _ = run(half[0])
     assert rounded.dtype == jnp.float32
     error = float(jnp.abs(rounded - exact).max() / jnp.std(exact))
-    assert 1e-4 < error < 0.2  # it was computed in bfloat16, and well
+    assert 1e-4 < error < 0.2  # computed in bfloat16, but accurate
 
 
 def test_is_called_as_its_backbone():

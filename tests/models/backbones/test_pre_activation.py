@@ -22,10 +22,10 @@ from deeplab_jax.models.backbones import resnet
 from deeplab_jax.models.backbones.resnet import BasicBlock, Bottleneck, ResNet, Stages
 from random_modules import random_module
 
-NUM_UNITS = (1, 1, 1, 2)  # of every kind: the first, others, with and without a projection
+NUM_UNITS = (1, 1, 1, 2)  # every kind of unit: the first, with and without a projection
 MULTI_GRID = (1, 3)
 MOMENTUM = 0.9
-# Of the stages, by output stride: the stride of the first unit, and the rate of all.
+# For each output stride and stage: the stride of the first unit, and the rate of all units.
 STAGES = {
     32: ((1, 1), (2, 1), (2, 1), (2, 1)),
     16: ((1, 1), (2, 1), (2, 1), (1, 2)),
@@ -62,7 +62,7 @@ class Reference:
         return batch_norm(x, *running, scale, bias, training=self.train, eps=1e-5).relu()
 
     def unit(self, x, name, convs, first):
-        """A residual unit; `convs` are (stride, rate) of each, from the first."""
+        """Computes a residual unit; `convs` are the (stride, rate) of its convolutions."""
         activated = x if first else self.activate(x, f"{name}.bn1")
         projects = f"{name}.downsample.kernel" in self.arrays
         shortcut = activated if first else x
@@ -101,7 +101,7 @@ def as_torch(name, array):
 
 @functools.partial(jax.jit, static_argnums=0)
 def ours(graph, params, stats, images, cotangent):
-    """Features at inference; and of training their inner product's gradients, moved statistics."""
+    """Returns inference features, and in training gradients and running statistics."""
     inference = nnx.merge(graph, params, stats)(images)["layer4"]
 
     def product(params, images):
@@ -126,7 +126,7 @@ def test_forward_gradients_and_statistics_are_the_papers(x64, monkeypatch, block
     )  # fmt: skip
     module = random_module(lambda: ResNet(chosen, rngs=nnx.Rngs(0)))
     graph, params, stats = nnx.split(module, nnx.Param, nnx.BatchStat)
-    # Negative scales too: with those, activation and max pooling do not commute.
+    # Includes negative scales, with which activation and max pooling do not commute.
     scale = params["stem"][0]["bn"]["scale"]
     scale.set_value(scale.get_value().at[::2].multiply(-1))
     rng = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""ResNet: rates against hand-made tables, blocks against torch, the a trous identity."""
+"""ResNet: rates against tables, blocks against torch, and the a trous identity."""
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,10 @@ def small(depth=18, family="paper", **overrides):
     return architecture(f"{family}_resnet{depth}", num_classes=2, width=0.125, **overrides)
 
 
-# --- Strides and rates -------------------------------------------------------------------------
+# Strides and rates
 
-# (stride, rate) of each 3x3 convolution of layer3 and layer4, written out by hand.
-# ResNet-50: one a block, 6 and 3 blocks.
+# (stride, rate) of each 3x3 convolution of layer3 and layer4, written by hand.
+# ResNet-50: one per block, 6 and 3 blocks.
 S2, R1, R2, R4 = (2, 1), (1, 1), (1, 2), (1, 4)
 BOTTLENECK = {
     ("paper", 32, (1, 1, 1)): ([S2, *[R1] * 5], [S2, R1, R1]),
@@ -47,7 +47,7 @@ BOTTLENECK = {
     ("torchvision", 8, (1, 1, 1)): ([R1, *[R2] * 5], [R2, R4, R4]),
     ("torchvision", 8, (1, 2, 4)): ([R1, *[R2] * 5], [R2, (1, 8), (1, 16)]),
 }
-# ResNet-18: two a block, 2 and 2 blocks; the multi-grid's last entry finds no block.
+# ResNet-18: two per block, 2 and 2 blocks, so that the multi-grid's last entry is unused.
 BASIC = {
     ("paper", 32, (1, 2, 4)): ([S2, R1, R1, R1], [S2, R1, R2, R2]),
     ("paper", 16, (1, 1, 1)): ([S2, R1, R1, R1], [R2, R2, R2, R2]),
@@ -101,7 +101,7 @@ def test_multi_grid_starts_over_where_there_are_more_blocks():
 
 
 @pytest.mark.parametrize("place", ["conv1", "conv2"])
-def test_place_of_the_stride(place):
+def test_strided_convolution_of_a_bottleneck(place):
     ours = small(50, output_stride=32, stride_place=place)
     strided = [
         c.name for c in convolutions(FunctionalModel(ours)) if c.stride > 1 and "layer" in c.name
@@ -119,7 +119,7 @@ def apply(ours, params, stats, images):
     ("depth", "overrides"),
     [(18, {}), (50, {"stride_place": "conv1"}), (50, {"residual": "pre"})],
 )
-def test_removed_strides_give_the_strided_networks_features_between_others(depth, overrides):
+def test_subsampled_features_equal_the_strided_networks(depth, overrides):
     """The a trous identity, exact under torchvision's rule, at an odd size too."""
     strided = small(depth, "torchvision", output_stride=32, **overrides)
     model = make_resnet(strided)
@@ -136,7 +136,7 @@ def test_removed_strides_give_the_strided_networks_features_between_others(depth
         )
 
 
-# --- Parameters --------------------------------------------------------------------------------
+# Parameters
 
 
 def shapes(ours):
@@ -144,7 +144,7 @@ def shapes(ours):
     return {path: variable.shape for path, variable in nnx.to_flat_state(state)}
 
 
-# At 1/64 all stages have the least of 8 channels: the shortcuts must stay convolutions.
+# At 1/64 all stages have the minimum of 8 channels, but shortcuts must stay convolutions.
 @pytest.mark.parametrize("width", [1 / 64, 1 / 8])
 @pytest.mark.parametrize(("depth", "residual"), [(18, "post"), (50, "pre")])
 def test_parameters_are_the_same_at_every_output_stride(depth, residual, width):
@@ -172,7 +172,7 @@ def test_width_scales_every_number_of_channels():
     assert shapes(half) == halved
 
 
-# --- Blocks and stems --------------------------------------------------------------------------
+# Blocks and stems
 
 
 def torch_conv(x, conv):
@@ -216,14 +216,14 @@ def torch_pre_block(x, block, num_convs):
 )
 @pytest.mark.parametrize(("block_type", "num_convs"), [(BasicBlock, 2), (Bottleneck, 3)])
 @pytest.mark.parametrize(
-    ("stride", "entry_rate", "rate", "project"),
+    ("stride", "first_dilation", "rate", "project"),
     [(1, 2, 2, False), (2, 1, 1, True), (1, 2, 4, True)],
 )
 def test_blocks_equal_torch(
-    x64, residual, reference, block_type, num_convs, stride, entry_rate, rate, project
+    x64, residual, reference, block_type, num_convs, stride, first_dilation, rate, project
 ):
     in_features = 12 if project else 4 * block_type.expansion
-    spec = BlockSpec(in_features, 4, stride, entry_rate, rate, project)
+    spec = BlockSpec(in_features, 4, stride, first_dilation, rate, project)
     block = make_block(block_type, spec, small(residual=residual, dtype="float64"))
     x = np.random.default_rng(0).normal(size=(2, 9, 7, in_features))
     expected = reference(torch.tensor(x.transpose(0, 3, 1, 2)), block, num_convs)
@@ -257,14 +257,14 @@ def test_pre_activation_ends_in_a_norm_and_relu():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 33, 33, 3)), jnp.float32)
     features = jax.jit(lambda x: backbone(x))(x)
     assert float(features["layer3"].min()) < 0 <= float(features["layer4"].min())
-    # Move the last norm's bias by 5: features that were above 0 move with it.
+    # Raising the last norm's bias by 5 raises features that were above 0.
     backbone.final_bn.bias[...] += 5.0
     moved = jax.jit(lambda x: backbone(x))(x)["layer4"]
     above = np.asarray(features["layer4"]) > 0
     np.testing.assert_allclose(moved[above], features["layer4"][above] + 5, rtol=1e-5)
 
 
-# --- Recomputation -----------------------------------------------------------------------------
+# Recomputation
 
 
 @pytest.mark.parametrize("train", [True, False])

@@ -1,4 +1,4 @@
-"""Atrous convolution against a float64 loop, a dense kernel with zeros, torch's gradients."""
+"""Atrous convolution against a float64 loop, a dense kernel with zeros, and torch's gradients."""
 
 import functools
 import itertools
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deeplab_jax.models.ops import atrous_conv as atrous
-from deeplab_jax.models.ops.atrous_conv import METHODS, atrous_conv, valid_share
+from deeplab_jax.models.ops.atrous_conv import METHODS, atrous_conv, valid_fraction
 
 # height, width, kernel size, stride, rate
 SHAPES = [
@@ -34,7 +34,7 @@ SHAPES = [
 
 
 def loop_reference(x, kernel, stride=1, rate=1):
-    """Each output pixel, each tap, one at a time."""
+    """Computes the convolution in a loop over output pixels and taps."""
     n, h, w, _ = x.shape
     k, _, group_channels, out_channels = kernel.shape
     groups = x.shape[3] // group_channels
@@ -58,7 +58,7 @@ def random_case(h, w, k, *, in_channels=3, group_channels=None, out_channels=4, 
     return x, rng.normal(size=(k, k, group_channels or in_channels, out_channels))
 
 
-# One compiled program a case is several times faster than one an operation.
+# Compiling one program per case is several times faster than one per operation.
 jitted_conv = jax.jit(atrous_conv, static_argnames=("strides", "kernel_dilation", "method"))
 
 
@@ -128,7 +128,7 @@ def test_gradients_equal_torch(x64, method, h, w, k, stride, rate):
 
 @pytest.mark.parametrize("chosen", [atrous._on_cpu, atrous._on_cuda])
 @pytest.mark.parametrize(("h", "w", "rate"), [(7, 9, 2), (5, 9, 7), (19, 17, 3), (19, 17, 8)])
-def test_what_a_platform_is_given_has_the_gradients_of_the_native_one(x64, chosen, h, w, rate):
+def test_platform_methods_have_the_gradients_of_the_native_one(x64, chosen, h, w, rate):
     x, kernel = (jnp.asarray(a) for a in random_case(h, w, 3))
 
     def gradients(conv):
@@ -145,7 +145,7 @@ def test_what_a_platform_is_given_has_the_gradients_of_the_native_one(x64, chose
     ours = jax.jit(gradients, static_argnums=0)(on_platform)
     for mine, theirs in zip(ours, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-11)
-    # What is not differentiated may be computed otherwise.
+    # Without a gradient another method may be used.
     np.testing.assert_allclose(jax.jit(on_platform)(x, kernel), expected[0], atol=1e-12)
 
 
@@ -159,7 +159,7 @@ def test_one_method_everywhere():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_is_rounded_once(method):
-    """Sums are kept in float32: an error of one rounding, not of one a tap."""
+    """Sums are accumulated in float32, so that only the result is rounded."""
     x, kernel = (a.astype(jnp.bfloat16) for a in random_case(9, 9, 3, in_channels=256))
     ours = atrous_conv(jnp.asarray(x), jnp.asarray(kernel), kernel_dilation=3, method=method)
     assert ours.dtype == jnp.bfloat16
@@ -168,7 +168,7 @@ def test_bfloat16_is_rounded_once(method):
 
 
 def lowered(platform, k, in_channels, size, rate, gradient=False, method=None):
-    """StableHLO of the convolution for a platform that need not be present."""
+    """Returns the StableHLO of the convolution for a platform, which need not be available."""
 
     def conv(x, kernel):
         return atrous_conv(x, kernel, kernel_dilation=rate, method=method)
@@ -210,7 +210,7 @@ def test_on_cpu_forward_and_gradients_have_limits_of_their_own():
 
 
 def test_blocks_read_each_pixel_once(x64):
-    """Beyond the centre's product with the whole map, the slices add up to its pixels."""
+    """Apart from the centre tap's product with the map, the slices add up to its pixels."""
 
     def sizes(size, rate):
         conv = functools.partial(atrous_conv, kernel_dilation=rate, method="valid_blocks")
@@ -228,12 +228,12 @@ def test_blocks_read_each_pixel_once(x64):
 @pytest.mark.parametrize(
     ("size", "k", "stride", "rate"), [(33, 3, 1, 18), (7, 5, 2, 3), (4, 3, 1, 9)]
 )
-def test_valid_share_counts_taps(size, k, stride, rate):
+def test_valid_fraction_counts_taps(size, k, stride, rate):
     ones = jnp.ones((1, size, 1, 1))
     kernel = jnp.zeros((k, k, 1, 1)).at[:, k // 2].set(1)  # only rows count
     options = {"strides": stride, "kernel_dilation": rate}
     taps = atrous_conv(ones, kernel, method="native", **options)[:, :, 0]
-    assert valid_share(size, k, **options) == pytest.approx(float(taps.mean()) / k)
+    assert valid_fraction([size], k, **options) == pytest.approx(float(taps.mean()) / k)
 
 
 def test_the_rule_of_choice_reads_both_axes():

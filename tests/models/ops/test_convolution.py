@@ -1,4 +1,4 @@
-"""Implementations of a model's convolutions and residual sums: the same numbers, where each is."""
+"""Implementations of convolutions and residual sums: equal results, and where each is used."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from deeplab_jax.models.ops.convolution import (
 )
 
 IMPLEMENTATIONS = {"fastest": FASTEST, "XLA": XLA, "oneDNN": ONEDNN}
-# Of `nnx.Conv`: those that have implementations of their own, and others, which go to XLA.
+# Arguments of `nnx.Conv`: some have implementations of their own, XLA computes the others.
 CONVOLUTIONS = {
     "1x1": {"kernel_size": (1, 1)},
     "strided": {"kernel_size": (3, 3), "strides": (2, 2), "padding": ((1, 1), (1, 1))},
@@ -47,7 +47,7 @@ def test_each_is_xlas_convolution(x64, kind, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_model_is_given_one_everywhere_but_where_a_function_was_chosen(implementation):
+def test_a_model_gets_one_implementation_except_where_one_was_chosen(implementation):
     chosen = architecture("torchvision_resnet18", num_classes=3, width=0.125)
     model = nnx.eval_shape(lambda: build_model(chosen, rngs=nnx.Rngs(0)))
 
@@ -80,7 +80,7 @@ def test_a_model_is_made_with_the_fastest():
     assert (block.conv1.conv_general_dilated, block.add_relu) == FASTEST
 
 
-# --- Residual sums -----------------------------------------------------------------------------
+# Residual sums
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_the_sum_of_a_block_is_computed_once_on_cpu(platform, gradient, implemen
 
 @pytest.mark.parametrize("parameter", [1.0, -1.0, float("nan")])
 def test_the_sum_of_a_block_and_its_gradients(parameter):
-    """Whatever the value that the condition reads."""
+    """The value of the condition has no effect."""
     rng = np.random.default_rng(0)
     shortcut, y, cotangent = jnp.asarray(rng.normal(size=(3, 1, 3, 3, 2)), jnp.float32)
     parameter, expected = jnp.float32(parameter), np.maximum(shortcut + y, 0)
@@ -116,8 +116,8 @@ def test_the_sum_of_a_block_and_its_gradients(parameter):
         np.testing.assert_array_equal(each, np.where(shortcut + y > 0, cotangent, 0))
 
 
-def test_inference_on_a_divided_batch_communicates_nothing():
-    """Nothing that a block reads for its sum lies on one device alone."""
+def test_inference_on_a_sharded_batch_has_no_communication():
+    """Each device has all that a block needs for its residual sum."""
     mesh = jax.make_mesh((4,), ("data",))
     whole, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     model = FunctionalModel(architecture("paper_resnet18", num_classes=3, width=0.125)).fused

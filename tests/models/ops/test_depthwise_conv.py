@@ -1,4 +1,4 @@
-"""Depthwise convolution against torch, and what it becomes on each platform."""
+"""Depthwise convolution against torch, and the method for each platform."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from deeplab_jax.models.ops.depthwise_conv import METHODS, depthwise_conv
 
 
 def torch_depthwise(x, kernel, stride, rate):
-    """On arrays; gives the output as a tensor that remembers its inputs, and these."""
+    """Returns the output, as a tensor with a gradient, and the inputs as tensors."""
     x = torch.tensor(x.transpose(0, 3, 1, 2), requires_grad=True)
     kernel = torch.tensor(kernel.transpose(3, 2, 0, 1), requires_grad=True)
     padding = rate * (kernel.shape[2] // 2)

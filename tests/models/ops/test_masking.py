@@ -1,4 +1,4 @@
-"""A padded image gives the logits that it gives alone."""
+"""A padded image gives the same logits as without padding."""
 
 import contextlib
 import functools
@@ -21,7 +21,7 @@ from random_modules import random_variables
 PADDED = (65, 49)
 SIZES = [(1, 1), (1, 40), (38, 47), (65, 49), (64, 3)]
 
-# What each backbone, head and decoder does across pixels, at each output stride.
+# Each backbone, head, decoder and output stride reads neighbouring pixels in its own way.
 VARIANTS = {
     "paper": ({}, SIZES),
     "output stride 8, both heads": (
@@ -66,7 +66,7 @@ def run(model, variables, images, sizes=None):
 
 
 def pad(images, shape, fill):
-    """One array of images, with what must not matter around them."""
+    """Stacks images, padded with a value that must not matter."""
     padded = np.full((len(images), *shape, images[0].shape[2]), fill, images[0].dtype)
     for row, image in zip(padded, images, strict=True):
         row[: image.shape[0], : image.shape[1]] = image
@@ -74,17 +74,17 @@ def pad(images, shape, fill):
 
 
 def largest_difference(variant, sizes, dtype="float32", fill=np.nan):
-    """Of the padded logits from those of each image alone, relative to these."""
+    """Returns the largest relative difference between padded and unpadded logits."""
     model, variables = model_and_variables(**variant, dtype=dtype)
     rng = np.random.default_rng(0)
     images = [rng.normal(size=(*size, 3)).astype(dtype) for size in sizes]
-    # No number lets the padding be told from the image, so that if any of it is read it shows.
+    # With NaN as padding, any read of the padding shows in the logits.
     padded = run(model, variables, pad(images, PADDED, fill), jnp.asarray(sizes))
     differences = []
     for row, image in enumerate(images):
-        alone = run(model, variables, jnp.asarray(image)[None])
-        assert padded.keys() == alone.keys() >= {"out"}
-        for head, expected in alone.items():
+        unpadded = run(model, variables, jnp.asarray(image)[None])
+        assert padded.keys() == unpadded.keys() >= {"out"}
+        for head, expected in unpadded.items():
             height, width = image.shape[:2]
             ours = padded[head][row, :height, :width]
             assert np.abs(expected).max() > 0.01
@@ -93,20 +93,20 @@ def largest_difference(variant, sizes, dtype="float32", fill=np.nan):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_are_those_of_the_image_alone(variant):
+def test_logits_are_those_of_the_unpadded_image(variant):
     assert largest_difference(*VARIANTS[variant]) < 1e-5
 
 
-def test_float64_logits_are_those_of_the_image_alone(x64):
+def test_float64_logits_are_those_of_the_unpadded_image(x64):
     assert largest_difference({}, SIZES[2:3], "float64") < 1e-11
 
 
-def test_bfloat16_logits_are_close_to_those_of_the_image_alone():
+def test_bfloat16_logits_are_close_to_those_of_the_unpadded_image():
     model, variables = model_and_variables(dtype="bfloat16")
     image = np.random.default_rng(0).normal(size=(38, 47, 3)).astype(np.float32)
     padded = run(model, variables, pad([image], PADDED, np.nan), jnp.asarray([(38, 47)]))["out"]
-    alone = run(model, variables, jnp.asarray(image)[None])["out"]
-    assert np.abs(padded[:, :38, :47] - alone).max() < 0.02 * np.abs(alone).max()
+    unpadded = run(model, variables, jnp.asarray(image)[None])["out"]
+    assert np.abs(padded[:, :38, :47] - unpadded).max() < 0.02 * np.abs(unpadded).max()
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_mean_and_pool_are_over_the_image(maps):
         assert np.all(filled[row, height:] == 7)
         assert np.all(filled[row, :, width:] == 7)
         np.testing.assert_array_equal(filled[row, :height, :width], image)
-    # Beyond, the next layer must find numbers that it can compute with.
+    # In the padding, the next layer needs numbers that do not overflow.
     assert np.abs(pooled).max() < 100
 
 
@@ -151,11 +151,11 @@ def test_resizes_from_and_to_each_images_size(in_size, out_size):
     image = np.random.default_rng(0).normal(size=(*in_size, 2)).astype(np.float32)
     x[1, : in_size[0], : in_size[1]] = image
     resized = resize(x, 13, 10, np.asarray([(2, 2), in_size]), np.asarray([(3, 3), out_size]))
-    alone = torch.nn.functional.interpolate(
+    unpadded = torch.nn.functional.interpolate(
         torch.tensor(image.transpose(2, 0, 1)).double()[None], size=out_size, mode="bilinear"
     )[0]
     ours = np.asarray(resized)[1, : out_size[0], : out_size[1]]
-    np.testing.assert_allclose(ours, alone.numpy().transpose(1, 2, 0), atol=2e-6)
+    np.testing.assert_allclose(ours, unpadded.numpy().transpose(1, 2, 0), atol=2e-6)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -186,7 +186,7 @@ def test_nothing_is_computed_for_padding_without_sizes():
 
 @pytest.mark.parametrize("padded", [(1, 1), (2, 33), (9, 4), (16, 17), (32, 32), (33, 1)])
 def test_strides_are_told_apart_in_padded_images_of_any_size(padded):
-    """The sizes of a map follow from how its side compares with the image's, at every stride."""
+    """The stride of a map follows from its size and the images' size."""
     for height in range(1, padded[0] + 1):
         with padding_mask(jnp.asarray([(height, padded[1])]), (1, *padded, 3)):
             for stride in (1, 2, 4, 8, 16, 32, 64, 128, 256):
@@ -195,7 +195,7 @@ def test_strides_are_told_apart_in_padded_images_of_any_size(padded):
                 assert valid_sizes(x).tolist() == [expected]
 
 
-def test_a_row_without_pixels_does_no_harm():
+def test_a_row_without_pixels_has_no_effect():
     model, variables = model_and_variables()
     images = np.random.default_rng(0).normal(size=(2, *PADDED, 3)).astype(np.float32)
     sizes = [(38, 47), (0, 0)]
@@ -220,7 +220,7 @@ def test_refuses_sizes_of_other_images():
 def test_refuses_maps_of_other_images():
     with (
         padding_mask(jnp.ones((1, 2), jnp.int32), (1, 40, 40, 3)),
-        pytest.raises(ValueError, match="a map of 7x7 is none of images of 40x40"),
+        pytest.raises(ValueError, match="a map of 7x7 is not that of images of 40x40"),
     ):
         valid_sizes(jnp.zeros((1, 7, 7, 1)))
 
