@@ -1,4 +1,4 @@
-"""Conversion of whole checkpoints: torchvision's to ours and back."""
+"""Conversion of torchvision's weights to checkpoints and back, and reading of either."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import pathlib
 
 from deeplab_jax.data import labels
 from deeplab_jax.models.architecture import Architecture
-from deeplab_jax.models.functional import FunctionalModel, Variables
+from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.files import require_writable
+from deeplab_jax.utils.paths import required_path
 from deeplab_jax.weights import hub, saved_model, torch_file, torchvision
+from deeplab_jax.weights.matching import ConversionReport, require_finite
+from deeplab_jax.weights.saved_model import SavedModel
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 # torchvision's `SemanticSegmentation` transform, with which its published weights are evaluated.
@@ -21,15 +25,15 @@ _SIZE = (520, 520)
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What was converted.
+    """The result of a conversion.
 
     Attributes:
-      source: the file or folder that was read.
-      destination: what was written.
-      architecture: of the model.
+      source: The file or folder that was read.
+      destination: The folder or file that was written.
+      architecture: The model's architecture.
       used: `(name in the source, name in the destination)` of each array.
-      dropped: `(name in the source, why)` of each array that has no counterpart.
-      notes: whatever else was done, a sentence each.
+      dropped: `(name in the source, reason)` of each array that has no counterpart.
+      notes: What else was changed, one sentence each.
     """
 
     source: pathlib.Path
@@ -41,113 +45,85 @@ class Conversion:
 
 
 def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> Conversion:
-    """Converts torchvision's weights to a checkpoint folder, or a checkpoint to such a file.
+    """Converts torchvision's weights to a checkpoint folder, or a checkpoint to a weights file.
 
     Args:
-      source: a `.pth` or `.safetensors` file of a torchvision DeepLabv3, a name under which
-        torchvision publishes one (it is downloaded), or a checkpoint or workdir of ours.
-      destination: a new folder; or, from a checkpoint of ours, a file with one of `SUFFIXES`.
+      source: A `.pth` or `.safetensors` file of a torchvision DeepLabv3, the name of one that
+        torchvision publishes (it is downloaded), or a checkpoint or workdir of this package.
+      destination: A new folder; or, for a checkpoint, a new file with one of `SUFFIXES`.
 
     Raises:
-      UserError: if the source does not fit a known architecture, with all that speaks against it;
-        or the destination exists or cannot be written.
+      UserError: The source fits no known architecture, with the differences from the nearest; or
+        the destination exists or cannot be written.
     """
-    path = pathlib.Path(source)
-    target = pathlib.Path(destination)
-    if path.is_dir():
-        return _to_file(path, target)
-    return _to_folder(_weights_file(source), target)
+    target = required_path(destination, "the destination")
+    if target.exists():
+        raise UserError(f"{target} exists already; choose another path, or remove it first")
+    require_writable(target.absolute().parent, create=True)
+    path = hub.find_weights(source)
+    return _to_file(path, target) if path.is_dir() else _to_folder(path, target)
+
+
+def read_model(source: str | os.PathLike[str]) -> SavedModel:
+    """Reads a trained model.
+
+    Args:
+      source: A workdir, whose best checkpoint is read; a checkpoint's folder; a `.pth` or
+        `.safetensors` file of a torchvision DeepLabv3; or the name of one that torchvision
+        publishes (it is downloaded).
+
+    Raises:
+      UserError: There is no model, it cannot be read, or its weights are not finite.
+    """
+    path = hub.find_weights(source)
+    if not path.is_dir():
+        return _read_weights(path)[0]
+    saved = saved_model.read(path)
+    require_finite(saved.variables.params | saved.variables.batch_stats, str(saved.path))
+    return saved
+
+
+def _read_weights(path: pathlib.Path) -> tuple[SavedModel, ConversionReport]:
+    """Reads a torchvision DeepLabv3; the classes get VOC's names if there are 21, else numbers."""
+    file = torch_file.read_file(path)
+    try:
+        architecture = torchvision.architecture_of(file.arrays, file.notes)
+        model = FunctionalModel(architecture)
+        variables, report = torchvision.to_model(file.arrays, model, notes=file.notes)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    num_classes = architecture.num_classes
+    numbered = labels.named(*(f"class {index}" for index in range(num_classes)))
+    info = saved_model.describe(
+        architecture,
+        labels.VOC if num_classes == labels.VOC.num_classes else numbered,
+        mean=_MEAN,
+        std=_STD,
+        resize=_RESIZE,
+        size=_SIZE,
+    )
+    return SavedModel(path, variables, info), report
 
 
 def _to_folder(path: pathlib.Path, target: pathlib.Path) -> Conversion:
     if target.suffix in SUFFIXES:
-        raise UserError(f"{path} is a file of weights: it is converted to a folder, not {target}")
-    read = read_weights(path)
-    folder = saved_model.write_model(target, read.model.variables, read.model.info)
-    architecture = read.model.architecture
-    return Conversion(path, folder, architecture, read.used, read.dropped, read.notes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """A file of torchvision's weights as a model of ours; the other fields are `Conversion`'s."""
-
-    model: saved_model.SavedModel
-    used: tuple[tuple[str, str], ...]
-    dropped: tuple[tuple[str, str], ...]
-    notes: tuple[str, ...]
-
-
-def read_weights(path: pathlib.Path) -> Weights:
-    """Reads a `.pth` or `.safetensors` file of a torchvision DeepLabv3, which has no class names:
-    those of 21 classes are VOC's.
-
-    Raises:
-      UserError: if it does not fit a known architecture, with all that speaks against it.
-    """
-    file = torch_file.read_file(path)
-    architecture = torchvision.architecture_of(file.arrays)
-    converted = torchvision.to_model(file.arrays, FunctionalModel(architecture))
-    classes = labels.VOC if architecture.num_classes == 21 else _numbered(architecture.num_classes)
-    info = saved_model.describe(
-        architecture, classes, mean=_MEAN, std=_STD, resize=_RESIZE, size=_SIZE
-    )
-    variables = Variables(converted.params, converted.batch_stats)
-    report = converted.report
-    notes = report.notes
-    if file.entry:
-        left = f"; not read: {', '.join(file.left)}" if file.left else ""
-        notes = (f'The state dict was under "{file.entry}"{left}.', *notes)
-    model = saved_model.SavedModel(path, variables, info)
-    return Weights(model, report.used, report.dropped, notes)
-
-
-def read_model(source: str | os.PathLike[str]) -> saved_model.SavedModel:
-    """Reads a model from whatever holds one.
-
-    Args:
-      source: a workdir, of which the best checkpoint is read; a checkpoint's folder; a file of
-        weights, see `read_weights`; or a name under which torchvision publishes one.
-
-    Raises:
-      UserError: if there is no model, or it cannot be read.
-    """
-    path = pathlib.Path(source)
-    if path.is_dir():
-        return saved_model.read(path)
-    return read_weights(_weights_file(source)).model
-
-
-def _weights_file(source: str | os.PathLike[str]) -> pathlib.Path:
-    path = pathlib.Path(source)
-    if hub.is_name(str(source)):
-        path = hub.fetch(str(source))
-    if not path.is_file():
-        raise UserError(
-            f"{source} is neither a file of weights, nor a folder with a checkpoint, nor a name of "
-            f"torchvision's: {', '.join(name for name in hub.FILES if name.startswith('deeplab'))}"
-        )
-    return path
+        raise UserError(f"{path} is a weights file: it is converted to a folder, not {target}")
+    model, report = _read_weights(path)
+    folder = saved_model.write_model(target, model.variables, model.info)
+    return Conversion(path, folder, model.architecture, report.used, report.dropped, report.notes)
 
 
 def _to_file(path: pathlib.Path, target: pathlib.Path) -> Conversion:
-    saved_model.find(path)
+    saved_model.find_checkpoint(path)
     if target.suffix not in SUFFIXES:
         raise UserError(
             f"{path} is a checkpoint: it is converted to a file that ends in "
             f"{', '.join(SUFFIXES)}, not {target}"
         )
-    if target.exists():
-        raise UserError(f"{target} exists already; choose another place, or remove it first")
-    saved = saved_model.read(path)
+    saved = read_model(path)
     arrays = torchvision.from_model(saved.variables)
     torch_file.write(target, arrays)
-    architecture = saved.architecture
-    theirs = [name for name in arrays if not name.endswith("num_batches_tracked")]
-    ours = [*saved.variables.params, *saved.variables.batch_stats]
-    used = tuple(zip(ours, theirs, strict=True))
-    return Conversion(saved.path, target.absolute(), architecture, used, (), ())
-
-
-def _numbered(count: int) -> labels.LabelSet:
-    return labels.named(*(f"class {index}" for index in range(count)))
+    torch_names = [name for name in arrays if not name.endswith("num_batches_tracked")]
+    names = [*saved.variables.params, *saved.variables.batch_stats]
+    used = tuple(zip(names, torch_names, strict=True))
+    return Conversion(saved.path, target.absolute(), saved.architecture, used, (), ())

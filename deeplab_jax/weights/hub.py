@@ -1,26 +1,20 @@
-"""torchvision's published weights by name: from a cache on this machine, or downloaded into it."""
+"""torchvision's published weights by name, cached on this machine."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import http.client
 import logging
 import os
 import pathlib
-import urllib.request
-import uuid
-from collections.abc import Iterator
 
-import rich.progress
-from rich.console import Console
-
+from deeplab_jax.utils.download import download_file, file_digest
 from deeplab_jax.utils.errors import UserError, did_you_mean
+from deeplab_jax.utils.files import require_writable
+from deeplab_jax.utils.paths import required_path
 
 BASE_URL = "https://download.pytorch.org/models/"
 
-# File by model and version, as in torchvision 0.28's enums of weights. What follows the last "-"
-# is how the file's SHA-256 begins.
+# File by model and version, as in torchvision 0.28's enums of weights. The part after the last "-"
+# is the beginning of the file's SHA-256 checksum.
 _PUBLISHED: dict[str, dict[str, str]] = {
     "deeplabv3_resnet50": {"COCO_WITH_VOC_LABELS_V1": "deeplabv3_resnet50_coco-cd0a2569.pth"},
     "deeplabv3_resnet101": {"COCO_WITH_VOC_LABELS_V1": "deeplabv3_resnet101_coco-586e9e4e.pth"},
@@ -47,7 +41,7 @@ _PUBLISHED: dict[str, dict[str, str]] = {
     },
 }
 
-# File by name: "resnet50.IMAGENET1K_V2", or "resnet50", which is the model's first version.
+# File by name: "resnet50.IMAGENET1K_V2", or "resnet50" for the model's first version.
 FILES: dict[str, str] = {
     name: file_name
     for model, versions in _PUBLISHED.items()
@@ -57,8 +51,30 @@ FILES: dict[str, str] = {
     ]
 }
 
-_TIMEOUT = 30.0  # seconds without an answer
-_CHUNK = 1 << 20  # bytes
+
+def find_weights(source: str | os.PathLike[str], field: str = "") -> pathlib.Path:
+    """Returns the folder or file that `source` names, after downloading published weights.
+
+    Args:
+      source: A folder, a file, or a key of `FILES`.
+      field: The config field that gave the source, for the error message.
+
+    Raises:
+      UserError: There is no such folder, file or name; or as `fetch`.
+    """
+    path = required_path(source, field or "the path of the weights")
+    if path.is_dir():
+        return path
+    if is_name(str(source)):
+        return fetch(str(source))
+    if not path.is_file():
+        subject = f"{field} = {str(source)!r}" if field else f"{source}"
+        names = [name for name in FILES if "." not in name]
+        raise UserError(
+            f"{subject} is neither a weights file, nor a folder with a checkpoint, nor a name "
+            f"of torchvision's weights{did_you_mean(str(source), names)}: {', '.join(names)}"
+        )
+    return path
 
 
 def is_name(text: str) -> bool:
@@ -67,38 +83,45 @@ def is_name(text: str) -> bool:
 
 
 def fetch(name: str, *, base_url: str = BASE_URL) -> pathlib.Path:
-    """The file of published weights, downloaded unless it is on this machine.
+    """Returns the file of published weights, downloaded unless it is on this machine.
 
-    Looked for in this package's cache, then in PyTorch's. A file counts only if its SHA-256 begins
-    as published. A download becomes visible under its name once it is whole.
+    The file is looked up in this package's cache, then in PyTorch's. A file whose SHA-256 checksum
+    is wrong is not used.
 
     Args:
-      name: a key of `FILES`.
-      base_url: what stands before the file's name, "/" included.
+      name: A key of `FILES`.
+      base_url: The URL before the file's name, with the last "/".
 
     Raises:
-      UserError: an unknown name; or the file is not here and cannot be downloaded, or is not the
-        published one: with the URL, and the place to put a file that was fetched by other means.
+      UserError: The name is unknown; the cache cannot be written to; or the file cannot be
+        downloaded, with the URL and where to put the file if it is fetched by other means.
     """
     file_name = FILES.get(name)
     if file_name is None:
         hint = did_you_mean(name, FILES)
         raise UserError(f"unknown weights {name!r}{hint}. Known: {', '.join(sorted(FILES))}")
-    target = cache_folder() / file_name
-    for path in (target, torch_cache_folder() / file_name):
-        if path.is_file() and _is_usable(path):
-            return path
-    _download(base_url + file_name, target)
-    return target
+    digest = file_name.removesuffix(".pth").rpartition("-")[2]
+    path = cache_folder() / file_name
+    for cached in (path, torch_cache_folder() / file_name):
+        if cached.is_file() and _is_intact(cached, digest):
+            return cached
+    try:
+        require_writable(cache_folder(), create=True)
+    except UserError as error:
+        raise UserError(f"{error}. Set XDG_CACHE_HOME to a folder that can be written to") from None
+    url = base_url + file_name
+    advice = f"Fetch {url} by other means and put it there as {path}"
+    download_file([url], path, algorithm="sha256", digest=digest, advice=advice)
+    return path
 
 
 def cache_folder() -> pathlib.Path:
-    """Where downloads go: `$XDG_CACHE_HOME/deeplab_jax/weights`, by default below `~/.cache`."""
+    """Returns the folder for downloads: `$XDG_CACHE_HOME/deeplab_jax/weights`."""
     return _user_cache() / "deeplab_jax" / "weights"
 
 
 def torch_cache_folder() -> pathlib.Path:
-    """Where `torch.hub` keeps its downloads: `$TORCH_HOME/hub/checkpoints`."""
+    """Returns the folder of `torch.hub`'s downloads: `$TORCH_HOME/hub/checkpoints`."""
     home = os.environ.get("TORCH_HOME")
     torch_home = pathlib.Path(home).expanduser() if home else _user_cache() / "torch"
     return torch_home / "hub" / "checkpoints"
@@ -108,72 +131,13 @@ def _user_cache() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
 
 
-def _published_hash(file_name: str) -> str:
-    return file_name.removesuffix(".pth").rpartition("-")[2]
-
-
-def _is_usable(path: pathlib.Path) -> bool:
-    """Whether a file can be read and is as published; if not, the log says why."""
+def _is_intact(path: pathlib.Path, digest: str) -> bool:
+    """Whether a file can be read and has the published checksum; if not, logs why."""
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        intact = file_digest(path, "sha256").startswith(digest)
     except OSError as error:
         logging.warning("%s cannot be read (%s), and is not used", path, error.strerror)
         return False
-    if not digest.startswith(_published_hash(path.name)):
-        logging.warning("%s is damaged (its SHA-256 is another), and is not used", path)
-        return False
-    return True
-
-
-def _download(url: str, target: pathlib.Path) -> None:
-    by_hand = f"Fetch {url} by other means and put it there as {target}"
-    with _aside(target) as partial:
-        try:
-            digest = _stream(url, partial)
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"{url} could not be downloaded: {error}. {by_hand}") from error
-        expected = _published_hash(target.name)
-        if not digest.startswith(expected):
-            raise UserError(
-                f"{url} gave another file than was published: its SHA-256 begins with "
-                f"{digest[: len(expected)]}, expected {expected} (a proxy may have answered "
-                f"instead). Nothing was kept. {by_hand}"
-            )
-        partial.replace(target)
-
-
-@contextlib.contextmanager
-def _aside(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """An empty file beside the target, which is gone afterwards unless it was moved."""
-    # Not a fixed name: two processes may fetch the same weights at once.
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch(exist_ok=False)
-    except OSError as error:
-        raise UserError(
-            f"{target.parent} cannot be written ({error.strerror}), so {target.name} cannot be "
-            "kept there: set XDG_CACHE_HOME to a folder that can"
-        ) from error
-    try:
-        yield partial
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _stream(url: str, path: pathlib.Path) -> str:
-    """Downloads into a file, and gives the SHA-256 of what came."""
-    digest, received = hashlib.sha256(), 0
-    with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, path.open("wb") as file:
-        expected = int(response.headers.get("Content-Length", 0))
-        with rich.progress.wrap_file(
-            response, expected, description=f"Downloading {url}", console=Console(stderr=True)
-        ) as watched:
-            while chunk := watched.read(_CHUNK):
-                file.write(chunk)
-                digest.update(chunk)
-                received += len(chunk)
-    if received < expected:
-        raise ConnectionError(f"the connection broke off after {received} of {expected} bytes")
-    return digest.hexdigest()
+    if not intact:
+        logging.warning("%s is damaged (its SHA-256 checksum is wrong), and is not used", path)
+    return intact

@@ -1,7 +1,6 @@
-"""A model in a checkpoint: arrays by name, and a JSON that says what the model is.
+"""The model in a checkpoint: `model`, arrays by name, and `info`, a JSON that describes them.
 
-`model` and `info` of a run's checkpoint, or of a folder that `deeplab-jax convert` writes: nothing
-else is needed to use it.
+Checkpoints of runs have both, and so do the folders that `deeplab-jax convert` writes.
 """
 
 from __future__ import annotations
@@ -22,27 +21,34 @@ from orbax.checkpoint import v1 as ocp
 from deeplab_jax.data.labels import LabelSet
 from deeplab_jax.models.architecture import BACKBONES, HEADS, Architecture
 from deeplab_jax.models.functional import Variables
-from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.errors import UserError, first_line
 from deeplab_jax.utils.registry import module_of
 
 METRIC = "miou"
-FORMAT = 2  # of `info` and of the names of arrays; raised when their meaning changes
+FORMAT = 2  # of `info` and of the names of arrays; incremented when their meaning changes
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """What a checkpoint holds of a model, on the host."""
+    """A model that was read from a checkpoint or a weights file.
+
+    Attributes:
+      path: The checkpoint's folder or the file.
+      variables: Arrays on the host; the averaged parameters if the run kept them.
+      info: See `describe`.
+    """
 
     path: pathlib.Path
-    variables: Variables  # the averaged parameters where the run kept them
+    variables: Variables
     info: dict[str, Any]
 
     @property
     def architecture(self) -> Architecture:
-        """What the model is made of.
+        """The model's architecture.
 
         Raises:
-          UserError: its backbone or head is not registered here; names the module that did it.
+          UserError: Its backbone or head is not registered. The message names the module that
+            registers it.
         """
         fields = self.info["architecture"]
         absent = [
@@ -55,8 +61,8 @@ class SavedModel:
             modules = dict.fromkeys(module for _, module in absent)
             raise UserError(
                 f"{self.path} has the {parts}, not registered here. When the model was trained, "
-                f"{' and '.join(modules)} did it: import that first, or on the command line give "
-                + " ".join(f"--import {module}" for module in modules)
+                f"{' and '.join(modules)} registered it: import that first, or on the command line "
+                f"give {' '.join(f'--import {module}' for module in modules)}"
             )
         return Architecture(**fields)
 
@@ -70,15 +76,15 @@ def describe(
     resize: str,
     size: Sequence[int],
 ) -> dict[str, Any]:
-    """What a checkpoint says of its model; with it nothing else is needed to use it.
+    """Returns the `info` of a checkpoint: all that is needed to use the model.
 
     Args:
-      architecture: of the model.
-      labels: names and colours of its classes.
-      mean: of the channels, 0..1.
-      std: of the channels, 0..1.
-      resize: how images were resized in training and at which convention of coordinates.
-      size: height and width of the images or crops that it was trained on, pixels.
+      architecture: The model's architecture.
+      labels: Names and colours of the classes.
+      mean: Mean of each channel, 0..1.
+      std: Standard deviation of each channel, 0..1.
+      resize: How images were resized in training, and the convention for coordinates.
+      size: Height and width of the images or crops in training, pixels.
     """
     parts = {"backbone": BACKBONES[architecture.backbone], "head": HEADS[architecture.head]}
     modules = {part: module_of(entry) for part, entry in parts.items()}
@@ -86,7 +92,7 @@ def describe(
     return {
         "format": FORMAT,
         "architecture": dataclasses.asdict(architecture),
-        # Where the parts that are not this package's were registered, for an error to name.
+        # The modules that register parts from outside this package, for an error message.
         "registered_by": {
             part: module for part, module in modules.items() if module.partition(".")[0] != package
         },
@@ -102,14 +108,16 @@ def describe(
 def write_model(
     path: str | os.PathLike[str], variables: Variables, info: dict[str, Any]
 ) -> pathlib.Path:
-    """Writes a model alone as a checkpoint's folder, which `read` takes; whole or not at all.
+    """Writes a model as a checkpoint's folder, which `read` accepts, and returns the folder.
+
+    The folder appears only when it is complete.
 
     Raises:
-      UserError: if there is something at the path, or it cannot be written.
+      UserError: The path exists or cannot be written.
     """
     folder = pathlib.Path(path).absolute()
     if folder.exists():
-        raise UserError(f"{path} exists already; choose another place, or remove it first")
+        raise UserError(f"{path} exists already; choose another path, or remove it first")
     model = {"params": variables.params, "batch_stats": variables.batch_stats}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -120,13 +128,13 @@ def write_model(
     return folder
 
 
-def find(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The folder of one checkpoint, of a path that is it, its parent, or a workdir.
+def find_checkpoint(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the folder of a checkpoint, given that folder, its parent or a workdir.
 
-    Where there are several: the best by mIoU, or the newest if none was evaluated.
+    Of several checkpoints it is the one with the highest mIoU, or the newest if none was evaluated.
 
     Raises:
-      UserError: if there is no checkpoint.
+      UserError: There is no checkpoint.
     """
     folder = pathlib.Path(path).absolute()
     if (folder / "info").is_dir() and (folder / "model").is_dir():
@@ -141,42 +149,46 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
     with ocp.training.Checkpointer(folder, context=orbax_context()) as checkpointer:
         found = checkpointer.checkpoints
     if not found:
-        raise UserError(f"no whole checkpoint at {path}")
-    evaluated = [one for one in found if one.metrics]
-    best = max(evaluated, key=lambda one: one.metrics[METRIC]) if evaluated else found[-1]
+        raise UserError(f"no complete checkpoint at {path}")
+    evaluated = [each for each in found if each.metrics]
+    best = max(evaluated, key=lambda each: each.metrics[METRIC]) if evaluated else found[-1]
     return folder / str(best.step)
 
 
 def read(path: str | os.PathLike[str]) -> SavedModel:
-    """Reads a model from a checkpoint, see `find`.
+    """Reads the model from a checkpoint; see `find_checkpoint` for the path.
 
     Raises:
-      UserError: if there is none or it cannot be read.
+      UserError: There is no checkpoint, or it cannot be read.
     """
-    folder = find(path)
+    folder = find_checkpoint(path)
+    jax.devices()  # so that a wrong JAX_PLATFORMS does not look like a damaged checkpoint
     try:
         with orbax_context():
-            trees = ocp.load_checkpointables(folder, {"model": _host_tree(folder), "info": None})
-            info = trees["info"]
-            model = trees["model"]
+            metadata = ocp.checkpointables_metadata(folder).metadata["model"]
+            # Into NumPy arrays, on whatever devices the checkpoint was written.
+            target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), metadata)
+            trees = ocp.load_checkpointables(folder, {"model": target, "info": None})
     except Exception as error:
         raise UserError(f"{folder} cannot be read: {first_line(error)}") from error
-    _require_format(folder, info)
-    return SavedModel(folder, Variables(model["params"], model["batch_stats"]), info)
+    _require_format(folder, trees["info"])
+    model = trees["model"]
+    return SavedModel(folder, Variables(model["params"], model["batch_stats"]), trees["info"])
 
 
 def check_format(workdir: pathlib.Path) -> None:
-    """Sees that this version can go on with the run in a workdir.
+    """Checks that this version can resume the run in a workdir.
+
+    A checkpoint that cannot be read is ignored here, because `Checkpoints.restore` handles it.
 
     Raises:
-      UserError: its newest checkpoint has another format. One that cannot be read is no matter
-        here: `Checkpoints.restore` deals with damage.
+      UserError: The newest checkpoint has another format.
     """
     folder = workdir / "checkpoints"
     steps = [child for child in folder.iterdir() if child.name.isdigit()]
     newest = max(steps, key=lambda child: int(child.name))
     try:
-        with orbax_context(), quiet():
+        with orbax_context(), quiet_orbax():
             info = ocp.load_checkpointables(newest, {"info": None})["info"]
     except Exception:  # whatever a damaged file makes the reader raise
         return
@@ -187,21 +199,16 @@ def _require_format(path: pathlib.Path, info: dict[str, Any]) -> None:
     if info.get("format") != FORMAT:
         raise UserError(
             f"{path} has checkpoint format {info.get('format')!r}, and this version of deeplab_jax "
-            f"reads format {FORMAT}, since the names of parameters have changed. Use the version "
-            "that wrote it. There `deeplab-jax convert` writes a model of torchvision's family as "
+            f"reads format {FORMAT}, because the names of parameters have changed. Use the version "
+            "that wrote it. Its `deeplab-jax convert` writes a model of torchvision's family as "
             ".pth, which this version reads; train others again in another --workdir"
         )
 
 
-def _host_tree(folder: pathlib.Path) -> Any:
-    """The abstract model of a checkpoint, to be read into NumPy arrays on any devices."""
-    metadata = ocp.checkpointables_metadata(folder).metadata["model"]
-    return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), metadata)
-
-
 def orbax_context() -> ocp.Context:
+    """Returns the settings with which all checkpoints are written and read."""
     registry = ocp.handlers.local_registry()
-    # Without a name of its own a dictionary of numbers would be stored as arrays.
+    # Without an explicit handler, a dictionary of numbers would be stored as arrays.
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="info")
     context = ocp.Context()
     context.checkpointables.registry = registry
@@ -209,8 +216,8 @@ def orbax_context() -> ocp.Context:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Mutes what the reader's tasks print of a damaged file; its exception still comes."""
+def quiet_orbax() -> Iterator[None]:
+    """Mutes what Orbax's tasks log about a damaged file; the exception is still raised."""
     loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -222,7 +229,3 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

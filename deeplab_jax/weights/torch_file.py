@@ -1,17 +1,17 @@
-"""Reads and writes files of weights: PyTorch's `.pth`, without PyTorch, and `.safetensors`.
+"""Reads and writes weights files: PyTorch's `.pth`, without PyTorch, and `.safetensors`.
 
-A `.pth` is a zip archive (since PyTorch 1.6) of a pickle, which says what array is where, and of
-the arrays' bytes as they are; before that it was a sequence of pickles followed by the bytes.
-Either is mapped into memory, the pickle is read as data (`state_dict`), and each array is a
-read-only view of the mapped bytes: there is no copy. Nothing in a file is executed.
+Since PyTorch 1.6 a `.pth` is a zip archive of a pickle, which describes the tensors, and of the
+tensors' bytes; before that it was a sequence of pickles followed by the bytes. Either is mapped
+into memory, the pickle is read as data (`torch_format.state_dict`), and each array is a read-only
+view of the mapped bytes, without a copy. Nothing in a file is executed.
 
-Layout: `torch/serialization.py` of PyTorch 2.13, functions `_save` and `_legacy_save`.
+Format: `torch/serialization.py` of PyTorch 2.13, functions `_save` and `_legacy_save`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import io
 import mmap
 import os
 import pathlib
@@ -19,73 +19,76 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import IO, Any, cast
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import pickle_writer, state_dict
-from deeplab_jax.weights.pickle_reader import Unreadable
-from deeplab_jax.weights.state_dict import Storage
+from deeplab_jax.utils.errors import UserError, listed
+from deeplab_jax.utils.files import atomic_path
+from deeplab_jax.weights.torch_format import pickle_writer, state_dict
+from deeplab_jax.weights.torch_format.pickle_reader import Unreadable
+from deeplab_jax.weights.torch_format.state_dict import Storage
 
 _SAFETENSORS_TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-_ALIGNMENT = 64  # bytes, of an array's place in a written file; PyTorch's own
-_LOCAL_HEADER = 30  # bytes of a zip entry's own header, without its name and extra field
+_ALIGNMENT = 64  # bytes, of an array's position in a written file; as in PyTorch
+_LOCAL_HEADER = 30  # bytes of a zip entry's local header, without its name and extra field
 
-# How files that are mistaken for weights begin, and what they are.
-_IMPOSTORS = {
+# The first bytes of files that are mistaken for weights, and what these files are.
+_OTHER_FORMATS = {
     b"<": "is a web page, not weights: the download led to a login or an error",
     b"version https://git-lfs": "is a Git LFS pointer, not the weights: run `git lfs pull`",
-    b"\x89HDF": "is an HDF5 file, not one of PyTorch or safetensors",
+    b"\x89HDF": "is an HDF5 file, not a PyTorch or safetensors file",
     b"\x1f\x8b": "is compressed by gzip: unpack it with `gunzip` first",
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightFile:
-    """What a file of weights holds.
+class WeightsFile:
+    """The content of a weights file.
 
     Attributes:
-      arrays: by their names in the state dict, in its order; read-only. Those of a PyTorch file
-        are views of it: it may be replaced while they live, but not changed in place.
+      arrays: Read-only arrays by name, in the file's order. Those of a PyTorch file are views of
+        it: the file may be replaced while they are in use, but not changed in place.
       format: "PyTorch zip", "PyTorch legacy" or "safetensors".
-      entry: that the state dict was under in the checkpoint's dictionary; empty: it was the whole.
-      left: the other entries of that dictionary, which are not read.
+      entry: The key of the state dict in the checkpoint's dictionary, or the keys joined by "/" if
+        it is nested deeper; empty if the dictionary is the state dict.
+      ignored: The other keys of these dictionaries.
     """
 
     arrays: dict[str, np.ndarray]
     format: str
     entry: str = ""
-    left: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A sentence that says where the state dict was, unless it was the whole file."""
+        ignored = f"; not read: {listed(self.ignored)}" if self.ignored else ""
+        return (f'The state dict was under "{self.entry}"{ignored}.',) if self.entry else ()
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of a file of weights, by name: `read_file(path).arrays`."""
+    """Returns the arrays of a weights file by name: `read_file(path).arrays`."""
     return read_file(path).arrays
 
 
-def read_file(path: str | os.PathLike[str]) -> WeightFile:
-    """Reads a state dict from a `.pth`, `.pt` or `.safetensors` file; its content tells which.
+def read_file(path: str | os.PathLike[str]) -> WeightsFile:
+    """Reads a state dict from a `.pth`, `.pt` or `.safetensors` file.
 
-    A checkpoint of a training script, a dictionary with the state dict under "model",
-    "state_dict" or "model_state_dict", will do as well. Checksums are compared where the format
-    has them (PyTorch's zip).
-
-    Args:
-      path: of the file.
-
-    Returns:
-      Arrays of the file's own types; bfloat16 is `ml_dtypes.bfloat16`.
+    The format is detected from the content. A training script's checkpoint, a dictionary with the
+    state dict under "model", "state_dict" or another key, is accepted too; see
+    `state_dict.find_state_dict`. Checksums are verified if the format has them (PyTorch's zip).
+    Arrays keep their types; bfloat16 becomes `ml_dtypes.bfloat16`.
 
     Raises:
-      UserError: naming the file: there is none, it is damaged, holds no state dict, holds
-        complex, quantised or sparse tensors, or its pickle asks for anything but arrays.
+      UserError: The file does not exist or is damaged; it holds no state dict; it holds complex,
+        quantised or sparse tensors; or its pickle asks for anything but arrays.
     """
     path = pathlib.Path(path)
     try:
@@ -96,37 +99,42 @@ def read_file(path: str | os.PathLike[str]) -> WeightFile:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _read_file(path: pathlib.Path) -> WeightFile:
+def _read_file(path: pathlib.Path) -> WeightsFile:
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise Unreadable("is empty")
-        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    start = bytes(data[:512])
-    if start.startswith(b"PK"):
-        return _read_zip(path, data)
-    if start.startswith(pickle.PROTO):
-        return _read_legacy(data)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    start = data[:512]
+    # Before the others: the length of the header, in bytes 0 to 7, can look like their signature.
     if start[8:9] == b"{":
         return _read_safetensors(path)
+    if start.startswith(b"PK"):
+        return _read_zip(path, memoryview(data))
+    if start.startswith(pickle.PROTO):
+        return _read_legacy(data)
     if start[257:262] == b"ustar":
         raise Unreadable(
-            "is a tar archive, as PyTorch wrote before 0.1.10; it is not read here: load it with "
-            "PyTorch and save its state dict again"
+            "is a tar archive, which PyTorch wrote before 0.1.10 and this package does not read: "
+            "load it with PyTorch and save its state dict again"
         )
-    for beginning, what in _IMPOSTORS.items():
-        if start.lstrip().startswith(beginning):
-            raise Unreadable(what)
+    for first_bytes, message in _OTHER_FORMATS.items():
+        if start.lstrip().startswith(first_bytes):
+            raise Unreadable(message)
     raise Unreadable(
-        f"is no file of PyTorch or safetensors: it begins with the bytes {start[:8].hex(' ')}"
+        f"is not a PyTorch or safetensors file: it begins with the bytes {start[:8].hex(' ')}"
     )
 
 
-def _weight_file(
+def _weights_file(
     file_format: str, root: Any, load_storage: Callable[[Storage], np.ndarray]
-) -> WeightFile:
-    entry, tensors = state_dict.find(root)
-    left = tuple(str(name)[:200] for name in root if name != entry) if entry else ()
-    return WeightFile(state_dict.arrays(tensors, load_storage), file_format, entry, left)
+) -> WeightsFile:
+    entry, tensors = state_dict.find_state_dict(root)
+    ignored: list[str] = []
+    for key in entry:
+        ignored += [str(name)[:200] for name in root if name != key]
+        root = root[key]
+    arrays = state_dict.arrays(tensors, load_storage)
+    return WeightsFile(arrays, file_format, "/".join(entry), tuple(ignored))
 
 
 def _elements(raw: memoryview, dtype: np.dtype[Any], little_endian: bool) -> np.ndarray:
@@ -140,7 +148,7 @@ def _elements(raw: memoryview, dtype: np.dtype[Any], little_endian: bool) -> np.
 # PyTorch's zip format
 
 
-def _read_zip(path: pathlib.Path, data: memoryview) -> WeightFile:
+def _read_zip(path: pathlib.Path, data: memoryview) -> WeightsFile:
     entries = _zip_entries(path, len(data))
     order = bytes(_zip_entry(data, entries, "byteorder")) if "byteorder" in entries else b"little"
     if order not in (b"little", b"big"):
@@ -155,12 +163,13 @@ def _read_zip(path: pathlib.Path, data: memoryview) -> WeightFile:
             loaded[storage] = _elements(raw, storage.dtype, order == b"little")
         return loaded[storage]
 
-    root, _ = state_dict.parse(_zip_entry(data, entries, "data.pkl"), 0, state_dict.storage)
-    return _weight_file("PyTorch zip", root, load_storage)
+    pickled = io.BytesIO(_zip_entry(data, entries, "data.pkl"))
+    root = state_dict.parse(pickled, state_dict.storage)
+    return _weights_file("PyTorch zip", root, load_storage)
 
 
 def _zip_entries(path: pathlib.Path, file_size: int) -> dict[str, zipfile.ZipInfo]:
-    """The archive's directory, by the names inside its one folder."""
+    """Returns the archive's entries by their names inside its only folder."""
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
@@ -169,13 +178,13 @@ def _zip_entries(path: pathlib.Path, file_size: int) -> dict[str, zipfile.ZipInf
         raise Unreadable(f"is a damaged or truncated zip archive ({error})") from error
     entries = {info.filename.partition("/")[2]: info for info in infos}
     if "data.pkl" not in entries:
-        raise Unreadable("is a zip archive but not of PyTorch: it has no entry data.pkl")
+        raise Unreadable("is a zip archive but not PyTorch's: it has no entry data.pkl")
     if "constants.pkl" in entries:
         raise Unreadable(
             "is a TorchScript program: load it with `torch.jit.load` and save its state dict"
         )
     if len(entries) != len(infos):
-        raise Unreadable("is damaged: two entries of the archive have one name")
+        raise Unreadable("is damaged: two entries of the archive have the same name")
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
         raise Unreadable(
             "was compressed after PyTorch wrote it: unpack it and pack it again without "
@@ -183,18 +192,18 @@ def _zip_entries(path: pathlib.Path, file_size: int) -> dict[str, zipfile.ZipInf
         )
     if any(info.file_size != info.compress_size or info.flag_bits & 1 for info in infos):
         raise Unreadable("is damaged or encrypted")
-    # Entries that overlap would make comparing checksums cost the square of the file's size.
+    # With overlapping entries, verifying checksums could take the square of the file's size.
     if sum(info.file_size for info in infos) > file_size:
         raise Unreadable("is damaged: its entries are larger than the file")
     return entries
 
 
 def _zip_entry(data: memoryview, entries: dict[str, zipfile.ZipInfo], name: str) -> memoryview:
-    """The bytes of an entry, in place, once their checksum has been compared."""
+    """Returns a view of an entry's bytes, after verifying their checksum."""
     if name not in entries:
-        raise Unreadable(f"misses the entry {name[:200]} of its archive")
+        raise Unreadable(f"lacks the entry {name[:200]} in its archive")
     info = entries[name]
-    # How long an entry's own header is, only that header says.
+    # Only the local header says how long it is.
     header = data[info.header_offset :][:_LOCAL_HEADER] if info.header_offset >= 0 else b""
     if len(header) < _LOCAL_HEADER or header[:4] != b"PK\x03\x04":
         raise Unreadable(f"is damaged: no header where the entry {name[:200]} should be")
@@ -210,19 +219,17 @@ def _zip_entry(data: memoryview, entries: dict[str, zipfile.ZipInfo], name: str)
 # PyTorch's format before 1.6
 
 
-def _read_legacy(data: memoryview) -> WeightFile:
-    position = 0
+def _read_legacy(data: mmap.mmap) -> WeightsFile:
+    # The map rather than the file, whose `read(n)` would allocate n bytes before reading.
+    file = cast("IO[bytes]", data)
     header = []
     for _ in range(3):
-        value, position = state_dict.parse(data, position, _no_persistent)
-        header.append(value)
+        header.append(state_dict.parse(file, _no_persistent))
         if header[0] != _LEGACY_MAGIC:
-            raise Unreadable(
-                "is a pickle, but not a file of PyTorch: its first value is not theirs"
-            )
+            raise Unreadable("is a pickle, but not a PyTorch file: its first value is another")
     _, protocol, system = header
     if protocol != _LEGACY_PROTOCOL or not isinstance(system, dict):
-        raise Unreadable("is of a version of PyTorch's format that is not known")
+        raise Unreadable("has an unknown version of PyTorch's format")
 
     roots: dict[str, Storage] = {}
 
@@ -233,9 +240,9 @@ def _read_legacy(data: memoryview) -> WeightFile:
             raise Unreadable("is damaged: a storage has two types or sizes")
         return storage
 
-    root, position = state_dict.parse(data, position, load_persistent)
-    keys, position = state_dict.parse(data, position, _no_persistent)
-    contents = _legacy_contents(data, position, keys, roots)
+    root = state_dict.parse(file, load_persistent)
+    keys = state_dict.parse(file, _no_persistent)
+    contents = _legacy_contents(memoryview(data), data.tell(), keys, roots)
     little_endian = system.get("little_endian", True) is not False
 
     def load_storage(storage: Storage) -> np.ndarray:
@@ -249,23 +256,23 @@ def _read_legacy(data: memoryview) -> WeightFile:
             raise Unreadable(f"reaches past the end of the {elements.size} elements stored for it")
         return elements[start : start + length]
 
-    return _weight_file("PyTorch legacy", root, load_storage)
+    return _weights_file("PyTorch legacy", root, load_storage)
 
 
 def _legacy_contents(
     data: memoryview, position: int, keys: Any, storages: dict[str, Storage]
 ) -> dict[str, memoryview]:
-    """The bytes of each storage: they follow the pickles, each with its number of elements."""
+    """Returns the bytes of each storage, which follow the pickles with their element counts."""
     contents: dict[str, memoryview] = {}
     for key in keys if isinstance(keys, list) else [None]:
         if not isinstance(key, str) or key not in storages or key in contents:
-            raise Unreadable("is damaged: its list of storages is not that of its tensors")
+            raise Unreadable("is damaged: its list of storages does not match its tensors")
         storage = storages[key]
         size = storage.numel * storage.dtype.itemsize
         if position + 8 + size > len(data):
             raise Unreadable("is truncated: it ends before its arrays do")
         if struct.unpack_from("<q", data, position)[0] != storage.numel:
-            raise Unreadable("is damaged: a storage is not as long as its tensors say")
+            raise Unreadable("is damaged: a storage has not the length that its tensors state")
         contents[key] = data[position + 8 : position + 8 + size]
         position += 8 + size
     return contents
@@ -278,7 +285,7 @@ def _no_persistent(persistent_id: Any) -> Any:
 # safetensors
 
 
-def _read_safetensors(path: pathlib.Path) -> WeightFile:
+def _read_safetensors(path: pathlib.Path) -> WeightsFile:
     try:
         with safetensors.safe_open(path, "numpy") as file:
             names = list(file.keys())
@@ -290,7 +297,7 @@ def _read_safetensors(path: pathlib.Path) -> WeightFile:
             ]
             if refused:
                 raise Unreadable(
-                    f"holds what cannot become an array: {state_dict.listed(refused, '; ')}"
+                    f"holds entries that cannot become arrays: {listed(refused, '; ')}"
                 )
             arrays = {name: file.get_tensor(name) for name in names}
     except safetensors.SafetensorError as error:
@@ -299,50 +306,39 @@ def _read_safetensors(path: pathlib.Path) -> WeightFile:
         raise Unreadable("holds no arrays")
     for array in arrays.values():
         array.flags.writeable = False
-    return WeightFile(arrays, "safetensors")
+    return WeightsFile(arrays, "safetensors")
 
 
 # Writing
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a state dict for PyTorch, to load with `torch.load(path, weights_only=True)`.
+    """Writes a state dict that `torch.load(path, weights_only=True)` or safetensors loads.
 
-    The file appears under its name only when it is whole. The same arrays give the same bytes.
+    The file appears under its name only when it is complete. Equal arrays give equal bytes.
 
     Args:
-      path: ends in `.pth`, `.pt` (PyTorch's zip format) or `.safetensors`.
-      arrays: by name, of the types that `read` gives.
+      path: Ends in `.pth`, `.pt` (PyTorch's zip format) or `.safetensors`.
+      arrays: Arrays by name, of the types that `read` returns.
 
     Raises:
-      UserError: the name ends in something else, or the file cannot be written.
-      ValueError: an array has another type.
+      UserError: The name has another suffix, or the file cannot be written.
+      ValueError: An array has another type.
     """
     path = pathlib.Path(path)
     writers = {".pth": _write_zip, ".pt": _write_zip, ".safetensors": _write_safetensors}
     if path.suffix not in writers:
         raise UserError(f"cannot write {path}: its name must end in {', '.join(writers)}")
-    # `np.ascontiguousarray` would give a scalar a dimension.
+    # `np.ascontiguousarray` would add a dimension to a scalar.
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     for name, array in contiguous.items():
         if array.dtype not in pickle_writer.STORAGE_TYPE_OF:
             raise ValueError(f"{name} is {array.dtype}, which PyTorch has no storage class for")
     try:
-        with _aside(path) as temporary:
-            writers[path.suffix](temporary, contiguous)
+        with atomic_path(path) as partial:
+            writers[path.suffix](partial, contiguous)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}") from error
-
-
-@contextlib.contextmanager
-def _aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A name beside `path` to write under; it becomes `path` at the end, or vanishes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_safetensors(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
@@ -351,7 +347,7 @@ def _write_safetensors(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> Non
 
 def _write_zip(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     contents: dict[str, Any] = {
-        "data.pkl": pickle_writer.state_dict(arrays),
+        "data.pkl": pickle_writer.pickle_state_dict(arrays),
         "byteorder": b"little",
         **{
             f"data/{key}": array.reshape(-1).view(np.uint8).data

@@ -1,4 +1,4 @@
-"""What `deeplab_jax.convert` must refuse: nothing runs, nothing is left, the reason is said."""
+"""Files that `deeplab_jax.convert` must refuse without running or leaving anything."""
 
 import os
 

@@ -15,7 +15,8 @@ import pytest
 import safetensors.torch
 
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import pickle_reader, torch_file
+from deeplab_jax.weights import torch_file
+from deeplab_jax.weights.torch_format import pickle_reader
 from torch_reference import assert_same, torch, torch_zip, write_zip
 
 
@@ -29,9 +30,9 @@ from torch_reference import assert_same, torch, torch_zip, write_zip
         (b"\x89HDF\r\n\x1a\n", "HDF5"),
         (b"nonsense", "begins with the bytes 6e 6f 6e"),
         (b"PK\x03\x04 and no more", "damaged or truncated zip"),
-        (b"\x80", "ends in the middle"),
-        (b"\x80\x02}.", "not a file of PyTorch"),
-        (pickle.dumps(3, protocol=4), "not a file of PyTorch"),
+        (b"\x80", "damaged or truncated pickle"),
+        (b"\x80\x02}.", "not a PyTorch file"),
+        (pickle.dumps(3, protocol=4), "not a PyTorch file"),
         (b"\x20\0\0\0\0\0\0\0{garbage", "damaged safetensors"),
         (b"\2\0\0\0\0\0\0\0{}", "holds no arrays"),
     ],
@@ -69,10 +70,10 @@ def test_damaged_archives(tmp_path):
     assert torch_file.read(write_zip(tmp_path / "good.pth", good))["a"].tolist() == [1, 1, 1]
     without = {name: content for name, content in good.items() if name != "a/data.pkl"}
     refused("has no entry data.pkl", without)
-    refused("misses the entry data/0", {k: v for k, v in good.items() if k != "a/data/0"})
+    refused("lacks the entry data/0", {k: v for k, v in good.items() if k != "a/data/0"})
     refused("byte order is b'middle'", good | {"a/byteorder": b"middle"})
     refused("TorchScript", good | {"a/constants.pkl": b""})
-    refused("two entries of the archive have one name", good | {"b/data/0": bytes(12)})
+    refused("two entries of the archive have the same name", good | {"b/data/0": bytes(12)})
     refused("without compression", good, zipfile.ZIP_DEFLATED)
 
 
@@ -166,7 +167,7 @@ settings = hypothesis.settings(
 
 @settings
 @hypothesis.given(content=mutated(ZIP))
-def test_damaged_zip_is_refused_or_read_right(tmp_path, content):
+def test_damaged_zip_is_refused_or_read_correctly(tmp_path, content):
     path = tmp_path / "damaged.pth"
     path.write_bytes(content)
     arrays = read_damaged(path)
@@ -190,7 +191,10 @@ def test_damaged_legacy_and_safetensors(tmp_path, content):
 
 @settings
 @hypothesis.given(
-    pickled=st.lists(st.sampled_from(sorted(pickle_reader._INSTRUCTIONS)), max_size=40)
+    pickled=st.lists(
+        st.sampled_from([getattr(pickle, name) for name in sorted(pickle_reader._INSTRUCTIONS)]),
+        max_size=40,
+    )
 )
 def test_random_instructions(tmp_path, pickled):
     operands = b"\0\0\0\0\0\0\0\0"

@@ -1,4 +1,4 @@
-"""Files that no PyTorch at hand writes, made by hand: of old versions, damaged, made to do harm."""
+"""Hand-made files that PyTorch does not write: of old versions, damaged, and malicious."""
 
 import collections
 import io
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import pickle_reader, torch_file
+from deeplab_jax.weights import torch_file
+from deeplab_jax.weights.torch_format import pickle_reader
 from torch_reference import assert_same, torch, torch_zip, write_zip
 
 # Old versions and other machines
@@ -82,7 +83,9 @@ def test_old_file_with_view_past_its_storage(tmp_path):
     part = Persistent("storage", torch.FloatStorage, "k", "cpu", 10, ("v", 8, 3))
     value = {"part": Rebuilt(part, 0, (3,), (1,))}
     path = old_file(tmp_path / "old.pth", value, {"k": np.zeros(10, np.float32)})
-    with pytest.raises(UserError, match=r"old\.pth cannot give part.* past the end of the 10"):
+    with pytest.raises(
+        UserError, match=r"old\.pth has an invalid tensor part.* past the end of the 10"
+    ):
         torch_file.read(path)
 
 
@@ -91,7 +94,7 @@ def test_old_file_with_view_past_its_storage(tmp_path):
     [
         (10, (torch.FloatStorage, 9), "two types or sizes"),
         (10, (torch.IntStorage, 10), "two types or sizes"),
-        (9, None, "not as long as its tensors"),
+        (9, None, "has not the length that its tensors"),
     ],
 )
 def test_old_file_that_contradicts_itself(tmp_path, numel, other, message):
@@ -194,7 +197,7 @@ def test_calls_in_an_old_file_are_refused(tmp_path):
     assert not marker.exists()
 
 
-def test_a_model_beside_a_call_does_not_hide_it(tmp_path):
+def test_a_model_in_the_same_file_does_not_hide_a_call(tmp_path):
     value = {"harm": Calls(os.system, "true"), "model": torch.nn.Sequential(torch.nn.ReLU())}
     path = tmp_path / "both.pth"
     torch.save(value, path)
@@ -245,13 +248,13 @@ TRAPS = {
 
 
 @pytest.mark.parametrize("trap", TRAPS)
-def test_traps_in_a_pickle(tmp_path, trap):
+def test_malicious_pickles(tmp_path, trap):
     path = torch_zip(tmp_path / "trap.pth", instructions(TRAPS[trap]))
     with pytest.raises(UserError, match=r"trap\.pth \w+"):
         torch_file.read(path)
 
 
-def test_a_list_copied_over_and_over(tmp_path):
+def test_a_list_copied_repeatedly(tmp_path):
     pairs = b"](" + b"NN\x86" * 3000 + b"eq\x00"
     copies = b"(" + b"ccollections\nOrderedDict\nh\x00\x85R" * 3000 + b"t"
     path = torch_zip(tmp_path / "trap.pth", instructions(pairs, copies))
@@ -284,8 +287,8 @@ def test_hand_made_tensor_is_well_formed(tmp_path):
         ({"stride": (3, 2**61)}, "past the end"),
         ({"size": (2**61, 3), "stride": (0, 1)}, "repeats 6 stored elements"),
         ({"size": (2**61, 0, 2**61)}, "absurd shape"),
-        ({"size": (2, 3, 1)}, "another number of sizes"),
-        ({"size": (1,) * 65, "stride": (1,) * 65}, "another number of sizes"),
+        ({"size": (2, 3, 1)}, "different numbers of sizes"),
+        ({"size": (1,) * 65, "stride": (1,) * 65}, "different numbers of sizes"),
         ({"size": [2, 3]}, "makes no sense"),
         ({"size": (2.0, 3)}, "negative or absurd"),
         ({"size": (True, 3)}, "negative or absurd"),

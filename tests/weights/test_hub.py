@@ -112,7 +112,7 @@ def test_is_name():
         ("vgg", "Known: .*resnet34"),
     ],
 )
-def test_an_unknown_name_is_told_the_closest(name, hint):
+def test_the_error_for_an_unknown_name_suggests_the_nearest(name, hint):
     with pytest.raises(UserError, match=rf"unknown weights '{name}'.*{hint}"):
         hub.fetch(name)
 
@@ -150,7 +150,7 @@ def test_uses_what_pytorch_downloaded(web):
     assert web.paths == []
 
 
-def test_a_damaged_file_is_fetched_anew_and_pytorchs_left_alone(web, caplog):
+def test_a_damaged_file_is_downloaded_again_and_pytorchs_is_kept(web, caplog):
     folders = hub.cache_folder(), hub.torch_cache_folder()
     ours, theirs = (folder / FILE_NAME for folder in folders)
     for path in (ours, theirs):
@@ -196,7 +196,8 @@ def test_offline(caches):
     web = Web()
     web.server.server_close()  # nobody listens on its port now
     message = failure(web)
-    assert f"{web.url}{FILE_NAME} could not be downloaded" in message
+    assert f"{FILE_NAME} could not be downloaded" in message
+    assert f"- {web.url}{FILE_NAME}: " in message
     assert "refused" in message
     assert_says_what_to_do(message, web.url)
     assert files_below(caches) == []
@@ -233,8 +234,8 @@ def test_another_file_than_was_published(web, caches):
 def test_a_cache_that_cannot_be_written(web, caches):
     (caches / "cache").write_bytes(b"a file where a folder should be")
     message = failure(web)
-    assert f"{hub.cache_folder()} cannot be written" in message
-    assert "set XDG_CACHE_HOME" in message
+    assert f"{hub.cache_folder()} cannot be written to" in message
+    assert "Set XDG_CACHE_HOME" in message
     assert web.paths == []
 
 

@@ -1,4 +1,4 @@
-"""What runs start from: our checkpoints and torchvision's files, whole or in part."""
+"""Initial variables from checkpoints and torchvision's files, in full or in part."""
 
 import re
 
@@ -20,7 +20,7 @@ def model_with(**fields) -> FunctionalModel:
 
 
 def variables(model, log=lambda text: None, **init) -> Variables:
-    return initialize.variables(Config(init=InitConfig(**init)), model, log)
+    return initialize.init_variables(Config(init=InitConfig(**init)), model, log)
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +41,17 @@ def test_a_seed_gives_its_own_variables():
     model = model_with()
     one, same = variables(model), variables(model)
     jax.tree.map(np.testing.assert_array_equal, one, same)
-    other = initialize.variables(Config(seed=1), model, print)
+    other = initialize.init_variables(Config(seed=1), model, print)
     name = "backbone.stem.0.conv.kernel"
     assert np.any(one.params[name] != other.params[name])
 
 
-def test_a_file_of_weights_is_taken_whole(file, source):
+def test_a_weights_file_gives_all_variables(file, source):
     model, expected = source
     jax.tree.map(np.testing.assert_array_equal, variables(model, path=str(file)), expected)
 
 
-def test_another_number_of_classes_replaces_the_last_layers_and_says_so(file, source):
+def test_another_number_of_classes_keeps_the_last_layers_random_and_logs_it(file, source):
     said: list[str] = []
     model = model_with(num_classes=3)
     taken, fresh = variables(model, said.append, path=str(file)), variables(model)
@@ -75,27 +75,27 @@ def test_a_backbone_leaves_the_heads_fresh(file, source):
         np.testing.assert_array_equal(value, expected.params[name], err_msg=name)
 
 
-def test_our_checkpoint_may_lack_what_is_allowed(source):
+def test_a_checkpoint_may_lack_allowed_arrays(source):
     model, saved = source
     name = "backbone.layer4.1.conv2.kernel"
     part = Variables({n: v for n, v in saved.params.items() if n != name}, saved.batch_stats)
-    with pytest.raises(UserError, match=rf"{re.escape(name)} is missing"):
-        initialize.adopt(part, model, whole=True)
-    taken = initialize.adopt(part, model, whole=True, allow_missing=r"layer4\.1\.conv2")
-    assert taken.missing == (name,)
+    with pytest.raises(UserError, match=rf"missing: {re.escape(name)}"):
+        initialize.from_checkpoint(part, model)
+    taken, report = initialize.from_checkpoint(part, model, allow_missing=r"layer4\.1\.conv2")
+    assert report.missing == (name,)
     assert taken.params.keys() == saved.params.keys() - {name}
 
 
-def test_what_has_no_place_is_an_error(source):
+def test_extra_arrays_and_other_shapes_are_errors(source):
     _, saved = source
-    with pytest.raises(UserError, match=r"aux_classifier\.head_conv\.conv\.kernel has no place"):
-        initialize.adopt(saved, model_with(aux_head=False), whole=True)
-    with pytest.raises(UserError, match=r"stem\.0\.conv\.kernel has shape \(7, 7, 3, 8\)"):
-        initialize.adopt(saved, model_with(in_channels=4), whole=True)
+    with pytest.raises(UserError, match=r"not in the model: .*head_conv\.conv\.kernel"):
+        initialize.from_checkpoint(saved, model_with(aux_head=False))
+    with pytest.raises(UserError, match=r"stem\.0\.conv\.kernel is \[7, 7, 3, 8\]"):
+        initialize.from_checkpoint(saved, model_with(in_channels=4))
 
 
 @pytest.mark.parametrize("field", ["path", "backbone"])
-def test_a_source_that_is_nothing_is_said(field):
+def test_the_error_for_an_unknown_source_lists_the_names(field):
     with pytest.raises(UserError, match=rf"config.init.{field} = 'nothing' is neither .*resnet101"):
         variables(model_with(), **{field: "nothing"})
 
@@ -105,9 +105,7 @@ def test_real_imagenet_weights_that_lack_four_convolutions():
     if not path.exists():
         pytest.skip(f"real weights are not at {path}")
     model = model_with(name="paper_resnet18", width=1.0)
-    with pytest.raises(
-        UserError, match=r"(?s)missing from the file: .*layer4.*allow_missing=REGEX"
-    ):
+    with pytest.raises(UserError, match=r"(?s)missing: .*layer4.*allow_missing=REGEX"):
         variables(model, backbone=str(path))
     said: list[str] = []
     allowed = r"layer4\.\d\.(conv|bn)"

@@ -51,7 +51,7 @@ def test_every_array_is_used_once_and_written_back_bit_for_bit(deeplab, aux):
     arrays = {n: a for n, a in arrays_of(deeplab).items() if aux or not n.startswith("aux")}
     assert torchvision.architecture_of(arrays) == architecture(NAME, num_classes=21, aux_head=aux)
     model = functional(aux_head=aux)
-    params, batch_stats, report = torchvision.to_model(arrays, model)
+    (params, batch_stats), report = torchvision.to_model(arrays, model)
     assert {name: array.shape for name, array in (params | batch_stats).items()} == {
         name: leaf.shape for group in model.abstract for name, leaf in group.items()
     }
@@ -66,9 +66,9 @@ def test_every_array_is_used_once_and_written_back_bit_for_bit(deeplab, aux):
 
 
 def test_without_the_auxiliary_head_its_arrays_are_dropped(deeplab):
-    *_, report = torchvision.to_model(arrays_of(deeplab), functional(aux_head=False))
+    _, report = torchvision.to_model(arrays_of(deeplab), functional(aux_head=False))
     reasons = {why for name, why in report.dropped if name.startswith("aux_classifier.4")}
-    assert reasons == {"belongs to the auxiliary head, which the model does without"}
+    assert reasons == {"belongs to the auxiliary head, which the model does not have"}
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_without_the_auxiliary_head_its_arrays_are_dropped(deeplab):
 )
 def test_logits(x64, deeplab, dtype, limit, size):
     model = functional(dtype=dtype)
-    variables = Variables(*torchvision.to_model(arrays_of(deeplab), model)[:2])
+    variables = torchvision.to_model(arrays_of(deeplab), model).variables
     images = np.random.default_rng(0).normal(size=(*size, 3)).astype(dtype)
     ours, _ = jax.jit(model.apply)(variables, images)
     reference = deeplab.to(getattr(torch, dtype))
@@ -109,7 +109,7 @@ def test_gradients_in_training(x64):
         if isinstance(module, torch_reference.torchvision.ops.SqueezeExcitation):
             module.scale_activation = ExactHardSigmoid()
     model = functional(dtype="float64", dropout=0.0)
-    variables = Variables(*torchvision.to_model(arrays_of(reference), model)[:2])
+    variables = torchvision.to_model(arrays_of(reference), model).variables
     rng = np.random.default_rng(0)
     images = rng.normal(size=(4, 33, 49, 3))
     weights = {head: rng.normal(size=(4, 33, 49, 21)) for head in ("out", "aux")}
@@ -140,7 +140,7 @@ def test_a_classifier_is_a_backbone(classifier):
     arrays = arrays_of(classifier)
     # A classifier keeps all of its strides; a segmentation model of any output stride takes it.
     model = functional(num_classes=2, output_stride=32)
-    params, batch_stats, report = torchvision.to_model(arrays, model, backbone_only=True)
+    (params, batch_stats), report = torchvision.to_model(arrays, model, backbone_only=True)
     assert sorted(params | batch_stats) == sorted(
         name for group in model.abstract for name in group if name.startswith("backbone.")
     )
@@ -149,7 +149,7 @@ def test_a_classifier_is_a_backbone(classifier):
     heads = {f"classifier.{place}.{leaf}" for place in (0, 3) for leaf in ("weight", "bias")}
     assert dropped == heads
     assert len(report.used) + len(report.dropped) == len(arrays)
-    assert torchvision.nearest(arrays, backbone_only=True) == (NAME, 1.0)
+    assert torchvision.nearest_architecture(arrays, backbone_only=True) == (NAME, 1.0)
 
     graph, *state = nnx.split(
         abstract_module(lambda: MobileNetV3(model.architecture, rngs=nnx.Rngs(0))),
@@ -173,14 +173,14 @@ def test_a_classifier_is_a_backbone(classifier):
     assert difference(features[MobileNetV3.out_feature], theirs) <= 1e-4
 
 
-def test_a_classifier_is_no_whole_model(classifier):
+def test_a_classifier_is_not_a_segmentation_model(classifier):
     with pytest.raises(UserError, match=r"holds a classifier.*--config\.init\.backbone"):
         torchvision.to_model(arrays_of(classifier), functional())
     with pytest.raises(UserError, match="no DeepLabv3"):
         torchvision.architecture_of(arrays_of(classifier))
 
 
-def test_given_to_a_resnet_it_is_named(deeplab, classifier):
+def test_loading_it_into_a_resnet_names_it(deeplab, classifier):
     resnet = FunctionalModel(architecture("torchvision_resnet18", num_classes=21))
     with pytest.raises(UserError, match=f"nearest to {NAME} "):
         torchvision.to_model(arrays_of(deeplab), resnet)

@@ -96,9 +96,9 @@ def test_real_imagenet_weights(shared_data):
     path = shared_data.parent / "weights" / "resnet18_partial.pth"
     if not path.is_file():
         pytest.skip(f"{path} is absent")
-    weight_file = torch_file.read_file(path)
-    assert (weight_file.format, len(weight_file.arrays)) == ("PyTorch zip", 98)
-    assert_same(weight_file.arrays, torch.load(path))
+    weights_file = torch_file.read_file(path)
+    assert (weights_file.format, len(weights_file.arrays)) == ("PyTorch zip", 98)
+    assert_same(weights_file.arrays, torch.load(path))
 
 
 @pytest.mark.parametrize("entry", ["model", "state_dict", "model_state_dict"])
@@ -118,15 +118,15 @@ def test_checkpoint_of_a_training_script(save, entry):
             "scores": [0.5, -1, None, 2**40],
         }
     )
-    weight_file = torch_file.read_file(path)
-    assert weight_file.entry == entry
-    assert weight_file.left == ("epoch", "optimizer", "lr_scheduler", "args", "scores")
-    assert_same(weight_file.arrays, model.state_dict())
+    weights_file = torch_file.read_file(path)
+    assert weights_file.entry == entry
+    assert weights_file.ignored == ("epoch", "optimizer", "lr_scheduler", "args", "scores")
+    assert_same(weights_file.arrays, model.state_dict())
 
 
-def test_state_dict_alone_has_no_entry(save):
-    weight_file = torch_file.read_file(save({"model": torch.ones(2)}))
-    assert (weight_file.entry, weight_file.left) == ("", ())
+def test_a_plain_state_dict_has_no_entry(save):
+    weights_file = torch_file.read_file(save({"model": torch.ones(2)}))
+    assert (weights_file.entry, weights_file.ignored) == ("", ())
 
 
 # What PyTorch writes and is refused
@@ -156,7 +156,7 @@ def test_whole_pickled_model(save, model):
         (lambda: torch.ones(2, dtype=torch.uint16), "no storage class"),
         (lambda: torch.ones(2, dtype=torch.float8_e4m3fn), "no storage class"),
         (lambda: torch.ones(2, dtype=torch.complex64).conj().imag, "negated"),
-        (lambda: 3, "no tensor but one int"),
+        (lambda: 3, "not a tensor but of type int"),
     ],
 )
 def test_kinds_of_tensors_that_are_refused(save, make, kind):
@@ -166,7 +166,7 @@ def test_kinds_of_tensors_that_are_refused(save, make, kind):
 
 
 def test_expanded_tensor_is_refused(save):
-    with pytest.raises(UserError, match=r"cannot give a, which repeats 1 stored elements"):
+    with pytest.raises(UserError, match=r"invalid tensor a, which repeats 1 stored elements"):
         torch_file.read(save({"a": torch.ones(1).expand(5)}))
 
 
@@ -174,7 +174,7 @@ def test_expanded_tensor_is_refused(save):
     "value", [[torch.ones(1)], torch.ones(1), {}, {"epoch": 1}, {"model": {"a": 1}}, None]
 )
 def test_no_state_dict(save, value):
-    with pytest.raises(UserError, match=r"holds no state dict.*torch\.save\(model\.state_dict\(\)"):
+    with pytest.raises(UserError, match=r"but no state dict.*torch\.save\(model\.state_dict\(\)"):
         torch_file.read(save(value))
 
 
@@ -185,10 +185,10 @@ def test_reads_safetensors_whatever_it_is_called(tmp_path):
     tensors = {name: t.detach().clone().contiguous() for name, t in sample_tensors().items()}
     path = tmp_path / "weights.pth"
     safetensors.torch.save_file(tensors, path)
-    weight_file = torch_file.read_file(path)
-    assert weight_file.format == "safetensors"
-    assert_same(dict(sorted(weight_file.arrays.items())), dict(sorted(tensors.items())))
-    assert not weight_file.arrays["whole"].flags.writeable
+    weights_file = torch_file.read_file(path)
+    assert weights_file.format == "safetensors"
+    assert_same(dict(sorted(weights_file.arrays.items())), dict(sorted(tensors.items())))
+    assert not weights_file.arrays["whole"].flags.writeable
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("complex64", "C64"), ("float8_e4m3fn", "F8_E4M3")])
@@ -246,7 +246,7 @@ def test_written_file_loads_strictly(tmp_path):
         assert_same(torch_file.read(tmp_path / "a.pth"), target.state_dict())
 
 
-def test_written_bytes_are_aligned_and_depend_on_the_arrays_alone(tmp_path):
+def test_written_bytes_are_aligned_and_depend_only_on_the_arrays(tmp_path):
     arrays = {"a" * length: np.full(3 * length, length) for length in range(1, 70, 5)}
     torch_file.write(tmp_path / "a.pth", arrays)
     torch_file.write(tmp_path / "b.pth", arrays)

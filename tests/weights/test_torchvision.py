@@ -1,4 +1,4 @@
-"""Names and transforms, both ways, and what does not fit. For numbers see test_parity.py."""
+"""Names, axes and errors of the conversion in both directions; test_parity.py compares outputs."""
 
 import dataclasses
 import functools
@@ -14,6 +14,7 @@ from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import torch_file, torchvision
+from random_modules import random_variables
 from torch_reference import torch
 
 
@@ -52,9 +53,7 @@ def classifier(depth):
 def small():
     """A narrow ResNet-18 DeepLabv3 in torchvision's names, each number another."""
     model = functional("torchvision_resnet18", num_classes=5, width=0.125)
-    generator = np.random.default_rng(0)
-    draw = lambda leaf: generator.normal(size=leaf.shape).astype(np.float32)  # noqa: E731
-    variables = Variables(*({k: draw(v) for k, v in group.items()} for group in model.abstract))
+    variables = jax.device_get(random_variables(model))
     return model, variables, torchvision.from_model(variables)
 
 
@@ -66,7 +65,7 @@ def small():
 def test_every_array_of_a_segmentation_model_is_used_once(depth, aux):
     arrays = deeplab(depth, aux)
     model = functional(f"torchvision_resnet{depth}", aux_head=aux)
-    params, batch_stats, report = torchvision.to_model(arrays, model)
+    (params, batch_stats), report = torchvision.to_model(arrays, model)
     assert {k: v.shape for k, v in params.items()} == {
         k: v.shape for k, v in model.abstract.params.items()
     }
@@ -83,17 +82,17 @@ def test_every_array_of_a_segmentation_model_is_used_once(depth, aux):
 def test_a_classifier_is_a_backbone(depth):
     arrays = classifier(depth)
     model = functional(f"torchvision_resnet{depth}")
-    params, _, report = torchvision.to_model(arrays, model, backbone_only=True)
+    (params, _), report = torchvision.to_model(arrays, model, backbone_only=True)
     backbone = {name for name in model.abstract.params if name.startswith("backbone.")}
     assert params.keys() == backbone
-    assert ("fc.weight", "belongs to a head, and the backbone alone is taken") in report.dropped
+    assert ("fc.weight", "belongs to a head, and only the backbone is used") in report.dropped
     assert ("conv1.weight", "backbone.stem.0.conv.kernel") in report.used
     assert len(report.used) + len(report.dropped) == len(arrays)
 
 
 def test_a_segmentation_model_serves_as_a_backbone_for_the_papers():
     model = functional("paper_resnet50", num_classes=3)
-    params, batch_stats, report = torchvision.to_model(deeplab(50), model, backbone_only=True)
+    (params, batch_stats), report = torchvision.to_model(deeplab(50), model, backbone_only=True)
     assert all(name.startswith("backbone.") for name in params | batch_stats)
     assert any(theirs == "aux_classifier.4.bias" for theirs, _ in report.dropped)
 
@@ -108,7 +107,8 @@ def test_the_auxiliary_head_is_dropped_where_the_model_has_none():
 def test_axes_of_a_kernel(small):
     model, _, arrays = small
     name = "backbone.layer2.0.conv1.weight"
-    kernel = torchvision.to_model(arrays, model).params["backbone.layer2.0.conv1.kernel"]
+    (params, _), _ = torchvision.to_model(arrays, model)
+    kernel = params["backbone.layer2.0.conv1.kernel"]
     for place in [(0, 1, 2, 0), (3, 5, 1, 2)]:
         out, into, row, column = place
         assert kernel[row, column, into, out] == arrays[name][place]
@@ -116,7 +116,7 @@ def test_axes_of_a_kernel(small):
 
 def test_variables_do_not_share_memory_with_the_file(small):
     model, _, arrays = small
-    params, batch_stats, report = torchvision.to_model(arrays, model)
+    (params, batch_stats), report = torchvision.to_model(arrays, model)
     for theirs, ours in report.used:
         assert not np.shares_memory(arrays[theirs], (params | batch_stats)[ours]), ours
 
@@ -125,8 +125,8 @@ def test_variables_do_not_share_memory_with_the_file(small):
 def test_round_trip_is_bit_exact(tmp_path, small, suffix):
     model, variables, arrays = small
     torch_file.write(tmp_path / f"a{suffix}", arrays)
-    params, batch_stats, _ = torchvision.to_model(torch_file.read(tmp_path / f"a{suffix}"), model)
-    for group, expected in zip((params, batch_stats), variables, strict=True):
+    back, _ = torchvision.to_model(torch_file.read(tmp_path / f"a{suffix}"), model)
+    for group, expected in zip(back, variables, strict=True):
         assert group.keys() == expected.keys()
         assert all(group[name].tobytes() == expected[name].tobytes() for name in expected)
 
@@ -135,10 +135,10 @@ def test_torchvision_loads_strictly_what_is_written(tmp_path):
     source = torch_reference.segmentation_model("deeplabv3_resnet50", aux=True, num_classes=4)
     model = functional("torchvision_resnet50", num_classes=4)
     state_dict = source.state_dict()
-    params, batch_stats, _ = torchvision.to_model(
+    variables, _ = torchvision.to_model(
         {name: tensor.numpy() for name, tensor in state_dict.items()}, model
     )
-    back = torchvision.from_model(Variables(params, batch_stats))
+    back = torchvision.from_model(variables)
     torch_file.write(tmp_path / "back.pth", back)
     loaded = torch.load(tmp_path / "back.pth", weights_only=True)
     with torch.device("meta"):
@@ -154,13 +154,13 @@ def test_variables_of_jax_can_be_written(small):
     assert all(np.array_equal(back[name], array) for name, array in arrays.items())
 
 
-# What is done beside, and said
+# Changes that the report lists
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
 def test_prefixes_of_wrappers(small, prefix):
     model, variables, arrays = small
-    params, _, report = torchvision.to_model({prefix + k: v for k, v in arrays.items()}, model)
+    (params, _), report = torchvision.to_model({prefix + k: v for k, v in arrays.items()}, model)
     assert all(np.array_equal(params[name], variables.params[name]) for name in params)
     assert "".join(re.findall(r'"(.*?)"', " ".join(report.notes))) == prefix
 
@@ -169,7 +169,7 @@ def test_prefixes_of_wrappers(small, prefix):
 def test_other_floating_types_are_converted(small, dtype):
     model, variables, arrays = small
     floating = {k: v.astype(dtype) if v.dtype == np.float32 else v for k, v in arrays.items()}
-    params, _, report = torchvision.to_model(floating, model)
+    (params, _), report = torchvision.to_model(floating, model)
     name = "backbone.stem.0.conv.kernel"
     assert params[name].dtype == np.float32
     assert np.array_equal(params[name], variables.params[name].astype(dtype).astype(np.float32))
@@ -177,9 +177,9 @@ def test_other_floating_types_are_converted(small, dtype):
     assert report.notes == (f"{count} arrays were {np.dtype(dtype)} and became float32.",)
 
 
-def test_another_number_of_classes_starts_anew():
+def test_logits_of_another_number_of_classes_stay_random():
     model = functional("torchvision_resnet50", num_classes=7)
-    params, _, report = torchvision.to_model(deeplab(50), model)
+    (params, _), report = torchvision.to_model(deeplab(50), model)
     logits = {
         f"{head}.logits.{leaf}"
         for head in ("classifier", "aux_classifier")
@@ -193,11 +193,13 @@ def test_another_number_of_classes_starts_anew():
 def test_allowed_missing_arrays_are_listed(small):
     model, _, arrays = small
     partial = {k: v for k, v in arrays.items() if "layer4.1." not in k}
-    converted = torchvision.to_model(partial, model, allow_missing=r"layer4\.1\.")
+    (params, batch_stats), report = torchvision.to_model(
+        partial, model, allow_missing=r"layer4\.1\."
+    )
     missing = {n for group in model.abstract for n in group if "layer4.1." in n}
-    assert set(converted.report.missing) == missing
-    assert missing.isdisjoint(converted.params | converted.batch_stats)
-    with pytest.raises(UserError, match=r"missing from the file: backbone\.layer4\.1\.bn1\.bias;"):
+    assert set(report.missing) == missing
+    assert missing.isdisjoint(params | batch_stats)
+    with pytest.raises(UserError, match=r"missing: backbone\.layer4\.1\.bn1\.bias;"):
         torchvision.to_model(partial, model, allow_missing=r"layer4\.1\.conv")
 
 
@@ -206,9 +208,9 @@ def test_real_partial_imagenet_weights(shared_data):
     if not path.is_file():
         pytest.skip(f"{path} is absent")
     arrays, model = torch_file.read(path), functional("paper_resnet18")
-    with pytest.raises(UserError, match=r"missing from the file: backbone\.layer4\.0\.bn1"):
+    with pytest.raises(UserError, match=r"missing: backbone\.layer4\.0\.bn1"):
         torchvision.to_model(arrays, model, backbone_only=True)
-    params, _, report = torchvision.to_model(
+    (params, _), report = torchvision.to_model(
         arrays, model, backbone_only=True, allow_missing=r"layer4\.[01]\.(conv|bn)"
     )
     assert sum("conv" in name for name in report.missing) == 4
@@ -237,10 +239,10 @@ def test_all_problems_are_shown_together(small):
     message = refusal(arrays, model)
     for line in (
         "does not fit torchvision_resnet18:",
-        "missing from the file: classifier.2.bias\n",
+        "missing: classifier.2.bias\n",
         "of another shape: backbone.conv1.weight is [8, 2, 7, 7], the model's is [8, 3, 7, 7]\n",
         "of another type: backbone.bn1.weight is int32, not floating point\n",
-        "in the file, but not in the model: backbone.layer5.0.conv1.weight; extra\n",
+        "not in the model: backbone.layer5.0.conv1.weight; extra\n",
     ):
         assert line in message
 
@@ -264,27 +266,27 @@ def test_another_backbone_is_named():
     assert "nearest to torchvision_resnet34 (100% of the arrays agree)" in message
 
 
-def test_a_model_of_no_known_kind_names_the_nearest():
+def test_an_unknown_model_names_the_nearest():
     arrays = deeplab(50)
     arrays = {k.replace("backbone.layer3.5", "backbone.layer3.6"): v for k, v in arrays.items()}
     message = refusal(arrays, functional("torchvision_resnet50"))
-    assert "in the file, but not in the model: backbone.layer3.6.bn1.bias" in message
+    assert "not in the model: backbone.layer3.6.bn1.bias" in message
     assert re.search(r"nearest to torchvision_resnet50 all the same \(9\d% of the arrays", message)
 
 
 def test_no_auxiliary_head_in_the_file():
     message = refusal(deeplab(50, aux=False), functional("torchvision_resnet50"))
-    assert "missing from the file: aux_classifier.0.weight" in message
+    assert "missing: aux_classifier.0.weight" in message
     assert "`--config.model.aux_head=False`" in message
 
 
-def test_a_classifier_is_no_whole_model():
+def test_a_classifier_is_not_a_segmentation_model():
     assert "--config.init.backbone" in refusal(classifier(50), functional("torchvision_resnet50"))
     with pytest.raises(UserError, match="holds no DeepLabv3"):
         torchvision.architecture_of(classifier(50))
 
 
-def test_logits_differ_in_the_number_of_classes_alone():
+def test_logits_may_differ_only_in_the_number_of_classes():
     arrays = deeplab(50, num_classes=3)
     arrays["classifier.4.weight"] = np.zeros((3, 128, 1, 1), np.float32)
     message = refusal(arrays, functional("torchvision_resnet50"))
@@ -296,7 +298,7 @@ def test_bad_pattern(small):
     assert "must be a regular expression, got '('" in refusal(arrays, model, allow_missing="(")
 
 
-def test_what_torchvision_has_not_cannot_be_written():
+def test_variables_without_a_counterpart_cannot_be_written():
     model = functional("torchvision_resnet18", width=0.125, decoder="transposed")
     zeros = Variables(*({k: np.zeros(v.shape) for k, v in g.items()} for g in model.abstract))
     with pytest.raises(UserError, match=r"decoder\.kernel has no counterpart"):
@@ -304,7 +306,7 @@ def test_what_torchvision_has_not_cannot_be_written():
     arrays = torchvision.from_model(
         zeros._replace(params={k: v for k, v in zeros.params.items() if "decoder" not in k})
     )
-    assert "missing from the file: decoder.kernel" in refusal(arrays, model)
+    assert "missing: decoder.kernel" in refusal(arrays, model)
 
 
 def test_architecture_of_another_number_of_classes(small):

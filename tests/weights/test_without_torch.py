@@ -22,11 +22,11 @@ import numpy as np
 import deeplab_jax
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.weights import saved_model as checkpoint
+from deeplab_jax.weights import saved_model
 
 source, folder, images, logits = sys.argv[1:]
 deeplab_jax.convert(source, folder)
-saved = checkpoint.read(folder)
+saved = saved_model.read(folder)
 model = FunctionalModel(Architecture(**saved.info["architecture"]))
 outputs, _ = jax.jit(model.apply)(saved.variables, np.load(images))
 np.savez(logits, **outputs)

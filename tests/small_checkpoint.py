@@ -1,4 +1,4 @@
-"""A small model with random weights, saved as a checkpoint: what tests of prediction share."""
+"""Writes a small model with random weights as a checkpoint, for tests of prediction."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from deeplab_jax.data import labels
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.weights import saved_model as checkpoint
+from deeplab_jax.weights import saved_model
 from random_modules import random_variables
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -23,6 +23,6 @@ def write(path):
     # With this seed, and logits near each other, each class wins somewhere.
     for name in ("classifier.logits.kernel", "classifier.logits.bias"):
         variables.params[name] = jnp.asarray(0.05 * variables.params[name])
-    info = checkpoint.describe(arch, CLASSES, mean=MEAN, std=STD, resize="none", size=(33, 33))
-    checkpoint.write_model(path, jax.device_get(variables), info)
+    info = saved_model.describe(arch, CLASSES, mean=MEAN, std=STD, resize="none", size=(33, 33))
+    saved_model.write_model(path, jax.device_get(variables), info)
     return model, variables

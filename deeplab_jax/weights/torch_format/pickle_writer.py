@@ -1,6 +1,6 @@
-"""Writes the pickle of a PyTorch file without PyTorch: instructions that rebuild its tensors.
+"""Writes the pickle of a PyTorch file without PyTorch.
 
-They are those of `torch.save`, so that `torch.load(..., weights_only=True)` accepts them.
+Its instructions are those of `torch.save`, so `torch.load(..., weights_only=True)` accepts them.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from deeplab_jax.weights.state_dict import STORAGE_TYPES
+from deeplab_jax.weights.torch_format.state_dict import STORAGE_TYPES
 
 STORAGE_TYPE_OF = {dtype: name for name, dtype in STORAGE_TYPES.items()}
 
 
-def state_dict(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """The pickle of an `OrderedDict` of tensors.
+def pickle_state_dict(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Returns the pickle of an `OrderedDict` of tensors.
 
     Args:
-      arrays: contiguous, by name. Each is the whole of its own storage, whose key is the array's
-        place among them: "0", "1", ...
+      arrays: Contiguous arrays by name. Each has its own storage, whose key is the array's index:
+        "0", "1", ...
     """
     ordered_dict = _name("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
     parts = [pickle.PROTO, b"\2", ordered_dict, pickle.MARK]

@@ -1,0 +1,1 @@
+"""The pickles inside PyTorch's files, read and written without PyTorch."""
