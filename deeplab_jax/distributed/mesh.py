@@ -1,11 +1,11 @@
-"""Devices as a mesh, and where arrays lie on it.
+"""The device mesh, the shardings of arrays over it, and spatial partitioning.
 
-The mesh has two axes. The rows of a batch are divided over `data`, the height of each image over
-`space`: XLA's partitioner then has devices exchange the few lines of pixels that a convolution sees
-beyond its own. What is computed does not depend on either, but for the order of sums.
+The mesh has two axes: `data` shards the rows of a batch, `space` the height of each image. For
+`space`, XLA's partitioner exchanges the rows of pixels that a convolution needs from neighbouring
+devices. Results do not depend on the mesh, except for the order of floating-point sums.
 
-A height that `space` does not divide is filled up on its way to the devices, and `fit_height` cuts
-the filling off again before the model sees it. So every height works, and none is padded.
+If `space` does not divide the height of images, they are padded on their way to the devices, and
+`unpad_height` removes the padding before the model sees them.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ Tree = TypeVar("Tree")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes `data` and `space`.
+    """Makes a mesh with the axes `data` and `space`.
 
     Args:
-      config: how many devices each axis has.
-      devices: to build it of; None: all that there are.
+      config: number of devices along each axis.
+      devices: devices to use; None: all.
 
     Raises:
-      UserError: the devices are too few, are not divided evenly, or some process would have none.
+      UserError: there are too few devices, `space` does not divide them, or a process would have
+        none.
     """
     devices = jax.devices() if devices is None else list(devices)
     count = config.data * config.space
@@ -63,25 +64,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     shape = (count // config.space, config.space)
     types = (AxisType.Auto, AxisType.Auto)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices > 1:
-        return _mesh_of_slices(shape, slices, devices, types)
-    return jax.make_mesh(shape, (DATA, SPACE), axis_types=types, devices=devices[:count])
-
-
-def _mesh_of_slices(
-    shape: tuple[int, int], slices: int, devices: Sequence[jax.Device], types: tuple[AxisType, ...]
-) -> Mesh:
-    """TPU slices, joined by a slower network, lie along `data`: a step sums over it once."""
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices == 1:
+        return jax.make_mesh(shape, (DATA, SPACE), axis_types=types, devices=devices[:count])
+    # The network between TPU slices is slow: they lie along `data`, which a step sums over once.
     from jax.experimental import mesh_utils
 
-    if shape[0] * shape[1] != len(devices) or shape[0] % slices:
+    if count != len(devices) or shape[0] % num_slices:
         raise UserError(
             f"a mesh of {shape[0]} x {shape[1]} devices does not divide {len(devices)} devices "
-            f"into {slices} slices: use mesh.data = -1, and a mesh.space within a slice"
+            f"into {num_slices} slices: use mesh.data = -1, and a mesh.space within a slice"
         )
     grid = mesh_utils.create_hybrid_device_mesh(
-        (shape[0] // slices, shape[1]), (slices, 1), devices
+        (shape[0] // num_slices, shape[1]), (num_slices, 1), devices
     )
     return Mesh(grid, (DATA, SPACE), axis_types=types)
 
@@ -91,23 +86,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch divided over `data`."""
+    """Shards the rows of a batch over `data`."""
     return NamedSharding(mesh, PartitionSpec(DATA))
 
 
 def image_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch divided over `data`, and the height of what they hold over `space`."""
+    """Shards the rows of a batch over `data` and the height of its images over `space`."""
     return NamedSharding(mesh, PartitionSpec(DATA, SPACE))
 
 
 def shardings(tree: Tree, mesh: Mesh, *, fully_sharded: bool) -> Tree:
-    """Where each array of a state lies: everywhere, or in parts over `data`.
+    """Returns the sharding of each array of a training state.
 
     Args:
-      tree: arrays, or their shapes.
-      mesh: of the devices.
-      fully_sharded: divide arrays of two axes or more along their largest axis that the devices
-        divide, where there is one. Vectors stay whole: there are many, and they hold little.
+      tree: arrays or their shapes.
+      mesh: mesh of the devices.
+      fully_sharded: shard arrays of two or more axes over `data`, along the largest axis that
+        `data` divides. All other arrays are replicated: vectors are many and small.
     """
     parts = mesh.shape[DATA]
 
@@ -122,135 +117,125 @@ def shardings(tree: Tree, mesh: Mesh, *, fully_sharded: bool) -> Tree:
 
 
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
-    """Arrays whole on each device; those that are already are taken as they are."""
-    whole = replicated(mesh)
-
-    def lies_there(leaf: Any) -> bool:
-        return isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(whole, leaf.ndim)
-
-    if all(map(lies_there, jax.tree.leaves(tree))):
+    """Replicates arrays on all devices; arrays that are replicated already are not copied."""
+    sharding, leaves = replicated(mesh), jax.tree.leaves(tree)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    if all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
+        return device_put(tree, jax.tree.map(lambda _: sharding, tree))
+    if all(getattr(leaf, "is_fully_replicated", False) for leaf in leaves):
         return tree
-    if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(tree)):
-        return place(jax.device_get(tree), jax.tree.map(lambda _: whole, tree))
-    return jax.jit(lambda arrays: arrays, out_shardings=whole)(tree)
+    return jax.jit(lambda arrays: arrays, out_shardings=sharding)(tree)
 
 
-def place(tree: Tree, where: Any) -> Tree:
-    """Lays arrays, of which each process holds all, onto the devices.
+def device_put(tree: Tree, shardings: Any) -> Tree:
+    """Puts arrays that each process has in full on the devices of a mesh.
+
+    `jax.device_put` would first gather the arrays of all processes to compare them.
 
     Args:
-      tree: of arrays on the host or on this process's devices.
-      where: a tree of shardings like it.
+      tree: arrays on the host or on this process's devices.
+      shardings: tree of their shardings.
     """
 
-    def placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
         array = np.asarray(leaf)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    return jax.tree.map(placed, tree, where)
+    return jax.tree.map(put, tree, shardings)
 
 
 def check_batch(name: str, batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
-    """Raises UserError, with the nearest sizes that work, unless devices and parts divide it."""
+    """Raises UserError with the nearest valid sizes if `data` x `accumulate` does not divide it."""
     parts = mesh.shape[DATA] * accumulate
     if batch_size % parts:
         lower = batch_size // parts * parts
         nearest = f"{lower} or {lower + parts}" if lower else f"{parts}"
         raise UserError(
-            f"{name} = {batch_size} is not divisible by {parts} (devices x parts of the batch); "
-            f"nearest that works: {nearest}"
+            f"{name} = {batch_size} is not divisible by {parts} (devices along mesh.data x "
+            f"optimizer.accumulate); nearest that works: {nearest}"
         )
 
 
 def check_height(name: str, height: int, output_stride: int, mesh: Mesh) -> None:
-    """Raises UserError if there are fewer rows of features than devices along `space`.
+    """Raises UserError if the features have fewer rows than there are devices along `space`.
 
-    XLA's partitioner, as of jaxlib 0.10, gives wrong gradients of strided convolutions there.
+    XLA's partitioner then computes wrong gradients of strided convolutions (jaxlib 0.10).
     """
-    space = mesh.shape[SPACE]
-    if -(-height // output_stride) < space:
+    space, num_rows = mesh.shape[SPACE], -(-height // output_stride)
+    if num_rows < space:
         raise UserError(
-            f"{name}: images of {height} rows have {-(-height // output_stride)} rows of features "
+            f"{name}: images of {height} rows have {num_rows} rows of features "
             f"at output stride {output_stride}, fewer than config.mesh.space = {space}: use images "
             f"of {(space - 1) * output_stride + 1} rows or more, or a smaller mesh.space"
         )
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """Rows of the global batch that this process's devices hold, in order."""
-    places = row_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    slices = [index[0] for index in places.values() if index is not None]
+    """Returns the indices of the global batch's rows on this process's devices, in order."""
+    indices = row_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    slices = [index[0] for index in indices.values() if index is not None]
     return sorted({row for rows in slices for row in range(*rows.indices(batch_size))})
 
 
 def to_global(batch: Mapping[str, Any], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-    """Puts this process's rows on its devices; the result is the global batch.
+    """Makes the global batch from each process's rows.
 
     Args:
-      batch: arrays whose first axis is `local_rows`. Those of three axes or more are images.
-      mesh: of the devices.
-      batch_size: of the global batch.
-
-    Returns:
-      Images may be higher than they were, see `fit_height`.
+      batch: arrays with the rows `local_rows`. Those with three or more axes are images; their
+        height is padded to `padded_height`.
+      mesh: mesh of the devices.
+      batch_size: number of rows of the global batch.
     """
-    position = {row: place for place, row in enumerate(local_rows(mesh, batch_size))}
-    return {name: _to_global(rows, mesh, batch_size, position) for name, rows in batch.items()}
+
+    def put(rows: np.ndarray) -> jax.Array:
+        sharding = row_sharding(mesh)
+        if rows.ndim >= 3:
+            sharding = image_sharding(mesh)
+            padding = padded_height(rows.shape[1], mesh) - rows.shape[1]
+            rows = np.pad(rows, ((0, 0), (0, padding), *((0, 0),) * (rows.ndim - 2)))
+        shape = (batch_size, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+    return {name: put(rows) for name, rows in batch.items()}
 
 
-def filled_height(height: int, mesh: Mesh) -> int:
-    """Rows of pixels that images of a height have on the devices, which divide them evenly."""
+def padded_height(height: int, mesh: Mesh) -> int:
+    """Returns the height after padding to a multiple of the devices along `space`, pixels."""
     return height + -height % mesh.shape[SPACE]
 
 
-def _to_global(
-    rows: np.ndarray, mesh: Mesh, batch_size: int, position: dict[int, int]
-) -> jax.Array:
-    sharding = row_sharding(mesh)
-    if rows.ndim >= 3:
-        sharding = image_sharding(mesh)
-        filling = filled_height(rows.shape[1], mesh) - rows.shape[1]
-        rows = np.pad(rows, ((0, 0), (0, filling), *((0, 0),) * (rows.ndim - 2)))
-
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None
-        start, stop, _ = index[0].indices(batch_size)
-        first = position[start]
-        return rows[(slice(first, first + stop - start), *index[1:])]
-
-    return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, part)
-
-
-def fit_height(
+def unpad_height(
     images: Shaped[Array, "n h ..."], height: int, mesh: Mesh
 ) -> Shaped[Array, "n {height} ..."]:
-    """Cuts off what `to_global` filled up, and keeps images divided over `space`; to be traced."""
-    return divide_height(images[:, :height], mesh)
+    """Removes the padding of `to_global` and keeps the image sharding; must be traced."""
+    return constrain_image_sharding(images[:, :height], mesh)
 
 
-def divide_height(maps: Shaped[Array, "n h ..."], mesh: Mesh) -> Shaped[Array, "n h ..."]:
-    """Asks that maps lie divided as images do, also where devices do not divide their height."""
+def constrain_image_sharding(maps: Tree, mesh: Mesh) -> Tree:
+    """Constrains maps `[n, h, ...]` of any height to the image sharding; must be traced."""
     if mesh.shape[SPACE] == 1:
         return maps
     return lax.with_sharding_constraint(maps, image_sharding(mesh))
 
 
-def gathered(tree: Tree, mesh: Mesh) -> Tree:
-    """Asks that arrays be whole on each device where they are used; to be traced."""
+def constrain_replicated(tree: Tree, mesh: Mesh) -> Tree:
+    """Constrains arrays to be replicated: gathers fully sharded parameters; must be traced."""
     return lax.with_sharding_constraint(tree, replicated(mesh)) if mesh.size > 1 else tree
 
 
-def rows_of(array: jax.Array) -> np.ndarray:
-    """The rows, in order, that this process's devices hold of an array divided by rows alone."""
-    parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+def addressable_rows(array: jax.Array) -> np.ndarray:
+    """Returns the rows on this process's devices, in order, of an array with `row_sharding`."""
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
-def partitioned(model: FunctionalModel, mesh: Mesh) -> FunctionalModel:
-    """Returns the model to trace where image height is sharded over `space`.
+def spatially_partitioned(model: FunctionalModel, mesh: Mesh) -> FunctionalModel:
+    """Returns the model to trace on a mesh; if `space` is 1, the model unchanged.
 
-    XLA's partitioner knows which rows of its own convolutions to exchange. The slices and products
-    that are faster on one device would move whole maps.
+    With spatial partitioning all convolutions are XLA's own, because XLA's partitioner knows which
+    of their rows to exchange. The slices and matrix products that are faster on one device would
+    move whole feature maps. The logits that a transposed decoder reads are replicated in height.
     """
     if mesh.shape[SPACE] == 1:
         return model

@@ -1,7 +1,7 @@
-"""What several processes must have in common, seen to before a run costs anything.
+"""Checks and exchanges between the processes of a run.
 
-Each function is to be called by all processes, in the same order. With one process none of them
-communicates or reads anything.
+All processes must call these functions, in the same order. With one process they neither
+communicate nor read anything.
 """
 
 from __future__ import annotations
@@ -24,26 +24,18 @@ from jax.experimental import multihost_utils
 
 from deeplab_jax import config as config_lib
 from deeplab_jax.config import Config
-from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.utils.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _SOURCE = pathlib.Path(__file__).parents[1]
-_EXAMPLES = 8  # of a split, from all over it: enough to tell data sets apart, read in no time
-_SHOWN = 8  # differences in one message
-_VISIBLE_SECONDS = 20.0  # until a shared file system shows on one host what another wrote
-_NO_VALUE = "nothing"
+_MAX_LISTED = 8  # differences in one message
+_VISIBLE_SECONDS = 20.0  # for a file of one host to appear on the others of a shared file system
 
 Facts = dict[str, Any]
 
 
-def host() -> str:
-    """The name of this machine."""
-    return socket.gethostname()
-
-
 def allgather(value: Any) -> list[Any]:
-    """The values of all processes, by number; what JSON can write, and as it reads it again."""
+    """Returns the JSON values of all processes, by process index."""
     if jax.process_count() == 1:
         return [value]
     if len(jax.devices()) != jax.process_count() * jax.local_device_count():
@@ -53,7 +45,7 @@ def allgather(value: Any) -> list[Any]:
         raise UserError(f"the processes have different numbers of devices: {counts}")
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(data)))
-    # Few sizes, as a program is compiled for each.
+    # Powers of two, because JAX compiles a program for each size.
     padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
     padded[: len(data)] = data
     rows = multihost_utils.process_allgather(padded)
@@ -62,9 +54,9 @@ def allgather(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def raise_on_all_hosts() -> Iterator[None]:
-    """What fails within it on some processes ends all of them, and is said by all.
+    """Context manager that raises on all processes if its body fails on one of them.
 
-    Nothing within may wait for other processes: they may have failed.
+    The body must not wait for other processes, which may have failed.
 
     Raises:
       UserError: another process failed, or this one with a UserError.
@@ -73,125 +65,106 @@ def raise_on_all_hosts() -> Iterator[None]:
         yield
         return
     failure: Exception | None = None
+    message: str | None = None
     try:
         yield
+    except UserError as error:
+        message = str(error)
     except Exception as error:
-        failure = error
-    if isinstance(failure, UserError):
-        mistake: str | None = str(failure)
-    else:
-        mistake = None if failure is None else f"{type(failure).__name__}: {failure}"
-    outcomes = allgather([host(), mistake])
-    if failure is not None and not isinstance(failure, UserError):
+        failure, message = error, f"{type(error).__name__}: {error}"
+    outcomes = allgather([socket.gethostname(), message])
+    if failure is not None:
         raise failure  # with its traceback
-    failed = [(number, *outcome) for number, outcome in enumerate(outcomes) if outcome[1]]
-    if len(failed) == len(outcomes) and len({said for _, _, said in failed}) == 1:
+    failed = [(process, *outcome) for process, outcome in enumerate(outcomes) if outcome[1]]
+    if len(failed) == len(outcomes) and len({message for _, _, message in failed}) == 1:
         raise UserError(failed[0][2])
     if failed:
         raise UserError(
-            "\n".join(
-                f"process {number} ({name}): {said}" for number, name, said in failed[:_SHOWN]
-            )
+            "\n".join(f"process {n} ({host}): {text}" for n, host, text in failed[:_MAX_LISTED])
         )
 
 
-def check(config: Config, datasets: dict[str, Dataset]) -> None:
-    """Refuses a run whose processes differ in config, code, versions or data.
+def check_equal(config: Config, inputs: Facts) -> None:
+    """Checks that all processes have the same config, code, versions and data.
 
     Args:
-      config: of the run.
-      datasets: its splits, by name.
+      config: config of the run. The paths of its data may differ.
+      inputs: what identifies the data.
 
     Raises:
-      UserError: naming what differs, its values, and the processes and hosts that have them.
+      UserError: names each difference with its values, processes and hosts.
     """
     if jax.process_count() == 1:
         return
-    with raise_on_all_hosts():
-        ours = facts(config, datasets)
-    everybody = allgather([host(), ours])
-    message = disagreement([name for name, _ in everybody], [theirs for _, theirs in everybody])
+    facts: Facts = {
+        f"config.{name}": value
+        for name, value in config_lib.flatten(config).items()
+        if name not in ("data.root", "data.folder.classes")
+    }
+    facts["version of python"] = platform.python_version()
+    for package in PACKAGES:
+        facts[f"version of {package}"] = importlib.metadata.version(package)
+    facts["source files of deeplab_jax"] = source_digest()
+    hosts, values = zip(*allgather([socket.gethostname(), facts | inputs]), strict=True)
+    message = describe_differences(hosts, values)
     if message:
         raise UserError(message)
 
 
-def facts(config: Config, datasets: dict[str, Dataset]) -> Facts:
-    """What must be the same everywhere, in the order in which differences are told."""
-    known: Facts = {f"config.{name}": value for name, value in config_lib.flatten(config).items()}
-    known["version of python"] = platform.python_version()
-    for package in PACKAGES:
-        known[f"version of {package}"] = importlib.metadata.version(package)
-    known["source files of deeplab_jax"] = source_digest()
-    for split, dataset in datasets.items():
-        known[f"classes of {split}"] = list(dataset.labels.names)
-        known[f"number of images of {split}"] = len(dataset.source)
-        known[f"images of {split} (digest of some)"] = data_digest(dataset)
-    return known
-
-
 def source_digest() -> str:
-    """Of all source files of this package, by name and content."""
+    """Returns a digest of the names and contents of this package's source files."""
     digest = hashlib.sha256()
     for path in sorted(_SOURCE.rglob("*.py")):
         digest.update(str(path.relative_to(_SOURCE)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
-def data_digest(dataset: Dataset) -> str:
-    """Of the names, images and labels of a few examples from all over a data set."""
-    digest = hashlib.sha256()
-    size = len(dataset.source)
-    for index in np.unique(np.linspace(0, size - 1, _EXAMPLES).astype(int)) if size else ():
-        example = dataset.source[int(index)]
-        digest.update(example["name"].encode() + b"\0")
-        for array in (example["image"], example["label"]):
-            digest.update(f"{array.dtype} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:12]
+def describe_differences(hosts: Sequence[str], facts: Sequence[Facts]) -> str:
+    """Returns an error message about facts that differ; empty if all are equal.
 
-
-def disagreement(hosts: Sequence[str], everybody: Sequence[Facts]) -> str:
-    """What processes differ in, by number, each on the host of its place; empty if in nothing."""
-    names = list(dict.fromkeys(name for known in everybody for name in known))
-    differing = []
-    for name in names:
-        holders: dict[str, list[int]] = {}
-        for number, known in enumerate(everybody):
-            value = json.dumps(known[name]) if name in known else _NO_VALUE
-            holders.setdefault(value, []).append(number)
-        if len(holders) > 1:
-            values = [f"{value} on {_spell(who, hosts)}" for value, who in holders.items()]
-            differing.append(f"  {name}: {'; '.join(values)}")
-    if not differing:
+    Args:
+      hosts: host name of each process.
+      facts: facts of each process.
+    """
+    differences = []
+    for name in dict.fromkeys(name for values in facts for name in values):
+        processes: dict[str, list[int]] = {}  # by value
+        for process, values in enumerate(facts):
+            value = json.dumps(values[name]) if name in values else "nothing"
+            processes.setdefault(value, []).append(process)
+        if len(processes) > 1:
+            parts = [f"{value} on {_spell(some, hosts)}" for value, some in processes.items()]
+            differences.append(f"  {name}: {'; '.join(parts)}")
+    if not differences:
         return ""
-    more = [f"  and {len(differing) - _SHOWN} more"] if len(differing) > _SHOWN else []
+    if len(differences) > _MAX_LISTED:
+        differences[_MAX_LISTED:] = [f"  and {len(differences) - _MAX_LISTED} more"]
     return "\n".join(
         [
             "the processes do not agree, and one run needs all to have the same:",
-            *differing[:_SHOWN],
-            *more,
+            *differences,
             "Start all of them with the same command, the same code and the same data.",
         ]
     )
 
 
-def _spell(numbers: Sequence[int], hosts: Sequence[str]) -> str:
-    if len(numbers) > 4:
-        return f"{len(numbers)} processes, {numbers[0]} ({hosts[numbers[0]]}) the first"
-    spelled = ", ".join(f"{number} ({hosts[number]})" for number in numbers)
-    return f"process{'es' if len(numbers) > 1 else ''} {spelled}"
+def _spell(processes: Sequence[int], hosts: Sequence[str]) -> str:
+    if len(processes) > 4:
+        return f"{len(processes)} processes, {processes[0]} ({hosts[processes[0]]}) the first"
+    names = ", ".join(f"{process} ({hosts[process]})" for process in processes)
+    return f"process{'es' if len(processes) > 1 else ''} {names}"
 
 
 def check_shared(folder: pathlib.Path) -> None:
-    """Refuses a workdir that is not one folder to all processes.
+    """Checks that a workdir is the same folder for all processes.
 
     Raises:
-      UserError: some do not see what process 0 writes there.
+      UserError: a process does not see a file that process 0 writes there.
     """
     if jax.process_count() == 1:
         return
-    # A name that no earlier start left behind, and that all know.
-    first_host, name = allgather([host(), f".shared-{secrets.token_hex(8)}"])[0]
+    # A name that no earlier run can have left there, and that all processes know.
+    first_host, name = allgather([socket.gethostname(), f".shared-{secrets.token_hex(8)}"])[0]
     path = folder / name
     is_first = jax.process_index() == 0
     try:
@@ -199,21 +172,15 @@ def check_shared(folder: pathlib.Path) -> None:
             if is_first:
                 path.touch()
         with raise_on_all_hosts():
-            if not _appears(path):
-                raise UserError(
-                    f"--workdir {folder} is another folder here than on process 0 ({first_host}): "
-                    "all processes need the same one, on a file system that all hosts share"
-                )
+            deadline = time.monotonic() + _VISIBLE_SECONDS
+            while not path.exists():
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"--workdir {folder} is another folder here than on process 0 "
+                        f"({first_host}): all processes need the same one, on a file system that "
+                        "all hosts share"
+                    )
+                time.sleep(0.2)
     finally:
         if is_first:
             path.unlink(missing_ok=True)
-
-
-def _appears(path: pathlib.Path) -> bool:
-    """Whether a file comes into sight; a network's file system may take its time."""
-    end = time.monotonic() + _VISIBLE_SECONDS
-    while not path.exists():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.2)
-    return True

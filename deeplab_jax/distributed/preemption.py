@@ -1,8 +1,7 @@
-"""Signals that ask a run to stop: it saves first."""
+"""Stops a run on SIGTERM or Ctrl-C, on all processes at the same step."""
 
 from __future__ import annotations
 
-import functools
 import signal
 import threading
 from types import FrameType
@@ -15,27 +14,31 @@ from jaxtyping import Array, Int32
 
 
 class PreemptionHandler:
-    """While entered, SIGTERM and Ctrl-C ask for a stop and do nothing else; a second one acts.
+    """Context manager in which the first SIGTERM or Ctrl-C only sets a flag.
 
-    Outside the main thread, where Python takes no handlers, nothing is ever asked.
+    A second signal has its usual effect. Outside the main thread, where Python allows no signal
+    handlers, `should_stop` is always false.
+
+    Attributes:
+      name: name of the signal, once `should_stop` has returned true.
     """
 
     def __init__(self) -> None:
-        self.name = ""  # of the signal
-        self._number = 0
+        self.name = ""
+        self._signal = 0
         self._previous: dict[signal.Signals, object] = {}
-        self._asked: Int32[Array, ""] | None = None
+        self._pending: Int32[Array, ""] | None = None
 
     def should_stop(self) -> bool:
-        """Whether to stop now: the same answer in all processes, as each asks equally often.
+        """Returns whether any process has received a signal; the same on all processes.
 
-        A signal to one process stops all. With several processes the answer is that of the call
-        before, so that no device is waited for.
+        All processes must call it equally often. With several processes it returns the answer of
+        the previous call, so that it never waits for a device.
         """
-        number = self._number
+        number = self._signal
         if jax.process_count() > 1:
-            asked, self._asked = self._asked, _largest(number)
-            number = 0 if asked is None else int(jax.device_get(asked))
+            pending, self._pending = self._pending, _max_over_processes(number)
+            number = 0 if pending is None else int(jax.device_get(pending))
         if number:
             self.name = signal.Signals(number).name
         return bool(number)
@@ -47,7 +50,7 @@ class PreemptionHandler:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._number = number
+        self._signal = number
         self._restore()
 
     def _restore(self) -> None:
@@ -59,17 +62,10 @@ class PreemptionHandler:
         self._restore()
 
 
-def _largest(number: int) -> Int32[Array, ""]:
-    """The largest of the processes' numbers, which is being computed."""
-    sharding, largest = _maximum()
+def _max_over_processes(number: int) -> Int32[Array, ""]:
+    """Starts to compute the largest of the processes' numbers, without waiting for it."""
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), "all"), PartitionSpec("all"))
     numbers = jax.make_array_from_callback(
         (jax.device_count(),), sharding, lambda index: np.array([number], np.int32)
     )
-    return largest(numbers)
-
-
-@functools.cache
-def _maximum() -> tuple[NamedSharding, jax.stages.Wrapped]:
-    mesh = Mesh(np.array(jax.devices()), "all")
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return NamedSharding(mesh, PartitionSpec("all")), jax.jit(jnp.max, out_shardings=everywhere)
+    return jnp.max(numbers)

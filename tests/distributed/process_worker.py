@@ -1,7 +1,7 @@
-"""One of several processes, as `test_processes.py` starts them: what they agree on, and a fault.
+"""One process of `test_processes.py`: runs checks between processes, then fails or is killed.
 
-Arguments: host:port of process 0, number of processes, number of this one, folder, ending. Each
-outcome is a line of JSON on stdout.
+Arguments: host:port of process 0, number of processes, index of this one, folder, ending. Prints
+each outcome as a line of JSON.
 """
 
 import dataclasses
@@ -16,14 +16,15 @@ import jax
 
 import tiny
 from deeplab_jax import data as data_lib
-from deeplab_jax.distributed import launch as processes
-from deeplab_jax.distributed import multihost
+from deeplab_jax.data import statistics
+from deeplab_jax.distributed import launch, multihost
 from deeplab_jax.distributed.preemption import PreemptionHandler
-from deeplab_jax.evaluation import evaluator as evaluate
+from deeplab_jax.inference.predictor import Predictor
+from deeplab_jax.training.workdir import collect_inputs
 from deeplab_jax.utils.errors import UserError
 
 
-def tell(name, action):
+def report(name, action):
     try:
         outcome = action()
     except UserError as error:
@@ -34,8 +35,12 @@ def tell(name, action):
 def check(seed=0, shapes_seed=0):
     config = tiny.get_config()
     config.data.shapes.seed = shapes_seed
-    datasets = {split: data_lib.load(config.data, split) for split in ("train", "val")}
-    multihost.check(dataclasses.replace(config, seed=seed), datasets)
+    summaries = {
+        split: statistics.summarize_sample(data_lib.load(config.data, split), (33, 33))
+        for split in ("train", "val")
+    }
+    inputs = collect_inputs(summaries)
+    multihost.check_equal(dataclasses.replace(config, seed=seed), inputs)
 
 
 def check_versions(number):
@@ -49,7 +54,7 @@ def check_versions(number):
         importlib.metadata.version, multihost.source_digest = true_version, true_digest
 
 
-def together(mistakes):
+def raise_mistakes(mistakes):
     with multihost.raise_on_all_hosts():
         mistake = mistakes[jax.process_index()]
         if mistake is not None:
@@ -57,15 +62,15 @@ def together(mistakes):
 
 
 def windows():
-    """An evaluation window by window: its counts, and how many images this process saw."""
+    """Evaluates window by window: the counts, and how many images this process saw."""
     seen = []
-    true_ids = evaluate.Predictor.ids
-    evaluate.Predictor.ids = lambda self, image: seen.append(1) or true_ids(self, image)
+    true_ids = Predictor.ids
+    Predictor.ids = lambda self, image: seen.append(1) or true_ids(self, image)
     return tiny.evaluate_windows() | {"seen": len(seen)}
 
 
 def stops(number):
-    """Answers to four questions, of which process 1 is asked to stop before the second."""
+    """Calls `should_stop` four times; process 1 gets SIGTERM before the second call."""
     answers = []
     with PreemptionHandler() as stop:
         for turn in range(4):
@@ -79,23 +84,23 @@ def agree(number, folder):
     multihost._VISIBLE_SECONDS = 0.5
     own = folder / str(number)
     own.mkdir()
-    tell("gather", lambda: [len(text) for text in multihost.allgather("ä" * (5 + 5000 * number))])
-    tell("same", check)
-    tell("config", lambda: check(seed=number))
-    tell("data", lambda: check(shapes_seed=number))
-    tell("versions", lambda: check_versions(number))
-    tell("one fails", lambda: together([None, UserError("no folder x")]))
-    tell("both fail alike", lambda: together([UserError("no folder x")] * 2))
-    tell("one folder", lambda: multihost.check_shared(folder))
-    tell("two folders", lambda: multihost.check_shared(own))
-    tell("windows", windows)
-    tell("stop", lambda: stops(number))
+    report("gather", lambda: [len(text) for text in multihost.allgather("ä" * (5 + 5000 * number))])
+    report("same", check)
+    report("config", lambda: check(seed=number))
+    report("data", lambda: check(shapes_seed=number))
+    report("versions", lambda: check_versions(number))
+    report("one fails", lambda: raise_mistakes([None, UserError("no folder x")]))
+    report("both fail alike", lambda: raise_mistakes([UserError("no folder x")] * 2))
+    report("one folder", lambda: multihost.check_shared(folder))
+    report("two folders", lambda: multihost.check_shared(own))
+    report("windows", windows)
+    report("stop", lambda: stops(number))
 
 
 def main():
     coordinator, count, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     folder, ending = pathlib.Path(sys.argv[4]), sys.argv[5]
-    with processes.started(processes.Launch(coordinator, count, number, 60, 4)):
+    with launch.distributed_run(launch.LaunchOptions(coordinator, count, number, 60, 4)):
         if ending == "mistake":
             agree(number, folder)
         multihost.allgather("all are here")

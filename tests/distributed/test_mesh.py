@@ -1,4 +1,4 @@
-"""Meshes: what is computed does not depend on them, and what cannot be divided is refused."""
+"""Meshes: results do not depend on the mesh, and impossible meshes are refused."""
 
 import importlib
 
@@ -15,7 +15,7 @@ from deeplab_jax.utils.errors import UserError
 
 @pytest.fixture(scope="module")
 def benchmark():
-    """`benchmarks/mesh.py`, of whose cases some are run here, and all in its recorded results."""
+    """`benchmarks/mesh.py`: some of its cases run here, all are in its recorded results."""
     yield importlib.import_module("mesh")
     jax.config.update("jax_enable_x64", False)
 
@@ -23,29 +23,30 @@ def benchmark():
 def test_ten_steps_and_their_evaluation_do_not_depend_on_the_mesh(benchmark):
     case = benchmark.Case("curve", "4 x 2, fully sharded", "float64")
     found = benchmark.measure(case)
-    assert benchmark.broken(case, found) == []
+    assert benchmark.violations(case, found) == []
     assert found["loss"] > 0  # one device was not compared with itself
 
 
-def test_what_is_recorded_of_all_meshes_holds(benchmark):
+def test_recorded_differences_are_within_limits(benchmark):
     rows = benchmark.read(ROOT / "benchmarks" / "results" / "mesh_cpu.json")
     assert set(rows) == set(benchmark.all_cases())
-    assert [line for case, found in rows.items() for line in benchmark.broken(case, found)] == []
+    for case, found in rows.items():
+        assert benchmark.violations(case, found) == []
 
 
 @pytest.mark.parametrize(
     ("name", "height", "space"),
     [("pre-activation, deep stem, learned decoder", 113, 8), ("MobileNetV3", 50, 4)],
 )
-def test_gradients_do_not_depend_on_how_heights_are_divided(benchmark, name, height, space):
+def test_gradients_do_not_depend_on_spatial_partitioning(benchmark, name, height, space):
     case = benchmark.Case("gradients", name, "float64", height, space)
-    assert benchmark.broken(case, benchmark.measure(case)) == []
+    assert benchmark.violations(case, benchmark.measure(case)) == []
 
 
-def test_what_breaks_a_limit_is_told(benchmark):
+def test_differences_beyond_a_limit_are_reported(benchmark):
     case = benchmark.Case("curve", "2 x 1", "float32")
     found = {"loss": 1e-4, "parameters": float("nan"), "confusion": 1.0, "gradient norm": 1e-3}
-    assert [line.split(": ")[-1] for line in benchmark.broken(case, found)] == [
+    assert [line.split(": ")[-1] for line in benchmark.violations(case, found)] == [
         "loss differs by 1.0e-04",
         "parameters differs by nan",
         "confusion differs by 1.0e+00",
@@ -70,13 +71,13 @@ def test_its_axes(data, space, shape):
         (9, 1, r"needs 9 devices"),
     ],
 )
-def test_meshes_that_cannot_be(data, space, message):
+def test_impossible_meshes(data, space, message):
     with pytest.raises(UserError, match=message):
         make_mesh(MeshConfig(data=data, space=space))
 
 
 class Device:
-    """What is asked of a device of another machine."""
+    """A device of another machine, as far as `make_mesh` looks at it."""
 
     platform = "tpu"
 
@@ -105,15 +106,15 @@ def test_a_batch_comes_back_as_it_was_whatever_its_height(space):
     placed = mesh_lib.to_global({"image": image, "index": np.arange(4)}, mesh, 4)
     assert placed["image"].shape[1] % space == 0
     assert placed["image"].addressable_shards[0].data.shape[:2] == (2, -(-33 // space))
-    fitted = jax.jit(lambda x: mesh_lib.fit_height(x, 33, mesh))(placed["image"])
-    np.testing.assert_array_equal(fitted, image)
+    unpadded = jax.jit(lambda x: mesh_lib.unpad_height(x, 33, mesh))(placed["image"])
+    np.testing.assert_array_equal(unpadded, image)
     np.testing.assert_array_equal(placed["index"], np.arange(4))
     assert mesh_lib.local_rows(mesh, 4) == [0, 1, 2, 3]
     by_rows = jax.device_put(image, mesh_lib.row_sharding(mesh))
-    np.testing.assert_array_equal(mesh_lib.rows_of(by_rows), image)
+    np.testing.assert_array_equal(mesh_lib.addressable_rows(by_rows), image)
 
 
-def test_a_fully_sharded_state_lies_in_parts():
+def test_a_fully_sharded_state():
     mesh = make_mesh(MeshConfig(data=4, space=2))
     tree = {
         "kernel": np.arange(3 * 3 * 8 * 16.0).reshape(3, 3, 8, 16),
@@ -121,12 +122,13 @@ def test_a_fully_sharded_state_lies_in_parts():
         "vector": np.ones(16),
         "step": np.ones(()),
     }
-    whole = mesh_lib.place(tree, mesh_lib.shardings(tree, mesh, fully_sharded=False))
-    parts = mesh_lib.place(tree, mesh_lib.shardings(tree, mesh, fully_sharded=True))
-    shapes = {name: leaf.addressable_shards[0].data.shape for name, leaf in parts.items()}
+    replicated = mesh_lib.device_put(tree, mesh_lib.shardings(tree, mesh, fully_sharded=False))
+    sharded = mesh_lib.device_put(tree, mesh_lib.shardings(tree, mesh, fully_sharded=True))
+    shapes = {name: leaf.addressable_shards[0].data.shape for name, leaf in sharded.items()}
     assert shapes == {"kernel": (3, 3, 8, 4), "odd": (3, 3, 3, 7), "vector": (16,), "step": ()}
-    assert all(leaf.is_fully_replicated for leaf in whole.values())
-    assert mesh_lib.replicate(whole, mesh) is whole
-    gathered = mesh_lib.replicate(parts, mesh)
+    assert all(leaf.is_fully_replicated for leaf in replicated.values())
+    again = mesh_lib.replicate(replicated, mesh)
+    assert all(again[name] is replicated[name] for name in tree)  # not copied
+    gathered = mesh_lib.replicate(sharded, mesh)
     assert all(leaf.is_fully_replicated for leaf in gathered.values())
     jax.tree.map(np.testing.assert_array_equal, gathered, tree)

@@ -1,4 +1,4 @@
-"""Runs on several processes, of this machine: equal to one, stopped, killed, refused, resumed."""
+"""Runs on several local processes: equal to one process, stopped, killed, refused, resumed."""
 
 import contextlib
 import json
@@ -18,8 +18,8 @@ import pytest
 
 import tiny
 from conftest import ROOT
-from deeplab_jax.distributed import launch as processes
-from deeplab_jax.distributed import multihost
+from deeplab_jax.distributed import launch
+from deeplab_jax.distributed.multihost import describe_differences
 from deeplab_jax.training.train import train
 from deeplab_jax.utils.errors import UserError
 
@@ -34,7 +34,7 @@ def free_port():
 
 
 class Job:
-    """Several processes of one run, whose output goes to files."""
+    """The processes of one run, with their output in files."""
 
     def __init__(self, folder, command, count, devices):
         """`command(coordinator, number)` gives the arguments of each process."""
@@ -76,7 +76,7 @@ class Job:
             time.sleep(0.02)
 
     def codes(self, limit=LIMIT):
-        """Exit codes of all, which are waited for together."""
+        """Waits for all processes and returns their exit codes."""
         end = time.monotonic() + limit
         return [process.wait(max(0.1, end - time.monotonic())) for process in self.processes]
 
@@ -100,7 +100,7 @@ FIELDS = {"optimizer.learning_rate": 0.001, "train.log_every": 1, "train.keep": 
 
 
 def training(workdir, count, *flags, lost_timeout=60):
-    """The command of `train.py`, alike for all processes."""
+    """The command of `train.py` for each process."""
     wanted = FIELDS | {"mesh.data": -1, "train.save_every": 4}
     fields = [f"--config.{name}={value}" for name, value in wanted.items()]
     return lambda coordinator, number: [
@@ -125,7 +125,7 @@ def entries(workdir):
 
 
 def assert_same_curve(workdir, other):
-    """Losses up to the rounding of float32; evaluations, that is counts of pixels, exactly."""
+    """Losses must agree to float32 rounding; evaluations, which count pixels, exactly."""
     found, expected = entries(workdir), {(e["step"], "loss" in e): e for e in entries(other)}
     assert found
     for entry in found:
@@ -155,7 +155,7 @@ def until(unbroken, workdir, step):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """One process with four devices."""
+    """A run of one process with four devices."""
     workdir = tmp_path_factory.mktemp("unbroken")
     assert train(config(4), workdir).step == 8
     return workdir
@@ -163,7 +163,7 @@ def unbroken(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(unbroken, tmp_path_factory):
-    """Saved by one process at step 2, gone on by four, of which one was asked to stop."""
+    """A run saved by one process at step 2 and resumed by four; one of them gets SIGTERM."""
     folder = tmp_path_factory.mktemp("stopped")
     workdir = until(unbroken, folder / "run", 2)
     command = training(workdir, 4, "--config.mesh.fully_sharded=true")
@@ -185,7 +185,7 @@ def test_a_signal_to_one_of_four_processes_stops_all_at_one_step(stopped, unbrok
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
-def test_what_four_processes_saved_goes_on_on_one(stopped, unbroken, tmp_path, devices):
+def test_one_process_resumes_what_four_saved(stopped, unbroken, tmp_path, devices):
     workdir = tmp_path / "run"
     shutil.copytree(stopped[0], workdir)
     assert train(config(devices), workdir).step == 8
@@ -193,7 +193,7 @@ def test_what_four_processes_saved_goes_on_on_one(stopped, unbroken, tmp_path, d
     assert_same_end(workdir, unbroken)
 
 
-def test_two_processes_give_the_curve_of_one_until_one_is_killed_and_then_goes_on(
+def test_two_processes_give_the_curve_of_one_and_resume_after_one_is_killed(
     unbroken, tmp_path, capfd
 ):
     workdir = tmp_path / "run"
@@ -204,7 +204,7 @@ def test_two_processes_give_the_curve_of_one_until_one_is_killed_and_then_goes_o
     assert killed == -signal.SIGKILL
     assert other not in (0, None)
     assert "on 4 x cpu" in two.err(0)
-    assert f"all depend on process 0 ({multihost.host()})" in two.err(1)
+    assert f"all depend on process 0 ({socket.gethostname()})" in two.err(1)
     assert [e["step"] for e in entries(workdir)][:5] == [1, 2, 3, 4, 4]
     assert_same_curve(workdir, unbroken)
     assert train(config(4), workdir).step == 8
@@ -223,13 +223,13 @@ def test_different_configs_end_all_processes_with_one_message(tmp_path):
         assert two.codes() == [2, 2]
         messages = [two.err(n).split(f"error: process {n} of 2 ")[1] for n in (0, 1)]
     assert messages[0] == messages[1]
-    host = multihost.host()
+    host = socket.gethostname()
     assert f"momentum: 0.1 on process 0 ({host}); 0.2 on process 1 ({host})" in messages[0]
     assert "Traceback" not in two.err(0) + two.err(1)
     assert not (tmp_path / "run").exists()
 
 
-def test_without_the_others_a_process_says_where_it_looked(tmp_path):
+def test_a_process_without_the_others_reports_where_it_waited(tmp_path):
     command = training(tmp_path / "run", 2, "--start_timeout=1")
     address = f"localhost:{free_port()}"
     with job(tmp_path / "job", lambda coordinator, number: command(address, 1), 1) as lonely:
@@ -242,7 +242,7 @@ def test_without_the_others_a_process_says_where_it_looked(tmp_path):
 
 @pytest.fixture(scope="module")
 def agreed(tmp_path_factory):
-    """Of `process_worker.py`: outcomes, exit codes and what was said, by process; its folder."""
+    """Outcomes, exit codes and stderr of each process of `process_worker.py`, and its folder."""
     folder = tmp_path_factory.mktemp("agreed")
     with worker(folder, 2, "mistake") as two:
         codes = two.codes()
@@ -272,7 +272,7 @@ def test_values_of_any_size_are_gathered(agreed):
     assert [outcomes["gather"] for outcomes in agreed[0]] == [[5, 5005]] * 2
 
 
-HOST = re.escape(multihost.host())
+HOST = re.escape(socket.gethostname())
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ HOST = re.escape(multihost.host())
         ),
     ],
 )
-def test_all_processes_come_to_one_verdict(agreed, scenario, expected):
+def test_all_processes_agree(agreed, scenario, expected):
     one, other = (outcomes[scenario] for outcomes in agreed[0])
     if expected is None:
         assert one is None
@@ -304,18 +304,18 @@ def test_all_processes_come_to_one_verdict(agreed, scenario, expected):
     assert other.replace("/1 ", "/0 ") == one.replace("/1 ", "/0 ")
 
 
-def test_looking_for_a_shared_folder_leaves_nothing_behind(agreed):
+def test_the_check_for_a_shared_folder_leaves_nothing(agreed):
     assert [path.name for path in agreed[3].iterdir() if path.name.startswith(".")] == []
     assert [list((agreed[3] / number).iterdir()) for number in "01"] == [[], []]
 
 
-def test_window_by_window_each_process_takes_its_share_and_all_know_the_sum(agreed):
+def test_each_process_evaluates_a_part_by_windows_and_all_get_the_sum(agreed):
     one, other = (dict(outcomes["windows"]) for outcomes in agreed[0])
     assert (one.pop("seen"), other.pop("seen")) == (3, 2)
     assert one == other == tiny.evaluate_windows()
 
 
-def test_a_signal_to_one_process_is_known_to_all_at_the_same_question(agreed):
+def test_all_processes_see_a_signal_to_one_at_the_same_call(agreed):
     expected = [[False, False, True, True], "SIGTERM"]
     assert [outcomes["stop"] for outcomes in agreed[0]] == [expected] * 2
 
@@ -326,43 +326,34 @@ def test_a_mistake_on_one_process_ends_the_others_too(agreed):
     assert "process 1 of 2" in said[1]
     assert "a damaged image" in said[1]
     assert "Traceback" not in said[1]
-    assert f"process 1 ({multihost.host()}) gave no answer for 4 s" in said[0]
+    assert f"process 1 ({socket.gethostname()}) gave no answer for 4 s" in said[0]
 
 
 def test_a_process_that_is_killed_is_named_by_the_other(tmp_path):
     with worker(tmp_path, 2, "killed") as two:
         assert two.codes(limit=120) == [1, -signal.SIGKILL]
-    assert f"error: process 0 of 2 ({multihost.host()}): process 1 (" in two.err(0)
+    assert f"error: process 0 of 2 ({socket.gethostname()}): process 1 (" in two.err(0)
     assert "gave no answer for 4 s" in two.err(0)
 
 
 # Without processes.
 
 
-def test_what_differs_is_told_by_value_and_only_so_much():
+def test_differences_are_described_up_to_a_limit():
     hosts = ["a", "b", "c"]
     same = {"config.seed": 1, "version of jax": "1"}
-    assert multihost.disagreement(hosts, [same, dict(same), same]) == ""
+    assert describe_differences(hosts, [same, dict(same), same]) == ""
     other = same | {"version of jax": "2"}
-    message = multihost.disagreement(hosts, [same, other, same])
+    message = describe_differences(hosts, [same, other, same])
     assert '  version of jax: "1" on processes 0 (a), 2 (c); "2" on process 1 (b)\n' in message
     assert "seed" not in message
-    assert "nothing on process 2 (c)" in multihost.disagreement(hosts, [same, same, {}])
+    assert "nothing on process 2 (c)" in describe_differences(hosts, [same, same, {}])
     many = [{f"field {i}": number for i in range(20)} for number in range(6)]
-    message = multihost.disagreement("abcdef", many)
+    message = describe_differences("abcdef", many)
     assert message.count("field") == 8
     assert "and 12 more" in message
     alike = [{"x": 0}] * 6 + [{"x": 1}]
-    assert "x: 0 on 6 processes, 0 (a) the first" in multihost.disagreement("abcdefg", alike)
-
-
-def test_digests_tell_data_sets_apart_and_need_few_examples():
-    configs = [tiny.get_config() for _ in range(3)]
-    configs[1].data.shapes.seed = 1
-    configs[2].data.shapes.num_train = 23
-    first, seed, fewer = (multihost.data_digest(tiny.Run(c).dataset) for c in configs)
-    assert first == multihost.data_digest(tiny.Run(configs[0]).dataset)
-    assert len({first, seed, fewer}) == 3
+    assert "x: 0 on 6 processes, 0 (a) the first" in describe_differences("abcdefg", alike)
 
 
 @pytest.mark.parametrize(
@@ -375,11 +366,11 @@ def test_digests_tell_data_sets_apart_and_need_few_examples():
     ],
 )
 def test_missing_processes_are_read_from_what_jax_says(message, missing):
-    assert processes.missing_processes(message) == missing
+    assert launch.missing_processes(message) == missing
 
 
 @pytest.mark.parametrize(
-    ("launch", "message"),
+    ("options", "message"),
     [
         ({"num_processes": 2}, "--coordinator and --process_id must be given too"),
         ({"coordinator": "a:1"}, "--num_processes and --process_id must be given too"),
@@ -389,9 +380,9 @@ def test_missing_processes_are_read_from_what_jax_says(message, missing):
         ({"lost_timeout": 0}, "1 second or more"),
     ],
 )
-def test_flags_that_cannot_be_are_refused(launch, message):
+def test_impossible_flags_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        processes.Launch(**launch)
+        launch.LaunchOptions(**options)
 
 
 SRUN = {
@@ -403,55 +394,57 @@ SRUN = {
 }
 
 
-def starting(monkeypatch, environment, launch=None, error=None):
-    """Whether `start` says that there are several, and what it asked JAX for, which has failed."""
-    asked = []
+def initialize(monkeypatch, environment, options=None, error=None):
+    """Calls `launch.initialize`; returns its result and the arguments of JAX's `initialize`."""
+    calls = []
 
-    def initialize(*args, **timeouts):
-        asked.append(args)
+    def jax_initialize(*args, **timeouts):
+        calls.append(args)
         if error is not None:
             raise error
 
-    monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    return processes.start(launch or processes.Launch(), environment), asked
+    monkeypatch.setattr(jax.distributed, "initialize", jax_initialize)
+    monkeypatch.setattr(launch.os, "environ", environment)
+    return launch.initialize(options or launch.LaunchOptions()), calls
 
 
-def test_a_plain_machine_runs_alone(monkeypatch, capsys):
+def test_a_machine_without_a_scheduler_runs_one_process(monkeypatch, capsys):
     nowhere = ValueError("coordinator_address should be defined.")
-    assert starting(monkeypatch, {}, error=nowhere) == (False, [(None, None, None)])
+    assert initialize(monkeypatch, {}, error=nowhere) == (False, [(None, None, None)])
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
-    ("environment", "launch"),
+    ("environment", "options"),
     [
         (SRUN | {"SLURM_NTASKS": "1"}, {}),
         (SRUN, {"num_processes": 1}),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, {}),
     ],
 )
-def test_one_task_starts_no_service(monkeypatch, environment, launch):
-    assert starting(monkeypatch, environment, processes.Launch(**launch)) == (False, [])
+def test_one_task_starts_no_service(monkeypatch, environment, options):
+    options = launch.LaunchOptions(**options)
+    assert initialize(monkeypatch, environment, options) == (False, [])
 
 
-def test_under_srun_it_says_for_what_it_waits(monkeypatch, capsys):
-    _, asked = starting(monkeypatch, SRUN)
-    assert asked == [(None, None, None)]
+def test_under_srun_it_reports_what_it_waits_for(monkeypatch, capsys):
+    _, calls = initialize(monkeypatch, SRUN)
+    assert calls == [(None, None, None)]
     assert "process 3 of 4: waiting for all at the first host" in capsys.readouterr().err
 
 
-def test_in_an_allocation_without_srun_it_runs_alone_and_says_so(monkeypatch, capsys):
+def test_in_an_allocation_without_srun_it_runs_one_process_and_reports_it(monkeypatch, capsys):
     batch = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_NODELIST"}
     nowhere = ValueError("coordinator_address should be defined.")
-    assert not starting(monkeypatch, batch, error=nowhere)[0]
+    assert not initialize(monkeypatch, batch, error=nowhere)[0]
     assert "srun did not start this process: it runs alone" in capsys.readouterr().err
 
 
 def test_an_mpirun_that_jax_does_not_know_is_not_many_runs_in_one_workdir(monkeypatch):
     with pytest.raises(UserError, match=r"--process_id=\$OMPI_COMM_WORLD_RANK"):
-        starting(monkeypatch, {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"})
+        initialize(monkeypatch, {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"})
 
 
-def test_what_a_cluster_fails_with_is_told(monkeypatch):
+def test_errors_of_a_cluster_are_quoted(monkeypatch):
     with pytest.raises(UserError, match=r"started together: no such host(?s:.*)--coordinator"):
-        starting(monkeypatch, {}, error=RuntimeError("no such host\nmore"))
+        initialize(monkeypatch, {}, error=RuntimeError("no such host\nmore"))
