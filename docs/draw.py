@@ -1,4 +1,4 @@
-"""Draws the pictures of `docs/guide.md`.
+"""Draws the pictures of `docs/guide.md` and `docs/architecture.md`.
 
 python docs/draw.py all
 python docs/draw.py atrous --out atrous.png
@@ -13,16 +13,17 @@ from typing import Annotated
 
 import jax
 import typer
-from drawing import aspp, atrous, labels, network, training, units
-from drawing.sheet import Picture
+from drawing import architecture, aspp, atrous, labels, network, training, units
+from matplotlib.figure import Figure
 from PIL import Image
 
 from deeplab_jax.utils.files import write_bytes
+from deeplab_jax.visualization import plots
 
 IMAGES = pathlib.Path(__file__).resolve().parent / "images"
 
-# In the guide's order; the name is the command's and the file's.
-PICTURES: dict[str, Callable[[], Picture]] = {
+# The guide's in its order, then those of other pages; the name is the command's and the file's.
+PICTURES: dict[str, Callable[[], Figure]] = {
     draw.__name__: draw
     for draw in (
         labels.segmentation,
@@ -38,6 +39,7 @@ PICTURES: dict[str, Callable[[], Picture]] = {
         network.cascade,
         training.poly,
         network.heads,
+        architecture.architecture,
     )
 }
 
@@ -46,22 +48,25 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 @app.callback()
 def _on_cpu() -> None:
-    """Pictures are the same wherever they are drawn."""
+    """Computes on the CPU, so that the pictures are the same on every machine."""
     jax.config.update("jax_platforms", "cpu")
 
 
-Out = Annotated[str, typer.Option(help="File (.png). Default: its place in docs/images.")]
+Out = Annotated[str, typer.Option(help="File (.png, .svg or .pdf). Default: a PNG in docs/images.")]
 
 
-def write(path: pathlib.Path, picture: Picture) -> None:
-    """A PNG of at most 256 colours, which is a third as large."""
+def write(path: pathlib.Path, figure: Figure) -> None:
+    """Writes a figure; a PNG gets at most 256 colours, which makes it a third as large."""
+    if path.suffix.lower() != ".png":
+        plots.save(path, figure)
+        return
     encoded = io.BytesIO()
-    image = Image.fromarray(picture).quantize(256, dither=Image.Dither.NONE)
+    image = Image.fromarray(plots.rasterize(figure)).quantize(256, dither=Image.Dither.NONE)
     image.save(encoded, "PNG", optimize=True)
     write_bytes(path, encoded.getvalue())
 
 
-def _register(name: str, draw: Callable[[], Picture]) -> None:
+def _register(name: str, draw: Callable[[], Figure]) -> None:
     @app.command(name.replace("_", "-"), help=draw.__doc__)
     def command(out: Out = "") -> None:
         write(pathlib.Path(out) if out else IMAGES / f"{name}.png", draw())
@@ -73,7 +78,7 @@ for _name, _draw in PICTURES.items():
 
 @app.command("all")
 def draw_all() -> None:
-    """All of them, in a minute or two."""
+    """Draw all of them, in a minute or two."""
     for name, draw in PICTURES.items():
         write(IMAGES / f"{name}.png", draw())
 

@@ -1,1 +1,1 @@
-"""What a model is: its convolutions, strides, rates and fields of view, in numbers and pictures."""
+"""Analyzes models: strides, rates, fields of view and arithmetic, as tables and figures."""

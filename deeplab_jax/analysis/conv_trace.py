@@ -1,8 +1,8 @@
-"""The convolutions of a model as they are executed, read from the program that it is traced to.
+"""The convolutions of a model as executed, read from its traced program.
 
-The model is traced without arrays, and its jaxpr followed from the image on. For each map it is
-known which rows of the image a row of it sees: a convolution widens that, an addition joins two.
-So strides, rates and fields of view are those of the program, whatever made them.
+The model is traced without arrays, and its jaxpr is followed from the image to the logits. For each
+feature map, the rows of the image that one of its rows sees are tracked: a convolution widens this
+window, an addition merges two. Strides, rates and fields of view are thus those of the program.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from deeplab_jax.models.functional import FunctionalModel, Variables
-from deeplab_jax.models.ops.atrous_conv import valid_share
+from deeplab_jax.models.ops.atrous_conv import valid_fraction
 from deeplab_jax.models.ops.convolution import XLA
 from deeplab_jax.models.ops.masking import STRIDES
 from deeplab_jax.models.ops.resize import bilinear_matrix
@@ -34,17 +34,17 @@ class Convolution:
     Attributes:
       name: its attribute path, as in `backbone.layer4.0.conv2`.
       kernel_size: side of its kernel.
-      stride: pixels of its input.
-      rate: pixels of its input between the taps.
-      groups: that its channels are divided into; as many as channels where it is depthwise.
+      stride: pixels of its input between neighbouring outputs.
+      rate: pixels of its input between the kernel's taps.
+      groups: number of channel groups; the number of channels if it is depthwise.
       in_shape, out_shape: height, width and channels of its input and output.
-      output_stride: pixels of the image between neighbours of its output; None where the image was
-        pooled to one pixel before.
+      output_stride: pixels of the image between neighbours of its output; None after the image was
+        pooled to one pixel.
       field_of_view: side of the square of the image that an output sees through convolutions and
-        max pooling, pixels, the image's borders apart; None where the image was pooled before.
-        Behind a resize, which reads other rows at each place, of all places together.
-      sees_image: whether an output (also) sees the whole image, through pooling.
-      params: number of parameters: its own, and those of the batch norm executed behind it.
+        max pooling, pixels, as if the image had no border; None after the image was pooled to one
+        pixel. After a resize, whose rows read different windows, their union.
+      sees_image: whether an output also sees the whole image, through pooling.
+      params: number of its own parameters and of those of the batch norm that follows.
     """
 
     name: str
@@ -60,38 +60,35 @@ class Convolution:
     params: int
 
     @property
-    def valid_share(self) -> float:
-        """Share of the kernel's taps that fall on the map and not into its padding, 0..1."""
-        rows, columns = (
-            valid_share(side, self.kernel_size, strides=self.stride, kernel_dilation=self.rate)
-            for side in self.in_shape[:2]
-        )
-        return rows * columns
+    def valid_fraction(self) -> float:
+        """Fraction of the kernel's taps that read the map and not its padding, 0..1."""
+        options = {"strides": self.stride, "kernel_dilation": self.rate}
+        return valid_fraction(self.in_shape[:2], self.kernel_size, **options)
 
     @property
     def macs(self) -> int:
-        """Multiplications, each with its addition, of all taps; the bias is not counted."""
+        """Number of multiply-adds of all taps, without the bias."""
         taps = self.kernel_size**2 * self.in_shape[2] // self.groups
         return math.prod(self.out_shape) * taps
 
     @property
     def valid_macs(self) -> int:
-        """Those of the taps that fall on the map."""
-        return round(self.macs * self.valid_share)
+        """Number of multiply-adds of the taps that read the map."""
+        return round(self.macs * self.valid_fraction)
 
 
 def convolutions(
     model: FunctionalModel, height: int = 513, width: int | None = None
 ) -> list[Convolution]:
-    """Each convolution of a model, in the order of execution.
+    """Lists the convolutions of a model in the order of execution.
 
     Args:
-      model: whose program is read.
-      height, width: of the image, pixels; no width: the same.
+      model: to trace.
+      height: of the image, pixels.
+      width: of the image, pixels; None: as `height`.
 
     Raises:
-      ValueError: a side is below 1; or the model does something between two convolutions of which
-        it is not known here what it sees.
+      ValueError: a side is below 1, or an operation between two convolutions is not supported here.
     """
     width = height if width is None else width
     if min(height, width) < 1:
@@ -114,13 +111,13 @@ def convolutions(
 
 
 def _params_of(reader: _Reader, sizes: dict[str, int]) -> list[int]:
-    """Parameters of each convolution: of its module, and of the norms executed before the next."""
-    places = {found.name: place for place, found in enumerate(reader.found)}
-    counts = [0] * len(places)
+    """Counts the parameters of each convolution's module and of the norms before the next one."""
+    index_of = {found.name: index for index, found in enumerate(reader.found)}
+    counts = [0] * len(index_of)
     for name, size in sizes.items():
         module = name.rpartition(".")[0]
-        if module in places:
-            counts[places[module]] += size
+        if module in index_of:
+            counts[index_of[module]] += size
         elif f"{module}.scale" in sizes:
             counts[reader.first_use[name] - 1] += size
     return counts
@@ -136,40 +133,43 @@ class _Variable(NamedTuple):
 class _Seen:
     """A map whose row i sees rows stride * i + low to stride * i + high of the image.
 
-    Columns are treated as rows are: by every layer, and so here. Where the image was pooled to one
-    pixel there is no stride, and `whole` says so.
+    Every layer treats columns as rows, so only rows are tracked. `stride` is None after the image
+    was pooled to one pixel.
     """
 
     stride: int | None
     low: int
     high: int
-    whole: bool = False
+    sees_image: bool = False
 
     def window(self, start: int, end: int, step: int = 1) -> _Seen:
         """The map whose row i sees rows step * i + start to step * i + end of this one."""
         if self.stride is None:
             return self
         low, high = self.low + self.stride * start, self.high + self.stride * end
-        return _Seen(self.stride * step, low, high, self.whole)
+        return _Seen(self.stride * step, low, high, self.sees_image)
 
     def join(self, other: _Seen) -> _Seen:
-        """What sees both."""
-        whole = self.whole or other.whole
+        """The map whose rows see what the same rows of both maps see."""
+        sees_image = self.sees_image or other.sees_image
         if self.stride is None or other.stride is None:
             local = other if self.stride is None else self
-            return dataclasses.replace(local, whole=whole)
+            return dataclasses.replace(local, sees_image=sees_image)
         if self.stride != other.stride:
-            raise ValueError(f"maps of strides {self.stride} and {other.stride} are joined")
-        return _Seen(self.stride, min(self.low, other.low), max(self.high, other.high), whole)
+            raise ValueError(
+                f"an operation combines maps of output strides {self.stride} and {other.stride}"
+            )
+        low, high = min(self.low, other.low), max(self.high, other.high)
+        return _Seen(self.stride, low, high, sees_image)
 
 
 class _Unknown(NamedTuple):
-    """A map made by an operation that is not followed; harmless behind the last convolution."""
+    """The result of an unsupported operation: an error only if a convolution reads it."""
 
     operation: str
 
 
-_Value = _Variable | _Seen | _Unknown | None  # None: of no image, such as a constant
+_Value = _Variable | _Seen | _Unknown | None  # None: does not depend on the image
 
 _ELEMENTWISE = (
     *("abs", "add", "add_any", "cbrt", "clamp", "convert_element_type", "copy", "div", "eq", "erf"),
@@ -184,17 +184,18 @@ class _Reader:
     """Follows a program.
 
     Attributes:
-      found: its convolutions so far, without their parameters.
-      first_use: how many convolutions were found before an array of the model was first used.
+      image: height and width of the image, pixels.
+      found: the convolutions so far, with `params` 0.
+      first_use: name of an array of the model -> number of convolutions before its first use.
     """
 
     def __init__(self, image: tuple[int, int]) -> None:
-        self.image = image  # height and width, pixels
+        self.image = image
         self.found: list[Convolution] = []
         self.first_use: dict[str, int] = {}
 
     def run(self, jaxpr: Any, inputs: Iterable[_Value]) -> list[_Value]:
-        """What the results of a program see, of what its inputs see."""
+        """Returns what the results of a program see, given what its inputs see."""
         values: dict[Any, _Value] = dict(zip(jaxpr.invars, inputs, strict=True))
 
         def value_of(variable: Any) -> _Value:
@@ -207,52 +208,37 @@ class _Reader:
 
     def _results(self, equation: Any, inputs: list[_Value]) -> list[_Value]:
         name, params = equation.primitive.name, equation.params
-        if name == "jit" and params["name"] == "bilinear_resize":
+        if name == "jit" and params["name"] == "resize_bilinear_unpadded":
             return [_resized(equation, inputs[0], self.image)]
         if name in _CALLS:
             return self.run(params[_CALLS[name]].jaxpr, inputs)
         for value in inputs:
             if isinstance(value, _Variable):
                 self.first_use.setdefault(value.name, len(self.found))
-        if name == "conv_general_dilated":
+        if name == "conv_general_dilated" or _is_linear(equation, inputs):
             return [self._convolve(equation, *inputs)]
-        if name == "dot_general" and _is_1x1(equation, inputs):
-            return [self._multiply(equation, *inputs)]
         return [_follow(equation, inputs)] * len(equation.outvars)
 
     def _convolve(self, equation: Any, seen: _Value, kernel: _Value) -> _Seen:
         (x, weights), params = (v.aval.shape for v in equation.invars), equation.params
         if not isinstance(kernel, _Variable):
-            raise ValueError(f"a convolution of {x} has a kernel that is no array of the model")
+            raise ValueError(f"the kernel of a convolution of {x} is not an array of the model")
         name = kernel.name.rpartition(".")[0]
         if not isinstance(seen, _Seen):
-            what = f"{seen.operation!r}" if isinstance(seen, _Unknown) else "no image"
-            raise ValueError(f"what {name} sees is not known: its input comes from {what}")
-        (before, _), stride = params["padding"][0], params["window_strides"][0]
-        side, rate = weights[0], params["rhs_dilation"][0]
+            if isinstance(seen, _Unknown):
+                reason = f"is the result of {seen.operation!r}, which is not supported here"
+            else:
+                reason = "does not depend on the image"
+            raise ValueError(f"the field of view of {name} is not known: its input {reason}")
+        before, stride, side, rate, groups = 0, 1, 1, 1, 1
+        if equation.primitive.name == "conv_general_dilated":
+            (before, _), stride = params["padding"][0], params["window_strides"][0]
+            side, rate, groups = (
+                weights[0],
+                params["rhs_dilation"][0],
+                params["feature_group_count"],
+            )
         out = seen.window(-before, rate * (side - 1) - before, stride)
-        groups = params["feature_group_count"]
-        self._record(equation, name, out, side, stride=stride, rate=rate, groups=groups)
-        return out
-
-    def _multiply(self, equation: Any, seen: _Value, kernel: _Value) -> _Value:
-        """Each pixel's channels times a matrix, as `nnx.Linear` does: a 1x1 convolution."""
-        assert isinstance(seen, _Seen)
-        assert isinstance(kernel, _Variable)
-        self._record(equation, kernel.name.rpartition(".")[0], seen, 1)
-        return seen
-
-    def _record(
-        self,
-        equation: Any,
-        name: str,
-        out: _Seen,
-        side: int,
-        *,
-        stride: int = 1,
-        rate: int = 1,
-        groups: int = 1,
-    ) -> None:
         self.found.append(
             Convolution(
                 name=name,
@@ -260,51 +246,53 @@ class _Reader:
                 stride=stride,
                 rate=rate,
                 groups=groups,
-                in_shape=equation.invars[0].aval.shape[1:],
+                in_shape=x[1:],
                 out_shape=equation.outvars[0].aval.shape[1:],
                 output_stride=out.stride,
                 field_of_view=None if out.stride is None else out.high - out.low + 1,
-                sees_image=out.whole,
+                sees_image=out.sees_image,
                 params=0,
             )
         )
+        return out
 
 
-def _is_1x1(equation: Any, inputs: list[_Value]) -> bool:
-    x = equation.invars[0].aval.shape
+def _is_linear(equation: Any, inputs: list[_Value]) -> bool:
+    """Whether channels are multiplied by a matrix, as in `nnx.Linear`: a 1x1 convolution."""
     return (
-        isinstance(inputs[0], _Seen)
+        equation.primitive.name == "dot_general"
+        and isinstance(inputs[0], _Seen)
         and isinstance(inputs[1], _Variable)
-        and len(x) == 4
+        and len(equation.invars[0].aval.shape) == 4
         and equation.params["dimension_numbers"] == (((3,), (0,)), ((), ()))
     )
 
 
 def _resized(equation: Any, seen: _Value, image: tuple[int, int]) -> _Value:
-    """What a map resized to the size of another one sees: rows as bilinear weights say."""
+    """What a bilinearly resized map sees: the rows whose weights are not 0."""
     if not isinstance(seen, _Seen) or seen.stride is None:
         return seen
     before, after = (v.aval.shape[1:3] for v in (*equation.invars, *equation.outvars))
-    fitting = (s for s in STRIDES if after == tuple(-(-side // s) for side in image))
-    stride = next(fitting, None)
+    strides = (s for s in STRIDES if after == tuple(-(-side // s) for side in image))
+    stride = next(strides, None)
     if stride is None:
-        return _Unknown("bilinear_resize")
+        return _Unknown("resize_bilinear_unpadded")
     lows, highs = [], []
     for in_side, out_side in zip(before, after, strict=True):
         read = bilinear_matrix(out_side, in_side) > 0
         first, last = read.argmax(1), in_side - 1 - read[:, ::-1].argmax(1)
-        place = stride * np.arange(out_side)
-        lows.append(int((seen.stride * first - place).min()))
-        highs.append(int((seen.stride * last - place).max()))
-    return _Seen(stride, seen.low + min(lows), seen.high + max(highs), seen.whole)
+        row = stride * np.arange(out_side)
+        lows.append(int((seen.stride * first - row).min()))
+        highs.append(int((seen.stride * last - row).max()))
+    return _Seen(stride, seen.low + min(lows), seen.high + max(highs), seen.sees_image)
 
 
 def _follow(equation: Any, inputs: list[_Value]) -> _Value:
     """What the result of an operation other than a convolution sees."""
     name, params = equation.primitive.name, equation.params
-    lost = [value for value in inputs if isinstance(value, _Unknown)]
-    if lost:
-        return lost[0]
+    unknown = [value for value in inputs if isinstance(value, _Unknown)]
+    if unknown:
+        return unknown[0]
     maps = [value for value in inputs if isinstance(value, _Seen)]
     if not maps:
         return inputs[0] if name == "convert_element_type" else None
@@ -318,16 +306,16 @@ def _follow(equation: Any, inputs: list[_Value]) -> _Value:
         before = int(params["padding_config"][1][0])
         return seen.window(-before, -before)
     if name in ("reduce_sum", "reduce_max") and params["axes"] == (1, 2):
-        return _Seen(None, 0, 0, whole=True)
+        return _Seen(None, 0, 0, sees_image=True)
     before, after = (variables[0].aval.shape for variables in (equation.invars, equation.outvars))
     if name in ("reduce_sum", "reduce_max", "reduce_min") and params["axes"] == (3,):
         return seen  # over the channels
-    kept = params.get("broadcast_dimensions", (0, 1, 2))[:3] == (0, 1, 2)
-    if name in ("broadcast_in_dim", "reshape") and kept and before[:3] == after[:3]:
-        return seen  # images, rows and columns as they were
+    same_axes = params.get("broadcast_dimensions", (0, 1, 2))[:3] == (0, 1, 2)
+    if name in ("broadcast_in_dim", "reshape") and same_axes and before[:3] == after[:3]:
+        return seen  # only the channels change
     if seen.stride is None and name in ("broadcast_in_dim", "reshape", "transpose"):
         return seen
     if name == "dot_general" and all(value in (None, seen) for value in inputs):
-        # A fixed matrix along rows or columns: pooling, whose every output may see all of them.
-        return _Seen(None, 0, 0, whole=True)
+        # A constant matrix along rows or columns: pooling, whose outputs may see all of them.
+        return _Seen(None, 0, 0, sees_image=True)
     return _Unknown(name)

@@ -1,4 +1,4 @@
-"""Figures of a model: valid taps against the rate, its blocks, what it looks at."""
+"""Figures of a model: valid taps by atrous rate, its blocks, and its effective receptive field."""
 
 from __future__ import annotations
 
@@ -7,182 +7,146 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
-from jaxtyping import UInt8
 
+from deeplab_jax.analysis.receptive_field import ENERGY_FRACTION, EffectiveField
 from deeplab_jax.analysis.summary import ModuleSummary, Summary, describe
-from deeplab_jax.visualization.canvas import GREY, INK, LIGHT, Canvas, Color, text_width
+from deeplab_jax.visualization import plots
+from deeplab_jax.visualization.plots import GREY, INK, LIGHT, VERMILLION
 
-Picture = UInt8[np.ndarray, "h w 3"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-WIDTH = 1360  # of a figure, pixels
-PAPER_MAP = (65, 65)  # of arXiv 1706.05587, figure 4
-_TAP_COLORS: dict[int, Color] = {
-    1: (190, 40, 50),
-    2: (225, 130, 50),
-    3: (200, 170, 40),
-    4: (60, 150, 75),
-    6: (70, 150, 190),
-    9: (50, 70, 160),
-}
-_ATROUS: Color = (200, 80, 20)
-_STRIDE_COLORS: dict[int | None, Color] = {
-    1: (246, 246, 246),
-    2: (228, 238, 248),
-    4: (200, 222, 240),
-    8: (168, 203, 230),
-    16: (130, 180, 218),
-    32: (95, 152, 200),
-    64: (70, 128, 182),
-    128: (52, 106, 162),
-    256: (38, 86, 142),
-    None: (240, 235, 215),
+PAPER_MAP = (65, 65)  # height and width of the map in arXiv 1706.05587, figure 4
+_TAP_COLORS = {
+    1: plots.VERMILLION,
+    2: plots.ORANGE,
+    3: plots.PURPLE,
+    4: plots.GREEN,
+    6: plots.SKY,
+    9: plots.BLUE,
 }
 
+# Layout of the model's figure, in the units of `plots.diagram`.
+_MARGIN, _HEADER, _PITCH = 20, 126, 94  # widths: of the margin, of the table's header, of a block
+_TAPS_HEIGHT = 350
+_MIDDLE, _TALLEST, _ROW = 190, 210, 24  # of the chain of blocks, and of the table below
 
-def model_figure(summary: Summary) -> Picture:
-    """Valid taps and blocks of a model, one above the other (figures 4, 3 and 5 of the paper)."""
-    return np.concatenate([valid_taps_figure(summary), blocks_figure(summary)])
+
+def model_figure(summary: Summary) -> Figure:
+    """Draws valid taps by rate, and the blocks below (the paper's figures 4, and 3 and 5)."""
+    columns = _columns(summary)
+    width = max(plots.WIDTH, 2 * _MARGIN + _HEADER + sum(map(_column_width, columns)))
+    has_auxiliary = any(part.name.startswith("aux_classifier.") for part in summary.parts)
+    height = _MIDDLE + _TALLEST / 2 + 22 + len(_ROWS) * _ROW + (44 if has_auxiliary else 10)
+    figure, axes = plots.diagram(width, _TAPS_HEIGHT + height)
+    _draw_valid_taps(axes, summary)
+    _draw_blocks(axes, summary, columns, _TAPS_HEIGHT)
+    return figure
 
 
 # --- Valid taps --------------------------------------------------------------------------------
 
 
-def tap_shares(height: int, width: int, rate: int) -> dict[int, float]:
-    """Share of a map's pixels at which so many taps of a 3x3 fall on the map (paper, figure 4)."""
-    rows, columns = (_taps_along(side, rate) for side in (height, width))
-    shares: dict[int, float] = collections.defaultdict(float)
-    for down, tall in rows.items():
-        for across, wide in columns.items():
-            shares[down * across] += tall * wide / (height * width)
-    return dict(shares)
+def tap_fractions(height: int, width: int, rate: int) -> dict[int, float]:
+    """Computes how many taps of a 3x3 convolution fall on the map (the paper's figure 4).
 
+    Args:
+      height, width: of the map, pixels.
+      rate: atrous rate, pixels.
 
-def _taps_along(size: int, rate: int) -> collections.Counter[int]:
-    """Along one axis: number of taps of three that fall on the map, and of how many pixels."""
-    pixels = np.arange(size)
-    taps = np.add(
-        *((pixels + offset >= 0) & (pixels + offset < size) for offset in (-rate, rate)), dtype=int
+    Returns:
+      Number of taps -> fraction of the map's positions with as many, 0..1.
+    """
+    rows, columns = (
+        np.bincount(1 + (pixels >= rate).astype(int) + (pixels < len(pixels) - rate))
+        for pixels in map(np.arange, (height, width))
     )
-    return collections.Counter((1 + taps).tolist())
+    fractions: dict[int, float] = collections.defaultdict(float)
+    for row_taps, column_taps in itertools.product(range(len(rows)), range(len(columns))):
+        fractions[row_taps * column_taps] += rows[row_taps] * columns[column_taps] / height / width
+    return {taps: fraction for taps, fraction in fractions.items() if fraction}
 
 
-def valid_taps_figure(summary: Summary) -> Picture:
-    """On the paper's map, and on the maps of this model's largest rates, which are marked."""
-    last = max(summary.all.convolutions, key=lambda conv: (conv.rate, conv.name))
-    own = last.in_shape[:2]
-    marked = sorted(
+def _draw_valid_taps(axes: Axes, summary: Summary) -> None:
+    """On the paper's map, and on the map of this model's largest rate, with its rates marked."""
+    largest = max(summary.all.convolutions, key=lambda conv: (conv.rate, conv.name))
+    own = largest.in_shape[:2]
+    rates = sorted(
         {c.rate for c in summary.all.convolutions if c.in_shape[:2] == own and c.kernel_size == 3}
     )
-    canvas = Canvas(WIDTH, 420)
-    canvas.text(24, 24, "Taps of a 3x3 that fall on the map, against the rate", size=18)
-    plots = [(PAPER_MAP, [] if own != PAPER_MAP else marked)]
+    plots.text(axes, _MARGIN, 24, "Taps of a 3x3 convolution that fall on the map", size=13)
+    size = f"the model's map for an image of {summary.height}x{summary.width}"
+    charts = [(own, rates, f"{size}\ndashed: rates of its 3x3 convolutions")]
     if own != PAPER_MAP:
-        plots.append((own, marked))
-    width = (WIDTH - 40) // len(plots)
-    for place, ((rows, columns), rates) in enumerate(plots):
-        title = f"{rows}x{columns} map" + (
-            f", the model's for images of {summary.height}x{summary.width}; rates of its 3x3 dashed"
-            if rates
-            else ", as in the paper's figure 4"
-        )
-        _tap_plot(canvas, (20 + place * width, 50, width - 40, 350), (rows, columns), rates, title)
-    return canvas.picture()
+        charts.insert(0, (PAPER_MAP, [], "as in the paper's figure 4"))
+    pitch = (axes.get_xlim()[1] - 2 * _MARGIN) / len(charts)
+    for index, (map_size, marked, title) in enumerate(charts):
+        left = _MARGIN + 48 + index * pitch
+        chart = plots.chart_axes(axes, left, 92, min(pitch - 146, 500), 200)
+        _draw_tap_chart(chart, map_size, marked)
+        title = f"{_shape(map_size)}: {title}"
+        chart.set_title(title, fontsize=9.5, color=GREY, loc="left", linespacing=1.4)
 
 
-def _tap_plot(
-    canvas: Canvas,
-    place: tuple[int, int, int, int],
-    map_size: tuple[int, int],
-    marked: Sequence[int],
-    title: str,
-) -> None:
-    left, top, width, height = place
-    left, top, width, height = left + 46, top + 24, width - 140, height - 74
-    bottom, right = top + height, left + width
-    last = max(*map_size, *marked, 1) + 1
-    curves: dict[int, list[tuple[float, float]]] = collections.defaultdict(list)
-    for rate in range(1, last + 1):
-        shares = tap_shares(*map_size, rate)
-        for taps in _TAP_COLORS:
-            x = left + width * rate / last
-            curves[taps].append((x, bottom - height * shares.get(taps, 0.0)))
-    canvas.text(left, top - 16, title, size=14, color=GREY)
-    for tick in range(0, 11, 2):
-        y = bottom - height * tick / 10
-        canvas.line([(left, y), (right, y)], LIGHT)
-        canvas.text(left - 8, y, f"{tick / 10:.1f}", size=12, anchor="rm", color=GREY)
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**6) if last / s <= 12)
-    for rate in range(0, last + 1, step):
-        x = left + width * rate / last
-        canvas.line([(x, bottom), (x, bottom + 4)], GREY)
-        canvas.text(x, bottom + 14, str(rate), size=12, anchor="mm", color=GREY)
-    canvas.text(left + width / 2, bottom + 32, "rate", size=13, anchor="mm")
+def _draw_tap_chart(chart: Axes, map_size: tuple[int, int], marked: Sequence[int]) -> None:
+    rates = range(1, max(*map_size, *marked, 1) + 2)
+    by_rate = [tap_fractions(*map_size, rate) for rate in rates]
     for rate in marked:
-        x = left + width * rate / last
-        canvas.dashed((x, top), (x, bottom), _ATROUS)
-    for taps, points in curves.items():
-        for above, run in itertools.groupby(
-            itertools.pairwise(points), lambda pair: min(y for _, y in pair) < bottom
-        ):
-            if above:
-                ends = list(run)
-                canvas.line([ends[0][0], *(end for _, end in ends)], _TAP_COLORS[taps], 2.2)
-    canvas.line([(left, top), (left, bottom), (right, bottom)], INK)
-    used = [taps for taps, points in curves.items() if any(y < bottom for _, y in points)]
-    for row, taps in enumerate(used):
-        y = top + 10 + 22 * row
-        canvas.line([(right + 12, y), (right + 34, y)], _TAP_COLORS[taps], 3)
-        canvas.text(right + 40, y, f"{taps} tap{'s' if taps > 1 else ''}", size=13)
+        chart.axvline(rate, color=GREY, linewidth=0.8, linestyle=(0, (3, 3)))
+    for taps, color in _TAP_COLORS.items():
+        values = np.array([fractions.get(taps, 0.0) for fractions in by_rate])
+        if values.any():
+            # A curve ends at the first 0 on each side.
+            shown = (values > 0) | (np.roll(values, 1) > 0) | (np.roll(values, -1) > 0)
+            label = f"{taps} tap{'s' if taps > 1 else ''}"
+            chart.plot(rates, np.where(shown, values, np.nan), color=color, label=label)
+    chart.set(xlim=(0, rates[-1]), ylim=(0, 1.02))
+    chart.set_xlabel("atrous rate, pixels of the map", fontsize=9.5, color=INK)
+    chart.set_ylabel("fraction of positions", fontsize=9.5, color=INK)
+    plots.clean_axes(chart)
+    chart.legend(
+        loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9.5, labelcolor="linecolor"
+    )
 
 
 # --- Blocks ------------------------------------------------------------------------------------
 
-_MIDDLE, _TALLEST = 210, 230  # of the chain of blocks, pixels
+# Convolutions that are drawn as one column; None: the image.
+_Column = ModuleSummary | None
+_ASPP = "classifier.aspp.branches"
+_ROWS = (
+    "map",
+    "convolutions",
+    "output stride",
+    "field of view, px",
+    "atrous rates",
+    "valid taps, %",
+)
 
 
-def blocks_figure(summary: Summary) -> Picture:
-    """The blocks from the image to the logits, with output strides and rates."""
-    canvas = Canvas(WIDTH, 500)
-    canvas.text(24, 24, "From the image to the logits", size=18)
-    canvas.text(24, 48, describe(summary.architecture), size=13, color=GREY)
-    backbone = _merged([part for part in summary.parts if part.name.startswith("backbone.")])
-    head = [
-        ModuleSummary(c.name, (c,))
-        for c in summary.all.convolutions
-        if c.name.startswith("classifier.")
-    ]
-    branches = [part for part in head if ".branches." in part.name]
-    tail = [part for part in head if ".branches." not in part.name]
-    pitch = (WIDTH - 40) / (2 + len(backbone) + len(tail))
+def _columns(summary: Summary) -> list[_Column]:
+    """The image, the backbone's parts, and the head's convolutions with ASPP's branches as one."""
+    backbone = [part for part in summary.parts if part.name.startswith("backbone.")]
+    head = [c for c in summary.all.convolutions if c.name.startswith("classifier.")]
+    grouped = itertools.groupby(head, lambda c: _ASPP if c.name.startswith(_ASPP) else c.name)
+    parts = [ModuleSummary(name, tuple(convolutions)) for name, convolutions in grouped]
+    return [None, *_merged(backbone), *parts]
 
-    def span(column: int) -> tuple[float, float]:
-        gap = min(14.0, 0.1 * pitch)
-        return 20 + column * pitch + gap, 20 + (column + 1) * pitch - gap
 
-    image = (summary.height, summary.width, summary.architecture.in_channels)
-    _block(canvas, span(0), 1.0, _STRIDE_COLORS[1], ["image", _shape(image)])
-    for column, part in enumerate(backbone, start=1):
-        _arrow(canvas, span(column - 1)[1], span(column)[0])
-        _part(canvas, span(column), part, summary)
-    column = len(backbone)
-    if branches:  # a cascade has none
-        column += 1
-        _branches(canvas, (span(column - 1)[1], *span(column), span(column + 1)[0]), branches)
-    for place, part in enumerate(tail, start=column + 1):
-        if place > column + 1 or not branches:
-            _arrow(canvas, span(place - 1)[1], span(place)[0])
-        _part(canvas, span(place), part, summary)
-    _auxiliary(canvas, summary, [(span(c), part) for c, part in enumerate(backbone, start=1)])
-    return canvas.picture()
+def _column_width(column: _Column) -> float:
+    return _PITCH * (1.3 if column is not None and column.name == _ASPP else 1)
 
 
 _NUMBERED = re.compile(r"(.*?)(\d+)(?:-\d+)?")  # "backbone.block7", "backbone.block7-12"
 
 
 def _merged(parts: list[ModuleSummary]) -> list[ModuleSummary]:
-    """Neighbours of one name that are numbered, and alike in size and rates, as one part."""
+    """Merges numbered neighbours of one name whose output strides and rates are the same."""
     merged: list[ModuleSummary] = []
     for part in parts:
         before = merged[-1] if merged else None
@@ -199,112 +163,207 @@ def _kind(part: ModuleSummary) -> tuple[int | None, tuple[int, ...]]:
     return part.convolutions[-1].output_stride, tuple(sorted(set(part.rates)))
 
 
-def _part(canvas: Canvas, span: tuple[float, float], part: ModuleSummary, summary: Summary) -> None:
-    last = part.convolutions[-1]
-    count, kernels = len(part.convolutions), sorted({c.kernel_size for c in part.convolutions})
-    what = f"{count} convolutions" if count > 1 else f"{kernels[0]}x{kernels[0]}"
-    lines = [
-        part.name.removeprefix("backbone.").removeprefix("classifier.").removesuffix(".conv"),
-        _shape(last.out_shape),
-        what,
-        f"output stride {last.output_stride or '-'}",
-        f"sees {last.field_of_view} px",
-    ]
-    if part.rates:
-        lines.append(f"rate {', '.join(map(str, part.rates))}")
-    share = math.sqrt(last.out_shape[0] / summary.height)
-    atrous = any(rate > 1 for rate in part.rates)
-    _block(canvas, span, share, _STRIDE_COLORS[last.output_stride], lines, atrous=atrous)
-
-
-def _block(
-    canvas: Canvas,
-    span: tuple[float, float],
-    share: float,
-    fill: Color,
-    lines: list[str],
-    *,
-    atrous: bool = False,
-) -> None:
-    """A box with its name above and its facts below; the rate, last, in the boxes' colour."""
-    (left, right), half = span, max(10.0, share * _TALLEST / 2)
-    outline, thickness = (_ATROUS, 2.5) if atrous else (INK, 1.0)
-    top, bottom = _MIDDLE - half, _MIDDLE + half
-    canvas.box(left, top, right, bottom, fill=fill, outline=outline, thickness=thickness)
-    name, *facts = lines
-    room = right - left + 10
-    canvas.text((left + right) / 2, top - 14, name, size=_fit(name, room, 13), anchor="mm")
-    for row, fact in enumerate(facts):
-        color = _ATROUS if atrous and fact.startswith("rate") else GREY
-        y = _MIDDLE + _TALLEST / 2 + 18 + 19 * row
-        canvas.text(
-            (left + right) / 2, y, fact, size=_fit(fact, room, 13), anchor="mm", color=color
-        )
-
-
-def _branches(
-    canvas: Canvas, xs: tuple[float, float, float, float], branches: list[ModuleSummary]
-) -> None:
-    """ASPP: its branches one above the other, between the features and what joins them."""
-    before, left, right, after = xs
-    height = 1.0 * _TALLEST / len(branches)
-    for row, part in enumerate(branches):
-        conv = part.convolutions[0]
-        y = _MIDDLE + (row - (len(branches) - 1) / 2) * height
-        pooled = conv.output_stride is None
-        atrous = conv.rate > 1
-        canvas.box(
-            left, y - 0.36 * height, right, y + 0.36 * height,
-            fill=_STRIDE_COLORS[conv.output_stride],
-            outline=_ATROUS if atrous else INK,
-            thickness=2.5 if atrous else 1.0,
-        )  # fmt: skip
-        side = f"{conv.kernel_size}x{conv.kernel_size}"
-        label = "image pooling" if pooled else side + (f" rate {conv.rate}" if atrous else "")
-        size = _fit(label, right - left - 6, 13)
-        canvas.text((left + right) / 2, y, label, size=size, anchor="mm")
-        canvas.line([(before, _MIDDLE), (left, y)], GREY)
-        canvas.line([(right, y), (after, _MIDDLE)], GREY)
-    canvas.text((left + right) / 2, _MIDDLE - _TALLEST / 2 - 14, "ASPP", size=13, anchor="mm")
-    for row, part in enumerate(p for p in branches if p.convolutions[0].kernel_size > 1):
-        conv = part.convolutions[0]
-        fact = f"rate {conv.rate}: {100 * conv.valid_share:.0f} % of taps"
-        y = _MIDDLE + _TALLEST / 2 + 18 + 19 * row
-        size = _fit(fact, right - left + 20, 13)
-        canvas.text((left + right) / 2, y, fact, size=size, anchor="mm", color=_ATROUS)
-
-
-def _auxiliary(
-    canvas: Canvas, summary: Summary, blocks: list[tuple[tuple[float, float], ModuleSummary]]
-) -> None:
-    """The head on features before the last, below the block whose features it reads."""
+def _draw_blocks(axes: Axes, summary: Summary, columns: list[_Column], top: float) -> None:
+    """The blocks from the image to the logits, above a table of their facts."""
+    width = axes.get_xlim()[1]
+    plots.text(axes, _MARGIN, top + 16, "From the image to the logits", size=13)
+    about = describe(summary.architecture)
+    plots.text(axes, _MARGIN, top + 42, about, color=GREY, max_width=width - 2 * _MARGIN)
+    middle = top + _MIDDLE
+    rows = [middle + _TALLEST / 2 + 30 + _ROW * row for row in range(len(_ROWS))]
+    for y, header in zip(rows, _ROWS, strict=True):
+        plots.arrow(axes, [(_MARGIN, y - 14), (width - _MARGIN, y - 14)], head=False, color=LIGHT)
+        plots.text(axes, _MARGIN, y, header, size=9.5)
+    x = float(_MARGIN + _HEADER)
+    scale = (width - x - _MARGIN) / sum(map(_column_width, columns))
+    outputs: list[plots.Point] = []  # right ends of the boxes before
+    for column in columns:
+        pitch = scale * _column_width(column)
+        heights = _draw_column(axes, summary, column, (x + 9, middle), pitch - 18)
+        for start, height in itertools.product(outputs, heights):
+            plots.arrow(axes, [start, (x + 9, height)], head=False)
+        outputs = [(x + pitch - 9, height) for height in heights]
+        atrous = column is not None and _is_atrous(column)
+        for y, header, cell in zip(rows, _ROWS, _facts(summary, column), strict=False):
+            color = VERMILLION if atrous and header == "atrous rates" else GREY
+            style: dict[str, Any] = {"color": color, "ha": "center", "max_width": pitch - 8}
+            plots.text(axes, x + pitch / 2, y, cell, size=9.5, **style)
+        x += pitch
     head = [c for c in summary.all.convolutions if c.name.startswith("aux_classifier.")]
-    if not head:
-        return
-    (left, right), _ = next(
-        block
-        for block in reversed(blocks)
-        if block[1].convolutions[-1].out_shape == head[0].in_shape
-    )
-    x, top = (left + right) / 2, _MIDDLE + _TALLEST / 2 + 18 + 19 * 5
-    canvas.line([(x, top - 4), (x, top + 18)], GREY)
-    kernels = ", ".join(f"{c.kernel_size}x{c.kernel_size}" for c in head)
-    label = f"auxiliary head: {kernels}, sees {head[-1].field_of_view} px"
-    half = text_width(label, 13) / 2 + 10
-    canvas.box(x - half, top + 18, x + half, top + 44, fill=_STRIDE_COLORS[head[0].output_stride])
-    canvas.text(x, top + 31, label, size=13, anchor="mm")
+    if head:
+        kernels = ", ".join(f"{c.kernel_size}x{c.kernel_size}" for c in head)
+        view = head[-1].field_of_view
+        sources = [
+            part.name.removeprefix("backbone.")
+            for part in summary.parts
+            if part.name.startswith("backbone.")
+            and part.convolutions[-1].out_shape == head[0].in_shape
+        ]
+        source = f" on {sources[-1]}" if sources else ""
+        words = f"auxiliary head{source}: {kernels}, field of view {view} px"
+        plots.text(axes, _MARGIN, rows[-1] + 30, words)
 
 
-def _arrow(canvas: Canvas, left: float, right: float) -> None:
-    canvas.line([(left, _MIDDLE), (right, _MIDDLE)], GREY)
+def _facts(summary: Summary, column: _Column) -> list[str]:
+    """The cells of the table, in the order of `_ROWS`."""
+    if column is None:
+        return [_shape((summary.height, summary.width, summary.architecture.in_channels))]
+    convs, last = column.convolutions, column.convolutions[-1]
+    views = [conv.field_of_view for conv in convs if conv.field_of_view is not None]
+    strides = [conv.output_stride for conv in convs if conv.output_stride is not None]
+    valid = [100 * column.valid_macs / column.macs]
+    if column.name == _ASPP:
+        last = convs[0]
+        valid = [100 * conv.valid_fraction for conv in convs if conv.kernel_size > 1]
+    return [
+        _shape(last.out_shape),
+        str(len(convs)) if len(convs) > 1 else f"{last.kernel_size}x{last.kernel_size}",
+        str(strides[-1]) if strides else "-",
+        str(max(views)) if views else "image",
+        ", ".join(map(str, column.rates)) or "-",
+        ", ".join(f"{value:.0f}" for value in valid),
+    ]
 
 
-def _fit(text: str, room: float, size: int) -> int:
-    """The size of letters, at most `size`, at which a text is no longer than the room."""
-    while size > 8 and text_width(text, size) > room:
-        size -= 1
-    return size
+def _draw_column(
+    axes: Axes, summary: Summary, column: _Column, left_middle: plots.Point, width: float
+) -> list[float]:
+    """A box as high as its map, or a box for each branch of ASPP; returns their heights."""
+    left, middle = left_middle
+    title: dict[str, Any] = {
+        "size": 9.5,
+        "ha": "center",
+        "va": "bottom",
+        "spacing": 1.2,
+        "max_width": width + 14,
+    }
+    x = left + width / 2
+    if column is not None and column.name == _ASPP:
+        plots.text(axes, x, middle - _TALLEST / 2 - 7, "ASPP", **title)
+        pitch = _TALLEST / len(column.convolutions)
+        tops = [middle - _TALLEST / 2 + (i + 0.14) * pitch for i in range(len(column.convolutions))]
+        for top, conv in zip(tops, column.convolutions, strict=True):
+            label = f"{conv.kernel_size}x{conv.kernel_size}"
+            if conv.output_stride is None:
+                label = "image pooling"
+            elif conv.rate > 1:
+                label += f" rate {conv.rate}"
+            branch = ModuleSummary(conv.name, (conv,))
+            draw_part(axes, branch, left, top, width, 0.72 * pitch, label, size=9.5)
+        return [top + 0.36 * pitch for top in tops]
+    height, name = float(_TALLEST), "image"
+    if column is not None:
+        height = max(
+            20, _TALLEST * math.sqrt(column.convolutions[-1].out_shape[0] / summary.height)
+        )
+        name = column.name.split(".", 1)[1].removesuffix(".conv").replace(".", ".\n")
+    draw_part(axes, column, left, middle - height / 2, width, height)
+    plots.text(axes, x, middle - height / 2 - 7, name, **title)
+    return [middle]
 
 
-def _shape(shape: tuple[int, ...]) -> str:
+def draw_part(
+    axes: Axes,
+    part: ModuleSummary | None,
+    left: float,
+    top: float,
+    width: float,
+    height: float,
+    words: str = "",
+    size: float = 10,
+) -> None:
+    """Draws a box for a part of a model in a diagram; None: for the image.
+
+    The larger the output stride, the darker is the box. A thick edge means a rate above 1.
+    """
+    from matplotlib.colors import to_hex, to_rgb
+
+    fill = "#f0ebd7"  # after pooling to one pixel
+    stride = 1 if part is None else part.convolutions[-1].output_stride
+    if stride is not None:
+        darkness = 0.05 + 0.115 * math.log2(stride)
+        red, green, blue = (1 - darkness * (1 - part) for part in to_rgb("#3c7cb8"))
+        fill = to_hex((red, green, blue))
+    edge, line = (VERMILLION, 2.2) if part is not None and _is_atrous(part) else (INK, 0.8)
+    place = left, top, width, height
+    plots.box(axes, *place, words, fill=fill, edge=edge, line=line, size=size)
+
+
+def _is_atrous(part: ModuleSummary) -> bool:
+    return any(rate > 1 for rate in part.rates)
+
+
+def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
+
+
+# --- The effective receptive field -------------------------------------------------------------
+
+_CELLS = 128  # of a panel's longer side at most; more pixels are averaged
+
+
+def field_facts(field: EffectiveField) -> list[str]:
+    """Describes a field in short lines."""
+    facts = [
+        f"{100 * fraction:g} % of the energy within {field.side(fraction)} px"
+        for fraction in (ENERGY_FRACTION, 0.5)
+    ]
+    facts.append(f"theoretical field of view {field.theoretical} px")
+    return [*facts, "and the whole image, by pooling"] if field.sees_image else facts
+
+
+def field_figure(fields: Sequence[tuple[str, EffectiveField]], title: str) -> Figure:
+    """Draws effective receptive fields side by side, each relative to its own maximum.
+
+    The frame in a panel is the smallest square around the centre that holds `ENERGY_FRACTION` of
+    the energy. The colour scale is a square root, so that small values can be seen.
+
+    Args:
+      fields: (name, field), all of images of one size.
+      title: of the figure.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import PowerNorm
+    from matplotlib.patches import Rectangle
+
+    rows, columns = fields[0][1].energy.shape
+    scale = 250 / max(rows, columns)
+    width, height = columns * scale, rows * scale
+    pitch, top = 290, 100
+    total = 50 + max(3, len(fields)) * pitch
+    figure, sheet = plots.diagram(total, top + height + 190)
+    plots.text(sheet, _MARGIN, 26, title, size=13, max_width=total - 2 * _MARGIN)
+    # 64 colours look smooth and keep files small.
+    norm, colors = PowerNorm(0.5, vmin=0, vmax=1), colormaps["viridis"].resampled(64)
+    for index, (name, field) in enumerate(fields):
+        left = 55 + index * pitch
+        axes = plots.chart_axes(sheet, left, top, width, height)
+        plots.text(sheet, left, top - 12, name.replace(", ASPP", "\nASPP"), va="bottom")
+        energy = _downsample(field.energy)
+        extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+        image = axes.imshow(energy / energy.max(), norm=norm, cmap=colors, extent=extent)
+        half = field.side() / 2
+        corner = field.centre[1] - half, field.centre[0] - half
+        frame = Rectangle(corner, 2 * half, 2 * half, fill=False, edgecolor="white", linewidth=1.2)
+        axes.add_patch(frame)
+        plots.clean_axes(axes, grid="")
+        axes.locator_params(nbins=4, integer=True)
+        if index == 0:
+            axes.set_ylabel("pixels", fontsize=9, color=GREY)
+        facts = "\n".join(field_facts(field))
+        plots.text(sheet, left, top + height + 34, facts, size=9, va="top", color=GREY)
+    bar = plots.chart_axes(sheet, 55, top + height + 135, 320, 12)
+    figure.colorbar(
+        image, cax=bar, orientation="horizontal", ticks=[0, 0.01, 0.1, 0.25, 0.5, 1], format="%g"
+    )
+    plots.clean_axes(bar, grid="")
+    words = "mean absolute gradient of the logits at the centre,\nrelative to the panel's maximum"
+    plots.text(sheet, 400, top + height + 141, words, size=9)
+    return figure
+
+
+def _downsample(energy: np.ndarray) -> np.ndarray:
+    """Downsamples by area averaging, so that the longer side has at most `_CELLS` pixels."""
+    factor = -(-max(energy.shape) // _CELLS)
+    rows, columns = (-(-side // factor) for side in energy.shape)
+    return cv2.resize(energy, (columns, rows), interpolation=cv2.INTER_AREA)

@@ -1,4 +1,4 @@
-"""The effective receptive field: what a model looks at (Luo et al. 2016, arXiv 1701.04128)."""
+"""The effective receptive field: what the logits depend on (Luo et al. 2016, arXiv 1701.04128)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError
 
-SHARE = 0.95  # of the energy, that an effective field is the least square around
+ENERGY_FRACTION = 0.95  # of the energy that lies in the square called the effective field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,27 +26,29 @@ class EffectiveField:
     """How much the logits at the centre depend on each pixel.
 
     Attributes:
-      energy: mean over random images of the gradient's absolute value, summed over channels; its
-        sum is 1.
-      centre: row and column of the pixel on which the logits' position lies.
-      theoretical: side of the square that the logits see through convolutions, pixels, the
-        image's borders apart; image pooling sees all besides.
+      energy: absolute gradient of the logits, summed over channels and averaged over random
+        images; scaled so that its sum is 1.
+      centre: row and column of the pixel at the position of the logits.
+      theoretical: side of the square that the logits see through convolutions, pixels, as if the
+        image had no border.
+      sees_image: whether the logits also see the whole image, through pooling.
     """
 
     energy: Float[np.ndarray, "h w"]
     centre: tuple[int, int]
     theoretical: int
+    sees_image: bool = False
 
-    def side(self, share: float = SHARE) -> int:
-        """Side of the least square around the centre that holds a share of the energy, pixels."""
+    def side(self, fraction: float = ENERGY_FRACTION) -> int:
+        """Side of the smallest centred square with this fraction of the energy, pixels."""
         rows, columns = (
             np.abs(np.arange(size) - centre)
             for size, centre in zip(self.energy.shape, self.centre, strict=True)
         )
         distance = np.maximum(rows[:, None], columns)
-        held = np.cumsum(np.bincount(distance.ravel(), self.energy.ravel()))
-        # Rounding may leave the sum of all below a share of 1.
-        return 2 * min(int(np.searchsorted(held, share)), len(held) - 1) + 1
+        within = np.cumsum(np.bincount(distance.ravel(), self.energy.ravel()))
+        # Rounding may leave the sum of all below a fraction of 1.
+        return 2 * min(int(np.searchsorted(within, fraction)), len(within) - 1) + 1
 
 
 def effective_field(
@@ -59,26 +61,26 @@ def effective_field(
     seed: int = 0,
     progress: Callable[[], None] = lambda: None,
 ) -> EffectiveField:
-    """Differentiates the sum of the logits at the centre of the map by the image.
+    """Computes the gradient of the logits at the centre of the map with respect to the image.
 
-    Batch norm is by running statistics, and the logits are taken before they are resized.
+    Batch norm uses running statistics, and the logits are those before the resize to the image.
 
     Args:
       architecture: of the model, computed in float32.
       variables: its arrays.
       height, width: of the images, pixels.
-      samples: number of images, of independent normal values.
+      samples: number of images, whose values are independent and normal.
       seed: of the images.
       progress: called after each image.
 
     Raises:
-      UserError: the logits depend on no pixel, or their gradient is no number.
-      ValueError: there is no sample.
+      UserError: the gradient is 0 everywhere, or not finite.
+      ValueError: `samples` is below 1.
     """
     if samples < 1:
         raise ValueError(f"samples must be 1 or more, got {samples}")
     architecture = dataclasses.replace(architecture, dtype="float32")
-    if architecture.decoder == "transposed":  # it has no logits before they are upsampled
+    if architecture.decoder == "transposed":  # its logits have the image's size from the start
         architecture = dataclasses.replace(architecture, decoder="bilinear")
     model = FunctionalModel(architecture)
     last = next(c for c in convolutions(model, height, width) if c.name == "classifier.logits")
@@ -90,7 +92,10 @@ def effective_field(
         outputs, _ = model.apply(variables, image, upsample=False)
         return outputs["out"][0, middle[0], middle[1]].sum()
 
-    variables = _known(variables, model)
+    variables = Variables(  # without those of the learned decoder
+        {name: variables.params[name] for name in model.abstract.params},
+        {name: variables.batch_stats[name] for name in model.abstract.batch_stats},
+    )
     gradient = jax.jit(jax.grad(logits_at_centre))
     energy = np.zeros((height, width))
     for key in jax.random.split(jax.random.key(seed), samples):
@@ -100,30 +105,24 @@ def effective_field(
     total = energy.sum()
     if not 0 < total < np.inf:
         raise UserError(
-            f"{architecture.name}: the gradient of the logits at the centre by the image sums to "
-            f"{total}: are its weights whole?"
+            f"{architecture.name}: the gradient of the logits at the centre sums to {total}, "
+            "expected a positive number: the weights seem to be damaged"
         )
     centre = tuple(
-        min(place * last.output_stride, size - 1)
-        for place, size in zip(middle, (height, width), strict=True)
+        min(position * last.output_stride, size - 1)
+        for position, size in zip(middle, (height, width), strict=True)
     )
-    return EffectiveField(energy / total, (centre[0], centre[1]), last.field_of_view)
-
-
-def _known(variables: Variables, model: FunctionalModel) -> Variables:
-    """The arrays that a model has, without those of a learned decoder that it is made without."""
-    ours, theirs = model.abstract, variables
-    return Variables(
-        {name: theirs.params[name] for name in ours.params},
-        {name: theirs.batch_stats[name] for name in ours.batch_stats},
+    return EffectiveField(
+        energy / total, (centre[0], centre[1]), last.field_of_view, last.sees_image
     )
 
 
 def variants(architecture: Architecture) -> list[tuple[str, Architecture]]:
-    """A model at each output stride, and without the rates of ASPP: the same parameters for all.
+    """Lists variants of a model to compare: each output stride, and ASPP with all rates 1.
 
     Returns:
-      (name, architecture); without the output strides at which a rate would not be whole.
+      (name, architecture), all with the same parameters. Output strides at which an atrous rate
+      would not be an integer are left out.
     """
     found = []
     for output_stride in output_strides(architecture.cascade):

@@ -1,29 +1,39 @@
-"""What a model is at a size of image: strides, rates, fields of view, parameters, arithmetic."""
+"""Summarizes a model at an image size: strides, rates, fields of view, parameters, arithmetic."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable, Collection
 from typing import Any
 
 from deeplab_jax.analysis.conv_trace import Convolution, convolutions
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel
 
-COLUMNS = (
-    *("convolution", "kernel", "stride", "rate", "output", "output stride", "field of view"),
-    *("valid taps", "parameters", "GFLOP"),
-)
+# Column of the table of convolutions -> its cell for a convolution.
+COLUMNS: dict[str, Callable[[Convolution], str]] = {
+    "convolution": lambda conv: conv.name,
+    "kernel": lambda conv: f"{conv.kernel_size}x{conv.kernel_size}{_groups(conv)}",
+    "stride": lambda conv: str(conv.stride),
+    "rate": lambda conv: str(conv.rate),
+    "output": lambda conv: "x".join(map(str, conv.out_shape)),
+    "output stride": lambda conv: str(conv.output_stride or "-"),
+    "field of view": lambda conv: _field_of_view(conv),
+    "valid taps": lambda conv: f"{100 * conv.valid_fraction:.1f} %",
+    "parameters": lambda conv: format_count(conv.params),
+    "GFLOP": lambda conv: f"{2 * conv.macs / 1e9:.3f}",
+}
 PART_COLUMNS = ("part", "convolutions", "parameters", "GFLOP", "of all", "valid taps")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModuleSummary:
-    """Some convolutions of a model: those under one of its attributes, or all.
+    """The convolutions of a part of a model, or of all of it.
 
     Attributes:
-      name: of the attribute, such as `backbone.layer4`.
+      name: of the model's attribute that holds them, such as `backbone.layer4`.
       convolutions: in the order of execution.
     """
 
@@ -36,30 +46,30 @@ class ModuleSummary:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of all taps."""
+        """Number of multiply-adds of all taps."""
         return sum(conv.macs for conv in self.convolutions)
 
     @property
     def valid_macs(self) -> int:
-        """Multiply-adds of the taps that fall on the map."""
+        """Number of multiply-adds of the taps that read the map."""
         return sum(conv.valid_macs for conv in self.convolutions)
 
     @property
     def rates(self) -> tuple[int, ...]:
-        """Of the kernels larger than 1x1, in the order of execution, repetitions left out."""
+        """Atrous rates of the kernels larger than 1x1, without repetitions of neighbours."""
         rates = [conv.rate for conv in self.convolutions if conv.kernel_size > 1]
         return tuple(rate for rate, _ in itertools.groupby(rates))
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A model at a size of image.
+    """A model at an image size.
 
     Attributes:
       architecture: of the model.
       height, width: of the image, pixels.
       all: every convolution.
-      other_params: number of parameters that belong to none, as those of a learned decoder.
+      other_params: number of parameters outside convolutions, such as a learned decoder's.
     """
 
     architecture: Architecture
@@ -75,14 +85,14 @@ class Summary:
 
     @property
     def parts(self) -> list[ModuleSummary]:
-        """By the first two names of each path, in the order of execution."""
+        """The convolutions grouped by the first two names of their paths."""
         groups = itertools.groupby(
             self.all.convolutions, lambda conv: ".".join(conv.name.split(".")[:2])
         )
         return [ModuleSummary(name, tuple(convs)) for name, convs in groups]
 
     def to_json(self) -> dict[str, Any]:
-        """All that the tables hold, as numbers; a FLOP is a multiplication or an addition."""
+        """Returns the numbers of all tables; a multiply-add is two FLOPs."""
         return {
             "architecture": dataclasses.asdict(self.architecture),
             "height": self.height,
@@ -92,16 +102,26 @@ class Summary:
             "flops": 2 * self.all.macs,
             "valid_macs": self.all.valid_macs,
             "valid_flops": 2 * self.all.valid_macs,
-            "convolutions": [_conv_json(conv) for conv in self.all.convolutions],
+            "convolutions": [
+                dataclasses.asdict(conv)
+                | {
+                    "valid_share": conv.valid_fraction,
+                    "macs": conv.macs,
+                    "flops": 2 * conv.macs,
+                    "valid_macs": conv.valid_macs,
+                }
+                for conv in self.all.convolutions
+            ],
         }
 
 
 def summarize(architecture: Architecture, height: int, width: int | None = None) -> Summary:
-    """Reads a model from the program that it is traced to; nothing is computed.
+    """Summarizes a model by tracing it, without any computation.
 
     Args:
       architecture: of the model.
-      height, width: of the image, pixels; no width: the same.
+      height: of the image, pixels.
+      width: of the image, pixels; None: as `height`.
 
     Raises:
       ValueError: a side is below 1.
@@ -113,31 +133,17 @@ def summarize(architecture: Architecture, height: int, width: int | None = None)
 
 
 def rows(summary: Summary) -> list[tuple[str, ...]]:
-    """A line a convolution, under `COLUMNS`."""
-    return [
-        (
-            conv.name,
-            _kernel(conv),
-            str(conv.stride),
-            str(conv.rate),
-            "x".join(map(str, conv.out_shape)),
-            "-" if conv.output_stride is None else str(conv.output_stride),
-            field_of_view(conv),
-            f"{100 * conv.valid_share:.1f} %",
-            count(conv.params),
-            f"{2 * conv.macs / 1e9:.3f}",
-        )
-        for conv in summary.all.convolutions
-    ]
+    """Formats a row of `COLUMNS` per convolution."""
+    return [tuple(cell(conv) for cell in COLUMNS.values()) for conv in summary.all.convolutions]
 
 
 def part_rows(summary: Summary) -> list[tuple[str, ...]]:
-    """A line a part, under `PART_COLUMNS`."""
+    """Formats a row of `PART_COLUMNS` per part."""
     return [
         (
             part.name,
             str(len(part.convolutions)),
-            count(part.params),
+            format_count(part.params),
             f"{2 * part.macs / 1e9:.3f}",
             f"{100 * part.macs / summary.all.macs:.1f} %",
             f"{100 * part.valid_macs / part.macs:.1f} %",
@@ -147,13 +153,13 @@ def part_rows(summary: Summary) -> list[tuple[str, ...]]:
 
 
 def totals(summary: Summary) -> list[tuple[str, str]]:
-    """What holds of the whole model: names and values."""
+    """Formats (name, value) pairs for the whole model."""
     macs, valid = summary.all.macs, summary.all.valid_macs
-    other = f", {count(summary.other_params)} of them in no convolution"
+    other = f", {format_count(summary.other_params)} of them in no convolution"
     return [
         ("model", describe(summary.architecture)),
         ("image", f"{summary.height}x{summary.width}x{summary.architecture.in_channels}"),
-        ("parameters", count(summary.params) + (other if summary.other_params else "")),
+        ("parameters", format_count(summary.params) + (other if summary.other_params else "")),
         ("GFLOP", f"{2 * macs / 1e9:.3f}  (a multiplication and an addition: two; all taps)"),
         (
             "of valid taps",
@@ -164,7 +170,7 @@ def totals(summary: Summary) -> list[tuple[str, str]]:
 
 
 def describe(architecture: Architecture) -> str:
-    """What tells a model from another, in a line."""
+    """Describes an architecture in one line."""
     rates = ", ".join(map(str, architecture.atrous_rates))
     head = f"atrous rates ({rates})"
     if architecture.cascade is not None:
@@ -179,35 +185,25 @@ def describe(architecture: Architecture) -> str:
     )
 
 
-def markdown(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    """A table whose columns but the first are aligned right."""
+def markdown_table(columns: Collection[str], lines: list[tuple[str, ...]]) -> str:
+    """Formats a Markdown table; all columns but the first are right-aligned."""
     rule = ("---", *["---:"] * (len(columns) - 1))
     return "\n".join(f"| {' | '.join(line)} |" for line in (columns, rule, *lines))
 
 
-def field_of_view(conv: Convolution) -> str:
-    """A side in pixels, "image" where it was pooled, or both."""
+def _field_of_view(conv: Convolution) -> str:
+    """Formats a side in pixels, "image" after pooling, or both."""
     if conv.field_of_view is None:
         return "image"
     return f"{conv.field_of_view}{' + image' if conv.sees_image else ''}"
 
 
-def count(number: int) -> str:
-    """A whole number, its thousands apart."""
+def format_count(number: int) -> str:
+    """Formats an integer with spaces between thousands."""
     return f"{number:,}".replace(",", " ")
 
 
-def _kernel(conv: Convolution) -> str:
-    side = f"{conv.kernel_size}x{conv.kernel_size}"
+def _groups(conv: Convolution) -> str:
     if conv.groups == 1:
-        return side
-    return f"{side} " + ("depthwise" if conv.groups == conv.in_shape[2] else f"/ {conv.groups}")
-
-
-def _conv_json(conv: Convolution) -> dict[str, Any]:
-    return dataclasses.asdict(conv) | {
-        "valid_share": conv.valid_share,
-        "macs": conv.macs,
-        "flops": 2 * conv.macs,
-        "valid_macs": conv.valid_macs,
-    }
+        return ""
+    return " depthwise" if conv.groups == conv.in_shape[2] else f" / {conv.groups}"

@@ -1,1 +1,1 @@
-"""Pictures of labels, predictions and charts."""
+"""Overlays of predictions on images, grids of images, and charts."""

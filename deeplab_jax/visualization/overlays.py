@@ -1,34 +1,79 @@
-"""Pictures of one prediction: the classes laid over the image, where a class lights up.
+"""Pictures of one prediction: class colours over the image, and the probability of one class.
 
-A picture is legible at any size of image: small images are enlarged by whole pixels, and letters
-grow with large ones.
+They are legible at any size of image: small images are enlarged by whole pixels, and the font
+grows with large ones.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable, Sequence
 
 import cv2
 import numpy as np
 from jaxtyping import Float, Int, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from deeplab_jax.data.labels import LabelSet
-from deeplab_jax.visualization import image_grid as visualize
+from deeplab_jax.data.labels import IGNORE, LabelSet
 
 Picture = UInt8[np.ndarray, "_ _ 3"]
+Color = tuple[int, int, int]
 
-_MIN_SIDE = 320  # pixels: an image is enlarged until a side has as many, unless it is a thin strip
-_MAX_ENLARGED = 1280  # pixels of the longer side, to which it may be enlarged
-_INK, _PAPER = (40, 40, 40), 255
-_HEAT = 0.7  # share of the colour map's colour in a heat map; the rest is the grey image
+INK: Color = (40, 40, 40)
+_MIN_SIDE = 320  # pixels; an image is enlarged until its shorter side has as many,
+_MAX_ENLARGED = 1280  # pixels; but its longer side no more than these
+_HEAT = 0.7  # opacity of the colour map over the grey image
 
 
 def class_counts(
     ids: Integer[np.ndarray, "h w"], num_classes: int
 ) -> Int[np.ndarray, " num_classes"]:
-    """Pixels of each class."""
+    """Counts the pixels of each class."""
     return np.bincount(np.ravel(ids), minlength=num_classes)[:num_classes]
+
+
+def percentage(pixels: int, total: int) -> str:
+    """Formats a fraction in percent; one above 0 never reads as 0."""
+    percent = 100 * pixels / total
+    return "< 0.1 %" if 0 < percent < 0.1 else f"{percent:.1f} %"
+
+
+def to_rgb(image: UInt8[np.ndarray, "h w c"]) -> Picture:
+    """Shows any number of channels as RGB: the first three, or the first one as grey."""
+    if image.shape[2] < 3:
+        return np.repeat(image[:, :, :1], 3, axis=2)
+    return np.ascontiguousarray(image[:, :, :3])
+
+
+def colorize(ids: UInt8[np.ndarray, "h w"], labels: LabelSet) -> Picture:
+    """Shows each id in its class's colour, and ignored pixels in white."""
+    return labels.palette()[ids]
+
+
+def blend(
+    image: UInt8[np.ndarray, "h w c"],
+    ids: UInt8[np.ndarray, "h w"],
+    labels: LabelSet,
+    opacity: float = 0.5,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Blends class colours over an image.
+
+    Ignored pixels stay clear, and so does class 0 if its name is "background".
+
+    Args:
+      image: of any number of channels.
+      ids: class of each pixel.
+      labels: names and colours.
+      opacity: of the colours, 0..1.
+    """
+    rgb = to_rgb(image)
+    weight = round(256 * opacity)
+    colors = colorize(ids, labels).astype(np.uint16)
+    blended = np.right_shift(rgb.astype(np.uint16) * (256 - weight) + colors * weight, 8)
+    clear = ids == IGNORE
+    if _is_clear(0, labels):
+        clear |= ids == 0
+    return np.where(clear[..., None], rgb, blended.astype(np.uint8))
 
 
 def overlay(
@@ -38,16 +83,9 @@ def overlay(
     *,
     opacity: float = 0.5,
 ) -> Picture:
-    """Class colours laid over the image, above a legend of the classes that occur.
-
-    Args:
-      image: of any number of channels.
-      ids: class of each pixel.
-      labels: names and colours.
-      opacity: of the colours, 0..1. A class 0 named "background" is left clear.
-    """
-    panel = visualize.overlay(image, ids, labels, opacity)
-    return _above(_enlarged(panel), functools.partial(legend, ids, labels))
+    """Draws `blend` above a legend of the classes that occur; arguments as for `blend`."""
+    panel = _enlarged(blend(image, ids, labels, opacity))
+    return _captioned(panel, functools.partial(legend, _area_entries(ids, labels)))
 
 
 def side_by_side(
@@ -57,113 +95,149 @@ def side_by_side(
     *,
     opacity: float = 0.5,
 ) -> Picture:
-    """The image beside its overlay, above the legend; arguments as of `overlay`."""
-    panels = [visualize.to_rgb(image), visualize.overlay(image, ids, labels, opacity)]
-    left, right = map(_enlarged, panels)
-    gap = _blank(left.shape[0], _unit(left) // 2)
-    both = np.concatenate([left, gap, right], axis=1)
-    return _above(both, functools.partial(legend, ids, labels), unit=_unit(left))
+    """Draws the image, `blend` on its right, and the legend below; arguments as for `blend`."""
+    left = _enlarged(to_rgb(image))
+    right = _enlarged(blend(image, ids, labels, opacity))
+    size = _font_size(left)
+    panel = np.concatenate([left, blank(left.shape[0], size // 2), right], axis=1)
+    return _captioned(panel, functools.partial(legend, _area_entries(ids, labels)), size)
 
 
 def heatmap(
     image: UInt8[np.ndarray, "h w c"], probability: Float[np.ndarray, "h w"], name: str
 ) -> Picture:
-    """Where a class lights up: its probability in colour over the grey image, above a scale.
+    """Draws the probability of a class in colour over the grey image, above a colour scale.
 
-    The colours are viridis, whose steps look even and whose lightness alone tells the order.
+    The colours are viridis, whose steps look even and whose lightness grows with the value.
 
     Args:
       image: of any number of channels.
       probability: of the class, 0..1.
       name: of the class.
     """
-    grey = cv2.cvtColor(visualize.to_rgb(image), cv2.COLOR_RGB2GRAY)
-    panel = _heat(probability, grey)
-    return _above(_enlarged(panel), functools.partial(_scale_bar, name))
+    grey = cv2.cvtColor(to_rgb(image), cv2.COLOR_RGB2GRAY)
+    panel = _enlarged(_heat(probability, grey))
+    return _captioned(panel, functools.partial(_scale_bar, name))
+
+
+# --- Legends -----------------------------------------------------------------------------------
+
+# Colour (None: an empty swatch), name, and a note behind the name.
+Entry = tuple[Color | None, str, str]
+
+
+def class_entries(ids: Iterable[int], labels: LabelSet) -> list[Entry]:
+    """Makes the legend's entries of classes; the swatch of a class that stays clear is empty."""
+    return [
+        (None if _is_clear(index, labels) else labels.colors[index], labels.names[index], "")
+        for index in ids
+    ]
 
 
 def legend(
-    ids: UInt8[np.ndarray, "h w"], labels: LabelSet, width: int, unit: int
+    entries: Sequence[Entry], width: int, font_size: int = 14
 ) -> UInt8[np.ndarray, "rows width 3"]:
-    """Colour, name and share of each class that occurs, the largest first.
+    """Draws swatches with names and notes, broken into lines; long names are cut.
 
     Args:
-      ids: class of each pixel.
-      labels: names and colours.
+      entries: to draw, in this order.
       width: of the legend, pixels.
-      unit: height of letters, pixels.
+      font_size: pixels.
     """
-    counts = class_counts(ids, labels.num_classes)
-    order = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
-    font = _font(unit)
-    clear = (
-        [0] if labels.names[0] == "background" else []
-    )  # as `visualization.image_grid.overlay` leaves it
-    swatch, gap, line = unit, unit // 2, round(1.6 * unit)
-    entries: list[tuple[int, int, int, str]] = []  # x, row, class, text
+    letters = font(font_size)
+    swatch, gap, line = font_size, font_size // 2, round(1.6 * font_size)
+    placed: list[tuple[int, int, Color | None, str]] = []  # x, row, colour, text
     x, row = gap, 0
-    for index in order:
-        area = f" {share(int(counts[index]), ids.size)}"
-        room = width - swatch - 3 * gap - font.getlength(area)
-        text = _fit(labels.names[index], font, room) + area
-        length = swatch + gap + round(font.getlength(text))
+    for color, name, note in entries:
+        note = f" {note}" if note else ""
+        words = shorten(name, letters, width - swatch - 3 * gap - letters.getlength(note)) + note
+        length = swatch + gap + round(letters.getlength(words))
         if x + length + gap > width and x > gap:
             x, row = gap, row + 1
-        entries.append((x, row, index, text))
+        placed.append((x, row, color, words))
         x += length + 2 * gap
-    canvas = Image.fromarray(_blank((row + 1) * line + gap, width))
+    canvas = Image.fromarray(blank((row + 1) * line + gap, width))
     draw = ImageDraw.Draw(canvas)
-    for x, row, index, text in entries:
+    for x, row, color, words in placed:
         top = row * line + gap
-        draw.rectangle(
-            (x, top, x + swatch - 1, top + swatch - 1),
-            fill=None if index in clear else labels.colors[index],
-            outline=_INK,
-            width=max(1, unit // 16),
-        )
-        draw.text((x + swatch + gap, top + swatch / 2), text, _INK, font, anchor="lm")
+        square = (x, top, x + swatch - 1, top + swatch - 1)
+        draw.rectangle(square, fill=color, outline=INK, width=max(1, font_size // 16))
+        draw.text((x + swatch + gap, top + swatch / 2), words, INK, letters, anchor="lm")
     return np.asarray(canvas)
 
 
-def share(pixels: int, total: int) -> str:
-    """A share in percent, of which what is there never reads as 0."""
-    percent = 100 * pixels / total
-    return "< 0.1 %" if 0 < percent < 0.1 else f"{percent:.1f} %"
+def _is_clear(index: int, labels: LabelSet) -> bool:
+    return index == 0 and labels.names[0] == "background"
 
 
-def _scale_bar(name: str, width: int, unit: int) -> Picture:
-    """The colours of 0 to 1, with a title."""
-    font = _font(unit)
-    gap, line = unit // 2, round(1.6 * unit)
-    bar_width = min(width - 2 * gap, 16 * unit)
+def _area_entries(ids: UInt8[np.ndarray, "h w"], labels: LabelSet) -> list[Entry]:
+    """The classes that occur with their area in percent, the largest first."""
+    counts = class_counts(ids, labels.num_classes)
+    order = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+    return [
+        (color, name, percentage(int(counts[index]), ids.size))
+        for index, (color, name, _) in zip(order, class_entries(order, labels), strict=True)
+    ]
+
+
+def _scale_bar(name: str, width: int, font_size: int) -> Picture:
+    """The colours of probabilities 0 to 1 with a title."""
+    letters = font(font_size)
+    gap, line = font_size // 2, round(1.6 * font_size)
+    bar_width = min(width - 2 * gap, 16 * font_size)
     bar = _heat(np.linspace(0, 1, bar_width)[None], np.full((1, bar_width), 128, np.uint8))
-    canvas = _blank(2 * gap + 3 * line, width)
+    pixels = blank(2 * gap + 3 * line, width)
     top = gap + line
-    canvas[top : top + unit, gap : gap + bar_width] = bar
-    drawn = Image.fromarray(canvas)
-    draw = ImageDraw.Draw(drawn)
-    title = _fit(f"probability of {name}", font, width - 2 * gap)
-    draw.text((gap, gap + line / 2), title, _INK, font, anchor="lm")
-    bottom = top + unit + line / 2
-    for place, text, anchor in ((0, "0", "lm"), (0.5, "0.5", "mm"), (1, "1", "rm")):
-        draw.text((gap + place * bar_width, bottom), text, _INK, font, anchor=anchor)
-    return np.asarray(drawn)
+    pixels[top : top + font_size, gap : gap + bar_width] = bar
+    canvas = Image.fromarray(pixels)
+    draw = ImageDraw.Draw(canvas)
+    title = shorten(f"probability of {name}", letters, width - 2 * gap)
+    draw.text((gap, gap + line / 2), title, INK, letters, anchor="lm")
+    for value, anchor in ((0, "lm"), (0.5, "mm"), (1, "rm")):
+        position = (gap + value * bar_width, top + font_size + line / 2)
+        draw.text(position, f"{value:g}", INK, letters, anchor=anchor)
+    return np.asarray(canvas)
 
 
 def _heat(probability: Float[np.ndarray, "h w"], grey: UInt8[np.ndarray, "h w"]) -> Picture:
     index = np.rint(np.clip(probability, 0, 1) * 255).astype(np.uint8)
     colors = cv2.cvtColor(cv2.applyColorMap(index, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
-    return cv2.addWeighted(colors, _HEAT, visualize.to_rgb(grey[:, :, None]), 1 - _HEAT, 0)
+    return cv2.addWeighted(colors, _HEAT, to_rgb(grey[:, :, None]), 1 - _HEAT, 0)
 
 
-def _above(panel: Picture, caption: functools.partial, unit: int | None = None) -> Picture:
-    """A panel with a caption below it, which is `caption(width, unit)`."""
-    unit = unit or _unit(panel)
-    width = max(panel.shape[1], _MIN_SIDE, 16 * unit)
-    below = caption(width, unit)
-    room = _blank(panel.shape[0], width)
-    room[:, : panel.shape[1]] = panel
-    return np.concatenate([room, below])
+# --- Layout ------------------------------------------------------------------------------------
+
+
+def blank(height: int, width: int) -> Picture:
+    """White pixels."""
+    return np.full((height, width, 3), 255, np.uint8)
+
+
+@functools.cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The font that comes with Pillow, at a size in pixels."""
+    # Its type also allows for a Pillow without FreeType.
+    return ImageFont.load_default(size)  # type: ignore[return-value]
+
+
+def shorten(words: str, letters: ImageFont.FreeTypeFont, max_width: float) -> str:
+    """Cuts text to a width in pixels; "..." marks the cut."""
+    if letters.getlength(words) <= max_width:
+        return words
+    while words and letters.getlength(words + "...") > max_width:
+        words = words[:-1]
+    return words + "..."
+
+
+def _captioned(
+    panel: Picture, draw_caption: Callable[[int, int], Picture], font_size: int | None = None
+) -> Picture:
+    """Draws a panel above `draw_caption(width, font_size)`."""
+    font_size = font_size or _font_size(panel)
+    width = max(panel.shape[1], _MIN_SIDE, 16 * font_size)
+    padded = blank(panel.shape[0], width)
+    padded[:, : panel.shape[1]] = panel
+    return np.concatenate([padded, draw_caption(width, font_size)])
 
 
 def _enlarged(panel: Picture) -> Picture:
@@ -171,27 +245,9 @@ def _enlarged(panel: Picture) -> Picture:
     factor = min(-(-_MIN_SIDE // min(height, width)), _MAX_ENLARGED // max(height, width))
     if factor <= 1:
         return panel
-    return np.repeat(np.repeat(panel, factor, axis=0), factor, axis=1)
+    return panel.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def _unit(panel: Picture) -> int:
-    """Height of letters: legible on a screen that shows the picture whole."""
+def _font_size(panel: Picture) -> int:
+    """Pixels: legible on a screen that shows the whole picture."""
     return max(14, round(max(panel.shape[:2]) / 45))
-
-
-def _fit(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
-    if font.getlength(text) <= room:
-        return text
-    while text and font.getlength(text + "...") > room:
-        text = text[:-1]
-    return text + "..."
-
-
-def _blank(height: int, width: int) -> Picture:
-    return np.full((height, width, 3), _PAPER, np.uint8)
-
-
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    # Pillow brings it along; its type also allows for a Pillow without FreeType.
-    return ImageFont.load_default(size)  # type: ignore[return-value]

@@ -1,1 +1,1 @@
-"""The pictures of `docs/guide.md`; `docs/draw.py` is their command."""
+"""The pictures of `docs/guide.md` and `docs/architecture.md`; `docs/draw.py` is their command."""

@@ -1,4 +1,4 @@
-"""Section 1 and 2 of the guide: labels and mIoU, what a stride loses, two ways of upsampling."""
+"""Sections 1 and 2 of the guide: labels and mIoU, what a stride loses, two ways of upsampling."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Int, UInt8
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy import ndimage
 
 from deeplab_jax.config import DataConfig, ShapesConfig
 from deeplab_jax.data.dataset import Example
 from deeplab_jax.data.datasets import shapes
 from deeplab_jax.data.labels import IGNORE
-from deeplab_jax.evaluation.confusion import count, scores
+from deeplab_jax.evaluation.confusion import confusion_matrix, scores
 from deeplab_jax.models.decoders import TransposedDecoder
 from deeplab_jax.models.ops.resize import bilinear_matrix
-from deeplab_jax.visualization.canvas import (
+from deeplab_jax.visualization import plots
+from deeplab_jax.visualization.plots import (
     BLUE,
     GREEN,
     GREY,
@@ -26,30 +29,14 @@ from deeplab_jax.visualization.canvas import (
     SKY,
     VERMILLION,
     YELLOW,
-    Canvas,
-    Color,
-    text_width,
 )
-from drawing.sheet import (
-    MARGIN,
-    PAPER,
-    WIDTH,
-    Axes,
-    Picture,
-    colored,
-    enlarged,
-    framed,
-    grid_lines,
-    lines_of_text,
-    viridis,
-)
+from drawing.sheet import MARGIN, WHITE, colored, grid_lines, viridis
 
 Ids = UInt8[np.ndarray, "h w"]
 
 NUM_CLASSES = shapes.LABELS.num_classes
 NAMES = shapes.LABELS.names
-COLORS: dict[int, Color] = dict(enumerate([(40, 40, 40), YELLOW, SKY, GREEN, PURPLE]))
-COLORS[IGNORE] = PAPER
+COLORS = {**dict(enumerate([INK, YELLOW, SKY, GREEN, PURPLE])), IGNORE: WHITE}
 
 SIZE, NUM_IMAGES = 193, 20  # of the measurement: side of an image in pixels, and images
 
@@ -69,94 +56,88 @@ def images() -> list[Example]:
 # --- Segmentation ------------------------------------------------------------------------------
 
 
-def segmentation() -> Picture:
+def segmentation() -> Figure:
     """An image, its labels, and mIoU on a map of 4x4 pixels."""
-    canvas = Canvas(WIDTH, 338)
+    figure, axes = plots.diagram(plots.WIDTH, 350)
     example = images()[_EXAMPLE]
-    top = 48
-    for column, (title, panel) in enumerate(
-        [("image", example["image"]), ("label map", colored(example["label"], COLORS))]
+    top, label = 48, example["label"]
+    for column, (title, pixels) in enumerate(
+        [("image", example["image"]), ("label map", colored(label, COLORS))]
     ):
         left = MARGIN + column * (SIZE + 24)
-        canvas.text(left, 26, title, size=16)
-        framed(canvas, panel, left, top)
-    _legend(canvas, MARGIN, top + SIZE + 24, example["label"])
+        plots.text(axes, left, 24, title, size=12)
+        plots.picture(axes, pixels, left, top)
+    names = {index: "ignored" if index == IGNORE else NAMES[index] for index in np.unique(label)}
+    entries = [(COLORS[index], name) for index, name in names.items()]
+    plots.legend(axes, MARGIN, top + SIZE + 26, entries[:3])
+    plots.legend(axes, MARGIN, top + SIZE + 52, entries[3:])
     left, side = 490, 44
     for column, (title, ids) in enumerate([("labels", TRUTH), ("predicted", PREDICTED)]):
         x = left + column * (4 * side + 36)
-        canvas.text(x, 26, title, size=16)
-        _digits(canvas, x, top, ids, side)
-    for row, (text, result) in enumerate(_worked_example()):
-        y = top + 4 * side + 26 + 22 * row
-        canvas.text(left, y, text, size=15)
-        canvas.text(left + 4 * side + 36, y, result, size=15)
-    return canvas.picture()
+        plots.text(axes, x, 24, title, size=12)
+        _draw_ids(axes, x, top, ids, side)
+    for row, (words, result) in enumerate(_worked_example()):
+        y = top + 4 * side + 28 + 24 * row
+        plots.text(axes, left, y, words)
+        plots.text(axes, left + 4 * side + 46, y, result)
+    return figure
 
 
 def _worked_example() -> list[tuple[str, str]]:
-    """A line a class: pixels in both maps over pixels in either; and the mean."""
-    matrix = count(TRUTH, PREDICTED, 3)
-    found = scores(matrix)
+    """For each class: its pixels in both maps over those in at least one. Then the mean."""
+    matrix = confusion_matrix(TRUTH, PREDICTED, 3)
+    result = scores(matrix)
     lines = []
     for index in range(3):
         both, either = matrix[index, index], matrix[index].sum() + matrix[:, index].sum()
-        share = f"{both} / {either - both} = {100 * found.per_class_iou[index]:.1f} %"
-        lines.append((f"IoU of class {index}: both / either", share))
-    return [*lines, ("mIoU: the mean of the three", f"{100 * found.miou:.1f} %")]
+        ratio = f"{both} / {either - both} = {100 * result.per_class_iou[index]:.1f} %"
+        lines.append((f"IoU of class {index}: both / either", ratio))
+    return [*lines, ("mIoU: mean of the three", f"{100 * result.miou:.1f} %")]
 
 
-def _digits(canvas: Canvas, left: int, top: int, ids: Ids, side: int) -> None:
-    """A small map with its ids written in; what is wrong is framed."""
-    canvas.paste(enlarged(colored(ids, COLORS), side), left, top)
-    rows, columns = ids.shape
-    grid_lines(canvas, left, top, (rows, columns), side)
+def _draw_ids(axes: Axes, left: float, top: float, ids: Ids, side: float) -> None:
+    """A small map with its ids written in and wrong pixels framed."""
+    plots.picture(axes, colored(ids, COLORS), left, top, side)
+    grid_lines(axes, left, top, ids.shape, side)
     for (row, column), index in np.ndenumerate(ids):
         x, y = left + side * column, top + side * row
-        ink = PAPER if index == 0 else INK
-        text = "-" if index == IGNORE else str(index)
-        canvas.text(x + side / 2, y + side / 2, text, size=17, anchor="mm", color=ink)
+        color = WHITE if index == 0 else INK
+        words = "-" if index == IGNORE else str(index)
+        plots.text(axes, x + side / 2, y + side / 2, words, size=12, ha="center", color=color)
         if index != TRUTH[row, column] and TRUTH[row, column] != IGNORE:
-            canvas.box(x + 2, y + 2, x + side - 2, y + side - 2, outline=VERMILLION, thickness=3.5)
-
-
-def _legend(canvas: Canvas, left: float, y: float, label: Ids) -> None:
-    x = left
-    for index in np.unique(label).tolist():
-        canvas.box(x, y - 7, x + 14, y + 7, fill=COLORS[index])
-        name = "ignored" if index == IGNORE else NAMES[index]
-        canvas.text(x + 20, y, name, size=14)
-        x += 36 + text_width(name, 14)
+            plots.box(axes, x + 3, y + 3, side - 6, side - 6, edge=VERMILLION, line=2.4)
 
 
 # --- What a stride loses -----------------------------------------------------------------------
 
 _EXAMPLE = 15  # an image of three classes
 STRIDES = (4, 8, 16, 32)
-METHODS = ("nearest", "bilinear", "shares", "grid")
+METHODS = ("nearest", "bilinear", "fractions", "grid")
 
 
 @functools.cache
 def whole_label(index: int) -> Ids:
-    """The label of an image with each ignored pixel given to the nearest class."""
+    """Fills each ignored pixel of an image's label with the nearest class."""
     label = images()[index]["label"]
     _, (rows, columns) = ndimage.distance_transform_edt(label == IGNORE, return_indices=True)
     return label[rows, columns]
 
 
 def centres(size: int, side: int) -> Int[np.ndarray, " side"]:
-    """The pixels on which a resize to `size` with half-pixel centres lays a map's pixels."""
+    """Lists the pixels at the centres of `side` equal cells of `size` pixels."""
     return np.floor((np.arange(side) + 0.5) * size / side).astype(int)
 
 
 def through_stride(label: Ids, stride: int, method: str) -> Ids:
-    """The ids that are left of a label known at each `stride`-th pixel alone.
+    """Downsamples a label by a stride and upsamples it again.
 
     Args:
       label: without ignored pixels, square.
       stride: pixels.
-      method: "nearest": ids at the centres, repeated. "bilinear": scores of 0 and 1 of the ids at
-        the centres, resized as logits are. "shares": scores that are each class's share of a cell.
-        "grid": as "bilinear", of the ids at each `stride`-th pixel from the first on.
+      method: "nearest": the ids at the cells' centres, repeated. "bilinear": scores of 0 and 1 for
+        these ids, resized as logits are. "fractions": scores equal to the fraction of its cell
+        that a class covers. "grid": as "bilinear", for the ids at the pixels 0, `stride`,
+        2 `stride` and so on.
     """
     size = label.shape[0]
     side = -(-size // stride)
@@ -165,7 +146,7 @@ def through_stride(label: Ids, stride: int, method: str) -> Ids:
     if method == "nearest":
         near = centres(side, size)
         return small[np.ix_(near, near)]
-    if method == "shares":
+    if method == "fractions":
         cells = _cell_means(size, side)
         scores_of_cells = cells @ _one_hot(label) @ cells.T
     else:
@@ -179,7 +160,7 @@ def _one_hot(ids: Ids) -> Float32[np.ndarray, "classes h w"]:
 
 
 def _cell_means(size: int, side: int) -> Float32[np.ndarray, "side size"]:
-    """The mean over each of `side` equal cells of `size` pixels, as a matrix."""
+    """The matrix that averages `size` pixels over each of `side` equal cells."""
     edges = np.arange(side + 1) * size / side
     pixels = np.arange(size)
     upper = np.minimum(edges[1:, None], pixels + 1)
@@ -189,45 +170,42 @@ def _cell_means(size: int, side: int) -> Float32[np.ndarray, "side size"]:
 
 @functools.cache
 def best_miou(stride: int, method: str) -> float:
-    """mIoU over the images, in percent, of what is left of their labels behind a stride."""
+    """mIoU in percent, over the images, of their labels after `through_stride`."""
     matrix = np.zeros((NUM_CLASSES, NUM_CLASSES), np.int64)
     for index in range(NUM_IMAGES):
         ids = through_stride(whole_label(index), stride, method)
-        matrix += count(images()[index]["label"], ids, NUM_CLASSES)
+        matrix += confusion_matrix(images()[index]["label"], ids, NUM_CLASSES)
     return 100 * scores(matrix).miou
 
 
-def strides() -> Picture:
-    """Labels behind strides of 8, 16 and 32, upsampled again."""
-    canvas = Canvas(WIDTH, 516)
+def strides() -> Figure:
+    """Labels after strides of 8, 16 and 32, upsampled again."""
+    figure, axes = plots.diagram(plots.WIDTH, 530)
     label, whole = images()[_EXAMPLE]["label"], whole_label(_EXAMPLE)
-    pitch = SIZE + 24
-    for row, (method, text) in enumerate(
-        [("nearest", "ids repeated"), ("bilinear", "scores resized")]
+    pitch, top = SIZE + 24, 48
+    small = whole[np.ix_(*2 * [centres(SIZE, -(-SIZE // 16))])]
+    panels = [[("label map", colored(label, COLORS))]]
+    panels.append([("at stride 16", colored(small, COLORS))])
+    wrong_color = {**COLORS, _WRONG: VERMILLION}
+    for row, (method, words) in enumerate(
+        [("nearest", "nearest ids"), ("bilinear", "bilinear scores")]
     ):
-        top = 50 + row * (SIZE + 52)
-        for column, stride in enumerate(STRIDES[1:], start=1):
-            left = MARGIN + column * pitch
+        for stride in STRIDES[1:]:
             ids = through_stride(whole, stride, method)
             wrong = (ids != label) & (label != IGNORE)
-            canvas.text(left, top - 18, f"stride {stride}, {text}", size=15)
-            framed(canvas, colored(np.where(wrong, _WRONG, ids), _WITH_WRONG), left, top)
-    top = 50
-    canvas.text(MARGIN, top - 18, "label map", size=15)
-    framed(canvas, colored(label, COLORS), MARGIN, top)
-    canvas.text(MARGIN, top + SIZE + 34, "what stride 16 keeps of it", size=15)
-    side = -(-SIZE // 16)
-    small = whole[np.ix_(centres(SIZE, side), centres(SIZE, side))]
-    factor = SIZE // side
-    framed(canvas, enlarged(colored(small, COLORS), factor), MARGIN, top + SIZE + 52)
-    y = top + 2 * SIZE + 52 + 16
-    canvas.box(MARGIN + pitch, y - 7, MARGIN + pitch + 14, y + 7, fill=VERMILLION)
-    canvas.text(MARGIN + pitch + 21, y, "wrong pixels; the ignored border is not counted", size=14)
-    return canvas.picture()
+            pixels = colored(np.where(wrong, _WRONG, ids), wrong_color)
+            panels[row].append((f"stride {stride}, {words}", pixels))
+    for row, column in np.ndindex(2, 4):
+        title, pixels = panels[row][column]
+        left, y = MARGIN + column * pitch, top + row * (SIZE + 52)
+        plots.text(axes, left, y - 18, title)
+        plots.picture(axes, pixels, left, y, SIZE / pixels.shape[0])
+    entry = VERMILLION, "wrong pixels; the ignored border is not counted"
+    plots.legend(axes, MARGIN + pitch, top + 2 * SIZE + 76, [entry])
+    return figure
 
 
 _WRONG = 254
-_WITH_WRONG = {**COLORS, _WRONG: VERMILLION}
 
 
 # --- Two ways of upsampling --------------------------------------------------------------------
@@ -237,58 +215,51 @@ _VALUES = (0.2, 0.9, 0.4, 0.7)
 
 
 def transposed(values: Float[np.ndarray, "h w"], noise: float) -> Float[np.ndarray, "_ _"]:
-    """The project's transposed convolution of stride 8, its kernel changed by so much noise."""
+    """Upsamples by the project's transposed convolution of stride 8, with noise on its kernel."""
     decoder = TransposedDecoder(1, _STRIDE)
     kernel = np.asarray(decoder.kernel[...])
     cell = TransposedDecoder.LARGEST // _STRIDE
-    # One draw for each cell that is averaged to a tap at this stride.
+    # One draw for each cell of the kernel, which is averaged to a tap at this stride.
     draws = np.random.default_rng(0).standard_normal((2 * _STRIDE, 2 * _STRIDE, 1))
     decoder.kernel[...] = jnp.asarray(kernel + noise * draws.repeat(cell, 0).repeat(cell, 1))
     height, width = (side * _STRIDE for side in values.shape)
-    images = jnp.zeros((1, height, width, 3))  # of which the decoder reads the size
+    images = jnp.zeros((1, height, width, 3))  # the decoder reads only their size
     return np.asarray(decoder(jnp.asarray(values)[None, :, :, None], images))[0, :, :, 0]
 
 
-def upsampling() -> Picture:
+def upsampling() -> Figure:
     """Nearest, bilinear and transposed upsampling by 8."""
-    canvas = Canvas(WIDTH, 372)
+    figure, sheet = plots.diagram(plots.WIDTH, 390)
     values = np.asarray(_VALUES, np.float32)
     size = _STRIDE * len(values)
     pixels = np.arange(size) + 0.5
-    axes = Axes(MARGIN + 36, 52, 420, 236, (0, size), (0, 1))
-    canvas.text(MARGIN, 24, "four values of stride 8, upsampled to 32 pixels", size=16)
-    ticks = {float(x): str(x) for x in range(0, size + 1, _STRIDE)}
-    axes.draw(canvas, ticks, {y / 4: f"{y / 4:g}" for y in range(5)}, "pixels of the output")
-    steps = np.repeat(values, _STRIDE)
-    canvas.line(_staircase(axes, steps), SKY, 2)
+    plots.text(sheet, MARGIN, 24, "four values of stride 8, upsampled to 32 pixels", size=12)
+    axes = plots.chart_axes(sheet, MARGIN + 50, 52, 410, 236)
+    plots.clean_axes(axes)
+    axes.stairs(
+        values, np.arange(0, size + 1, _STRIDE), baseline=None, color=SKY, lw=1.6, label="nearest"
+    )
     bilinear = bilinear_matrix(size, len(values)) @ values
-    canvas.line(axes.points(pixels, bilinear), BLUE, 3)
-    for x, y in axes.points(pixels, transposed(np.tile(values, (4, 1)), 0)[size // 2]):
-        canvas.box(x - 2.2, y - 2.2, x + 2.2, y + 2.2, fill=ORANGE, outline=INK, thickness=0.4)
-    for x, y in axes.points(_STRIDE * (np.arange(len(values)) + 0.5), values):
-        canvas.box(x - 5, y - 5, x + 5, y + 5, outline=INK, thickness=2)
-    for place, (color, text) in enumerate(
-        [(SKY, "nearest"), (BLUE, "bilinear"), (ORANGE, "transposed, at its start")]
-    ):
-        x = axes.left + 124 * place
-        canvas.line([(x, 350), (x + 24, 350)], color, 4)
-        canvas.text(x + 31, 350, text, size=14)
-    left, factor = 524, 5
-    canvas.text(left, 24, "a map of 4x4 equal values, upsampled", size=16)
-    for column, (noise, lines) in enumerate(
+    axes.plot(pixels, bilinear, color=BLUE, linewidth=2.2, label="bilinear")
+    learned = transposed(np.tile(values, (4, 1)), 0)[size // 2]
+    axes.plot(pixels, learned, "s", color=ORANGE, markersize=4, label="transposed, at its start")
+    middles = _STRIDE * (np.arange(len(values)) + 0.5)
+    style = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.6}
+    axes.plot(middles, values, "s", color=INK, label="the four values", **style)
+    axes.set(xlim=(0, size), ylim=(0, 1), xticks=range(0, size + 1, _STRIDE))
+    axes.set_xlabel("pixels of the output")
+    axes.set_ylabel("value")
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.18), ncols=2, frameon=False)
+    left, cell = 524, 5
+    plots.text(sheet, left, 24, "a map of 4x4 equal values, upsampled", size=12)
+    for column, (noise, words) in enumerate(
         [
-            (0.0, ("bilinear, or transposed", "at its start: even")),
-            (0.1, ("transposed, each weight", "moved at random: a", "pattern of period 8")),
+            (0.0, "bilinear, or transposed\nat its start: even"),
+            (0.1, "transposed, each weight\nmoved at random:\na pattern of period 8"),
         ]
     ):
-        picture = viridis(transposed(np.full((4, 4), 0.5, np.float32), noise))
-        x = left + column * (32 * factor + 32)
-        framed(canvas, enlarged(picture, factor), x, 52)
-        lines_of_text(canvas, x, 52 + 32 * factor + 20, lines, color=GREY)
-    return canvas.picture()
-
-
-def _staircase(axes: Axes, values: Float[np.ndarray, " n"]) -> list[tuple[float, float]]:
-    """Each value held over its pixel."""
-    xs = np.repeat(np.arange(len(values) + 1), 2)[1:-1]
-    return axes.points(xs, np.repeat(values, 2))
+        map_pixels = viridis(transposed(np.full((4, 4), 0.5, np.float32), noise))
+        x = left + column * (32 * cell + 32)
+        plots.picture(sheet, map_pixels, x, 52, cell)
+        plots.text(sheet, x, 52 + 32 * cell + 14, words, color=GREY, va="top")
+    return figure

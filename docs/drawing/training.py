@@ -5,52 +5,39 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from deeplab_jax.config import Config
 from deeplab_jax.training.optimizer import poly_schedule
-from deeplab_jax.visualization.canvas import BLUE, GREEN, GREY, ORANGE, Canvas
-from drawing.sheet import (
-    MARGIN,
-    WIDTH,
-    Axes,
-    Picture,
-)
+from deeplab_jax.visualization import plots
+from deeplab_jax.visualization.plots import BLUE, GREEN, GREY, INK, ORANGE
 
 
-def poly() -> Picture:
+def poly() -> Figure:
     """The learning rate of the paper's two stages."""
     config = Config()
-    first, second, steps = config.optimizer, config.second_stage, config.train.steps
-    last = 2 * steps
-    top = first.learning_rate
-    canvas = Canvas(WIDTH, 330)
-    axes = Axes(MARGIN + 50, 34, WIDTH - 2 * MARGIN - 60, 220, (0, last), (0, top))
-    ticks = {float(x): f"{x:,}".replace(",", " ") for x in range(0, last + 1, steps // 3)}
-    axes.draw(canvas, ticks, {y / 1000: f"{y / 1000:g}" for y in range(8)}, "step")
-    at = np.linspace(0, steps, 301)
+    first, second, num_steps = config.optimizer, config.second_stage, config.train.steps
+    figure = plots.new_figure(plots.WIDTH, 330, layout="constrained")
+    axes = figure.subplots()
+    plots.clean_axes(axes)
+    steps = np.linspace(0, num_steps, 301)
     linear = dataclasses.replace(first, power=1.0)
-    canvas.line(axes.points(at, _rates(linear, steps, at)), ORANGE, 2)
-    canvas.line(axes.points(at, _rates(first, steps, at)), BLUE, 3)
-    stage2 = dataclasses.replace(first, learning_rate=second.learning_rate)
-    canvas.line(axes.points(steps + at, _rates(stage2, steps, at)), GREEN, 3)
-    x = axes.point(steps, 0)[0]
-    canvas.dashed((x, axes.top), (x, axes.top + axes.height), GREY)
-    told = f"{steps:,}".replace(",", " ")
-    canvas.text(x - 12, 48, "first stage, output stride 16", size=15, anchor="rm")
-    canvas.text(x + 12, 48, "second stage, output stride 8, batch norm frozen", size=15)
-    for place, (color, text) in enumerate(
-        [
-            (BLUE, f"{first.learning_rate:g} (1 - step / {told})^{first.power:g}"),
-            (GREEN, f"{second.learning_rate:g} (1 - step / {told})^{first.power:g}"),
-            (ORANGE, "power 1"),
-        ]
+    other = dataclasses.replace(first, learning_rate=second.learning_rate)
+    axes.plot(steps, poly_schedule(linear, num_steps)(steps), color=ORANGE, linewidth=1.5)
+    axes.plot(steps, poly_schedule(first, num_steps)(steps), color=BLUE, linewidth=2.2)
+    axes.plot(num_steps + steps, poly_schedule(other, num_steps)(steps), color=GREEN, linewidth=2.2)
+    axes.axvline(num_steps, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
+    count = f"{num_steps:,}".replace(",", " ")
+    for x, y, words, color in (
+        (0.33, 0.74, f"{first.learning_rate:g} (1 - step / {count})^{first.power:g}", BLUE),
+        (0.24, 0.26, "power 1: a straight line", ORANGE),
+        (0.70, 0.22, f"{second.learning_rate:g} (1 - step / {count})^{first.power:g}", GREEN),
     ):
-        left = axes.left + 285 * place
-        canvas.line([(left, 314), (left + 24, 314)], color, 4)
-        canvas.text(left + 32, 314, text, size=14)
-    return canvas.picture()
-
-
-def _rates(config: object, steps: int, at: np.ndarray) -> np.ndarray:
-    """Of the project's own schedule."""
-    return np.asarray(poly_schedule(config, steps)(at))  # type: ignore[arg-type]
+        axes.text(x * 2 * num_steps, y * first.learning_rate, words, color=color, ha="center")
+    top = first.learning_rate
+    axes.text(0.98 * num_steps, 1.02 * top, "first stage: output stride 16", ha="right", color=INK)
+    words = "second stage: output stride 8, batch norm frozen"
+    axes.text(1.02 * num_steps, 1.02 * top, words, color=INK)
+    axes.set(xlim=(0, 2 * num_steps), ylim=(0, 1.1 * top), xlabel="step", ylabel="learning rate")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}".replace(",", " "))
+    return figure

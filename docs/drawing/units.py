@@ -1,4 +1,4 @@
-"""Section 5 of the guide: residual units, read from the programs that they are traced to."""
+"""Section 5 of the guide: residual units, read from their traced programs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import Literal
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.backbones.resnet import RESNETS, block_specs
 from deeplab_jax.models.layers import BatchNorm, ShapeRngs
 from deeplab_jax.models.ops.convolution import XLA, use_implementation
-from deeplab_jax.visualization.canvas import GREY, INK, VERMILLION, Canvas, Color, Point
-from drawing.sheet import (
-    MARGIN,
-    WIDTH,
-    Picture,
-    down_arrow,
-)
+from deeplab_jax.visualization import plots
+from deeplab_jax.visualization.plots import GREY, INK, VERMILLION
+from drawing.sheet import MARGIN
 
 # Title, architecture and its choices: the first unit of block3 in each.
 UNITS: tuple[tuple[tuple[str, str], str, dict[str, Any]], ...] = (
@@ -35,7 +33,10 @@ UNITS: tuple[tuple[tuple[str, str], str, dict[str, Any]], ...] = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-    """An operation of a unit, as "3x3 stride 2", "batch norm" or "relu"; equal to itself alone."""
+    """An operation of a unit, such as "3x3 stride 2", "batch norm" or "relu".
+
+    Compared by identity, so that two operations with one name differ.
+    """
 
     name: str
 
@@ -45,13 +46,13 @@ Path = tuple[Step, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What a residual unit computes.
+    """The operations of a residual unit.
 
     Attributes:
-      shared: before the paths divide.
-      branch: of the path with most convolutions, behind it.
-      shortcut: of the other one.
-      after: behind their sum.
+      shared: before the two paths separate.
+      branch: of the path with more operations.
+      shortcut: of the other path.
+      after: after their sum.
     """
 
     shared: Path
@@ -61,7 +62,7 @@ class Unit:
 
 
 def trace(name: str, overrides: dict[str, Any]) -> Unit:
-    """The first unit of block3 of a model, as its program tells."""
+    """Traces the first unit of block3 of a model."""
     model = architecture(name, num_classes=2, width=1 / 16, **overrides)
     spec = block_specs(model)[2][0]
 
@@ -71,7 +72,7 @@ def trace(name: str, overrides: dict[str, Any]) -> Unit:
         block.eval()
         return block
 
-    # Shapes are enough for a program: no array is made.
+    # Shapes are enough to trace it: no arrays are allocated.
     graph, state = nnx.split(nnx.eval_shape(make))
     image = jax.ShapeDtypeStruct((1, 8, 8, spec.in_features), jnp.float32)
     program = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, image).jaxpr
@@ -82,7 +83,7 @@ def trace(name: str, overrides: dict[str, Any]) -> Unit:
 
 
 def _follow(program: Any, paths: dict[Any, tuple[Path, ...]]) -> None:
-    """Adds each variable's paths from the input: one, or two once both were added."""
+    """Adds to `paths` each variable's paths from the input: two after the sum, else one."""
     for equation in program.eqns:
         read = [v for v in equation.invars if not isinstance(v, Literal) and v in paths]
         if not read:
@@ -96,9 +97,9 @@ def _follow(program: Any, paths: dict[Any, tuple[Path, ...]]) -> None:
         if inner is not None and name != "relu" and not _is_relu(inner):
             inner = getattr(inner, "jaxpr", inner)
             within = {
-                theirs: paths[ours]
-                for theirs, ours in zip(inner.invars, equation.invars, strict=True)
-                if not isinstance(ours, Literal) and ours in paths
+                inside: paths[outside]
+                for inside, outside in zip(inner.invars, equation.invars, strict=True)
+                if not isinstance(outside, Literal) and outside in paths
             }
             _follow(inner, within)
             paths[equation.outvars[0]] = within[inner.outvars[0]]
@@ -116,12 +117,13 @@ def _is_relu(inner: Any) -> bool:
 
 
 def _step(equation: Any) -> str | None:
-    """What a primitive on the way is; None: a part of a batch norm that was named already."""
+    """Names the operation of a primitive; None for the other primitives of a batch norm."""
     if equation.primitive.name == "conv_general_dilated":
         side = equation.invars[1].aval.shape[0]
         stride, rate = (equation.params[k][0] for k in ("window_strides", "rhs_dilation"))
-        told = (f" stride {stride}" if stride > 1 else "") + (f" rate {rate}" if rate > 1 else "")
-        return f"{side}x{side}{told}"
+        options = {" stride": stride, " rate": rate}
+        suffix = "".join(f"{name} {value}" for name, value in options.items() if value > 1)
+        return f"{side}x{side}{suffix}"
     if equation.primitive.name == "sub":  # of the mean
         return "batch norm"
     assert equation.primitive.name in ("mul", "add", "convert_element_type"), equation
@@ -129,7 +131,7 @@ def _step(equation: Any) -> str | None:
 
 
 def _joined(ends: tuple[Path, ...]) -> Unit:
-    """Two paths as what they share at their ends, and what they do not."""
+    """Splits two paths into their shared operations and their own."""
     shortcut, branch = sorted(ends, key=len)
     shared = tuple(step for step in branch if step in shortcut)
     after = shared[len(_common_start(branch, shortcut)) :]
@@ -143,57 +145,61 @@ def _common_start(first: Path, second: Path) -> Path:
     return tuple(step for step, _ in pairs)
 
 
-_COLORS: dict[str, Color] = {"batch norm": (250, 244, 190), "relu": (252, 224, 170)}
+_COLORS = {"batch norm": "#faf4be", "relu": "#fce0aa"}
 
 
-def residual_units() -> Picture:
-    """Residual units, and where stride and rate sit in them."""
-    canvas = Canvas(WIDTH, 464)
-    pitch = (WIDTH - 2 * MARGIN) / len(UNITS)
-    for column, ((title, under), name, overrides) in enumerate(UNITS):
+def residual_units() -> Figure:
+    """Residual units, and where stride and rate are in them."""
+    figure, axes = plots.diagram(plots.WIDTH, 476)
+    pitch = (plots.WIDTH - 2 * MARGIN) / len(UNITS)
+    for column, ((title, subtitle), name, overrides) in enumerate(UNITS):
         left = MARGIN + column * pitch
-        canvas.text(left, 24, title, size=15)
-        canvas.text(left, 44, under, size=13, color=GREY)
-        _unit(canvas, left, 74, trace(name, overrides))
-    return canvas.picture()
+        plots.text(axes, left, 22, title, size=10.5)
+        plots.text(axes, left, 44, subtitle, size=9.5, color=GREY)
+        _draw_unit(axes, left, 76, trace(name, overrides))
+    return figure
 
 
-_BOX, _STEP, _WIDE = 26, 37, 88  # height of a box, pitch of boxes, their width: pixels
-_NARROW, _TALL = 60, 42  # width and height of a shortcut's boxes, in two lines
+_BOX, _STEP, _WIDE = 26, 37, 92  # height of a box, distance of boxes, and their width
+_NARROW, _TALL = 62, 44  # width and height of a shortcut's boxes, with two lines
 
 
-def _unit(canvas: Canvas, left: float, top: float, unit: Unit) -> None:
-    """The branch downwards, the shortcut on its right, the sum below."""
-    x, side = left + _WIDE / 2, left + _WIDE + 10 + _NARROW / 2
-    canvas.line([(x, top - 14), (x, top)], GREY, 1.2)
-    divide = top + _STEP * len(unit.shared) - (_STEP - _BOX) / 2
+def _draw_unit(axes: Axes, left: float, top: float, unit: Unit) -> None:
+    """The branch downwards, the shortcut on its right, their sum below."""
+    x, side = left + _WIDE / 2, left + _WIDE + 8 + _NARROW / 2
+    plots.arrow(axes, [(x, top - 16), (x, top)], head=False)
+    split = top + _STEP * len(unit.shared) - (_STEP - _BOX) / 2
     total = top + _STEP * (len(unit.shared) + len(unit.branch)) + 10
-    canvas.line([(x, divide), (side, divide), (side, total), (x + 10, total)], GREY, 1.2)
     for row, step in enumerate(unit.shared + unit.branch):
-        _box(canvas, (x, top + _STEP * row), (_WIDE, _BOX), step)
-        canvas.line([(x, top + _STEP * row + _BOX), (x, top + _STEP * (row + 1))], GREY, 1.2)
+        y = top + _STEP * row
+        plots.arrow(axes, [(x, y + _BOX), (x, y + _STEP)], head=False)
+        _draw_step(axes, x, y, (_WIDE, _BOX), step)
+    plots.arrow(axes, [(x, split), (side, split), (side, total), (x + 11, total)])
     height = (_TALL + 12) * len(unit.shortcut) - 12
     for row, step in enumerate(unit.shortcut):
-        y = (divide + total - height) / 2 + row * (_TALL + 12)
-        _box(canvas, (side, y), (_NARROW, _TALL), step)
-    canvas.text(x, total, "+", size=24, anchor="mm")
-    y = total + 12
+        y = (split + total - height) / 2 + row * (_TALL + 12)
+        _draw_step(axes, side, y, (_NARROW, _TALL), step)
+    plots.box(axes, x - 10, total - 10, 20, 20, "+", size=11)
+    y = total + 10
     for step in unit.after:
-        canvas.line([(x, y), (x, y + 10)], GREY, 1.2)
-        _box(canvas, (x, y + 10), (_WIDE, _BOX), step)
-        y += 10 + _BOX
-    down_arrow(canvas, x, y, y + 22)
+        plots.arrow(axes, [(x, y), (x, y + 12)], head=False)
+        _draw_step(axes, x, y + 12, (_WIDE, _BOX), step)
+        y += 12 + _BOX
+    plots.arrow(axes, [(x, y), (x, y + 22)])
 
 
-def _box(canvas: Canvas, place: Point, size: tuple[int, int], step: Step) -> None:
-    """A step in a box, of which the middle of the upper side is given."""
-    (x, y), (width, height) = place, size
+def _draw_step(axes: Axes, x: float, top: float, size: tuple[int, int], step: Step) -> None:
+    """A step in a box around `x`; those with a stride or a rate have a thick edge."""
     marked = "stride" in step.name or "rate" in step.name
-    outline, thickness = (VERMILLION, 2.5) if marked else (INK, 1.0)
-    fill = _COLORS.get(step.name, (200, 222, 240))
-    right = x + width / 2
-    canvas.box(x - width / 2, y, right, y + height, fill=fill, outline=outline, thickness=thickness)
-    lines = [step.name] if width == _WIDE else step.name.split(" ", 1)
-    for row, line in enumerate(lines):
-        middle = y + height / 2 + 17 * (row - (len(lines) - 1) / 2)
-        canvas.text(x, middle, line, size=13, anchor="mm")
+    words = step.name if size[0] == _WIDE else step.name.replace(" ", "\n", 1)
+    plots.box(
+        axes,
+        x - size[0] / 2,
+        top,
+        *size,
+        words,
+        fill=_COLORS.get(step.name, "#c8def0"),
+        edge=VERMILLION if marked else INK,
+        line=2.0 if marked else 0.8,
+        size=9.5,
+    )

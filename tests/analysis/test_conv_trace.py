@@ -72,7 +72,7 @@ def test_arithmetic_is_what_torch_counts(backbone, height, width):
     stride=st.integers(1, 3),
     rate=st.integers(1, 45),
 )
-def test_valid_share_is_what_ones_convolved_with_ones_give(
+def test_valid_fraction_equals_a_convolution_of_ones_with_ones(
     height, width, kernel_size, stride, rate
 ):
     ones = torch.ones(1, 1, height, width, dtype=torch.float64)
@@ -83,7 +83,7 @@ def test_valid_share_is_what_ones_convolved_with_ones_give(
         *("some", kernel_size, stride, rate, 1, (height, width, 4), (*counts.shape, 6)),
         *(1, 1, False, 0),
     )
-    assert conv.valid_share == pytest.approx(float(counts.mean()) / kernel_size**2, abs=1e-12)
+    assert conv.valid_fraction == pytest.approx(float(counts.mean()) / kernel_size**2, abs=1e-12)
     assert conv.valid_macs == int(counts.sum()) * 4 * 6
 
 
@@ -123,7 +123,7 @@ def test_order_is_that_of_execution():
     assert names[-2:] == ["classifier.aspp.project.conv", "classifier.logits"]
 
 
-def test_bfloat16_is_read_as_float32_is():
+def test_bfloat16_gives_the_same_as_float32():
     half = FunctionalModel(
         architecture("paper_resnet18", num_classes=3, width=0.125, dtype="bfloat16")
     )
@@ -200,7 +200,7 @@ def test_field_of_view_and_stride_are_those_of_the_gradient(variant, axis):
         assert next_first - first == next_end - end == conv.output_stride, name
 
 
-def test_what_follows_pooling_sees_the_image():
+def test_layers_after_pooling_see_the_whole_image():
     found = {conv.name: conv for conv in convolutions(model_of("paper"), 65)}
     pooled = found.pop("classifier.aspp.branches.4.project.conv")
     assert (pooled.output_stride, pooled.field_of_view, pooled.sees_image) == (None, None, True)
@@ -212,12 +212,12 @@ def test_what_follows_pooling_sees_the_image():
 
 
 @pytest.mark.parametrize("size", [(65, 97), (1, 1), (2, 31)])
-def test_maps_have_the_sizes_that_output_strides_say(size):
+def test_map_sizes_follow_from_output_strides(size):
     for conv in convolutions(model_of("pre"), *size):
         stride = conv.output_stride
         if stride is not None:
             assert conv.out_shape[:2] == tuple(-(-side // stride) for side in size)
-        assert 0 < conv.valid_share <= 1
+        assert 0 < conv.valid_fraction <= 1
 
 
 def stub(apply):
@@ -274,23 +274,35 @@ def test_refuses_an_image_without_pixels(size):
 @pytest.mark.parametrize(
     ("apply", "message"),
     [
-        (lambda w, x: conv(x[:, ::-1], w), "what some sees is not known: .* 'rev'"),
-        (lambda w, x: conv(x.transpose(0, 2, 1, 3), w), "some sees is not known: .* 'transpose'"),
-        (lambda w, x: conv(jnp.ones_like(x), w), "some sees is not known: .* no image"),
-        (lambda w, x: conv(x, jnp.abs(w)), "has a kernel that is no array of the model"),
-        (lambda w, x: conv(x + x[:, ::-1], w), "what some sees is not known: .* 'rev'"),
-        (lambda w, x: conv(resize_bilinear(x, 7, 7), w), "not known: .* 'bilinear_resize'"),
+        (
+            lambda w, x: conv(x[:, ::-1], w),
+            "field of view of some is not known: its input is the result of 'rev'",
+        ),
+        (lambda w, x: conv(x.transpose(0, 2, 1, 3), w), "some is not known: .* 'transpose'"),
+        (
+            lambda w, x: conv(jnp.ones_like(x), w),
+            "some is not known: its input does not depend on the image",
+        ),
+        (lambda w, x: conv(x, jnp.abs(w)), "the kernel of .* is not an array of the model"),
+        (
+            lambda w, x: conv(x + x[:, ::-1], w),
+            "field of view of some is not known: its input is the result of 'rev'",
+        ),
+        (
+            lambda w, x: conv(resize_bilinear(x, 7, 7), w),
+            "not known: .* 'resize_bilinear_unpadded'",
+        ),
     ],
 )
-def test_what_is_not_followed_is_no_wrong_number(apply, message):
+def test_unsupported_operations_are_errors_not_wrong_numbers(apply, message):
     with pytest.raises(ValueError, match=message):
         convolutions(stub(apply), 9)
 
 
-def test_a_map_joined_with_one_of_another_stride_is_refused():
+def test_maps_of_different_strides_cannot_be_joined():
     def apply(w, x):
         small = jax.lax.slice(x, (0, 0, 0, 0), x.shape, (1, 9, 9, 1))
         return conv(x[:, :1, :1] + small, w)
 
-    with pytest.raises(ValueError, match="maps of strides 1 and 9 are joined"):
+    with pytest.raises(ValueError, match="combines maps of output strides 1 and 9"):
         convolutions(stub(apply), 9)

@@ -48,7 +48,7 @@ def test_energy_is_that_of_difference_quotients(variables):
     np.testing.assert_allclose(ours / ours.sum(), energy / energy.sum(), rtol=0.05, atol=0.01)
 
 
-def test_it_is_the_mean_over_samples_that_the_seed_decides(variables):
+def test_energy_is_the_mean_over_seeded_samples(variables):
     def energy(**options):
         return effective_field(ARCHITECTURE, variables, 33, 49, **options).energy
 
@@ -72,14 +72,14 @@ def test_a_learned_decoder_and_bfloat16_do_not_matter(variables):
 
 
 @pytest.mark.parametrize(
-    ("share", "side"), [(0.01, 1), (1 / 81, 1), (9 / 81, 3), (10 / 81, 5), (0.5, 7), (1.0, 9)]
+    ("fraction", "side"), [(0.01, 1), (1 / 81, 1), (9 / 81, 3), (10 / 81, 5), (0.5, 7), (1.0, 9)]
 )
-def test_side_of_an_even_field(share, side):
+def test_side_of_an_even_field(fraction, side):
     field = EffectiveField(np.full((9, 9), 1 / 81), (4, 4), 99)
-    assert field.side(share - 1e-9) == side
+    assert field.side(fraction - 1e-9) == side
 
 
-def test_side_counts_from_the_centre_and_goes_on_beyond_the_image():
+def test_side_is_centred_and_may_exceed_the_image():
     energy = np.zeros((5, 11))
     energy[2, 2] = energy[2, 10] = 0.5
     field = EffectiveField(energy, (2, 2), 99)
@@ -88,7 +88,7 @@ def test_side_counts_from_the_centre_and_goes_on_beyond_the_image():
     assert field.side() == 17
 
 
-def test_variants_are_of_the_same_parameters():
+def test_variants_have_the_same_parameters():
     variants = dict(receptive_field.variants(ARCHITECTURE))
     assert [(v.output_stride, v.atrous_rates) for v in variants.values()] == [
         *((8, (12, 24, 36)), (16, (6, 12, 18)), (32, (3, 6, 9)), (16, (1, 1, 1))),
@@ -100,9 +100,11 @@ def test_variants_are_of_the_same_parameters():
     assert [v.output_stride for _, v in receptive_field.variants(odd)] == [8, 16, 16]
 
 
-def test_broken_weights_are_told(variables):
+def test_damaged_weights_are_an_error(variables):
     broken = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan), variables)
-    with pytest.raises(UserError, match=r"paper_resnet18: .* sums to nan: are its weights whole"):
+    with pytest.raises(
+        UserError, match=r"paper_resnet18: .* sums to nan, expected .* weights seem to be damaged"
+    ):
         effective_field(ARCHITECTURE, broken, 33, 49, samples=1)
     with pytest.raises(ValueError, match="samples must be 1 or more, got 0"):
         effective_field(ARCHITECTURE, variables, 33, 49, samples=0)

@@ -7,19 +7,17 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from deeplab_jax.analysis import field_plots as field_figure
-from deeplab_jax.analysis import plots as figures
-from deeplab_jax.analysis import summary as summaries
+from deeplab_jax.analysis import plots, summary
 from deeplab_jax.analysis.receptive_field import EffectiveField
 from deeplab_jax.models.architecture import ARCHITECTURES, architecture
-from deeplab_jax.visualization import canvas
+from drawings import texts
 from torch_reference import torchvision
 
 
 @functools.cache
 def summary_of(name, height=65, width=65, **options):
     options = {"num_classes": 3, "width": 0.125, **options}
-    return summaries.summarize(architecture(name, **options), height, width)
+    return summary.summarize(architecture(name, **options), height, width)
 
 
 # --- Numbers -----------------------------------------------------------------------------------
@@ -29,7 +27,7 @@ def summary_of(name, height=65, width=65, **options):
 def test_totals_are_what_torchvision_publishes(backbone):
     weights = getattr(torchvision.models.segmentation, f"DeepLabV3_{backbone}_Weights")
     published = weights.COCO_WITH_VOC_LABELS_V1.meta
-    found = summaries.summarize(ARCHITECTURES[f"torchvision_{backbone.lower()}"], 520)
+    found = summary.summarize(ARCHITECTURES[f"torchvision_{backbone.lower()}"], 520)
     assert found.params == published["num_params"]
     # Its "GFLOPS" are multiply-adds of convolutions, with the auxiliary head.
     assert found.all.macs / 1e9 == pytest.approx(published["_ops"], abs=5e-4)
@@ -60,7 +58,7 @@ def test_rates_and_output_strides(rule, output_stride, multi_grid):
     found = summary_of(
         "paper_resnet18", dilation_rule=rule, output_stride=output_stride, multi_grid=multi_grid
     )
-    rows = [dict(zip(summaries.COLUMNS, row, strict=True)) for row in summaries.rows(found)]
+    rows = [dict(zip(summary.COLUMNS, row, strict=True)) for row in summary.rows(found)]
 
     def of(prefix):
         return [
@@ -77,20 +75,20 @@ def test_rates_and_output_strides(rule, output_stride, multi_grid):
     assert of("backbone.layer2") == [(1, 8)] * 4
 
 
-def test_rows_say_what_there_is():
-    rows = {row[0]: row[1:] for row in summaries.rows(summary_of("paper_resnet18", 513, 257))}
+def test_rows_describe_each_convolution():
+    rows = {row[0]: row[1:] for row in summary.rows(summary_of("paper_resnet18", 513, 257))}
     assert rows["backbone.stem.0.conv"][:6] == ("7x7", "2", "1", "257x129x8", "2", "7")
     assert rows["classifier.aspp.branches.4.project.conv"][3:6] == ("1x1x32", "-", "image")
     assert rows["classifier.logits"][5] == "1171 + image"
     # 33x17 and rate 18: rows have 33 + 2 * 15 of 3 * 33 taps, columns only the centre's.
     share = (33 + 2 * 15) / (3 * 33) * 17 / (3 * 17)
     assert rows["classifier.aspp.branches.3.conv"][6] == f"{100 * share:.1f} %"
-    mobile = dict(row[:2] for row in summaries.rows(summary_of("torchvision_mobilenet_v3_large")))
+    mobile = dict(row[:2] for row in summary.rows(summary_of("torchvision_mobilenet_v3_large")))
     assert mobile["backbone.block13.depthwise.conv"] == "5x5 depthwise"
     assert mobile["backbone.block13.expand.conv"] == "1x1"
 
 
-def test_parts_are_the_whole():
+def test_parts_add_up_to_the_model():
     found = summary_of("torchvision_resnet18", decoder="transposed")
     parts = found.parts
     assert [part.name for part in parts] == [
@@ -102,12 +100,12 @@ def test_parts_are_the_whole():
     for quantity in ("params", "macs", "valid_macs"):
         assert sum(getattr(p, quantity) for p in parts) == getattr(found.all, quantity)
     assert found.other_params == 64 * 64 * 3
-    assert f"{found.params:,}".replace(",", " ") in dict(summaries.totals(found))["parameters"]
-    shares = [float(row[4].removesuffix(" %")) for row in summaries.part_rows(found)]
+    assert f"{found.params:,}".replace(",", " ") in dict(summary.totals(found))["parameters"]
+    shares = [float(row[4].removesuffix(" %")) for row in summary.part_rows(found)]
     assert sum(shares) == pytest.approx(100, abs=0.5)
 
 
-def test_rates_of_a_part_leave_repetitions_out():
+def test_rates_of_a_part_are_unique():
     found = summary_of("paper_resnet18", output_stride=8, multi_grid=(2, 1))
     rates = {part.name: part.rates for part in found.parts}
     assert rates["backbone.layer4"] == (8, 4)
@@ -115,7 +113,7 @@ def test_rates_of_a_part_leave_repetitions_out():
     assert rates["classifier.logits"] == ()
 
 
-def test_json_holds_the_table():
+def test_json_contains_the_table():
     found = summary_of("torchvision_resnet18", 97, 65)
     told = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert (told["height"], told["width"]) == (97, 65)
@@ -124,25 +122,25 @@ def test_json_holds_the_table():
     assert told["flops"] == 2 * told["macs"] == sum(conv["flops"] for conv in convs)
     assert told["valid_flops"] == 2 * told["valid_macs"] < told["flops"]
     assert told["params"] == sum(conv["params"] for conv in convs)
-    names = [row[0] for row in summaries.rows(found)]
+    names = [row[0] for row in summary.rows(found)]
     assert [conv["name"] for conv in convs] == names
     assert convs[0]["out_shape"] == [49, 33, 8]
 
 
 def test_markdown_is_a_table():
-    text = summaries.markdown(("a", "b"), [("x", "1"), ("y", "2")])
+    text = summary.markdown_table(("a", "b"), [("x", "1"), ("y", "2")])
     assert text == "| a | b |\n| --- | ---: |\n| x | 1 |\n| y | 2 |"
 
 
 def test_docs_quote_the_numbers():
     docs = (ROOT / "docs" / "summary.md").read_text()
-    found = summaries.summarize(ARCHITECTURES["torchvision_resnet50"], 520)
+    found = summary.summarize(ARCHITECTURES["torchvision_resnet50"], 520)
     for columns, rows in (
-        (summaries.COLUMNS, summaries.rows(found)[-9:]),
-        (summaries.PART_COLUMNS, summaries.part_rows(found)),
+        (summary.COLUMNS, summary.rows(found)[-9:]),
+        (summary.PART_COLUMNS, summary.part_rows(found)),
     ):
-        assert summaries.markdown(columns, rows) in docs
-    for name, value in summaries.totals(found):
+        assert summary.markdown_table(columns, rows) in docs
+    for name, value in summary.totals(found):
         assert f"- {name}: {value}" in docs
 
 
@@ -150,7 +148,7 @@ def test_docs_quote_the_numbers():
 
 
 @pytest.mark.parametrize(("height", "width"), [(65, 65), (9, 9), (7, 12), (1, 5)])
-def test_tap_shares_are_counted(height, width):
+def test_tap_fractions_are_counted(height, width):
     for rate in (1, 2, 4, 6, 8, 11, 33, 70):
         counts = np.zeros(10)
         for y in range(height):
@@ -158,36 +156,7 @@ def test_tap_shares_are_counted(height, width):
                 taps = [(y + i * rate, x + j * rate) for i in (-1, 0, 1) for j in (-1, 0, 1)]
                 counts[sum(0 <= v < height and 0 <= u < width for v, u in taps)] += 1
         expected = {i: c / (height * width) for i, c in enumerate(counts) if c}
-        assert figures.tap_shares(height, width, rate) == pytest.approx(expected)
-
-
-class Texts(list):
-    """What is written, and where each was last (x in pixels)."""
-
-    def __init__(self):
-        super().__init__()
-        self.places = {}
-
-
-@pytest.fixture
-def texts(monkeypatch):
-    """What is written on canvases; each text must lie on its canvas."""
-    written = Texts()
-    write = canvas.Canvas.text
-
-    def text(self, x, y, text, *, size=14, anchor="lm", **options):
-        width = canvas.text_width(text, size)
-        left = x - {"l": 0, "m": width / 2, "r": width}[anchor[0]]
-        assert left >= 0, text
-        assert left + width <= self.width, text
-        assert y - size / 2 >= 0, text
-        assert y + size / 2 <= self.height, text
-        written.append(text)
-        written.places[text] = x
-        write(self, x, y, text, size=size, anchor=anchor, **options)
-
-    monkeypatch.setattr(canvas.Canvas, "text", text)
-    return written
+        assert plots.tap_fractions(height, width, rate) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -196,75 +165,85 @@ def texts(monkeypatch):
         (
             "paper_resnet18",
             (513, 513),
-            ["layer4", "rate 2, 4", "3x3 rate 18", "rate 18: 40 % of taps", "sees 595 px"],
+            ["layer4", "2, 4", "3x3 rate 18", "77, 57, 40", "595"],
         ),
         (
             "torchvision_resnet18",
             (520, 520),
-            [
-                *("rate 1, 2", "3x3 rate 36", "head_conv"),
-                "auxiliary head: 3x3, 1x1, sees 227 px",
-            ],
+            ["1, 2", "3x3 rate 36", "auxiliary head on layer3: 3x3, 1x1, field of view 227 px"],
         ),
         (
             "torchvision_mobilenet_v3_large",
             (33, 1025),
-            ["block7-12", "block13-15", "rate 2", "3 taps"],
+            ["block7-12", "block13-15", "2", "3 taps"],
         ),
+        ("paper_resnet101", (513, 513), ["project", "logits", "4 taps"]),
     ],
 )
-def test_model_figure_tells_of_its_model(texts, name, size, expected):
+def test_model_figure_describes_its_model(name, size, expected):
     found = summary_of(name, *size)
-    picture = figures.model_figure(found)
-    assert picture.shape == (920, figures.WIDTH, 3)
-    assert set(expected) <= set(texts), texts
-    assert f"{size[0]}x{size[1]}x3" in texts
+    written = texts(plots.model_figure(found))
+    assert set(expected) <= set(written), written
+    assert f"{size[0]}x{size[1]}x3" in written
     strides = {c.output_stride for c in found.all.convolutions} - {None}
-    assert {f"output stride {s}" for s in strides} <= set(texts)
-    assert {"image pooling", "ASPP"} <= set(texts)
+    assert {str(stride) for stride in strides} <= set(written)
+    assert {"image pooling", "ASPP", "output stride", "field of view, px"} <= set(written)
 
 
-def test_rates_are_marked_on_the_models_own_map(texts, monkeypatch):
-    """Dashes in the columns where the axis has those rates."""
-    found = summary_of("torchvision_resnet18", 520, 520)
-    marked = figures.valid_taps_figure(found)
-    assert not any("as in the paper" in text for text in texts)  # it is 65x65 itself
-    monkeypatch.setattr(canvas.Canvas, "dashed", lambda *_: None)
-    changed = (marked != figures.valid_taps_figure(found)).any(-1)
-    columns = np.flatnonzero(changed.sum(0) > 60)
-    groups = np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1)
-    places = np.array([group.mean() for group in groups])
-    rates = np.array([1, 2, 4, 12, 24, 36])
-    assert len(places) == len(rates)
-    ten, sixty = texts.places["10"], texts.places["60"]
-    np.testing.assert_allclose(places, ten + (rates - 10) * (sixty - ten) / 50, atol=1.5)
+@pytest.mark.parametrize("options", [{"cascade": 3}, {"decoder": "plus"}, {"aux_head": True}])
+def test_model_figure_of_other_models_is_legible(options):
+    found = summary_of("paper_resnet50", 513, 513, **options)
+    assert f"{found.architecture.output_stride}" in texts(plots.model_figure(found))
+
+
+def test_valid_taps_are_drawn_on_the_models_own_map():
+    """With dashed lines at the rates, and each curve at the fractions of positions."""
+    figure = plots.model_figure(summary_of("torchvision_resnet18", 520, 520))
+    _, chart = figure.axes  # the model's map is the paper's, 65x65
+    curves = {line.get_label(): line for line in chart.lines if line.get_linestyle() == "-"}
+    dashed = [line for line in chart.lines if line.get_linestyle() == "--"]
+    assert sorted(line.get_xdata()[0] for line in dashed) == [1, 2, 4, 12, 24, 36]
+    for taps in (1, 2, 4, 6, 9):
+        rates, fractions = curves[f"{taps} tap{'s' if taps > 1 else ''}"].get_data()
+        expected = [plots.tap_fractions(65, 65, int(rate)).get(taps, 0) for rate in rates]
+        np.testing.assert_allclose(np.nan_to_num(fractions), expected)
 
 
 def test_blocks_with_rates_have_the_colour_of_rates():
-    def orange(**options):
-        picture = figures.blocks_figure(summary_of("paper_resnet18", **options))
-        return int((np.abs(picture[:330].astype(int) - figures._ATROUS).sum(-1) < 40).sum())
+    def num_orange(**options):
+        axes = plots.model_figure(summary_of("paper_resnet18", **options)).axes[0]
+        edges = [patch.get_edgecolor() for patch in axes.patches]
+        return sum(edge[:3] == pytest.approx((0xD5 / 255, 0x5E / 255, 0)) for edge in edges)
 
-    # Frames of ASPP alone; of layer4 too; of layer3 too.
-    thirty_two, sixteen, eight = (
-        orange(output_stride=stride, multi_grid=(1,)) for stride in (32, 16, 8)
-    )
-    assert 0 < thirty_two < sixteen < eight
+    # Only the three branches of ASPP; layer4 too; layer3 too.
+    strides = (32, 16, 8)
+    assert [num_orange(output_stride=s, multi_grid=(1,)) for s in strides] == [3, 4, 5]
 
 
-def test_field_figure_shows_the_energy(texts):
+def test_field_figure_shows_the_energy():
     energy = np.zeros((41, 60))
     energy[20, 30], energy[20, 40] = 0.75, 0.25
     fields = [
-        (name, EffectiveField(energy, (20, 30), theoretical))
-        for name, theoretical in (("one", 99), ("two", 77))
+        (name, EffectiveField(energy, (20, 30), theoretical, sees_image))
+        for name, theoretical, sees_image in (("one", 99, False), ("two", 77, True))
     ]
-    picture = field_figure.field_figure(fields, "a title")
-    assert {"one", "two", "a title"} <= set(texts)
-    assert any("theoretical field of view 77 px" in text for text in texts)
-    assert any("within 21 px, half of it within 1 px" in text for text in texts)
-    # Viridis: its end is yellow, and its start violet; 0.25 of 0.75 is 0.58 of the scale.
-    yellow = (np.abs(picture.astype(int) - (253, 231, 37)).sum(-1) < 12).sum()
-    assert yellow >= 2 * 7**2  # a pixel of the image is 7 of the figure
-    green = (np.abs(picture.astype(int) - (31, 158, 137)).sum(-1) < 40).sum()
-    assert green >= 2 * 7**2
+    figure = plots.field_figure(fields, "a title")
+    written = texts(figure)
+    assert {"one", "two", "a title"} <= set(written)
+    assert "theoretical field of view 77 px" in written
+    assert written.count("95 % of the energy within 21 px") == 2
+    assert written.count("50 % of the energy within 1 px") == 2
+    assert written.count("and the whole image, by pooling") == 1
+    for axes in figure.axes[1:3]:
+        (image,), (frame,) = axes.images, axes.patches
+        np.testing.assert_allclose(image.get_array(), energy / 0.75)
+        assert frame.get_bbox().bounds == (30 - 10.5, 20 - 10.5, 21, 21)
+
+
+def test_large_fields_are_averaged():
+    energy = np.zeros((513, 1025))
+    energy[256, 512] = 1
+    figure = plots.field_figure([("one", EffectiveField(energy, (256, 512), 99))], "a title")
+    shown = figure.axes[1].images[0].get_array()
+    assert shown.shape == (57, 114)
+    assert shown.max() == shown[28, 56] == 1

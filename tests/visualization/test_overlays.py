@@ -1,10 +1,10 @@
-"""Pictures of predictions: what is painted where, and that it can be read at any size."""
+"""Pictures of predictions: which colours are where, and that they are legible at any size."""
 
 import numpy as np
 import pytest
 
 from deeplab_jax.data import labels
-from deeplab_jax.visualization import overlays as pictures
+from deeplab_jax.visualization import overlays
 
 CLASSES = labels.LabelSet(("background", "fox", "bird"), ((0, 0, 0), (200, 0, 0), (0, 0, 200)))
 
@@ -26,8 +26,8 @@ def halves(height, width):
 
 
 @pytest.mark.parametrize("opacity", [0.0, 0.25, 0.5, 1.0])
-def test_colours_are_laid_on_at_their_opacity(opacity):
-    picture = pictures.overlay(blank(400, 600), halves(400, 600), CLASSES, opacity=opacity)
+def test_overlays_use_their_opacity(opacity):
+    picture = overlays.overlay(blank(400, 600), halves(400, 600), CLASSES, opacity=opacity)
     assert np.all(picture[:400, :300] == 100)
     expected = (1 - opacity) * np.array([100, 100, 100]) + opacity * np.array([200, 0, 0])
     assert np.all(np.abs(picture[:400, 300:] - expected) <= 1)
@@ -36,28 +36,52 @@ def test_colours_are_laid_on_at_their_opacity(opacity):
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_side_by_side_shows_the_image_and_the_overlay(channels):
     image, ids = blank(400, 600, channels), halves(400, 600)
-    picture = pictures.side_by_side(image, ids, CLASSES)
+    picture = overlays.side_by_side(image, ids, CLASSES)
     assert np.all(picture[:400, :600] == 100)
-    alone = pictures.overlay(image, ids, CLASSES)
+    alone = overlays.overlay(image, ids, CLASSES)
     np.testing.assert_array_equal(picture[:400, -600:], alone[:400])
 
 
-def test_the_legend_holds_the_classes_that_occur_and_no_others():
+def test_blend_mixes_class_colours_and_leaves_the_background_clear():
+    table = labels.named("background", "a")
+    image = np.full((2, 3, 3), 100, np.uint8)
+    ids = np.array([[0, 1, 255], [1, 0, 0]], np.uint8)
+    mixed = overlays.blend(image, ids, table)
+    np.testing.assert_array_equal(mixed[0, 1], [(100 + 128) // 2, 50, 50])
+    np.testing.assert_array_equal(mixed[ids != 1], np.full((4, 3), 100))
+
+
+def test_blend_colours_class_0_if_it_is_not_the_background():
+    ids = np.zeros((1, 1), np.uint8)
+    mixed = overlays.blend(np.zeros((1, 1, 3), np.uint8), ids, labels.CAMVID)
+    np.testing.assert_array_equal(mixed[0, 0], [64, 64, 64])
+
+
+def test_the_legend_lists_exactly_the_classes_that_occur():
     def shown(*ids):
-        return colours(pictures.legend(np.array([ids], np.uint8), CLASSES, 600, 14))
+        picture = overlays.overlay(blank(1, len(ids)), np.array([ids], np.uint8), CLASSES)
+        return colours(picture[320:])
 
     assert {(200, 0, 0), (0, 0, 200)} <= shown(1, 2)
     assert (0, 0, 200) not in shown(1, 1)
 
 
-def test_the_legend_leaves_the_ground_clear_as_the_overlay_does():
-    ids = np.zeros((4, 4), np.uint8)
-    clear = pictures.legend(ids, CLASSES, 600, 20)
+def test_the_legend_leaves_the_background_clear_as_the_overlay_does():
     road = labels.LabelSet(("road",), ((0, 0, 0),))
-    filled = pictures.legend(ids, road, 600, 20)
+    clear, filled = (
+        overlays.legend(overlays.class_entries([0], table), 600, 20) for table in (CLASSES, road)
+    )
     inside = (slice(13, 27), slice(13, 27))  # of the first swatch
     assert np.all(clear[inside] == 255)
     assert np.all(filled[inside] == 0)
+
+
+def test_the_legend_shows_each_colour_and_breaks_lines():
+    entries = overlays.class_entries(range(21), labels.VOC)
+    narrow, wide = overlays.legend(entries, 200), overlays.legend(entries, 4000)
+    assert narrow.shape[0] > wide.shape[0]
+    assert set(labels.VOC.colors[1:]) <= colours(narrow)
+    assert narrow.shape[1] == 200
 
 
 @pytest.mark.parametrize(
@@ -68,9 +92,9 @@ def test_any_size_is_legible(height, width, factor):
     image, ids = blank(height, width), halves(height, width)
     probability = np.zeros((height, width), np.float32)
     for picture in (
-        pictures.overlay(image, ids, CLASSES),
-        pictures.side_by_side(image, ids, CLASSES),
-        pictures.heatmap(image, probability, "fox"),
+        overlays.overlay(image, ids, CLASSES),
+        overlays.side_by_side(image, ids, CLASSES),
+        overlays.heatmap(image, probability, "fox"),
     ):
         assert picture.shape[1] >= max(factor * width, 320)
         caption = picture[factor * height :]
@@ -80,13 +104,13 @@ def test_any_size_is_legible(height, width, factor):
 
 def test_letters_grow_with_large_images():
     image, ids = blank(1500, 4000, 1), halves(1500, 4000)
-    caption = pictures.overlay(image, ids, CLASSES)[1500:]
+    caption = overlays.overlay(image, ids, CLASSES)[1500:]
     assert caption.shape[0] >= 4000 / 45
 
 
 def test_small_images_are_enlarged_by_whole_pixels():
     ids = np.array([[0, 1], [2, 1]], np.uint8)
-    picture = pictures.overlay(blank(2, 2), ids, CLASSES, opacity=1.0)
+    picture = overlays.overlay(blank(2, 2), ids, CLASSES, opacity=1.0)
     expected = CLASSES.palette()[ids]
     expected[0, 0] = 100
     np.testing.assert_array_equal(picture[:320, :320], np.kron(expected, np.ones((160, 160, 1))))
@@ -94,9 +118,9 @@ def test_small_images_are_enlarged_by_whole_pixels():
 
 def test_long_names_and_many_classes_fit():
     many = labels.named(*(f"class {index} {'x' * (3 * index % 90)}" for index in range(150)))
-    ids = np.arange(150, dtype=np.uint8).reshape(10, 15)
+    entries = [(*entry[:2], "12.3 %") for entry in overlays.class_entries(range(150), many)]
     for width in (320, 1000):
-        legend = pictures.legend(ids, many, width, 14)
+        legend = overlays.legend(entries, width)
         assert legend.shape[1] == width
         assert np.all(legend[:, -3:] == 255)  # nothing runs over the edge
         assert set(many.colors) <= colours(legend)
@@ -104,7 +128,7 @@ def test_long_names_and_many_classes_fit():
 
 def test_heat_grows_lighter_with_the_probability():
     probability = np.linspace(0, 1, 500, dtype=np.float32)[None].repeat(400, axis=0)
-    picture = pictures.heatmap(blank(400, 500), probability, "fox")[:400]
+    picture = overlays.heatmap(blank(400, 500), probability, "fox")[:400]
     lightness = picture[0].astype(float) @ [0.299, 0.587, 0.114]
     assert np.all(np.diff(lightness) > -1.5)
     assert lightness[-1] > lightness[0] + 80
@@ -114,7 +138,7 @@ def test_heat_grows_lighter_with_the_probability():
 
 def test_the_scale_has_the_colours_of_the_heat_map():
     probability = np.linspace(0, 1, 600, dtype=np.float32)[None].repeat(400, axis=0)
-    picture = pictures.heatmap(blank(400, 600, value=128), probability, "fox")
+    picture = overlays.heatmap(blank(400, 600, value=128), probability, "fox")
     used = colours(picture[:400])
     assert len(used & colours(picture[400:])) > 0.8 * len(used)
 
@@ -122,5 +146,5 @@ def test_the_scale_has_the_colours_of_the_heat_map():
 @pytest.mark.parametrize(
     ("pixels", "expected"), [(0, "0.0 %"), (1, "< 0.1 %"), (10, "0.1 %"), (10_000, "100.0 %")]
 )
-def test_a_share_that_is_there_never_reads_as_0(pixels, expected):
-    assert pictures.share(pixels, 10_000) == expected
+def test_a_fraction_above_0_never_reads_as_0(pixels, expected):
+    assert overlays.percentage(pixels, 10_000) == expected

@@ -1,0 +1,301 @@
+"""Charts and diagrams by Matplotlib, and the confusion matrix as a chart.
+
+Only the functions that draw import Matplotlib, so that no other command pays for it. They use its
+`Figure` directly: no pyplot, hence no global list of figures and no window.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+
+from deeplab_jax.data.labels import LabelSet
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.files import write_bytes, write_png
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg", ".pdf")  # of the files that a chart can be written to
+WIDTH = 900  # of a diagram, units of 1/100 inch: about as many pixels as a README is wide
+DPI = 200
+
+INK, GREY, LIGHT = "#282828", "#6e6e6e", "#dedede"
+# The palette of Okabe and Ito (2008), which colour-blind readers can tell apart.
+ORANGE, SKY, GREEN, YELLOW = "#e69f00", "#56b4e9", "#009e73", "#f0e442"
+BLUE, VERMILLION, PURPLE = "#0072b2", "#d55e00", "#cc79a7"
+
+Point = tuple[float, float]
+
+
+# --- Figures and files -------------------------------------------------------------------------
+
+
+def new_figure(width: float, height: float, **options: Any) -> Figure:
+    """Creates an empty figure.
+
+    Args:
+      width, height: in units of 1/100 inch; `DPI` gives 2 pixels for each.
+      **options: of `matplotlib.figure.Figure`.
+    """
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width / 100, height / 100), dpi=DPI, **options)
+
+
+def rasterize(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
+    """Renders a figure as RGB pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[:, :, :3]
+
+
+def save(path: pathlib.Path, figure: Figure) -> None:
+    """Writes a figure as PNG, SVG or PDF, chosen by the suffix of `path`.
+
+    The same figure gives the same bytes. The file appears under its name only when it is complete.
+
+    Raises:
+      UserError: the suffix is another one.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(f"a chart must be a file that ends in {' or '.join(SUFFIXES)}, got {path}")
+    if suffix == ".png":
+        write_png(path, rasterize(figure))
+        return
+    import matplotlib
+
+    encoded = io.BytesIO()
+    metadata = {"Date": None} if suffix == ".svg" else {"CreationDate": None}
+    with matplotlib.rc_context({"svg.hashsalt": "deeplab_jax"}):  # else ids are random
+        figure.savefig(encoded, format=suffix[1:], metadata=metadata)
+    write_bytes(path, encoded.getvalue())
+
+
+def clean_axes(axes: Axes, grid: str = "both") -> None:
+    """Gives axes a quiet style: no frame, light grid lines, grey numbers.
+
+    Args:
+      axes: to change.
+      grid: "x", "y", "both" or "": the axes whose ticks have grid lines.
+    """
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelsize=9, labelcolor=GREY)
+    axes.set_axisbelow(True)
+    if grid:
+        axes.grid(axis=grid, color=LIGHT, linewidth=0.8)  # type: ignore[arg-type]
+
+
+# --- Diagrams: boxes, arrows, pixels and texts at given coordinates ---------------------------
+
+
+def diagram(width: float, height: float) -> tuple[Figure, Axes]:
+    """Creates a figure and invisible axes in units of 1/100 inch from its upper left corner."""
+    figure = new_figure(width, height)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
+    axes.axis("off")
+    return figure, axes
+
+
+def chart_axes(axes: Axes, left: float, top: float, width: float, height: float) -> Axes:
+    """Adds axes for a chart to a diagram; the arguments are in the diagram's units."""
+    from matplotlib.transforms import Bbox
+
+    box = Bbox([(left, top + height), (left + width, top)])
+    return axes.figure.add_axes(box.transformed(axes.transData - axes.figure.transSubfigure).bounds)
+
+
+def text_width(words: str, size: float = 10) -> float:
+    """Measures a line of text in units of 1/100 inch.
+
+    Args:
+      words: to measure.
+      size: of the font, points.
+    """
+    from matplotlib.textpath import TextPath
+
+    return TextPath((0, 0), words, size=size).get_extents().x1 / 0.72
+
+
+def text(
+    axes: Axes,
+    x: float,
+    y: float,
+    words: str,
+    *,
+    size: float = 10,
+    color: str = INK,
+    ha: str = "left",
+    va: str = "center",
+    spacing: float = 1.45,
+    max_width: float = math.inf,
+    weight: str = "normal",
+) -> None:
+    """Writes one or more lines of text at a point of a diagram.
+
+    Args:
+      axes: of a diagram.
+      x, y: of the point, in the units of the diagram.
+      words: to write.
+      size: of the font, points.
+      color: of the letters.
+      ha: "left", "center" or "right": the side of the text that is at `x`.
+      va: "top", "center" or "bottom": the side of the text that is at `y`.
+      spacing: distance of baselines, font sizes.
+      max_width: to which text is shrunk, but not below 6 points.
+      weight: of the font.
+    """
+    lines = words.splitlines()
+    widest = max(text_width(line, size) for line in lines)
+    if widest > max_width:
+        size = max(6.0, size * max_width / widest)
+    # Placed by baselines: Matplotlib centres ink, which moves with the letters of a line.
+    step, cap = spacing * size / 0.72, size
+    above = {"top": 0.0, "center": 0.5, "bottom": 1.0}[va] * (cap + step * (len(lines) - 1))
+    for row, line in enumerate(lines):
+        baseline = y + cap - above + step * row
+        axes.text(x, baseline, line, fontsize=size, color=color, ha=ha, weight=weight)
+
+
+def box(
+    axes: Axes,
+    left: float,
+    top: float,
+    width: float,
+    height: float,
+    words: str = "",
+    *,
+    fill: str = "none",
+    edge: str = INK,
+    line: float = 0.8,
+    rounding: float = 4,
+    size: float = 10,
+) -> None:
+    """Draws a box with rounded corners and text in its middle, shrunk if it is too wide.
+
+    Args:
+      axes: of a diagram.
+      left, top, width, height: of the box, in the units of the axes.
+      words: to write into it.
+      fill, edge: colours.
+      line: width of the outline, points; 0 for none.
+      rounding: radius of the corners, in the units of the axes.
+      size: of the font, points.
+    """
+    from matplotlib.patches import FancyBboxPatch
+
+    rounding = min(rounding, width / 4, height / 4)
+    axes.add_patch(
+        FancyBboxPatch(
+            (left, top),
+            width,
+            height,
+            boxstyle=f"round,pad=0,rounding_size={rounding}",
+            facecolor=fill,
+            edgecolor=edge,
+            linewidth=line,
+            zorder=2,
+        )
+    )
+    if words:
+        middle = left + width / 2, top + height / 2
+        text(axes, *middle, words, size=size, ha="center", max_width=width - 8)
+
+
+def arrow(axes: Axes, points: Sequence[Point], *, head: bool = True, color: str = GREY) -> None:
+    """Draws straight lines from point to point, with an arrow's head at the last one."""
+    from matplotlib.patches import FancyArrowPatch
+    from matplotlib.path import Path
+
+    style = "-|>,head_length=6,head_width=2.5" if head else "-"
+    path = Path(np.asarray(points, float))
+    axes.add_patch(
+        FancyArrowPatch(
+            path=path, arrowstyle=style, color=color, linewidth=1.0, joinstyle="miter", zorder=0.9
+        )
+    )
+
+
+def picture(
+    axes: Axes, pixels: UInt8[np.ndarray, "h w 3"], left: float, top: float, scale: float = 1
+) -> None:
+    """Draws pixels as squares of side `scale`, with a thin frame around them."""
+    height, width = (scale * side for side in pixels.shape[:2])
+    extent = (left, left + width, top + height, top)
+    axes.imshow(pixels, extent=extent, interpolation="nearest", aspect="auto", zorder=1.5)
+    box(axes, left, top, width, height, edge=GREY, rounding=0)
+
+
+def legend(axes: Axes, x: float, y: float, entries: Sequence[tuple[str, str]]) -> None:
+    """Draws a line of (colour, name) pairs from `x` on: a square of the colour, then the name."""
+    for color, name in entries:
+        box(axes, x, y - 7, 14, 14, fill=color, rounding=2)
+        if name:
+            text(axes, x + 20, y, name)
+            x += 42 + text_width(name)
+
+
+# --- The confusion matrix ----------------------------------------------------------------------
+
+
+def confusion_plot(
+    matrix: Integer[np.ndarray, "classes classes"] | Sequence[Sequence[int]], labels: LabelSet
+) -> Figure:
+    """Draws a confusion matrix as a heat map, each row in percent of its true class's pixels.
+
+    Cells hold their number where they are large enough, unless it is below 0.05 %. A row whose
+    class has no pixels is grey.
+
+    Args:
+      matrix: pixels by true (row) and predicted class (column).
+      labels: names of the classes.
+    """
+    from matplotlib import colormaps
+
+    counts = np.asarray(matrix, np.float64)
+    totals = counts.sum(1, keepdims=True)
+    percent = np.divide(100 * counts, totals, out=np.full_like(counts, np.nan), where=totals > 0)
+    num_classes = len(counts)
+    names = [name if len(name) <= 24 else f"{name[:23]}…" for name in labels.names]
+    cell = float(np.clip(850 / num_classes, 16, 66))
+    side = max(num_classes * cell, 200) + max(text_width(name, 9) for name in names)
+    figure = new_figure(side + 160, side + 50, layout="constrained")
+    axes = figure.subplots()
+    shades = colormaps["Blues"].with_extremes(bad="#d0d0d0")
+    style: dict[str, Any] = {
+        "cmap": shades,
+        "vmin": 0,
+        "vmax": 100,
+        "edgecolors": LIGHT,
+        "linewidth": 0.5,
+    }
+    mesh = axes.pcolormesh(np.ma.masked_invalid(percent), **style)
+    axes.set_aspect("equal")
+    axes.invert_yaxis()
+    clean_axes(axes, grid="")
+    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.set_xticks(np.arange(num_classes) + 0.5, names, rotation=90)
+    axes.set_yticks(np.arange(num_classes) + 0.5, names)
+    axes.xaxis.set_label_position("top")
+    axes.set(xlabel="predicted class", ylabel="true class")
+    if cell >= 30:
+        for row, column in np.argwhere(percent >= 0.05):
+            value = percent[row, column]
+            numbers = f"{value:.{1 if cell >= 45 or value < 9.95 else 0}f}"
+            style = {"fontsize": 8, "color": "white" if value > 50 else INK}
+            axes.text(column + 0.5, row + 0.5, numbers, ha="center", va="center", **style)
+    bar = figure.colorbar(mesh, aspect=30, shrink=0.8, label="% of the true class's pixels")
+    clean_axes(bar.ax, grid="")
+    bar.outline.set_visible(False)
+    return figure
