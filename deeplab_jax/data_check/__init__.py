@@ -1,1 +1,1 @@
-"""`deeplab-jax data check`: what is wrong with a folder of images and masks."""
+"""`deeplab-jax data check`: finds what is wrong with a folder of images and masks."""

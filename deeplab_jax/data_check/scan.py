@@ -1,4 +1,4 @@
-"""One pair of an image and a mask, read whole: what `check` counts and `findings` judges."""
+"""Reads a pair of an image and a mask, and collects what the check counts and reports."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-from jaxtyping import Int64, UInt8
-from PIL import Image
+from jaxtyping import Int16, Int64, UInt8
+from PIL import UnidentifiedImageError
 
-from deeplab_jax.data.io import reading
+from deeplab_jax.data.dataset import Pair
+from deeplab_jax.data.io import images, masks
 from deeplab_jax.data.io.masks import UNKNOWN, MaskFormat
-from deeplab_jax.data.io.reading import Pair
 from deeplab_jax.data.labels import IGNORE
 from deeplab_jax.data_check import duplicates
 from deeplab_jax.utils.errors import UserError
 
-_MAX_VALUES = 300  # kept of the values that a mask holds
+_MAX_VALUES = 300  # of the different values in a mask that are kept
 
 
 @dataclasses.dataclass
 class Scan:
-    """What a pair was found to be; fields stay empty where a file cannot be read.
+    """The contents of a pair; fields keep their defaults if a file cannot be read.
 
     Attributes:
-      split: it belongs to.
+      split: name of its split.
       pair: its files.
-      remarks: (kind, sentence) of each thing to tell; `data_check.findings` knows the kinds.
+      remarks: (kind, example) of each problem; the kinds are in `data_check.findings`.
       size: height and width of the image, pixels.
       counts: pixels of each class.
-      ignored: pixels that do not count.
-      unknown: pixels of each value that is of no class.
-      values: those that the mask holds, as `MaskFormat.read_values` gives them; not all of many.
-      digest, hash: of the image, see `data_check.duplicates`.
+      ignored: number of ignored pixels.
+      unknown: pixels of each value that belongs to no class.
+      values: up to 300 values in the mask, as `MaskFormat.read_values` returns them.
+      digest, gradients: of the image, see `data_check.duplicates`.
     """
 
     split: str
@@ -46,21 +46,21 @@ class Scan:
     unknown: dict[int, int] = dataclasses.field(default_factory=dict)
     values: frozenset[int] = frozenset()
     digest: bytes | None = None
-    hash: int | None = None
+    gradients: Int16[np.ndarray, " 64"] | None = None
 
     @property
     def readable(self) -> bool:
-        """Whether both files were read."""
+        """Whether both files could be read."""
         return self.size is not None and self.counts is not None
 
 
-def scan(split: str, pair: Pair, mask_format: MaskFormat, num_channels: int) -> Scan:
-    """Reads both files of a pair."""
+def scan_pair(split: str, pair: Pair, mask_format: MaskFormat, num_channels: int) -> Scan:
+    """Reads both files of a pair; their errors become remarks."""
     result = Scan(split, pair)
     _scan_image(result, num_channels)
     try:
         _scan_mask(result, mask_format)
-    except reading.ColorsError as error:
+    except masks.ColorsError as error:
         result.remarks.append(("colors", str(error)))
     except UserError as error:
         result.remarks.append(("unreadable", str(error)))
@@ -70,28 +70,37 @@ def scan(split: str, pair: Pair, mask_format: MaskFormat, num_channels: int) -> 
 def _scan_image(result: Scan, num_channels: int) -> None:
     path = result.pair.image
     try:
-        if path.suffix.lower() != ".npy":
-            reading.check_image(path)  # OpenCV alone would fill up some truncated files
-        image = reading.read_image(path, num_channels)
+        image = images.read_image(path, num_channels)
     except UserError as error:
         result.remarks.append(("unreadable", str(error)))
         return
     result.size = image.shape[:2]
     result.digest = duplicates.digest(image)
-    result.hash = duplicates.difference_hash(image)
-    orientation = reading.orientation(path)
+    result.gradients = duplicates.thumbnail_gradients(image)
+    orientation = images.orientation(path)
     if orientation != 1:
         result.remarks.append(("exif", f"{path}: orientation {orientation}"))
-    if _is_deep(path):
-        result.remarks.append(("16 bits", str(path)))
+    if path.suffix.lower() == ".npy":
+        return
+    is_deep, is_transparent = _describe(path)
+    if is_deep:
+        result.remarks.append(
+            ("16 bits", f"{path}: the largest value read is {image.max()} of 255")
+        )
+    if is_transparent and num_channels in (1, 3):
+        result.remarks.append(("transparent", str(path)))
 
 
-def _is_deep(path: pathlib.Path) -> bool:
+def _describe(path: pathlib.Path) -> tuple[bool, bool]:
+    """Returns whether a readable image has more than 8 bits per channel, and transparent pixels."""
     try:
-        with Image.open(path) as image:
-            return image.mode.startswith(("I", "F"))
-    except Exception:  # a format that Pillow lacks
-        return False
+        with images.open_image(path) as image:
+            is_deep = images.is_deep(image)
+            if not image.has_transparency_data or image.mode[0] in "IF":
+                return is_deep, False
+            return is_deep, bool(np.asarray(image.convert("RGBA"))[..., 3].min() < 255)
+    except UnidentifiedImageError:  # OpenCV has read it, for example floating-point colours
+        return True, False
 
 
 def _scan_mask(result: Scan, mask_format: MaskFormat) -> None:
@@ -102,7 +111,7 @@ def _scan_mask(result: Scan, mask_format: MaskFormat) -> None:
         result.remarks.append(("jpeg mask", str(path)))
     if result.size is not None and ids.shape != result.size:
         try:
-            reading.check_sizes(result.pair.image, result.size, path, ids.shape)
+            masks.check_size(result.pair.image, result.size, path, ids.shape)
         except UserError as error:
             result.remarks.append(("sizes differ", str(error)))
     classes = mask_format.labels.num_classes
@@ -120,13 +129,13 @@ def _scan_mask(result: Scan, mask_format: MaskFormat) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ClassCount:
-    """How often a class occurs, by split.
+    """Frequency of a class, by split.
 
     Attributes:
       id, name, color: of the class.
-      pixels: that show it.
-      share: of the pixels of all classes.
-      images: that show it.
+      pixels: number of its pixels.
+      share: fraction of the pixels of all classes.
+      images: number of images with a pixel of it.
     """
 
     id: int
@@ -138,24 +147,22 @@ class ClassCount:
 
 
 def count_classes(scans: Sequence[Scan], mask_format: MaskFormat) -> tuple[ClassCount, ...]:
-    """Pixels and images of each class, by split."""
+    """Counts the pixels and images of each class, by split."""
     labels = mask_format.labels
-    table: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    counts: dict[str, np.ndarray] = {}  # by split: [images, classes]
     for split in dict.fromkeys(one.split for one in scans):
-        counts = [one.counts for one in scans if one.split == split and one.counts is not None]
-        matrix = np.stack(counts) if counts else np.zeros((0, labels.num_classes), np.int64)
-        table[split] = matrix.sum(axis=0), (matrix > 0).sum(axis=0)
+        rows = [one.counts for one in scans if one.split == split and one.counts is not None]
+        counts[split] = np.stack(rows) if rows else np.zeros((0, labels.num_classes), np.int64)
     return tuple(
         ClassCount(
             id=index,
             name=labels.names[index],
             color=labels.colors[index],
-            pixels={split: int(pixels[index]) for split, (pixels, _) in table.items()},
+            pixels={split: int(n[:, index].sum()) for split, n in counts.items()},
             share={
-                split: float(pixels[index] / max(pixels.sum(), 1))
-                for split, (pixels, _) in table.items()
+                split: float(n[:, index].sum() / max(n.sum(), 1)) for split, n in counts.items()
             },
-            images={split: int(images[index]) for split, (_, images) in table.items()},
+            images={split: int((n[:, index] > 0).sum()) for split, n in counts.items()},
         )
         for index in range(labels.num_classes)
     )
@@ -164,16 +171,16 @@ def count_classes(scans: Sequence[Scan], mask_format: MaskFormat) -> tuple[Class
 def thumbnail(
     result: Scan, mask_format: MaskFormat, num_channels: int, box: tuple[int, int]
 ) -> tuple[UInt8[np.ndarray, "h w c"], UInt8[np.ndarray, "h w"]]:
-    """The image and its label, as large as fit a box; pixels of no class as ignored.
+    """Reads an image and its label, resized to fit into a box; unknown pixels become ignored.
 
     Args:
-      result: of a pair that could be read.
-      mask_format: what the mask holds.
+      result: of a readable pair.
+      mask_format: of the mask.
       num_channels: of the image.
       box: height and width, pixels.
     """
-    assert result.size is not None, result.pair.name  # else it cannot be read
-    image = reading.read_image(result.pair.image, num_channels)
+    assert result.size is not None, result.pair.name  # it is readable
+    image = images.read_image(result.pair.image, num_channels)
     ids = mask_format.to_ids(mask_format.read_values(result.pair.mask))
     label = np.where(ids == UNKNOWN, IGNORE, ids).astype(np.uint8)
     scale = min(box[0] / result.size[0], box[1] / result.size[1])

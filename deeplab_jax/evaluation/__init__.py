@@ -1,0 +1,1 @@
+"""Evaluation of models: protocols, metrics, reports and VOC's test server."""

@@ -1,7 +1,7 @@
-"""Protocols of evaluation by name: what is done to an image before the model sees it.
+"""Evaluation protocols by name: how images are padded and resized before the model sees them.
 
-A mIoU says little without its protocol: padding, resizing and the resolution at which labels are
-compared each move it.
+Padding, resizing and the resolution of the labels each change the mIoU, so that two mIoUs compare
+only under one protocol.
 """
 
 from __future__ import annotations
@@ -26,32 +26,26 @@ class Protocol:
     """One way to evaluate.
 
     Attributes:
-      summary: what it does, in a line.
-      prepare: what is done to an example first; None: nothing.
-      padding_is_image: whether the model takes the padding for a part of the image, of the mean
-        colour, rather than being told each image's own size.
+      prepare: function applied to each example before it is padded, or None.
+      padding_is_image: whether the model sees the padding, of the mean colour, as a part of the
+        image. If False, the padding is masked.
     """
 
-    summary: str
     prepare: Callable[[Example], Example] | None
     padding_is_image: bool
 
     def shape(self, config: EvalConfig) -> Callable[[int, int], tuple[int, int]]:
-        """Height and width that images are padded to, of their largest height and width."""
+        """Returns the function from largest height and width to padded height and width."""
         if self.padding_is_image:
-            return functools.partial(pipeline.square, size=config.size)
-        return buckets
+            return functools.partial(pipeline.square_shape, size=config.size)
+        return lambda height, width: (bucket(height), bucket(width))
 
 
-def buckets(height: int, width: int) -> tuple[int, int]:
-    """The next of few heights and of few widths, pixels."""
-    return bucket(height), bucket(width)
+def resize_shorter_side(example: Example, *, side: int) -> Example:
+    """Resizes image and label to a shorter side, pixels, as torchvision's `SegmentationPresetEval`.
 
-
-def shorter_side(example: Example, *, side: int) -> Example:
-    """Image and label resized as torchvision's `SegmentationPresetEval` does it with Pillow.
-
-    The image is bilinear and antialiased, the label nearest. The longer side is rounded down.
+    Its backend is Pillow: the image is resized bilinearly with antialiasing, the label by nearest
+    neighbour. The longer side is rounded down.
     """
     height, width = example["label"].shape
     short, long = min(height, width), max(height, width)
@@ -69,22 +63,16 @@ def shorter_side(example: Example, *, side: int) -> Example:
     }
 
 
-PROTOCOLS: dict[str, Protocol] = {
-    "paper": Protocol(
-        "whole images at their own size, padded with the mean colour to a square of 513 pixels, "
-        "which the model sees; larger ones to the next 256 k + 1",
-        prepare=None,
-        padding_is_image=True,
-    ),
-    "native": Protocol(
-        "whole images at their own size; padding, where there is any, changes nothing",
-        prepare=None,
-        padding_is_image=False,
-    ),
+PROTOCOLS = {
+    # Whole images at their own size, padded with the mean colour to a square of 513 pixels, which
+    # the model sees; larger ones to the next 256 k + 1.
+    "paper": Protocol(prepare=None, padding_is_image=True),
+    # Whole images at their own size; padding is masked and changes nothing.
+    "native": Protocol(prepare=None, padding_is_image=False),
+    # Images and labels resized to a shorter side of 520 pixels, as torchvision's reference
+    # evaluation does; scored at that size.
     "torchvision": Protocol(
-        "images and labels resized to a shorter side of 520 pixels, as torchvision's reference "
-        "evaluation does; scored at that size",
-        prepare=functools.partial(shorter_side, side=TORCHVISION_SIDE),
+        prepare=functools.partial(resize_shorter_side, side=TORCHVISION_SIDE),
         padding_is_image=False,
     ),
 }

@@ -1,21 +1,23 @@
-"""What the command line's words mean: which model, which data, and whether they fit."""
+"""Makes an evaluation from options of the command line: its model, its data and its settings."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import Any
+
+import grain
 
 from deeplab_jax import data as data_lib
-from deeplab_jax.config import Config, DataConfig, EvalConfig
-from deeplab_jax.config import io as config_files
-from deeplab_jax.config import rules as config_rules
-from deeplab_jax.data.dataset import Dataset, Example, Source
+from deeplab_jax.config import Config, DataConfig, EvalConfig, rules
+from deeplab_jax.config import io as config_io
+from deeplab_jax.data import DATASETS
+from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.data.labels import LabelSet
 from deeplab_jax.distributed.mesh import make_mesh
 from deeplab_jax.evaluation.evaluator import Evaluator
-from deeplab_jax.inference import segmenter
-from deeplab_jax.inference.segmenter import Segmenter
+from deeplab_jax.inference.segmenter import Segmenter, load
 from deeplab_jax.utils.errors import UserError
 
 
@@ -24,15 +26,15 @@ class Setup:
     """An evaluation that is ready to run.
 
     Attributes:
-      config: its `data` and `eval` hold.
-      loaded: the model.
+      config: of which `data` and `eval` are used.
+      segmenter: the model.
       dataset: the split.
       evaluator: of the model on the split.
-      warnings: of `check_fit`.
+      warnings: from `check_compatible`.
     """
 
     config: Config
-    loaded: Segmenter
+    segmenter: Segmenter
     dataset: Dataset
     evaluator: Evaluator
     warnings: list[str]
@@ -47,107 +49,93 @@ def prepare(
     split: str = "",
     size: int | None = None,
     limit: int = 0,
-    load: Callable[[DataConfig, str], Dataset] = data_lib.load,
+    load_split: Callable[[DataConfig, str], Dataset] = data_lib.load,
 ) -> Setup:
-    """What a command evaluates: a model on a split, as its options say.
+    """Loads the model and the split that a command's options name.
 
     Args:
       checkpoint, data: see `base_config`.
-      settings: all of them but `size`.
-      root, split, size: empty or None: those of `base_config`.
-      limit: how many images at most; 0: all.
-      load: gives the split.
+      settings: of the evaluation, except for `size`.
+      root, split, size: empty or None: as in `base_config`.
+      limit: largest number of images; 0: all.
+      load_split: loads a split.
 
     Raises:
-      UserError: an option, the model or the data is wrong, or the model does not fit the data.
+      UserError: an option, the model or the data is wrong, or the model and the data differ in
+        classes or channels.
     """
     base = base_config(data, checkpoint)
-    chosen = base.eval.size if size is None else size
-    config = Config(data=base.data, eval=dataclasses.replace(settings, size=chosen))
+    size = base.eval.size if size is None else size
+    config = Config(data=base.data, eval=dataclasses.replace(settings, size=size))
     config.data.root = root or config.data.root
     config.data.eval_split = split or config.data.eval_split
-    validate(config)
-    loaded = segmenter.load(checkpoint, output_stride=settings.output_stride)
-    dataset = _first(load(config.data, config.data.eval_split), limit)
-    warnings = check_fit(loaded.labels, loaded.architecture.in_channels, dataset)
-    config.data.mean, config.data.std = loaded.mean, loaded.std
-    evaluator = Evaluator(loaded.model, dataset, config, make_mesh(config.mesh))
-    return Setup(config, loaded, dataset, evaluator, warnings)
+    # Which output strides there are depends on the checkpoint's cascade: `load` checks it.
+    _validate(
+        dataclasses.replace(config, eval=dataclasses.replace(config.eval, output_stride=None))
+    )
+    try:
+        segmenter = load(checkpoint, output_stride=settings.output_stride)
+    except UserError as error:
+        option = re.sub(r"^architecture \w+: output_stride", "--output-stride", str(error))
+        raise UserError(option) from None
+    dataset = load_split(config.data, config.data.eval_split)
+    if limit:
+        first: Any = grain.MapDataset.source(dataset.source)[:limit]
+        dataset = dataclasses.replace(dataset, source=first)
+    warnings = check_compatible(segmenter.labels, segmenter.architecture.in_channels, dataset)
+    config.data.mean, config.data.std = segmenter.mean, segmenter.std
+    evaluator = Evaluator(segmenter.model, dataset, config, make_mesh(config.mesh))
+    return Setup(config, segmenter, dataset, evaluator, warnings)
 
 
 def base_config(data: str, checkpoint: str) -> Config:
-    """The config whose data section and `eval.size` an evaluation takes.
+    """Returns the config whose data section and `eval.size` an evaluation uses.
 
     Args:
-      data: name of a data set, a config file (`x.py` or `x.py:row`), or empty for what the
-        checkpoint was trained on.
-      checkpoint: a workdir, or a path in it; it may also be no part of a run.
+      data: name of a data set, a config as `config.io.from_python` takes it, or empty for the data
+        set that the checkpoint was trained on.
+      checkpoint: a workdir or a path in it, or another checkpoint.
 
     Raises:
-      UserError: nothing says which data are meant.
+      UserError: `data` is empty and the checkpoint belongs to no run.
     """
-    if config_files.is_config(data):
-        return config_files.from_python(data)
-    run = config_files.of_run(checkpoint)
-    # A run's own settings, such as its root and its size, hold for its data set.
+    if data not in DATASETS and config_io.is_config(data):
+        return config_io.from_python(data)
+    run = config_io.from_run(checkpoint)
+    # A run's own settings, such as its root and its size, apply to its data set.
     if run is not None and data in ("", run.data.name):
         return run
     if not data:
         raise UserError(
-            f"{checkpoint} is no run of train.py, whose config.json would say which data it is "
-            "for: give --data, a data set's name or a config file"
+            f"{checkpoint} belongs to no run of train.py, whose config.json would name its data: "
+            "give --data, a data set's name or a config file"
         )
     return Config(data=DataConfig(name=data))
 
 
-def validate(config: Config) -> None:
-    """As `config.validate`, in the words of the command's options.
-
-    Raises:
-      UserError: naming each option that is wrong and what it must be.
-    """
+def _validate(config: Config) -> None:
+    """Calls `rules.validate`; errors name the command's options instead of the fields."""
     try:
-        config_rules.validate(config)
+        rules.validate(config)
     except UserError as error:
         raise UserError(
             re.sub(r"(?:config\.)?eval\.(\w+)", lambda m: "--" + m[1].replace("_", "-"), str(error))
         ) from None
 
 
-def _first(dataset: Dataset, limit: int) -> Dataset:
-    """The first images of a split; 0: all."""
-    if limit and limit < len(dataset.source):
-        return dataclasses.replace(dataset, source=_First(dataset.source, limit))
-    return dataset
-
-
-@dataclasses.dataclass(frozen=True)
-class _First:
-    """The first examples of a source."""
-
-    source: Source
-    limit: int
-
-    def __len__(self) -> int:
-        return self.limit
-
-    def __getitem__(self, index: int) -> Example:
-        return self.source[index]
-
-
-def check_fit(model: LabelSet, num_channels: int, dataset: Dataset) -> list[str]:
-    """Sees that a model's classes and channels are those of a data set.
+def check_compatible(model: LabelSet, num_channels: int, dataset: Dataset) -> list[str]:
+    """Checks that a model and a data set have the same classes and channels.
 
     Args:
       model: classes of the model.
       num_channels: of the images that the model takes.
-      dataset: to be evaluated on.
+      dataset: to evaluate on.
 
     Returns:
-      Warnings: classes of the same id with other names, where that may be a matter of spelling.
+      Warnings: classes of the same id whose names differ, which may be a matter of spelling.
 
     Raises:
-      UserError: another number of classes, the same names in another order, or other channels.
+      UserError: the number of classes, their order or the number of channels differs.
     """
     ours, theirs = model.names, dataset.labels.names
     if num_channels != dataset.num_channels:
@@ -165,10 +153,10 @@ def check_fit(model: LabelSet, num_channels: int, dataset: Dataset) -> list[str]
             "Choose --data with the classes that the model was trained on."
         )
     if all(name == f"class {index}" for index, name in enumerate(ours)):
-        return []  # weights from elsewhere, which name no classes
+        return []  # converted weights without class names
     differing = [
         f"{index} is {one} in the checkpoint, {other} in the data"
         for index, (one, other) in enumerate(zip(ours, theirs, strict=True))
         if one != other
     ]
-    return [f"classes named otherwise: {'; '.join(differing)}"] if differing else []
+    return [f"class names differ: {'; '.join(differing)}"] if differing else []

@@ -1,4 +1,4 @@
-"""Files of results for the PASCAL VOC 2012 test server: written, checked, scored.
+"""Writes, checks and scores archives of results for the PASCAL VOC 2012 test server.
 
 A `.tgz` holds `results/VOC2012/Segmentation/comp6_test_cls/<image id>.png` for each image of the
 split: a palette PNG of class ids 0 to 20, of its image's size. Source: Everingham and Winn, "The
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import io
-import os
 import pathlib
 import re
 import tarfile
@@ -24,15 +23,16 @@ from PIL import Image
 
 from deeplab_jax import data as data_lib
 from deeplab_jax.config import DataConfig
-from deeplab_jax.data import statistics as passes
+from deeplab_jax.data import statistics
 from deeplab_jax.data.dataset import Dataset, Example
-from deeplab_jax.data.io import reading
+from deeplab_jax.data.io import images
 from deeplab_jax.data.labels import VOC
-from deeplab_jax.evaluation.confusion import count
-from deeplab_jax.evaluation.evaluator import Evaluator, Prediction
+from deeplab_jax.evaluation.confusion import confusion_matrix
+from deeplab_jax.evaluation.evaluator import Evaluator
 from deeplab_jax.inference.files import write_ids
 from deeplab_jax.models.functional import Variables
-from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.errors import UserError, raise_problems
+from deeplab_jax.utils.files import atomic_path
 
 FOLDER = pathlib.PurePosixPath("results/VOC2012/Segmentation")
 COMPETITIONS = {
@@ -46,14 +46,14 @@ _EXPECTED = f"{FOLDER}/comp6_test_cls/<image id>.png, or comp5, or another split
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What an archive or folder holds.
+    """The contents of an archive or folder of results.
 
     Attributes:
-      path: of it.
+      path: of the archive or folder.
       competition: a key of `COMPETITIONS`.
       split: one of `SPLITS`.
       files: content of each PNG, by image id.
-      problems: with what else there is.
+      problems: with other files in it.
     """
 
     path: pathlib.Path
@@ -64,14 +64,14 @@ class Results:
 
 
 def load_split(config: DataConfig, split: str) -> Dataset:
-    """A split of VOC; also test, without labels.
+    """Loads a split of VOC; `test` has no labels.
 
     Raises:
-      UserError: as `data.load`; the config names another data set.
+      UserError: the config names another data set, or as `data.load` raises.
     """
     if config.name != "voc":
         raise UserError(
-            f"the server takes results for VOC 2012, but the data are {config.name!r}: give "
+            f"the server takes results for VOC 2012, but the data set is {config.name!r}: give "
             "--data voc and --root, the folder that holds VOCdevkit"
         )
     if split not in SPLITS:
@@ -93,47 +93,49 @@ def write(
     split: str,
     progress: Callable[[], None] = lambda: None,
 ) -> Int[np.ndarray, "21 21"]:
-    """Predicts a split into an archive ready for the server, which is checked before it is kept.
+    """Predicts a split and writes the archive for the server, after checking it.
 
     Args:
-      path: of the archive, `.tgz`; replaced if it is there.
+      path: of the archive, `.tgz`; an existing file is replaced.
       evaluator: of the split, under a protocol that keeps images at their own size.
       variables: of its model.
       dataset: the split.
       competition: a key of `COMPETITIONS`.
-      split: its name.
+      split: name of the split.
       progress: called after each batch.
 
     Returns:
-      Pixels by true and predicted class, counted from the files; zeros for the test split.
+      Confusion matrix, counted from the files; zeros for the test split.
 
     Raises:
-      UserError: the archive cannot be written, or is not what the server takes.
-      RuntimeError: the files are scored otherwise than the evaluator scored the predictions.
+      UserError: the archive cannot be written, or the server would refuse it.
+      RuntimeError: the files give another confusion matrix than the evaluator.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-            top, aside = pathlib.Path(scratch), pathlib.Path(scratch) / path.name
+        with (
+            tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch,
+            atomic_path(path) as archive,
+        ):
+            top = pathlib.Path(scratch)
             folder = top / FOLDER / f"{competition}_{split}_cls"
             folder.mkdir(parents=True)
-
-            def keep(prediction: Prediction) -> None:
-                write_ids(folder / f"{prediction.name}.png", prediction.ids, VOC)
-
-            evaluation = evaluator.evaluate(variables, each=keep, progress=progress)
-            assert evaluation is not None  # nobody told it to stop
-            _pack(top, aside)
-            matrix = check(dataclasses.replace(read(aside), path=path), dataset)
+            evaluation = evaluator.evaluate(
+                variables,
+                each=lambda one: write_ids(folder / f"{one.name}.png", one.ids, VOC),
+                progress=progress,
+            )
+            assert evaluation is not None  # without `should_stop` it is complete
+            _pack(top, archive)
+            matrix = check(dataclasses.replace(read(archive), path=path), dataset)
             if not np.array_equal(matrix, evaluation.matrix):
                 raise RuntimeError(f"{path}: the files hold other ids than were evaluated")
-            os.replace(aside, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     return matrix
 
 
 def _pack(top: pathlib.Path, archive: pathlib.Path) -> None:
-    """A folder's `results` as `.tgz`; the same files give the same bytes."""
+    """Packs the folder `results` into a `.tgz`; the same files give the same bytes."""
     with (
         archive.open("wb") as raw,
         gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed,
@@ -147,39 +149,39 @@ def _pack(top: pathlib.Path, archive: pathlib.Path) -> None:
 
 
 def read(path: pathlib.Path) -> Results:
-    """The files of a `.tgz` (or plain `.tar`), or of a folder that holds `results/`.
+    """Reads the results in a `.tgz`, a `.tar`, or a folder that holds `results/`.
 
     Raises:
-      UserError: it cannot be read, or holds results for no split, or for several.
+      UserError: the path cannot be read, or does not hold results of exactly one split.
     """
     files: dict[tuple[str, str], dict[str, bytes]] = {}
     problems = []
     for name, content in _entries(path):
-        place = pathlib.PurePosixPath(name)
-        kind = _RESULTS.fullmatch(place.parent.name)
-        if place.parent.parent != FOLDER or kind is None or place.suffix != ".png":
-            problems.append(f"{name}: has no place there; expected {_EXPECTED}")
+        file = pathlib.PurePosixPath(name)
+        kind = _RESULTS.fullmatch(file.parent.name)
+        if file.parent.parent != FOLDER or kind is None or file.suffix != ".png":
+            problems.append(f"{name}: is not expected; expected {_EXPECTED}")
         elif content is None:
-            problems.append(f"{name}: is no plain file")
+            problems.append(f"{name}: is not a regular file")
         else:
-            found = files.setdefault((kind[1], kind[2]), {})
-            if place.stem in found:
-                problems.append(f"{name}: is there twice")
-            found[place.stem] = content
+            contents = files.setdefault((kind[1], kind[2]), {})
+            if file.stem in contents:
+                problems.append(f"{name}: occurs twice")
+            contents[file.stem] = content
     if len(files) != 1:
         state = "holds results of " + ", ".join(map("_".join, files)) if files else "has no results"
         more = f". The first of its files is {problems[0].split(':')[0]}" if problems else ""
         raise UserError(f"{path}: {state}; expected those of one split: {_EXPECTED}{more}")
-    (((competition, split), found),) = files.items()
-    return Results(path, competition, split, found, tuple(problems))
+    (((competition, split), contents),) = files.items()
+    return Results(path, competition, split, contents, tuple(problems))
 
 
 def _entries(path: pathlib.Path) -> Iterator[tuple[str, bytes | None]]:
-    """Name and content of each file; None for a link or a device."""
+    """Yields the name and content of each file; None for a link or a device."""
     if path.is_dir():
         for file in sorted((path / FOLDER.parts[0]).rglob("*")):
             if not file.is_dir():
-                content = reading.read_bytes(file) if file.is_file() else None
+                content = images.read_bytes(file) if file.is_file() else None
                 yield file.relative_to(path).as_posix(), content
         return
     try:
@@ -193,50 +195,50 @@ def _entries(path: pathlib.Path) -> Iterator[tuple[str, bytes | None]]:
 
 
 def check(results: Results, dataset: Dataset) -> Int[np.ndarray, "21 21"]:
-    """Sees that results are what the server takes, and scores them where there are labels.
+    """Checks that the server would accept results, and scores them if the split has labels.
 
-    Each image of the split has one file, and there is no other: a PNG of mode P with VOC's palette,
+    There must be exactly one file for each image of the split: a PNG of mode P with VOC's palette,
     of its image's size, with ids 0 to 20.
 
     Returns:
-      Pixels by true and predicted class, over all images.
+      Confusion matrix over all images.
 
     Raises:
-      UserError: with the first problems, and how many there are.
+      UserError: there are problems; the message lists the first ones and counts all.
     """
     names: list[str] = []
     problems = list(results.problems)
     matrix = np.zeros((VOC.num_classes, VOC.num_classes), np.int64)
 
-    def look(example: Example) -> tuple[str, str, np.ndarray | None]:
+    def score(example: Example) -> tuple[str, str, np.ndarray | None]:
         name, label = example["name"], example["label"]
         try:
             ids = _ids(results.files.get(name), label.shape)
         except ValueError as error:
             return name, f"{name}.png: {error}", None
-        return name, "", count(label, ids, VOC.num_classes)
+        return name, "", confusion_matrix(label, ids, VOC.num_classes)
 
-    for name, problem, counted in passes.over_examples(look, dataset, "Checking results"):
+    for name, problem, counts in statistics.map_examples(score, dataset, "Checking results"):
         names.append(name)
-        if counted is None:
+        if counts is None:
             problems.append(problem)
         else:
-            matrix += counted
-    foreign = sorted(results.files.keys() - set(names))
-    problems += [f"{name}.png: {results.split} has no such image" for name in foreign]
-    reading.raise_together(f"{results.path}", problems)
+            matrix += counts
+    unknown = sorted(results.files.keys() - set(names))
+    problems += [f"{name}.png: {results.split} has no such image" for name in unknown]
+    raise_problems(f"{results.path}", problems)
     return matrix
 
 
 def _ids(content: bytes | None, size: tuple[int, ...]) -> UInt8[np.ndarray, "h w"]:
-    """The ids of a file; ValueError says what is wrong with it."""
+    """Decodes the ids of a file; raises ValueError if the server would refuse it."""
     if content is None:
         raise ValueError("is missing")
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             image.load()
     except Exception as error:  # Pillow raises what its decoder raises
-        raise ValueError(f"is no whole PNG ({type(error).__name__})") from error
+        raise ValueError(f"is not a complete PNG ({type(error).__name__})") from error
     if image.mode != "P":
         raise ValueError(f"must be a palette PNG, mode P, got mode {image.mode}")
     palette = np.asarray(image.getpalette("RGB"), np.uint8).reshape(-1, 3)[: VOC.num_classes]

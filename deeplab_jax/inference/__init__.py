@@ -1,1 +1,1 @@
-"""Trained models on images of any size."""
+"""Inference with trained models on images of any size."""

@@ -1,15 +1,16 @@
-"""Image files in, predictions of them as files out: what `deeplab-jax predict` does."""
+"""Predicts image files and writes class ids, overlays and heat maps: `deeplab-jax predict`."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import errno
+import functools
 import glob
 import io
 import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,57 +18,32 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from deeplab_jax.data.io import images
+from deeplab_jax.data.io.images import SUFFIXES
 from deeplab_jax.data.labels import LabelSet
 from deeplab_jax.inference.segmenter import Segmenter
 from deeplab_jax.utils.errors import UserError, did_you_mean
-from deeplab_jax.utils.files import write_bytes, write_png
-from deeplab_jax.visualization import overlays as pictures
+from deeplab_jax.utils.files import (
+    add_origin,
+    find_files,
+    is_own_picture,
+    match_files,
+    write_bytes,
+    write_png,
+)
+from deeplab_jax.visualization import overlays
 
-# How the names of outputs end, behind the name of the image.
-IDS, OVERLAY, BESIDE = "_ids.png", "_overlay.png", "_side_by_side.png"
 _OUTPUT = re.compile(r"(_ids|_overlay|_side_by_side|_heatmap_.+)\.png$")
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """An image to predict.
+class ImageResult:
+    """The prediction of one image.
 
     Attributes:
       path: of the image.
-      name: of its outputs, without ending, relative to their folder.
-    """
-
-    path: pathlib.Path
-    name: pathlib.PurePath
-
-
-@dataclasses.dataclass(frozen=True)
-class Outputs:
-    """What is written of each image.
-
-    Attributes:
-      folder: where to.
-      opacity: of class colours over images, 0..1.
-      heat: ids of the classes whose probabilities are drawn.
-      beside: whether the image is drawn beside its overlay too.
-    """
-
-    folder: pathlib.Path
-    opacity: float = 0.5
-    heat: tuple[int, ...] = ()
-    beside: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Predicted:
-    """What was predicted of an image.
-
-    Attributes:
-      path: of the image.
-      size: its height and width, pixels.
+      size: height and width, pixels.
       counts: pixels of each class.
-      files: what was written, by kind.
+      files: the written files, by kind.
     """
 
     path: pathlib.Path
@@ -76,91 +52,104 @@ class Predicted:
     files: dict[str, pathlib.Path]
 
 
-def find(arguments: Iterable[str], out: pathlib.Path) -> list[Job]:
-    """The images that files, folders and patterns name, each once.
+class OutputError(UserError):
+    """The disk is full or read-only: the outputs of other images cannot be written either."""
 
-    Of a folder all image files below it are taken, with their folders kept in the outputs' names;
-    hidden files, and outputs of an earlier time in `out`, are not. A file that is named is taken
-    whether it is an image or not, and even if it is not there: predicting it tells.
+
+def find_images(
+    arguments: Iterable[str], out: pathlib.Path
+) -> tuple[dict[pathlib.Path, pathlib.PurePath], int]:
+    """Finds the images that files, folders and patterns name, each once.
+
+    Of a folder, all image files below it are taken that `find_files` finds; the outputs' names keep
+    its subfolders. Pictures that this package wrote are left out of folders and patterns. A file
+    that is named is taken even if it is not an image or does not exist: predicting it raises the
+    error.
 
     Args:
-      arguments: paths and patterns of the shell, `**` included.
+      arguments: paths and shell patterns, which may contain `**`.
       out: folder of the outputs.
 
+    Returns:
+      The name of the outputs of each image, without suffix, relative to `out`, by the image's path;
+      and the number of pictures that are left out. No output has the path of an image.
+
     Raises:
-      UserError: a folder without images, or a pattern without files.
+      UserError: a folder contains no images, or a pattern matches no file.
     """
-    found: dict[pathlib.Path, pathlib.Path] = {}  # path as given, and relative to its folder
+    # The real folder and the name of an image: its path, and its path relative to its argument.
+    found: dict[pathlib.Path, tuple[pathlib.Path, pathlib.Path]] = {}
+    own: set[pathlib.Path] = set()
+    real_folder = functools.cache(os.path.realpath)
     for argument in arguments:
         path = pathlib.Path(argument)
-        if path.is_dir():
-            inside = {file: file.relative_to(path) for file in _images_below(path, out)}
-            if not inside:
-                raise UserError(f"{argument}: the folder holds no image files")
-        elif not path.exists() and glob.has_magic(argument):
-            matches = map(pathlib.Path, sorted(glob.glob(argument, recursive=True)))
-            inside = {file: pathlib.Path(file.name) for file in matches if file.is_file()}
-            if not inside:
-                raise UserError(f"{argument}: no file has such a name")
+        if os.path.isdir(path):
+            files = sorted(file for file in find_files(path) if file.suffix.lower() in SUFFIXES)
+            matches = {file: file.relative_to(path) for file in files}
+            problem = "the folder contains no image files"
+        elif not os.path.exists(path) and glob.has_magic(argument):
+            matches = {file: pathlib.Path(file.name) for file in match_files(argument)}
+            problem = "no file matches the pattern"
         else:
-            inside = {path: pathlib.Path(path.name)}
-        for file, relative in inside.items():
-            found.setdefault(_absolute(file), relative)
-    names = _distinct_names(list(found), list(found.values()))
-    return [Job(path, name) for path, name in zip(found, names, strict=True)]
+            matches, problem = {path: pathlib.Path(path.name)}, ""
+        outputs = {file for file in matches if problem and is_own_picture(file)}
+        own |= outputs
+        if len(outputs) == len(matches):
+            but = f" but what deeplab-jax wrote ({len(outputs)})" if outputs else ""
+            raise UserError(f"{argument}: {problem}{but}")
+        for file, relative in matches.items():
+            if file not in outputs:
+                key = pathlib.Path(real_folder(file.parent), file.name)
+                # Removes `..`, but keeps links, whose names are used.
+                found.setdefault(key, (pathlib.Path(os.path.abspath(file)), relative))
+    paths, relatives = zip(*found.values(), strict=True) if found else ((), ())
+    real_out = os.path.realpath(out)
+    taken = {
+        file.relative_to(real_out).with_name(_OUTPUT.sub("", file.name))
+        for file in found
+        if file.is_relative_to(real_out) and _OUTPUT.search(file.name)
+    }
+    return dict(zip(paths, _unique_names(paths, relatives, taken), strict=True)), len(own)
 
 
-def _absolute(path: pathlib.Path) -> pathlib.Path:
-    """Without `..`, so that one file is not taken twice; links stay, as their names count."""
-    return pathlib.Path(os.path.abspath(path))
-
-
-def _images_below(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
-    def is_output(file: pathlib.Path) -> bool:
-        ours = _absolute(file).is_relative_to(_absolute(out))
-        return ours and _OUTPUT.search(file.name) is not None
-
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in images.SUFFIXES
-        and not file.name.startswith(".")
-        and file.is_file()
-        and not is_output(file)
-    )
-
-
-def _distinct_names(
-    paths: Sequence[pathlib.Path], relatives: Sequence[pathlib.Path]
+def _unique_names(
+    paths: Sequence[pathlib.Path],
+    relatives: Sequence[pathlib.Path],
+    taken: Iterable[pathlib.PurePath] = (),
 ) -> list[pathlib.PurePath]:
-    """A name of its own for each: the stem; with its suffix, and then folders, where two agree."""
+    """Names each file by its stem; files of one stem by suffix, then by more and more folders.
+
+    No file gets a name in `taken`.
+    """
     names = [relative.with_suffix("") for relative in relatives]
+    taken = list(taken)
     for depth in range(max((len(path.parts) for path in paths), default=0)):
-        times = collections.Counter(names)
-        if len(times) == len(names):
+        times = collections.Counter([*names, *taken])
+        if max(times.values()) == 1:
             break
         names = [
-            name if times[name] == 1 else relative.parent / _longer(path, depth)
+            name if times[name] == 1 else relative.parent / _long_name(path, depth)
             for name, path, relative in zip(names, paths, relatives, strict=True)
         ]
-    taken: set[pathlib.PurePath] = set()
-    for place, name in enumerate(names):  # "a_b/c" and "a/b_c" are still the same
-        while names[place] in taken:
-            names[place] = name.with_name(f"{name.name}_{place}")
-        taken.add(names[place])
+    # "a_b/c" and "a/b_c" still have the same name; some file systems ignore case.
+    folded = {str(name).casefold() for name in taken}
+    for index, name in enumerate(names):
+        while str(names[index]).casefold() in folded:
+            names[index] = name.with_name(f"{name.name}_{index}")
+        folded.add(str(names[index]).casefold())
     return list(names)
 
 
-def _longer(path: pathlib.Path, depth: int) -> str:
+def _long_name(path: pathlib.Path, depth: int) -> str:
     folders = path.parts[1:-1][-depth:] if depth else ()
     return "_".join([*folders, path.stem, *filter(None, [path.suffix.lstrip(".")])])
 
 
 def class_id(text: str, labels: LabelSet) -> int:
-    """The id of a class that is given by name, in whatever case, or by id.
+    """Returns the id of a class that is given by its name, in any case, or by its id.
 
     Raises:
-      UserError: there is none, with the nearest name.
+      UserError: there is no such class; the message suggests the nearest name.
     """
     lower = [name.lower() for name in labels.names]
     if text.strip().lower() in lower:
@@ -168,117 +157,101 @@ def class_id(text: str, labels: LabelSet) -> int:
     if text.strip().isdecimal() and int(text) < labels.num_classes:
         return int(text)
     raise UserError(
-        f"there is no class {text!r}{did_you_mean(text, labels.names)}. The classes are "
-        f"{', '.join(labels.names)}, and ids 0 to {labels.num_classes - 1} may be given too."
+        f"there is no class {text!r}{did_you_mean(text, labels.names)}. Give a name "
+        f"({', '.join(labels.names)}) or an id (0 to {labels.num_classes - 1})."
     )
 
 
-def prepare_folder(folder: pathlib.Path) -> None:
-    """Makes a folder, and sees that it can be written, before there is something to be lost.
+def predict_image(
+    segmenter: Segmenter,
+    path: pathlib.Path,
+    base: pathlib.Path,
+    *,
+    opacity: float = 0.5,
+    heatmap_classes: Sequence[int] = (),
+    side_by_side: bool = False,
+) -> ImageResult:
+    """Predicts an image and writes its class ids, overlay and other pictures.
+
+    Args:
+      segmenter: the model.
+      path: of the image.
+      base: beginning of the paths to write, to which "_ids.png" and others are appended; existing
+        files are replaced.
+      opacity: of class colours over the image, 0..1.
+      heatmap_classes: ids of the classes whose probabilities are drawn.
+      side_by_side: whether to draw the image and its overlay in a row too.
 
     Raises:
-      UserError: it cannot.
+      UserError: the file is not an image, it does not fit in memory, or an output cannot be
+        written.
+      OutputError: the disk is full or read-only.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be written to: {error.strerror}") from None
-
-
-def predict(segmenter: Segmenter, job: Job, outputs: Outputs) -> Predicted:
-    """Predicts an image and writes what is asked for; files of an earlier time are replaced.
-
-    Raises:
-      UserError: the file is no image, or does not fit into memory.
-      OutputError: a file cannot be written.
-    """
-    image = segmenter.read(job.path)
-    maps: dict[int, np.ndarray] = {}
-    if outputs.heat:
-        probabilities = segmenter.probabilities(image)
+    pixels, labels = segmenter.read(path), segmenter.labels
+    if heatmap_classes:
+        probabilities = segmenter.probabilities(pixels)
         ids = probabilities.argmax(axis=-1).astype(np.uint8)
-        maps = {index: probabilities[..., index] for index in outputs.heat}
     else:
-        ids = segmenter.predict(image).astype(np.uint8)
+        ids = segmenter.predict(pixels).astype(np.uint8)
+    # Drawn one after the other: pictures of large images take much memory.
+    blended = {"overlay": overlays.overlay, "side_by_side": overlays.side_by_side}
+    if not side_by_side:
+        del blended["side_by_side"]
+    files = {kind: base.with_name(f"{base.name}_{kind}.png") for kind in ("ids", *blended)}
     try:
-        files = _write(segmenter.labels, job, outputs, image, ids, maps)
+        base.parent.mkdir(parents=True, exist_ok=True)
+        write_ids(files["ids"], ids, labels)
+        for kind, draw in blended.items():
+            write_png(files[kind], draw(pixels, ids, labels, opacity=opacity))
+        for index in heatmap_classes:
+            name = labels.names[index]
+            plain = re.sub(r"[^\w-]+", "_", name)
+            suffix = plain if plain == name else f"{plain}_{index}"
+            file = files[f"heatmap {name}"] = base.with_name(f"{base.name}_heatmap_{suffix}.png")
+            write_png(file, overlays.heatmap(pixels, probabilities[..., index], name))
     except OSError as error:
-        raise OutputError(
-            f"cannot write to {error.filename or outputs.folder}: {error.strerror or error}"
-        ) from error
-    counts = pictures.class_counts(ids, segmenter.labels.num_classes)
-    return Predicted(job.path, (ids.shape[0], ids.shape[1]), counts, files)
-
-
-class OutputError(UserError):
-    """The outputs cannot be written: no other image would fare better."""
-
-
-def _write(
-    labels: LabelSet,
-    job: Job,
-    outputs: Outputs,
-    image: UInt8[np.ndarray, "h w c"],
-    ids: UInt8[np.ndarray, "h w"],
-    maps: dict[int, np.ndarray],
-) -> dict[str, pathlib.Path]:
-    base = outputs.folder / job.name
-    base.parent.mkdir(parents=True, exist_ok=True)
-    files = {
-        "ids": base.with_name(base.name + IDS),
-        "overlay": base.with_name(base.name + OVERLAY),
-    }
-    write_ids(files["ids"], ids, labels)
-    write_png(files["overlay"], pictures.overlay(image, ids, labels, opacity=outputs.opacity))
-    if outputs.beside:
-        files["side_by_side"] = base.with_name(base.name + BESIDE)
-        beside = pictures.side_by_side(image, ids, labels, opacity=outputs.opacity)
-        write_png(files["side_by_side"], beside)
-    for index, probability in maps.items():
-        name = labels.names[index]
-        plain = re.sub(r"[^\w-]+", "_", name)
-        file = base.with_name(
-            f"{base.name}_heatmap_{plain}{'' if plain == name else f'_{index}'}.png"
-        )
-        write_png(file, pictures.heatmap(image, probability, name))
-        files[f"heatmap {name}"] = file
-    return files
+        target = str(error.filename2 or error.filename or ".partial")
+        target = f"{base}_*.png" if target.endswith(".partial") else target
+        message = f"{path}: cannot write to {target}: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise OutputError(message) from error
+        raise UserError(message) from error
+    counts = overlays.class_counts(ids, labels.num_classes)
+    return ImageResult(path, (ids.shape[0], ids.shape[1]), counts, files)
 
 
 def write_ids(path: pathlib.Path, ids: UInt8[np.ndarray, "h w"], labels: LabelSet) -> None:
-    """Writes a palette PNG: its values are the ids, and it shows the classes' colours."""
+    """Writes a palette PNG: its values are the ids, its colours those of the classes."""
     image = Image.fromarray(ids)
-    image.putpalette(labels.palette().tobytes())  # an image of mode L becomes one of mode P
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
+    image.putpalette(labels.palette().tobytes())  # converts mode L to mode P
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    write_bytes(path, add_origin(encoded.getvalue()))
 
 
-def total_counts(predicted: Sequence[Predicted], labels: LabelSet) -> Int[np.ndarray, " classes"]:
-    """Pixels of each class in all images together."""
-    return sum((one.counts for one in predicted), start=np.zeros(labels.num_classes, np.int64))
+def total_counts(results: Sequence[ImageResult], labels: LabelSet) -> Int[np.ndarray, " classes"]:
+    """Returns the pixels of each class in all images together."""
+    return sum((result.counts for result in results), start=np.zeros(labels.num_classes, np.int64))
 
 
-def to_json(predicted: Sequence[Predicted], labels: LabelSet) -> dict[str, Any]:
-    """Pixels and shares of the classes that occur: of each image, and of all together."""
+def to_json(results: Sequence[ImageResult], labels: LabelSet) -> dict[str, Any]:
+    """Returns pixels and fractions of the classes that occur, for each image and in total."""
     return {
         "images": [
             {
-                "image": str(one.path),
-                "height": one.size[0],
-                "width": one.size[1],
-                "classes": _areas(one.counts, labels),
-                "files": {kind: str(file) for kind, file in one.files.items()},
+                "image": str(result.path),
+                "height": result.size[0],
+                "width": result.size[1],
+                "classes": _class_areas(result.counts, labels),
+                "files": {kind: str(file) for kind, file in result.files.items()},
             }
-            for one in predicted
+            for result in results
         ],
-        "total": _areas(total_counts(predicted, labels), labels),
+        "total": _class_areas(total_counts(results, labels), labels),
     }
 
 
-def _areas(counts: np.ndarray, labels: LabelSet) -> dict[str, dict[str, Any]]:
+def _class_areas(counts: np.ndarray, labels: LabelSet) -> dict[str, dict[str, Any]]:
     return {
         labels.names[index]: {
             "id": index,

@@ -1,7 +1,7 @@
-"""Probabilities and class ids of images of any size: whole, over scales and mirrored, by windows.
+"""Predicts class ids and probabilities of images of any size.
 
-Images are padded to few sizes, so that few programs are compiled. The model masks the padding (see
-`models.ops.masking`): each result is that of the image alone.
+Images are padded to one of few sizes, so that few programs are compiled. The model masks the
+padding (see `models.ops.masking`): it does not change the result.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Num, UInt8
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
-from deeplab_jax.inference import sliding_window as windows
-from deeplab_jax.inference.compile import jit_inference
+from deeplab_jax.inference import sliding_window
+from deeplab_jax.inference.compilation import jit_inference
 from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
 from deeplab_jax.models.ops.resize import MAX_SIDE, resize_bilinear
 from deeplab_jax.utils.errors import UserError
 
 BUCKET = 128  # pixels between padded sides
-MIN_WINDOW = 32  # pixels: one of the features at the largest output stride
-WINDOWS_AT_ONCE = 2  # a window of 513 pixels nearly fills a device by itself
+MIN_WINDOW = 32  # pixels: one feature at output stride 32
+WINDOW_BATCH = 2  # windows at once: one of 513 pixels nearly fills a device by itself
 
 
 @dataclasses.dataclass(frozen=True)
 class TestTimeAugmentation:
-    """How an image is predicted.
+    """Views of an image that are predicted, and the windows that it is cut into.
 
     Attributes:
-      scales: at which it is predicted; the mean of the probabilities counts.
-      flip: whether the mirror image's probabilities count too.
-      window: side of the windows that it is cut into, pixels; None: the whole image at once. Each
-        window is predicted over all scales and directions.
-      overlap: share of a window that its neighbour covers too, at least, in [0, 1).
+      scales: of the views; their probabilities are averaged.
+      flip: whether to average over each view's mirror image too.
+      window: side of the windows, pixels, each of which is predicted over all views; None: predict
+        the whole image at once.
+      overlap: smallest fraction of a window that the next one covers too, in [0, 1).
 
     Raises:
-      UserError: a value that cannot be.
+      UserError: a value is out of range.
     """
 
     scales: tuple[float, ...] = (1.0,)
@@ -60,144 +60,115 @@ class TestTimeAugmentation:
 
 
 def bucket(side: int) -> int:
-    """The padded side of an image's: the next of 129, 257, 385, ... pixels.
+    """Rounds a side up to the next of 129, 257, 385, ... pixels.
 
-    So images of sides up to S need at most ceil((S - 1) / 128)^2 programs: 16 for VOC's 500 pixels.
+    Images of sides up to S need at most ceil((S - 1) / 128)^2 programs: 16 for VOC's 500 pixels.
     """
     return BUCKET * max(1, -(-(side - 1) // BUCKET)) + 1
 
 
 def scaled_side(side: int, scale: float) -> int:
-    """Pixels of a side at a scale: the nearest, at least 1."""
+    """Scales a side and rounds it to the nearest pixel, at least 1."""
     return max(1, math.floor(side * scale + 0.5))
 
 
-def probabilities(
+def predict_probabilities(
     model: FunctionalModel,
     variables: Variables,
-    images: Num[Array, "n h w c"],
+    images: Float[Array, "n h w c"],
     sizes: Int[Array, "n 2"] | None,
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> Float[Array, "n h w classes"]:
-    """Probabilities of each class at each pixel, averaged over scales and mirror images.
+    """Computes the probability of each class at each pixel, averaged over views.
 
-    At each scale the image is resized to `scaled_side` of its own size, bilinearly (half-pixel
-    centres, no antialiasing; not at all at scale 1). The model's logits, which have the resized
-    image's size, become probabilities by softmax there; these are resized back and averaged, as in
-    arXiv 1706.05587, section 4.1, and its authors' code.
+    Each view is the image resized to its `scaled_side` (bilinear, half-pixel centres, no
+    antialiasing; unchanged at scale 1). The softmax of the model's logits, at the view's size, is
+    resized back and averaged, as in arXiv 1706.05587, section 4.1, and its authors' code.
 
-    To be jitted: the scales share one program, which holds the network once a scale.
+    Must be called under `jax.jit`: one program then contains the network once per scale.
 
     Args:
-      model: an architecture's functions.
+      model: the functions of an architecture.
       variables: its arrays.
-      images: pixels 0..255; what lies beyond an image's size does not matter.
-      sizes: height and width of each image, pixels; None: nothing is padding.
-      mean, std: of the channels, 0..1.
-      scales: relative to the image's size.
-      flip: whether each view is predicted mirrored too, within its own width.
+      images: normalized pixels; those outside an image's size have no effect.
+      sizes: height and width of each image, pixels; None: there is no padding.
+      scales: of the views, relative to the image.
+      flip: whether to average over mirror images too; each is mirrored within its own width.
 
     Returns:
-      What lies beyond an image's size has no meaning.
+      Probabilities; undefined outside an image's size.
     """
-    pixels = normalize(images, tuple(mean), tuple(std))
-    whole = jnp.asarray(pixels.shape[1:3])
-    sizes = jnp.tile(whole, (len(pixels), 1)) if sizes is None else jnp.clip(sizes, 1, whole)
-    views = (_probabilities_at(scale, model, variables, pixels, sizes, flip) for scale in scales)
+    height, width = images.shape[1:3]
+    largest = jnp.asarray([height, width])
+    sizes = jnp.tile(largest, (len(images), 1)) if sizes is None else jnp.clip(sizes, 1, largest)
+    views = []
+    for scale in scales:
+        view, view_sizes = images, sizes
+        if scale != 1:
+            view_sizes = _scaled_sizes(sizes, (height, width), scale)
+            padded = scaled_side(height, scale), scaled_side(width, scale)
+            view = resize_bilinear(images, *padded, in_sizes=sizes, out_sizes=view_sizes)
+        directions = [view, _mirror(view, view_sizes)] if flip else [view]
+        outputs, _ = model.apply(
+            variables,
+            jnp.concatenate(directions),
+            sizes=jnp.concatenate([view_sizes] * len(directions)),
+        )
+        result = jax.nn.softmax(outputs["out"], axis=-1)
+        if flip:
+            straight, mirrored = jnp.split(result, 2)
+            result = (straight + _mirror(mirrored, view_sizes)) / 2
+        if scale != 1:
+            result = resize_bilinear(result, height, width, in_sizes=view_sizes, out_sizes=sizes)
+        views.append(result)
     return functools.reduce(jnp.add, views) / len(scales)
 
 
-def class_ids(
+def predict_ids(
     model: FunctionalModel,
     variables: Variables,
-    images: Num[Array, "n h w c"],
+    images: Float[Array, "n h w c"],
     sizes: Int[Array, "n 2"] | None,
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> UInt8[Array, "n h w"]:
-    """The class of the highest probability at each pixel; arguments as of `probabilities`.
+    """Computes the most probable class of each pixel; arguments as of `predict_probabilities`.
 
-    At scale 1 alone it is that of the model's highest logit, whose order softmax could round away.
+    Without augmentation it is the class of the highest logit: softmax may round two logits to one
+    probability.
     """
     if tuple(scales) == (1.0,) and not flip:
-        pixels = normalize(images, tuple(mean), tuple(std))
-        scores = model.apply(variables, pixels, sizes=sizes)[0]["out"]
+        scores = model.apply(variables, images, sizes=sizes)[0]["out"]
     else:
-        scores = probabilities(
-            model, variables, images, sizes, mean=mean, std=std, scales=scales, flip=flip
-        )
+        scores = predict_probabilities(model, variables, images, sizes, scales=scales, flip=flip)
     return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
-
-
-def _weighted_probabilities(
-    model: FunctionalModel,
-    variables: Variables,
-    images: Num[Array, "n h w c"],
-    sizes: Int[Array, "n 2"],
-    weights: Float[Array, "h w"],
-    **options: Any,
-) -> Float[Array, "n h w classes"]:
-    return probabilities(model, variables, images, sizes, **options) * weights[:, :, None]
-
-
-def _probabilities_at(
-    scale: float,
-    model: FunctionalModel,
-    variables: Variables,
-    pixels: Float[Array, "n h w c"],
-    sizes: Int[Array, "n 2"],
-    flip: bool,
-) -> Float[Array, "n h w classes"]:
-    height, width = pixels.shape[1:3]
-    view, view_sizes = pixels, sizes
-    if scale != 1:
-        view_sizes = _scaled_sizes(sizes, (height, width), scale)
-        padded = scaled_side(height, scale), scaled_side(width, scale)
-        view = resize_bilinear(pixels, *padded, in_sizes=sizes, out_sizes=view_sizes)
-    directions = [view, _mirror(view, view_sizes)] if flip else [view]
-    outputs, _ = model.apply(
-        variables,
-        jnp.concatenate(directions),
-        sizes=jnp.concatenate([view_sizes] * len(directions)),
-    )
-    result = jax.nn.softmax(outputs["out"], axis=-1)
-    if flip:
-        straight, mirrored = jnp.split(result, 2)
-        result = (straight + _mirror(mirrored, view_sizes)) / 2
-    if scale != 1:
-        result = resize_bilinear(result, height, width, in_sizes=view_sizes, out_sizes=sizes)
-    return result
 
 
 def _scaled_sizes(
     sizes: Int[Array, "n 2"], padded: tuple[int, int], scale: float
 ) -> Int[Array, "n 2"]:
-    """`scaled_side` of each, from a table: rounded as on the host, not as float32 would."""
+    """Looks `scaled_side` up in a table, which is rounded as on the host and not in float32."""
     tables = (jnp.asarray([scaled_side(i, scale) for i in range(side + 1)]) for side in padded)
     return jnp.stack([table[sizes[:, axis]] for axis, table in enumerate(tables)], axis=1)
 
 
 def _mirror(x: Float[Array, "n h w c"], sizes: Int[Array, "n 2"]) -> Float[Array, "n h w c"]:
-    """Each image mirrored left to right within its own width."""
+    """Mirrors each image left to right within its own width."""
     columns = jnp.maximum(sizes[:, 1:] - 1 - jnp.arange(x.shape[2]), 0)
     return jnp.take_along_axis(x, columns[:, None, :, None], axis=2)
 
 
 class Predictor:
-    """Predicts images of any size, one at a time, on jax's default device.
+    """Predicts images of any size, one at a time, on JAX's default device.
 
-    Images are padded to a `bucket` of sizes, or to the window's; one program is compiled for each
-    padded size that occurs. By windows the network is in one program for images that one window
-    holds, and in one for all others, whatever their size; beside it there are two small ones, or
-    three, for each `bucket` of widths. The device then holds the probabilities of two batches of
-    windows and, twice, of one row of windows, `[window, w, classes]`: no more for higher images.
+    Images are padded to a `bucket` of sizes, or to the window's size, and one program is compiled
+    for each padded size. With windows, the network is compiled once for images that fit into one
+    window and once for all others; in addition there are two or three small programs for each
+    `bucket` of widths. The device holds the probabilities of two batches of windows and two arrays
+    `[window, w, classes]`, however high the image is.
     """
 
     def __init__(
@@ -207,57 +178,62 @@ class Predictor:
         *,
         mean: Sequence[float],
         std: Sequence[float],
-        mode: TestTimeAugmentation = TestTimeAugmentation(),
+        tta: TestTimeAugmentation = TestTimeAugmentation(),
     ) -> None:
-        """Places the variables on the device.
+        """Puts the variables on the device.
 
         Args:
-          model: an architecture's functions; with fused batch norm they are faster.
+          model: the functions of an architecture; faster with fused batch norm.
           variables: its arrays.
-          mean, std: of the channels, 0..1.
-          mode: how each image is predicted.
+          mean, std: of the channels, 0..1, for normalization.
+          tta: views and windows.
         """
         self._architecture = model.architecture
-        self._mode = mode
+        self._tta = tta
         self._variables = jax.device_put(variables, jnp.zeros(()).device)
-        options: dict[str, Any] = {
-            "mean": tuple(mean),
-            "std": tuple(std),
-            "scales": mode.scales,
-            "flip": mode.flip,
-        }
+
+        def network(
+            predict: Callable[..., Array],
+            model: FunctionalModel,
+            variables: Variables,
+            images: UInt8[Array, "n h w c"],
+            sizes: Int[Array, "n 2"],
+        ) -> Array:
+            pixels = normalize(images, tuple(mean), tuple(std))
+            return predict(model, variables, pixels, sizes, scales=tta.scales, flip=tta.flip)
+
+        def windows(*arguments: Any) -> Float[Array, "n h w classes"]:
+            *arguments_of_network, weights = arguments
+            return network(predict_probabilities, *arguments_of_network) * weights[:, :, None]
+
         networks: dict[str, Callable[..., Array]] = {
-            "ids": class_ids,
-            "probabilities": probabilities,
-            "windows": _weighted_probabilities,
+            "ids": functools.partial(network, predict_ids),
+            "probabilities": functools.partial(network, predict_probabilities),
+            "windows": windows,
         }
-        self._functions = {
-            name: jit_inference(functools.partial(function, **options), model)
-            for name, function in networks.items()
-        }
-        self._functions["add"] = jax.jit(windows.add_windows, donate_argnums=0)
-        self._functions["shift"] = jax.jit(windows.shift_up, donate_argnums=0)
-        self._functions["band ids"] = jax.jit(windows.band_ids)
+        self._functions = {name: jit_inference(f, model) for name, f in networks.items()}
+        self._functions["add"] = jax.jit(sliding_window.add_windows, donate_argnums=0)
+        self._functions["shift"] = jax.jit(sliding_window.shift_up, donate_argnums=0)
+        self._functions["band ids"] = jax.jit(sliding_window.band_ids)
         self._programs: dict[tuple[Any, ...], Any] = {}
 
     @property
     def num_compilations(self) -> int:
-        """Programs compiled so far."""
+        """Number of programs compiled so far."""
         return len(self._programs)
 
     def ids(self, image: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w"]:
-        """The class of each pixel.
+        """Predicts the class of each pixel.
 
         Raises:
-          UserError: not an image of the model's channels, or too large for the device at once.
+          UserError: the image has other channels than the model, or is too large for the device.
         """
-        self._check(image)
-        height, width = image.shape[:2]
-        with _memory_of_the_device(image):
-            if self._at_once(height, width):
-                return self._whole("ids", image)
+        with self._checked(image) as window:
+            if window is None:
+                return self._predict_at_once("ids", image)
+            height, width = image.shape[:2]
             ids = np.empty((height, width), np.uint8)
-            for rows, band in self._bands(image):
+            for rows, band in self._bands(image, window):
                 finished = np.asarray(self._run("band ids", band))
                 ids[rows] = finished[: rows.stop - rows.start, :width]
         return ids
@@ -265,26 +241,50 @@ class Predictor:
     def probabilities(
         self, image: UInt8[np.ndarray, "h w c"]
     ) -> Float32[np.ndarray, "h w classes"]:
-        """Probability of each class at each pixel; raises as `ids` does."""
-        self._check(image)
-        height, width = image.shape[:2]
-        with _memory_of_the_device(image):
-            if self._at_once(height, width):
-                return self._whole("probabilities", image)
-            down, across = self._total_weights(height), self._total_weights(width)
+        """Predicts the probability of each class at each pixel; raises as `ids` does."""
+        with self._checked(image) as window:
+            if window is None:
+                return self._predict_at_once("probabilities", image)
+            height, width = image.shape[:2]
+            down, across = (self._total_weights(side, window) for side in (height, width))
             result = np.empty((height, width, self._architecture.num_classes), np.float32)
-            for rows, band in self._bands(image):
+            for rows, band in self._bands(image, window):
                 finished = jax.device_get(band)[: rows.stop - rows.start, :width]
                 np.divide(finished, down[rows, None, None] * across[:, None], out=result[rows])
         return result
 
-    def _at_once(self, height: int, width: int) -> bool:
-        window = self._mode.window
-        return window is None or max(height, width) <= window
+    @contextlib.contextmanager
+    def _checked(self, image: np.ndarray) -> Iterator[int | None]:
+        """Checks an image, and converts the error of a full device within the context.
 
-    def _whole(self, function: str, image: np.ndarray) -> np.ndarray:
+        Yields:
+          Side of the windows to cut the image into; None: one prediction is enough.
+        """
+        channels = self._architecture.in_channels
+        valid = image.ndim == 3 and image.shape[2] == channels and image.size > 0
+        if not valid or image.dtype != np.uint8:
+            raise UserError(
+                f"image must be uint8 [h, w, {channels}], got {image.dtype} {list(image.shape)}"
+            )
+        window, longest = self._tta.window, max(image.shape[:2])
+        if window is None and bucket(longest) * max(1, *self._tta.scales) > MAX_SIDE:
+            raise UserError(
+                f"an image of {image.shape[0]}x{image.shape[1]} pixels is too large to be "
+                "predicted at once: use windows"
+            )
+        try:
+            yield window if window is not None and window < longest else None
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"an image of {image.shape[0]}x{image.shape[1]} pixels does not fit in the "
+                "device's memory: use windows, or smaller ones, and fewer scales"
+            ) from error
+
+    def _predict_at_once(self, function: str, image: np.ndarray) -> np.ndarray:
         height, width = image.shape[:2]
-        window = self._mode.window
+        window = self._tta.window
         padded = np.zeros(
             (1, window or bucket(height), window or bucket(width), image.shape[2]), np.uint8
         )
@@ -293,57 +293,59 @@ class Predictor:
         result = self._run(function, self._variables, padded, sizes)
         return np.asarray(result)[0, :height, :width].copy()
 
-    def _bands(self, image: np.ndarray) -> Iterator[tuple[slice, Float[Array, "window w classes"]]]:
-        """(rows of the image, band whose first rows they are), from the top to the bottom.
+    def _bands(
+        self, image: np.ndarray, window: int
+    ) -> Iterator[tuple[slice, Float[Array, "window w classes"]]]:
+        """Yields (finished rows of the image, band that begins with them), from top to bottom.
 
-        A band holds weighted sums of the windows' probabilities. It lies on the device, which uses
-        its memory again when the next one is asked for.
+        A band holds weighted sums of the windows' probabilities. It is on the device, and its
+        memory is reused for the next band.
         """
-        assert self._mode.window is not None
-        window = self._mode.window
         height, width = image.shape[:2]
         padded_width = max(bucket(width), window)
         band = jnp.zeros((window, padded_width, self._architecture.num_classes))
         first = 0
-        for places, weighted in self._windows(image):
-            lefts = np.zeros(WINDOWS_AT_ONCE, np.int32)
-            lefts[: len(places)] = [left for _, left in places]
-            for top in dict.fromkeys(top for top, _ in places):
-                if top > first:  # no later window reaches what lies above it
+        for corners, weighted in self._windows(image, window):
+            lefts = np.zeros(WINDOW_BATCH, np.int32)
+            lefts[: len(corners)] = [left for _, left in corners]
+            for top in dict.fromkeys(top for top, _ in corners):
+                if top > first:  # no later window reaches the rows above
                     yield slice(first, top), band
                     band = self._run("shift", band, np.int32(top - first))
                     first = top
-                included = np.zeros(WINDOWS_AT_ONCE, bool)
-                included[: len(places)] = [place[0] == top for place in places]
+                included = np.zeros(WINDOW_BATCH, bool)
+                included[: len(corners)] = [corner[0] == top for corner in corners]
                 band = self._run("add", band, weighted, lefts, included)
         yield slice(first, height), band
 
-    def _windows(self, image: np.ndarray) -> Iterator[tuple[list[tuple[int, int]], Array]]:
-        """((top, left) of each window, weighted probabilities) of a batch, row by row.
+    def _windows(
+        self, image: np.ndarray, window: int
+    ) -> Iterator[tuple[list[tuple[int, int]], Float[Array, "n window window classes"]]]:
+        """Yields (top and left of each window, weighted probabilities) by batch, row by row.
 
         The last batch may have fewer windows than its probabilities have rows.
         """
-        assert self._mode.window is not None
-        window, overlap = self._mode.window, self._mode.overlap
         size = [min(window, side) for side in image.shape[:2]]
-        sizes = np.full((WINDOWS_AT_ONCE, 2), size, np.int32)
+        sizes = np.full((WINDOW_BATCH, 2), size, np.int32)
         weights = np.zeros((window, window), np.float32)
-        weights[: size[0], : size[1]] = np.outer(*map(windows.window_weights, size))
-        tops, lefts = (windows.window_starts(side, window, overlap) for side in image.shape[:2])
-        places = [(top, left) for top in tops for left in lefts]
-        for start in range(0, len(places), WINDOWS_AT_ONCE):
-            batch = places[start : start + WINDOWS_AT_ONCE]
-            images = np.zeros((WINDOWS_AT_ONCE, window, window, image.shape[2]), np.uint8)
+        weights[: size[0], : size[1]] = np.outer(*map(sliding_window.window_weights, size))
+        tops, lefts = (
+            sliding_window.window_starts(side, window, self._tta.overlap)
+            for side in image.shape[:2]
+        )
+        corners = [(top, left) for top in tops for left in lefts]
+        for start in range(0, len(corners), WINDOW_BATCH):
+            batch = corners[start : start + WINDOW_BATCH]
+            images = np.zeros((WINDOW_BATCH, window, window, image.shape[2]), np.uint8)
             for row, (top, left) in zip(images, batch, strict=False):
                 row[: size[0], : size[1]] = image[top : top + size[0], left : left + size[1]]
             yield batch, self._run("windows", self._variables, images, sizes, weights)
 
-    def _total_weights(self, side: int) -> Float32[np.ndarray, " side"]:
-        """Sum of the weights of the windows along a side."""
-        assert self._mode.window is not None
-        weights = windows.window_weights(min(self._mode.window, side))
+    def _total_weights(self, side: int, window: int) -> Float32[np.ndarray, " side"]:
+        """Sums the weights of the windows at each pixel along a side."""
+        weights = sliding_window.window_weights(min(window, side))
         total = np.zeros(side, np.float32)
-        for start in windows.window_starts(side, self._mode.window, self._mode.overlap):
+        for start in sliding_window.window_starts(side, window, self._tta.overlap):
             total[start : start + len(weights)] += weights
         return total
 
@@ -352,30 +354,3 @@ class Predictor:
         if key not in self._programs:
             self._programs[key] = self._functions[function].lower(*arguments).compile()
         return self._programs[key](*arguments)
-
-    def _check(self, image: np.ndarray) -> None:
-        channels = self._architecture.in_channels
-        valid = image.ndim == 3 and image.shape[2] == channels and image.size > 0
-        if not valid or image.dtype != np.uint8:
-            raise UserError(
-                f"image must be uint8 [h, w, {channels}], got {image.dtype} {list(image.shape)}"
-            )
-        largest = bucket(max(image.shape[:2])) * max(1, *self._mode.scales)
-        if self._mode.window is None and largest > MAX_SIDE:
-            raise UserError(
-                f"an image of {image.shape[0]}x{image.shape[1]} pixels is too large to be "
-                "predicted at once: use windows"
-            )
-
-
-@contextlib.contextmanager
-def _memory_of_the_device(image: np.ndarray) -> Iterator[None]:
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(
-            f"an image of {image.shape[0]}x{image.shape[1]} pixels does not fit in the device's "
-            "memory: use windows, or smaller ones, and fewer scales"
-        ) from error

@@ -1,7 +1,7 @@
-"""Windows over an image, and the band of rows in which their probabilities are added up.
+"""Places windows over an image and adds up their probabilities in a band of rows.
 
 A band is as high as a window and as wide as the (padded) image. It moves down the image with the
-rows of windows, so that what is held does not grow with the image's height.
+rows of windows, so that memory does not grow with the image's height.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 
 def window_starts(side: int, window: int, overlap: float) -> list[int]:
-    """First pixels of the windows along a side: as few as `overlap` allows, evenly spaced."""
+    """Returns the windows' first pixels along a side, evenly spaced, as few as `overlap` allows."""
     if side <= window:
         return [0]
     step = max(1, window - round(window * overlap))
@@ -22,7 +22,7 @@ def window_starts(side: int, window: int, overlap: float) -> list[int]:
 
 
 def window_weights(side: int) -> Float32[np.ndarray, " side"]:
-    """Weight of each pixel along a window: a triangle that is never 0, and 1 in the middle."""
+    """Returns the weights along a window: a triangle, 1 in the middle and nowhere 0."""
     index = np.arange(side)
     return (np.minimum(index + 1, side - index) / ((side + 1) // 2)).astype(np.float32)
 
@@ -33,7 +33,7 @@ def add_windows(
     lefts: Int[Array, " n"],
     included: Bool[Array, " n"],
 ) -> Float[Array, "window w classes"]:
-    """The band with those windows added that are included, each from its left column on."""
+    """Adds the included windows to the band, each from its left column on."""
     for window, left, include in zip(weighted, lefts, included, strict=True):
         covered = lax.dynamic_slice_in_dim(band, left, window.shape[1], axis=1)
         covered = covered + jnp.where(include, window, 0)
@@ -44,7 +44,7 @@ def add_windows(
 def shift_up(
     band: Float[Array, "window w classes"], rows: Int[Array, ""]
 ) -> Float[Array, "window w classes"]:
-    """The band without its first rows, and with as many of zeros below."""
+    """Removes the first rows of the band, and appends as many rows of zeros."""
     kept = jnp.arange(band.shape[0])[:, None, None] < band.shape[0] - rows
     return jnp.where(kept, jnp.roll(band, -rows, axis=0), 0)
 

@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import confusion_matrix as reference
 
 from deeplab_jax.data.labels import IGNORE
-from deeplab_jax.evaluation.confusion import confusion_matrices, count, scores
+from deeplab_jax.evaluation.confusion import confusion_matrices, confusion_matrix, scores
 
 
 def random_pair(seed, shape, classes, ignored):
@@ -50,18 +50,20 @@ def test_counts_are_scikit_learns(shape, classes, ignored):
     for matrix, label, prediction in zip(matrices, labels, ids, strict=True):
         valid = label != IGNORE
         assert matrix.sum() == valid.sum()
-        np.testing.assert_array_equal(count(label, prediction, classes), matrix)
+        np.testing.assert_array_equal(confusion_matrix(label, prediction, classes), matrix)
         if valid.any():
             expected = reference(label[valid], prediction[valid], labels=range(classes))
             np.testing.assert_array_equal(matrix, expected)
 
 
-def test_counts_beyond_what_float32_holds_are_exact():
+def test_counts_beyond_float32_are_exact():
     labels = jnp.zeros((1, 4097, 4097), jnp.uint8)
     ids = labels.at[0, 0, 0].set(1)
     (matrix,) = confusion_matrices(labels, ids, 2)
     np.testing.assert_array_equal(matrix, [[4097 * 4097 - 1, 1], [0, 0]])
-    np.testing.assert_array_equal(count(np.asarray(labels[0]), np.asarray(ids[0]), 2), matrix)
+    np.testing.assert_array_equal(
+        confusion_matrix(np.asarray(labels[0]), np.asarray(ids[0]), 2), matrix
+    )
 
 
 ids_of_3 = st.integers(0, 2)
@@ -75,7 +77,10 @@ def test_iou_is_vocs_for_any_labels_and_predictions(data):
     shape = data.draw(shapes)
     labels = data.draw(hnp.arrays(np.uint8, shape, elements=ids_of_3 | st.just(IGNORE)))
     ids = data.draw(hnp.arrays(np.uint8, shape, elements=ids_of_3))
-    matrix = sum(count(label, prediction, 3) for label, prediction in zip(labels, ids, strict=True))
+    matrix = sum(
+        confusion_matrix(label, prediction, 3)
+        for label, prediction in zip(labels, ids, strict=True)
+    )
     result = scores(matrix)
     expected = voc_accuracies(labels, ids, 3)
     # 100 * x / 100 is not always x: the same quotients, in percent.
@@ -126,8 +131,10 @@ def test_scores_follow_their_definitions():
         share.append(np.mean(labels[valid] == k))
     np.testing.assert_array_equal(result.per_class_iou, iou)
     np.testing.assert_allclose(result.per_class_accuracy, recall, rtol=1e-15)
-    np.testing.assert_allclose(result.true_share, share, rtol=1e-15)
-    np.testing.assert_allclose(result.predicted_share, np.bincount(ids[valid]) / valid.sum())
+    np.testing.assert_allclose(result.per_class_true_share, share, rtol=1e-15)
+    np.testing.assert_allclose(
+        result.per_class_predicted_share, np.bincount(ids[valid]) / valid.sum()
+    )
     assert result.miou == np.mean(iou)
     assert result.miou_without_background == np.mean(iou[1:])
     assert result.pixel_accuracy == np.mean(labels[valid] == ids[valid])

@@ -171,7 +171,7 @@ def test_each_image_counts_once_on_any_devices_in_any_batches(batch_size, device
     expected = matrices_of(pixels_by_hand(protocol))
     np.testing.assert_array_equal(evaluation.matrices, expected)
     np.testing.assert_array_equal(evaluation.matrix, expected.sum(0))
-    assert evaluation.images == len(SIZES)
+    assert evaluation.num_images == len(SIZES)
     assert ours.num_compilations == 1
 
 
@@ -199,7 +199,7 @@ def test_boundaries_and_predictions_are_of_the_images_without_their_padding():
     evaluation = ours.evaluate(None, boundary=True)
     by_hand = pixels_by_hand("paper")
     expected = sum(count_boundary(label, ids, CLASSES) for label, ids in by_hand)
-    np.testing.assert_array_equal(evaluation.boundary, expected)
+    np.testing.assert_array_equal(evaluation.boundary_counts, expected)
     assert evaluation.matrices is None
     assert [p.name for p in evaluation.predictions] == ["image 0", "image 1", "image 2"]
     for index, (prediction, (label, ids)) in enumerate(
@@ -225,7 +225,7 @@ def test_scales_mirror_images_and_windows_are_those_of_inference(protocol, windo
         None,
         mean=DataConfig().mean,
         std=DataConfig().std,
-        mode=TestTimeAugmentation((0.5, 1.5), True, window or None, overlap),
+        tta=TestTimeAugmentation((0.5, 1.5), True, window or None, overlap),
     )
     expected = [
         count(label, inference.ids(image)[: label.shape[0], : label.shape[1]])
@@ -258,7 +258,7 @@ def test_few_programs_are_compiled():
     assert ours.num_compilations == 3
 
 
-def test_it_stops_when_told():
+def test_it_stops_on_request():
     asked = []
     ours = evaluator(PIXELS, DATA)
     assert (
@@ -315,6 +315,6 @@ def test_the_config_knows_each_protocol():
         ({"overlap": 1.0}, r"eval.overlap must be in \[0, 1\)"),
     ],
 )
-def test_settings_that_cannot_be(fields, message):
+def test_impossible_settings(fields, message):
     with pytest.raises(UserError, match=message):
         validate(Config(eval=EvalConfig(**fields)))

@@ -5,8 +5,8 @@ import pytest
 import scipy.ndimage
 
 from deeplab_jax.data.labels import IGNORE
-from deeplab_jax.evaluation.boundary import boundary, boundary_iou, count_boundary
-from deeplab_jax.evaluation.confusion import bootstrap_miou, count, scores
+from deeplab_jax.evaluation.boundary import boundary_iou, count_boundary, mask_boundary
+from deeplab_jax.evaluation.confusion import bootstrap_miou, confusion_matrix, scores
 
 
 def reference_boundary(mask):
@@ -28,17 +28,17 @@ def blobs(seed, shape, num_classes):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 30), (40, 40), (70, 55), (200, 300)])
-def test_boundary_is_what_erosions_take_away(shape):
+def test_boundary_is_what_erosion_removes(shape):
     for mask in (blobs(0, shape, 2) == 1, np.ones(shape, bool), np.zeros(shape, bool)):
-        np.testing.assert_array_equal(boundary(mask), reference_boundary(mask))
+        np.testing.assert_array_equal(mask_boundary(mask), reference_boundary(mask))
 
 
-def test_a_boundary_is_as_wide_as_the_paper_says():
+def test_boundary_width_is_the_papers():
     mask = np.zeros((300, 400), bool)  # diagonal 500: 10 pixels
     mask[50:250, 50:350] = True
     inner = np.zeros_like(mask)
     inner[60:240, 60:340] = True
-    np.testing.assert_array_equal(boundary(mask), mask & ~inner)
+    np.testing.assert_array_equal(mask_boundary(mask), mask & ~inner)
 
 
 def test_boundary_iou_sums_over_images_and_skips_ignored_pixels():
@@ -76,7 +76,7 @@ def test_boundary_iou_sees_what_iou_hides():
     label, ids = np.zeros((400, 400), np.uint8), np.zeros((400, 400), np.uint8)
     label[50:350, 50:350] = 1
     ids[52:352, 50:350] = 1
-    iou = scores(count(label, ids, 2)).per_class_iou[1]
+    iou = scores(confusion_matrix(label, ids, 2)).per_class_iou[1]
     assert boundary_iou(count_boundary(label, ids, 2))[1] < iou - 0.1
 
 
@@ -88,20 +88,19 @@ def image_matrices(seed, num_images, num_classes):
 
 
 def test_bootstrap_is_a_loop_over_sums_of_drawn_matrices():
-    """250 resamples, more than fit into a chunk, by the same draws."""
+    """250 resamples by the same draws."""
     matrices = image_matrices(0, 7, 3)
     matrices[1:, 2], matrices[1:, :, 2] = 0, 0  # class 2 is absent from many resamples
     generator = np.random.default_rng(5)
     draws = []
-    for size in (100, 100, 50):
-        for times in generator.multinomial(7, np.full(7, 1 / 7), size):
-            chosen = [image for image in range(7) for _ in range(times[image])]
-            draws.append(scores(matrices[chosen].sum(0)).miou)
-    low, high = bootstrap_miou(matrices, resamples=250, seed=5)
+    for times in generator.multinomial(7, np.full(7, 1 / 7), 250):
+        chosen = [image for image in range(7) for _ in range(times[image])]
+        draws.append(scores(matrices[chosen].sum(0)).miou)
+    low, high = bootstrap_miou(matrices, num_resamples=250, seed=5)
     np.testing.assert_allclose([low, high], np.percentile(draws, [2.5, 97.5]), rtol=1e-12)
-    assert bootstrap_miou(matrices, resamples=250, seed=5) == (low, high)
-    assert bootstrap_miou(matrices, resamples=250, seed=6) != (low, high)
-    inner = bootstrap_miou(matrices, resamples=250, seed=5, level=0.5)
+    assert bootstrap_miou(matrices, num_resamples=250, seed=5) == (low, high)
+    assert bootstrap_miou(matrices, num_resamples=250, seed=6) != (low, high)
+    inner = bootstrap_miou(matrices, num_resamples=250, seed=5, level=0.5)
     assert low < inner[0] < inner[1] < high
 
 
@@ -109,15 +108,15 @@ def test_bootstrap_is_as_wide_as_the_spread_over_data_sets():
     """Intervals of many small data sets, of which we know the mIoU of the whole they come from."""
     population = image_matrices(1, 4000, 2)
     truth = scores(population.sum(0)).miou
-    held = 0
+    covered = 0
     for part in population.reshape(100, 40, 2, 2):
-        low, high = bootstrap_miou(part, resamples=200)
-        held += low <= truth <= high
-    assert 88 <= held <= 99
+        low, high = bootstrap_miou(part, num_resamples=200)
+        covered += low <= truth <= high
+    assert 88 <= covered <= 99
 
 
-def test_bootstrap_of_equal_images_is_a_point_and_of_nothing_is_none():
+def test_bootstrap_of_equal_images_is_a_point_and_without_images_is_none():
     one = image_matrices(2, 1, 3)
-    low, high = bootstrap_miou(np.repeat(one, 9, axis=0), resamples=50)
+    low, high = bootstrap_miou(np.repeat(one, 9, axis=0), num_resamples=50)
     assert low == high == pytest.approx(scores(one[0]).miou, rel=1e-14)
-    assert np.isnan(bootstrap_miou(np.zeros((4, 2, 2), np.int32), resamples=10)).all()
+    assert np.isnan(bootstrap_miou(np.zeros((4, 2, 2), np.int32), num_resamples=10)).all()

@@ -1,4 +1,4 @@
-"""Which images are meant, what their outputs are called, and which class."""
+"""Selection of images and classes, and names of the output files."""
 
 import pathlib
 
@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from deeplab_jax.data import labels
-from deeplab_jax.inference import files as prediction
+from deeplab_jax.inference import files
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.files import write_png
 
 
 @pytest.fixture
@@ -23,16 +24,14 @@ def folder(tmp_path, monkeypatch):
 
 
 def names(*arguments, out="out"):
-    jobs = prediction.find(arguments, pathlib.Path(out))
-    return [str(job.name) for job in jobs]
+    found, _ = files.find_images(arguments, pathlib.Path(out))
+    return [str(name) for name in found.values()]
 
 
 def test_a_folder_gives_its_images_and_keeps_its_folders(folder):
-    jobs = prediction.find(["a"], pathlib.Path("out"))
-    assert [str(job.name) for job in jobs] == ["deep/x", "x", "y"]
-    assert [job.path for job in jobs] == [
-        folder / "a" / n for n in ("deep/x.jpg", "x.jpg", "y.PNG")
-    ]
+    found, _ = files.find_images(["a"], pathlib.Path("out"))
+    assert [str(name) for name in found.values()] == ["deep/x", "x", "y"]
+    assert list(found) == [folder / "a" / n for n in ("deep/x.jpg", "x.jpg", "y.PNG")]
 
 
 def test_each_image_is_taken_once_in_the_order_given(folder):
@@ -65,24 +64,24 @@ def test_names_differ_to_the_last(folder):
     """Where joining folders gives the same text, a number tells them apart."""
     paths = [pathlib.Path("/a_b/c.jpg"), pathlib.Path("/a/b_c.jpg"), pathlib.Path("/q/c.jpg")]
     relatives = [pathlib.Path("c.jpg"), pathlib.Path("a_b_c_jpg.jpg"), pathlib.Path("c.jpg")]
-    found = prediction._distinct_names(paths, relatives)
+    found = files._unique_names(paths, relatives)
     assert len(set(found)) == 3
 
 
-def test_outputs_of_an_earlier_time_are_no_images(folder):
+def test_earlier_outputs_are_not_images(folder):
     for name in ("x_ids.png", "x_overlay.png", "x_side_by_side.png", "x_heatmap_dog.png"):
-        (folder / "a" / name).write_bytes(b"")
-    assert names("a", out="a") == ["deep/x", "x", "y"]
-    assert names(".", out="a")[:3] == ["a/deep/x", "a/x", "a/y"]
-    assert "x_ids" in names("a", out="elsewhere")
+        write_png(folder / "a" / name, np.zeros((2, 3, 3), np.uint8))
+    for out in ("a", "elsewhere"):
+        assert names("a", out=out) == ["deep/x", "x", "y"]
+        assert names(".", out=out)[:3] == ["a/deep/x", "a/x", "a/y"]
     assert names("a/x_ids.png", out="a") == ["x_ids"]
 
 
-def test_what_names_no_images_is_said(folder):
+def test_arguments_without_images_are_reported(folder):
     (folder / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: the folder holds no image files"):
+    with pytest.raises(UserError, match="empty: the folder contains no image files"):
         names("empty")
-    with pytest.raises(UserError, match=r"a/\*\.tif: no file has such a name"):
+    with pytest.raises(UserError, match=r"a/\*\.tif: no file matches the pattern"):
         names("a/*.tif")
     assert names("a/none.jpg") == ["none"]  # told when it is its turn, so that others are done
 
@@ -91,7 +90,7 @@ def test_what_names_no_images_is_said(folder):
     ("text", "index"), [("dog", 12), ("DOG", 12), ("12", 12), ("0", 0), (" person ", 15)]
 )
 def test_classes_by_name_and_id(text, index):
-    assert prediction.class_id(text, labels.VOC) == index
+    assert files.class_id(text, labels.VOC) == index
 
 
 @pytest.mark.parametrize(
@@ -99,19 +98,19 @@ def test_classes_by_name_and_id(text, index):
     [
         ("dgo", r"no class 'dgo' \(did you mean 'dog'"),
         ("Persn", "did you mean 'person'"),
-        ("21", "no class '21'.*ids 0 to 20"),
+        ("21", r"no class '21'.*an id \(0 to 20\)"),
         ("-1", "no class '-1'"),
         ("", "no class ''"),
     ],
 )
 def test_an_unknown_class_names_the_nearest(text, message):
     with pytest.raises(UserError, match=message):
-        prediction.class_id(text, labels.VOC)
+        files.class_id(text, labels.VOC)
 
 
 def test_ids_are_the_values_of_a_palette_png(tmp_path):
     ids = np.arange(21, dtype=np.uint8).reshape(3, 7)
-    prediction.write_ids(tmp_path / "a.png", ids, labels.VOC)
+    files.write_ids(tmp_path / "a.png", ids, labels.VOC)
     with Image.open(tmp_path / "a.png") as image:
         assert image.mode == "P"
         np.testing.assert_array_equal(np.asarray(image), ids)

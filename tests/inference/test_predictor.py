@@ -1,4 +1,4 @@
-"""Predictor on whole images, over scales and by windows, against plain NumPy loops."""
+"""`Predictor` on full images, several scales and windows, compared with NumPy loops."""
 
 import functools
 import itertools
@@ -17,13 +17,13 @@ from deeplab_jax.inference.predictor import (
     Predictor,
     TestTimeAugmentation,
     bucket,
-    class_ids,
-    probabilities,
+    predict_ids,
+    predict_probabilities,
     scaled_side,
 )
 from deeplab_jax.inference.sliding_window import window_starts, window_weights
 from deeplab_jax.models.architecture import architecture
-from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.models.functional import FunctionalModel, normalize
 from deeplab_jax.utils.errors import UserError
 from random_modules import random_variables
 
@@ -43,9 +43,9 @@ def model_and_variables():
 
 
 @functools.cache
-def inference(mode=PLAIN):
-    """One of each mode for all tests, which thus share its programs."""
-    return Predictor(*model_and_variables(), **PIXELS, mode=mode)
+def inference(tta=PLAIN):
+    """One of each augmentation for all tests, which thus share its programs."""
+    return Predictor(*model_and_variables(), **PIXELS, tta=tta)
 
 
 def random_image(height, width, seed=0):
@@ -113,12 +113,13 @@ def test_scales_and_mirror_images_equal_a_loop_over_single_predictions():
     images = np.random.default_rng(1).integers(0, 256, (2, 65, 60, 3), np.uint8)
     images[1, :41, :57] = image
     sizes = jnp.asarray([(65, 3), (41, 57)])
-    options = {"scales": ALL_VIEWS.scales, "flip": True, **PIXELS}
+    options = {"scales": ALL_VIEWS.scales, "flip": True}
 
     @jax.jit
     def predict(variables, images, sizes):
-        arguments = (model_and_variables()[0], variables, images, sizes)
-        return probabilities(*arguments, **options), class_ids(*arguments, **options)
+        pixels = normalize(images, **PIXELS)
+        arguments = (model_and_variables()[0], variables, pixels, sizes)
+        return predict_probabilities(*arguments, **options), predict_ids(*arguments, **options)
 
     ours, ids = predict(model_and_variables()[1], jnp.asarray(images), sizes)
     expected = looped(image, ALL_VIEWS.scales, True)
@@ -147,7 +148,7 @@ def test_a_mirrored_image_gives_the_mirrored_probabilities():
 # --- Windows -----------------------------------------------------------------------------------
 
 
-def looped_windows(image, window, overlap, mode):
+def looped_windows(image, window, overlap, tta):
     """Weighted mean over predictions of each window as an image of its own."""
     height, width = image.shape[:2]
     total, weight = np.zeros((height, width, CLASSES)), np.zeros((height, width, 1))
@@ -161,7 +162,7 @@ def looped_windows(image, window, overlap, mode):
     for top, left in itertools.product(*starts):
         place = slice(top, top + sides[0]), slice(left, left + sides[1])
         weights = np.outer(*triangles)[..., None]
-        total[place] += inference(mode).probabilities(image[place]) * weights
+        total[place] += inference(tta).probabilities(image[place]) * weights
         weight[place] += weights
     return total / weight
 
@@ -182,9 +183,9 @@ def test_windows_equal_a_loop_over_single_windows(height, width):
 
 def test_windows_are_predicted_over_all_scales_and_directions():
     image = random_image(50, 60)
-    mode = TestTimeAugmentation(ALL_VIEWS.scales, ALL_VIEWS.flip, window=33, overlap=0.2)
+    tta = TestTimeAugmentation(ALL_VIEWS.scales, ALL_VIEWS.flip, window=33, overlap=0.2)
     expected = looped_windows(image, 33, 0.2, ALL_VIEWS)
-    np.testing.assert_allclose(inference(mode).probabilities(image), expected, atol=1e-5)
+    np.testing.assert_allclose(inference(tta).probabilities(image), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(65, 65), (1, 1), (30, 65)])
@@ -224,7 +225,7 @@ def test_weights_favour_the_middle_and_are_never_zero(side):
 
 
 def test_memory_does_not_grow_with_the_number_of_rows(monkeypatch):
-    windows = Predictor(*model_and_variables(), **PIXELS, mode=TestTimeAugmentation(window=33))
+    windows = Predictor(*model_and_variables(), **PIXELS, tta=TestTimeAugmentation(window=33))
     run, on_the_device = windows._run, []
 
     def watched(*arguments):
@@ -254,11 +255,11 @@ def test_memory_does_not_grow_with_the_number_of_rows(monkeypatch):
 # --- Sizes and programs ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [PLAIN, ALL_VIEWS, TestTimeAugmentation(window=33)], ids=str)
+@pytest.mark.parametrize("tta", [PLAIN, ALL_VIEWS, TestTimeAugmentation(window=33)], ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (1, 120), (120, 1)])
-def test_images_of_one_pixel_and_of_one_row(mode, size):
+def test_images_of_one_pixel_and_of_one_row(tta, size):
     image = random_image(*size)
-    ids, shares = inference(mode).ids(image), inference(mode).probabilities(image)
+    ids, shares = inference(tta).ids(image), inference(tta).probabilities(image)
     assert ids.shape == size
     assert shares.shape == (*size, CLASSES)
     np.testing.assert_allclose(shares.sum(-1), 1, atol=1e-5)
@@ -281,7 +282,7 @@ def test_one_program_serves_a_bucket_of_sizes():
 
 
 def test_windows_need_the_network_once_and_once_for_what_one_window_holds():
-    windows = Predictor(*model_and_variables(), **PIXELS, mode=TestTimeAugmentation(window=33))
+    windows = Predictor(*model_and_variables(), **PIXELS, tta=TestTimeAugmentation(window=33))
     for size in [(34, 34), (90, 33), (70, 93), (1, 129)]:
         windows.ids(random_image(*size))
     # The network, and of a bucket of widths: adding windows, moving on, taking ids.
@@ -324,7 +325,7 @@ def test_a_scaled_side_fits_into_the_scaled_bucket(side, scale):
         ({"overlap": -0.1}, "overlap"),
     ],
 )
-def test_modes_that_cannot_be(options, message):
+def test_impossible_modes(options, message):
     with pytest.raises(UserError, match=message):
         TestTimeAugmentation(**options)
 
@@ -339,15 +340,15 @@ def test_modes_that_cannot_be(options, message):
         (np.broadcast_to(np.uint8(0), (40_000, 1, 3)), "40000x1 pixels is too large.*use windows"),
     ],
 )
-def test_images_that_are_none(image, message):
+def test_invalid_images(image, message):
     for predict in (inference().ids, inference().probabilities):
         with pytest.raises(UserError, match=message):
             predict(image)
 
 
 @pytest.mark.parametrize("window", [None, 33])
-def test_a_full_device_is_said_to_be_full(monkeypatch, window):
-    full = Predictor(*model_and_variables(), **PIXELS, mode=TestTimeAugmentation(window=window))
+def test_a_full_device_is_reported(monkeypatch, window):
+    full = Predictor(*model_and_variables(), **PIXELS, tta=TestTimeAugmentation(window=window))
 
     def run(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")

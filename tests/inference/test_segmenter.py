@@ -1,4 +1,4 @@
-"""`deeplab_jax.load` and the object it gives."""
+"""`deeplab_jax.load` and the `Segmenter` it returns."""
 
 import jax
 import jax.numpy as jnp
@@ -7,23 +7,22 @@ import pytest
 from PIL import Image
 
 import deeplab_jax
-import saved_model
+import small_checkpoint
 from deeplab_jax.inference import segmenter
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.training.checkpoint import Checkpoints
 from deeplab_jax.training.state import TrainState
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import saved_model as checkpoint
-from deeplab_jax.weights import torch_file, torchvision
+from deeplab_jax.weights import saved_model, torch_file, torchvision
 from random_modules import random_variables
-from saved_model import CLASSES, MEAN, STD
+from small_checkpoint import CLASSES, MEAN, STD
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("saved") / "model"
-    return path, *saved_model.write(path)
+    return path, *small_checkpoint.write(path)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def normalized(image):
     return ((image / 255 - np.array(MEAN)) / np.array(STD)).astype(np.float32)[None]
 
 
-def test_it_says_what_the_model_is(loaded, saved):
+def test_repr_describes_the_model(loaded, saved):
     assert loaded.path == saved[0]
     assert loaded.classes == ("background", "red fox", "bluebird")
     assert loaded.labels == CLASSES
@@ -68,7 +67,7 @@ def test_logits_probabilities_and_ids_are_the_models(loaded, saved):
     assert len(np.unique(ids)) > 1
 
 
-def test_a_path_gives_what_its_pixels_give(loaded, tmp_path):
+def test_a_path_gives_the_same_as_its_pixels(loaded, tmp_path):
     image = picture(30, 45)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -84,7 +83,7 @@ def test_any_size(loaded, size):
     assert loaded.predict(picture(*size)).shape == size
 
 
-def test_arrays_that_are_no_images_are_refused(loaded):
+def test_arrays_that_are_not_images_are_refused(loaded):
     for wrong in (picture(3, 4).astype(np.float32), picture(3, 4)[..., 0], picture(3, 4, 4)):
         with pytest.raises(ValueError, match=r"image must be uint8 \[height, width, 3\], got "):
             loaded.predict(wrong)
@@ -92,7 +91,7 @@ def test_arrays_that_are_no_images_are_refused(loaded):
         loaded.predict(picture(0, 4))
 
 
-def test_a_file_that_is_no_image_is_said(loaded, tmp_path):
+def test_a_file_that_is_not_an_image_is_reported(loaded, tmp_path):
     (tmp_path / "a.jpg").write_text("hello")
     with pytest.raises(UserError, match=r"a\.jpg: is a text"):
         loaded.predict(tmp_path / "a.jpg")
@@ -117,10 +116,10 @@ def test_settings_reach_the_model(loaded, saved):
         ({"scales": ()}, "scales must be one or more"),
         ({"scales": (0.0,)}, "above 0"),
         ({"window": -1}, "window must be"),
-        ({"output_stride": 12}, "output_stride must be one of 8, 16, 32"),
+        ({"output_stride": 12}, "output_stride must be 8, 16 or 32"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(saved, settings, message):
+def test_impossible_settings_are_refused(saved, settings, message):
     with pytest.raises(UserError, match=message):
         deeplab_jax.load(saved[0], **settings)
 
@@ -128,13 +127,13 @@ def test_settings_that_cannot_be_are_refused(saved, settings, message):
 def test_large_images_are_segmented_by_windows(saved, monkeypatch):
     by_itself = deeplab_jax.load(saved[0])
     assert by_itself.window_of(2000, 2000) is None
-    assert by_itself.window_of(2001, 2000) == segmenter.WINDOW
+    assert by_itself.window_of(2001, 2000) == segmenter.DEFAULT_WINDOW
     assert deeplab_jax.load(saved[0], window=0).window_of(3000, 4000) is None
     given = deeplab_jax.load(saved[0], window=65)
     assert given.window_of(3000, 4000) == given.window_of(100, 100) == 65
 
-    monkeypatch.setattr(segmenter, "LARGE", 40 * 40)
-    monkeypatch.setattr(segmenter, "WINDOW", 33)
+    monkeypatch.setattr(segmenter, "LARGE_IMAGE", 40 * 40)
+    monkeypatch.setattr(segmenter, "DEFAULT_WINDOW", 33)
     image = picture(41, 57)
     np.testing.assert_array_equal(
         deeplab_jax.load(saved[0]).probabilities(image),
@@ -145,7 +144,7 @@ def test_large_images_are_segmented_by_windows(saved, monkeypatch):
 def test_a_workdir_gives_its_best_checkpoint(saved, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     folder = Checkpoints(tmp_path / "checkpoints", keep=2, log=print)
-    info = checkpoint.read(saved[0]).info
+    info = saved_model.read(saved[0]).info
     for step, miou in ((1, 0.2), (2, 0.5), (3, 0.3)):
         params = {name: jnp.asarray(step * array) for name, array in saved[2].params.items()}
         variables = Variables(params, jax.tree.map(jnp.asarray, saved[2].batch_stats))
@@ -175,12 +174,12 @@ def test_torchvisions_file_is_loaded_directly(tmp_path):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("none", "none is neither a file of weights, nor a folder with a checkpoint"),
+        ("none", "none is neither a weights file, nor a folder with a checkpoint"),
         (".", "no checkpoint at"),
         ("a.txt", "a.txt"),
     ],
 )
-def test_what_holds_no_model_is_said(tmp_path, monkeypatch, path, message):
+def test_paths_without_a_model_are_reported(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("hello")
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""How inference is compiled: by oneDNN where XLA has it, and the same numbers everywhere."""
+"""Compilation of inference: with oneDNN if XLA supports it, with the same results everywhere."""
 
 import functools
 import warnings
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deeplab_jax.inference import compile as compilation
+from deeplab_jax.inference import compilation
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.ops.atrous_conv import atrous_conv
@@ -32,7 +32,7 @@ def tried_anew():
 
 @pytest.mark.parametrize("has_onednn", [True, False])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_inference_is_the_same_however_it_is_compiled(name, has_onednn, monkeypatch):
+def test_inference_does_not_depend_on_how_it_is_compiled(name, has_onednn, monkeypatch):
     model = FunctionalModel(architecture(name, num_classes=3, width=0.25, output_stride=8))
     variables = model.fuse(random_variables(model))
     images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 65, 49, 3)), jnp.float32)
@@ -46,7 +46,7 @@ def test_inference_is_the_same_however_it_is_compiled(name, has_onednn, monkeypa
         np.testing.assert_allclose(found[head], logits, atol=1e-5 * scale)
 
 
-def test_all_convolutions_are_onednns_and_take_the_sums_with_them(onednn):
+def test_all_convolutions_are_onednns_and_include_the_sums(onednn):
     model = FunctionalModel(architecture("torchvision_resnet50", num_classes=3, width=0.25))
     images = jax.ShapeDtypeStruct((1, 65, 65, 3), jnp.float32)
     run = compilation.jit_inference(lambda model, v, x: model.apply(v, x)[0]["out"], model.fused)
@@ -66,7 +66,7 @@ class OneConvolution:
         return OneConvolution(implementation)
 
 
-def test_without_onednn_each_convolution_is_as_elsewhere(monkeypatch):
+def test_without_onednn_convolutions_use_the_usual_implementation(monkeypatch):
     used = []
 
     def run():
@@ -101,7 +101,7 @@ def test_a_version_without_the_options_has_no_onednn(monkeypatch):
     assert not compilation.has_onednn()
 
 
-def test_a_program_that_cannot_be_kept_on_disk_is_no_warning(onednn):
+def test_a_program_that_cannot_be_cached_gives_no_warning(onednn):
     option = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[option]
     arrays = jnp.ones((1, 9, 9, 8)), jnp.ones((3, 3, 8, 8))
