@@ -1,1 +1,1 @@
-"""A trained model as one file that runs without this package: StableHLO or ONNX."""
+"""Export of trained models to StableHLO and ONNX files, which run without this package."""

@@ -1,4 +1,4 @@
-"""Whether an exported program gives what the model gives."""
+"""Comparison of an exported program with the model."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from jaxtyping import Float, UInt8
 
 from deeplab_jax.export.program import Dimensions, Program
 
-# Of what is tried where a size is left open: odd and even, wide and tall, more than one image.
-OPEN_SHAPES = ((1, 65, 97), (2, 96, 65), (1, 129, 161))  # images, height, width
+# Sizes to compare where a dimension is symbolic: odd and even, wide and tall, one image and more.
+SYMBOLIC_SHAPES = ((1, 65, 97), (2, 96, 65), (1, 129, 161))  # images, height, width
 
 
 class Comparison(NamedTuple):
-    """A batch's result, by the model and by the exported program.
+    """The difference between the results of the model and the exported program for one batch.
 
     Attributes:
-      shape: images, height, width.
-      images: what they show.
-      difference: the largest, relative to the largest magnitude of the model's logits (for
-        probabilities: at least to 1). For ids: by how much the model prefers another class.
-      agreement: share of pixels of the same class.
+      shape: number of images, height, width.
+      images: what the images show: "noise" or "smooth".
+      difference: largest difference, relative to the largest magnitude of the model's logits (for
+        probabilities, to 1 if that is larger). For ids, the largest amount by which the model's
+        logit of another class is higher.
+      agreement: fraction of pixels with the same class.
     """
 
     shape: tuple[int, int, int]
@@ -33,11 +34,12 @@ class Comparison(NamedTuple):
 
 
 def compare(program: Program, exported: Callable[[np.ndarray], np.ndarray]) -> list[Comparison]:
-    """Runs both on noise and on smooth images of several shapes, as far as these are left open.
+    """Runs the model and an exported program on noise and smooth images.
 
     Args:
       program: the model.
-      exported: function of uint8 `[n, h, w, c]`, whose output is the program's.
+      exported: the exported program, as a function of uint8 `[n, h, w, c]`. Where its dimensions
+        are symbolic, several shapes are compared.
     """
     reference = jax.jit(program.reference)
     variables = jax.device_put(program.saved.variables)
@@ -54,15 +56,15 @@ def compare(program: Program, exported: Callable[[np.ndarray], np.ndarray]) -> l
 def difference(
     output: str, logits: Float[np.ndarray, "n h w classes"], result: np.ndarray
 ) -> tuple[float, float]:
-    """`Comparison.difference` and `.agreement` of a result with the model's logits.
+    """Returns `Comparison.difference` and `.agreement` of a result and the model's logits.
 
     Args:
-      output: what the result is, a name in `program.OUTPUTS`.
-      logits: the model's.
-      result: the exported program's.
+      output: kind of the result, a name in `program.OUTPUTS`.
+      logits: logits of the model.
+      result: output of the exported program.
 
     Raises:
-      ValueError: the result has not the shape and type of this output.
+      ValueError: the result does not have the shape and dtype of this kind of output.
     """
     ids = logits.argmax(axis=-1)
     expected: tuple[tuple[int, ...], type] = (logits.shape, np.float32)
@@ -75,8 +77,8 @@ def difference(
         )
     largest = np.abs(logits).max()
     if output == "ids":
-        given = np.take_along_axis(logits, result[..., None].astype(np.intp), axis=-1)[..., 0]
-        return float((logits.max(axis=-1) - given).max() / largest), float(np.mean(ids == result))
+        chosen = np.take_along_axis(logits, result[..., None].astype(np.intp), axis=-1)[..., 0]
+        return float((logits.max(axis=-1) - chosen).max() / largest), float(np.mean(ids == result))
     if output == "probabilities":
         exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
         error = result - exponentials / exponentials.sum(axis=-1, keepdims=True)
@@ -87,15 +89,9 @@ def difference(
 
 
 def _shapes(dimensions: Dimensions) -> list[tuple[int, int, int]]:
-    shapes = dict.fromkeys(
-        (
-            dimensions.batch or images,
-            dimensions.height or height,
-            dimensions.width or width,
-        )
-        for images, height, width in OPEN_SHAPES
-    )
-    return list(shapes)
+    """Returns `SYMBOLIC_SHAPES` with the fixed dimensions replaced, without duplicates."""
+    batch, height, width = dimensions
+    return list(dict.fromkeys((batch or n, height or h, width or w) for n, h, w in SYMBOLIC_SHAPES))
 
 
 def _images(
@@ -104,10 +100,8 @@ def _images(
     rng = np.random.default_rng(0)
     yield "noise", rng.integers(0, 256, (count, height, width, channels), dtype=np.uint8)
     rows, columns = np.linspace(0, 2 * np.pi, height), np.linspace(0, 2 * np.pi, width)
-    frequency, phase = (
-        rng.integers(1, 4, (2, count, channels)),
-        rng.uniform(0, 6, (count, channels)),
-    )
+    frequency = rng.integers(1, 4, (2, count, channels))
+    phase = rng.uniform(0, 6, (count, channels))
     waves = (
         frequency[0, :, None, None] * rows[:, None, None]
         + frequency[1, :, None, None] * columns[:, None]

@@ -1,4 +1,4 @@
-"""ONNX: a graph of the standard's operators, written directly, with batch norm in convolutions."""
+"""ONNX export, as a graph of standard operators."""
 
 from __future__ import annotations
 
@@ -20,38 +20,30 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 PACKAGES = ("onnx", "onnxruntime")
-# Axes of images, probabilities and logits, of those in JAX.
+# Axes of images, probabilities and logits, as indices of the axes in JAX.
 LAYOUTS = {"nhwc": (0, 1, 2, 3), "nchw": (0, 3, 1, 2)}
 
 
-def require() -> None:
-    """Sees that the extra's packages are there, before anything is done.
-
-    Raises:
-      UserError: one is missing.
-    """
+def check(layout: str) -> None:
+    """Raises UserError for an unknown layout, or if a package of the extra `onnx` is missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
             f"exporting to ONNX needs {' and '.join(missing)}: pip install 'deeplab-jax[onnx]'"
         )
-
-
-def check_layout(layout: str) -> None:
-    """Raises UserError for one that there is not."""
     if layout not in LAYOUTS:
         raise UserError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
 
 
 def to_onnx(program: Program, layout: str = "nhwc") -> ModelProto:
-    """The program as an ONNX model, checked by ONNX's own checker.
+    """Returns the program as an ONNX model that passed ONNX's checker.
 
     Args:
-      program: to export.
-      layout: of the images and, unless they are ids, of the output; see `LAYOUTS`.
+      program: program to export.
+      layout: axes of the images and, except for ids, of the output: a name in `LAYOUTS`.
 
     Raises:
-      UserError: an operation of the model has no counterpart, with the module that it stands in.
+      UserError: an operation of the model has no rule. The message names its module.
     """
     import onnx
     from onnx import helper
@@ -76,10 +68,10 @@ def to_onnx(program: Program, layout: str = "nhwc") -> ModelProto:
 
     def info(name: str, aval: Any) -> Any:
         axes = LAYOUTS[layout] if len(aval.shape) == 4 else range(len(aval.shape))
-        sides = [aval.shape[axis] for axis in axes]
-        kind = helper.np_dtype_to_tensor_dtype(np.dtype(aval.dtype))
-        named = [side if isinstance(side, int) else str(side) for side in sides]
-        return helper.make_tensor_value_info(name, kind, named)
+        sizes = [aval.shape[axis] for axis in axes]
+        dtype = helper.np_dtype_to_tensor_dtype(np.dtype(aval.dtype))
+        named = [size if isinstance(size, int) else str(size) for size in sizes]
+        return helper.make_tensor_value_info(name, dtype, named)
 
     (output,) = trace.out_avals
     model = graph.model(info("images", images), info(program.output, output), result)
@@ -93,12 +85,12 @@ def to_onnx(program: Program, layout: str = "nhwc") -> ModelProto:
 
 
 def count_nodes(model: ModelProto) -> dict[str, int]:
-    """Nodes of each type, the most frequent first."""
+    """Returns the number of nodes of each type, the most frequent first."""
     return dict(collections.Counter(node.op_type for node in model.graph.node).most_common())
 
 
 def load(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The graph of a file in onnxruntime on CPU, as a function of uint8 `[n, h, w, c]`."""
+    """Loads a file in onnxruntime on CPU, as a function of uint8 `[n, h, w, c]`."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

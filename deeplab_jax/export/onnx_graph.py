@@ -1,4 +1,4 @@
-"""An ONNX graph as it is written: nodes, initializers and unique names."""
+"""An ONNX graph under construction: nodes, initializers and unique names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import onnx
 from jax import export
 from onnx import helper, numpy_helper
 
-OPSET = 18  # of onnxruntime 1.14 and later; its Resize takes the axes that are resized
+OPSET = 18  # supported by onnxruntime 1.14 and later; the first whose Resize has `axes`
 IR_VERSION = 8
 
 
@@ -21,22 +21,27 @@ class Tensor:
     """A value that depends on the images.
 
     Attributes:
-      name: in the graph.
-      shape: as in JAX, channels last; sizes may be left open. In the graph the channels of a
-        shape of four come second.
-      scope: module that it comes from, as in `backbone.layer4.0.conv2`.
-      place: of the node that gives it, in the order of computation.
+      name: name in the graph.
+      shape: shape in the trace, with channels last; sizes may be symbolic. In the graph, the
+        channels of a tensor of rank 4 come second.
+      scope: module that computes it, such as `backbone.layer4.0.conv2`.
+      index: position of the node that computes it, in the order of computation.
     """
 
     name: str
     shape: tuple[Any, ...]
     scope: str
-    place: int = 0
+    index: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """A value that does not: an array as in JAX, and the variable's name that it comes from."""
+    """An array that does not depend on the images, with the axes of the trace.
+
+    Attributes:
+      value: the array.
+      name: name of the variable that it is computed from, or "".
+    """
 
     value: Any
     name: str = ""
@@ -47,15 +52,15 @@ class Constant:
 
 
 class Graph:
-    """Nodes in the order of computation, each named by its module and type."""
+    """Nodes in the order of computation, named after their modules and types."""
 
     def __init__(self) -> None:
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: list[onnx.TensorProto] = []
         self._producers: dict[str, onnx.NodeProto] = {}
-        self._taken: collections.Counter[str] = collections.Counter()
-        self._maps: dict[str, str] = {}  # by height and width, the first of them
-        self._sides: dict[str, str] = {}
+        self._name_counts: collections.Counter[str] = collections.Counter()
+        self._first_maps: dict[str, str] = {}  # name of the first map of each height and width
+        self._spatial_shapes: dict[str, str] = {}
 
     def add(
         self,
@@ -65,23 +70,28 @@ class Graph:
         scope: str,
         **attributes: Any,
     ) -> Tensor:
-        """A node and the tensor that it gives; convolutions have their module's plain name."""
+        """Adds a node and returns its output. Convolutions are named as their modules."""
         name = self._unique(scope if op_type == "Conv" else f"{scope}/{op_type}".lstrip("/"))
         node = helper.make_node(op_type, list(inputs), [name], name=name, **attributes)
         self._nodes.append(node)
         self._producers[name] = node
         if len(shape) == 4:
-            self._maps.setdefault(str(shape[1:3]), name)
+            self._first_maps.setdefault(str(shape[1:3]), name)
         return Tensor(name, shape, scope, len(self._nodes))
 
     def constant(self, value: np.ndarray, name: str) -> str:
-        """An initializer of this array as it is."""
+        """Adds an initializer with the axes of the graph, and returns its unique name."""
         unique = self._unique(name)
         self._initializers.append(numpy_helper.from_array(np.ascontiguousarray(value), unique))
         return unique
 
     def add_bias(self, tensor: Tensor, bias: Constant) -> bool:
-        """Makes `bias`, one number a channel, part of a convolution without one; whether it is."""
+        """Adds a bias to the convolution that computes a tensor.
+
+        Returns:
+          Whether it was added: the tensor comes from a convolution without a bias, and `bias` is
+          one number per channel.
+        """
         node = self._producers.get(tensor.name)
         if node is None or node.op_type != "Conv" or len(node.input) != 2:
             return False
@@ -90,30 +100,31 @@ class Graph:
         node.input.append(self.constant(bias.value.reshape(-1), bias.name))
         return True
 
-    def sides(self, shape: tuple[Any, ...], scope: str) -> str:
-        """Name of int64 `[2]`: height and width of a map's shape, constant where they are.
+    def spatial_shape(self, shape: tuple[Any, ...], scope: str) -> str:
+        """Returns the name of int64 `[2]`, the height and width of a map.
 
-        Sizes left open are those of the first map of such a shape.
+        Symbolic sizes are read from the first map with the same height and width.
         """
         if not any(map(export.is_symbolic_dim, shape[1:3])):
             return self.constant(np.array(shape[1:3], np.int64), f"{scope}/sides")
         key = str(shape[1:3])
-        if key not in self._sides:
-            first = self._maps[key]
-            self._sides[key] = self.add("Shape", [first], (2,), scope, start=2, end=4).name
-        return self._sides[key]
+        if key not in self._spatial_shapes:
+            inputs = [self._first_maps[key]]
+            self._spatial_shapes[key] = self.add("Shape", inputs, (2,), scope, start=2, end=4).name
+        return self._spatial_shapes[key]
 
-    def spread(self, shape: tuple[Any, ...], scope: str) -> str:
-        """Name of int64 `[1, 1, height, width]`, to which `Expand` spreads one number a channel."""
+    def expand_shape(self, shape: tuple[Any, ...], scope: str) -> str:
+        """Returns the name of int64 `[1, 1, height, width]`, to expand one number per channel."""
         if not any(map(export.is_symbolic_dim, shape[1:3])):
             return self.constant(np.array([1, 1, *shape[1:3]], np.int64), f"{scope}/spread")
         ones = self.constant(np.array([1, 1], np.int64), f"{scope}/ones")
-        return self.add("Concat", [ones, self.sides(shape, scope)], (4,), scope, axis=0).name
+        inputs = [ones, self.spatial_shape(shape, scope)]
+        return self.add("Concat", inputs, (4,), scope, axis=0).name
 
     def model(
         self, images: onnx.ValueInfoProto, output: onnx.ValueInfoProto, result: Tensor
     ) -> onnx.ModelProto:
-        """The graph whose output is this tensor, under the name that `output` says."""
+        """Returns the model that computes a tensor, which is renamed to the name of `output`."""
         for node in self._nodes:
             for names in (node.input, node.output):
                 names[:] = [output.name if name == result.name else name for name in names]
@@ -128,5 +139,7 @@ class Graph:
         )
 
     def _unique(self, name: str) -> str:
-        self._taken[name] += 1
-        return name if self._taken[name] == 1 else self._unique(f"{name}_{self._taken[name]}")
+        self._name_counts[name] += 1
+        if self._name_counts[name] == 1:
+            return name
+        return self._unique(f"{name}_{self._name_counts[name]}")

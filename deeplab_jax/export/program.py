@@ -1,4 +1,4 @@
-"""What is exported: a function of uint8 images, with the model's arrays and all around it."""
+"""The program to export: a function of uint8 images, with the model's arrays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deeplab_jax.weights.saved_model import SavedModel
 
 
 class Dimensions(NamedTuple):
-    """Sizes that the exported program takes; None: any."""
+    """Sizes of the images that the exported program takes; None means any."""
 
     batch: int | None = None
     height: int | None = None
@@ -28,16 +28,16 @@ class Dimensions(NamedTuple):
 
 @jax.jit
 def softmax(logits: Float[Array, "n h w classes"]) -> Float[Array, "n h w classes"]:
-    """Probabilities of each pixel's classes; a call of this name in a program, for exporters."""
+    """Returns class probabilities; jitted, so that exporters find a call by this name."""
     return jax.nn.softmax(logits, axis=-1)
 
 
 def class_ids(logits: Float[Array, "n h w classes"]) -> UInt8[Array, "n h w"]:
-    """The class of the highest logit, the first of equal ones."""
+    """Returns the class of the highest logit, or the first of equal ones."""
     return jnp.argmax(logits, axis=-1).astype(jnp.uint8)
 
 
-# What the program gives, of logits at the images' size.
+# The outputs of a program, as functions of logits.
 OUTPUTS: dict[str, Callable[[Array], Array]] = {
     "ids": class_ids,
     "probabilities": softmax,
@@ -46,15 +46,15 @@ OUTPUTS: dict[str, Callable[[Array], Array]] = {
 
 
 class Program:
-    """A model from pixels to an output, in float32 whatever type it was trained in.
+    """A model with its pre- and post-processing, in float32 regardless of its training dtype.
 
     Attributes:
-      saved: the model, as it is described.
-      original: its functions as it was trained.
-      model: those with fused batch norm, see `FunctionalModel.fused`.
+      saved: the saved model.
+      original: its functions, with separate batch norms.
+      model: its functions with fused batch norms, see `FunctionalModel.fused`.
       variables: the arrays of `model`.
       output: a name in `OUTPUTS`.
-      dimensions: sizes that it takes.
+      dimensions: sizes of the images.
     """
 
     def __init__(self, saved: SavedModel, output: str, dimensions: Dimensions) -> None:
@@ -79,7 +79,7 @@ class Program:
     def reference(
         self, variables: Variables, images: UInt8[Array, "n h w c"]
     ) -> Float[Array, "n h w classes"]:
-        """The logits by the saved model's own variables, without fused batch norms."""
+        """Returns the logits of the saved model, from its own variables."""
         return self._logits(self.original, variables, images)
 
     def _logits(self, model: FunctionalModel, variables: Variables, images: Array) -> Array:
@@ -89,7 +89,7 @@ class Program:
 
     @property
     def images(self) -> jax.ShapeDtypeStruct:
-        """Of the argument: sizes that are left open are `batch`, `height` and `width`."""
+        """Shape and dtype of the images, with symbolic sizes `batch`, `height` and `width`."""
         dimensions = self.dimensions._asdict()
         channels = self.model.architecture.in_channels
         spec = ", ".join(str(size or name) for name, size in dimensions.items())
@@ -99,14 +99,12 @@ class Program:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What a user of the file needs to know of the model, for JSON."""
-        info = self.saved.info
+        """Facts about the model that a user of the file needs, for JSON."""
+        architecture = self.model.architecture
+        names = ("classes", "palette", "mean", "std")
         return {
-            "architecture": self.model.architecture.name,
-            "output_stride": self.model.architecture.output_stride,
+            "architecture": architecture.name,
+            "output_stride": architecture.output_stride,
             "output": self.output,
-            "classes": info["classes"],
-            "palette": info["palette"],
-            "mean": info["mean"],
-            "std": info["std"],
+            **{name: self.saved.info[name] for name in names},
         }

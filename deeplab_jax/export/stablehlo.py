@@ -1,4 +1,4 @@
-"""StableHLO: a program for CPU, CUDA and TPU that `jax.export` reads, without this package."""
+"""StableHLO export, for CPU, CUDA and TPU. `jax.export` reads the file without this package."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def serialize(program: Program, platforms: Sequence[str] = PLATFORMS) -> bytes:
-    """The program as `jax.export.deserialize` reads it, for all these platforms at once.
+    """Returns one program for several platforms, which `jax.export.deserialize` reads.
 
     Args:
-      program: to export; its arrays become part of the file.
-      platforms: names in `PLATFORMS`, with "cpu" among them, where the file is tried.
+      program: program to export; its arrays become part of the file.
+      platforms: names in `PLATFORMS`, including "cpu", where the file is compared with the model.
 
     Raises:
-      UserError: a platform that there is not, or no "cpu".
+      UserError: a platform is unknown, or "cpu" is missing.
     """
     unknown = [name for name in platforms if name not in PLATFORMS]
     if unknown or "cpu" not in platforms:
         raise UserError(
-            f"platforms must be of {', '.join(PLATFORMS)}, and have cpu, where the file is tried; "
-            f"got {','.join(platforms)}"
+            f"platforms must be some of {', '.join(PLATFORMS)} and include cpu, where the file is "
+            f"compared with the model; got {','.join(platforms)}"
         )
     variables = jax.tree.map(jnp.asarray, program.variables)
 
@@ -42,6 +42,6 @@ def serialize(program: Program, platforms: Sequence[str] = PLATFORMS) -> bytes:
 
 
 def load(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The program of a file, as a function of uint8 `[n, h, w, c]`."""
+    """Loads a file as a function of uint8 `[n, h, w, c]`."""
     exported = export.deserialize(bytearray(path.read_bytes()))
     return lambda images: np.asarray(exported.call(images))

@@ -1,4 +1,1 @@
-"""The train step of a config, compiled for TPUs that are not there; see `deeplab-jax plan`.
-
-A package beside `parallel`, not in it: it needs `training`, which needs `parallel`.
-"""
+"""Compiles a config's train step for TPU topologies without a TPU; see `deeplab-jax plan`."""

@@ -1,10 +1,9 @@
-"""Compiles a train step for TPUs that are not there, and says what it needs of them."""
+"""Compiles a config's train step for a TPU topology and reads what it needs of the chips."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,16 +19,17 @@ from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.plan.chips import Topology
-from deeplab_jax.plan.collectives import Collective, inventory
-from deeplab_jax.training.program import train_program
-from deeplab_jax.utils.errors import UserError
+from deeplab_jax.plan.collectives import Collective, find_collectives
+from deeplab_jax.training.state import abstract_state
+from deeplab_jax.training.step import make_train_step
+from deeplab_jax.utils.errors import UserError, first_line
 
-# No chip is touched and nobody is asked over the network; libtpu looks for both unless told.
+# Without these, libtpu looks for a chip and queries the network.
 _LIBTPU = {
-    "TPU_SKIP_MDS_QUERY": "1",  # of a cloud machine's metadata server
+    "TPU_SKIP_MDS_QUERY": "1",  # the metadata server of a cloud machine
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another plan, or a training, may run beside it
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other plans or a training may run at the same time
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
@@ -37,14 +37,13 @@ _LIBTPU = {
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of a chip's memory that a train step takes.
+    """Bytes of a chip's memory that a train step needs.
 
     Attributes:
-      arguments: the state before it and its batch.
-      outputs: the state after it and its metrics.
-      aliased: of the outputs, which lie where the arguments lay.
-      temporaries: all else at the moment when there is most, above all what the backward pass
-        needs of the forward pass.
+      arguments: the old state and the batch.
+      outputs: the new state and the metrics.
+      aliased: part of the outputs that reuses the memory of the arguments.
+      temporaries: peak of everything else, mostly activations saved for the backward pass.
       program: the instructions.
     """
 
@@ -61,22 +60,22 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A train step as it was compiled for a topology, or refused.
+    """A train step compiled for a topology, or refused by the compiler.
 
     Attributes:
-      topology: that it was compiled for.
-      mesh: devices along `data` and `space`.
-      batch_size: of all devices.
-      hbm_bytes: memory of a chip that a program may have.
-      compile_seconds: it took to compile it here.
-      refusal: the compiler's words if it does not fit into the memory; then there is no more.
-      memory: of a chip.
-      flops: of a chip in a step, as XLA counts the optimised program.
-      accessed_bytes: that operations of a chip read and write in a step, as XLA counts them.
-      convolution_flops: of a chip, a multiplication and an addition counted as two: three times
-        the forward pass, all taps, nothing recomputed.
-      collectives: between the chips.
-      unknown_loops: see `collectives.Inventory`.
+      topology: topology that it was compiled for.
+      mesh: number of devices along `data` and `space`.
+      batch_size: global batch size.
+      hbm_bytes: memory of a chip that a program can use.
+      convolution_flops: FLOPs of the convolutions on a chip: three times the forward pass, all
+        kernel taps, without rematerialisation; a multiply-add counts as two.
+      compile_seconds: time that compiling took.
+      refusal: the compiler's message if the step does not fit; the fields below are then empty.
+      memory: memory of a chip.
+      flops: FLOPs of a chip in a step, by XLA's count of the optimized program.
+      accessed_bytes: bytes that a chip's operations read and write in a step, by XLA's count.
+      collectives: operations between the chips.
+      unknown_loops: see `ProgramCollectives`.
     """
 
     topology: Topology
@@ -84,7 +83,7 @@ class Plan:
     batch_size: int
     hbm_bytes: int
     convolution_flops: float
-    compile_seconds: float
+    compile_seconds: float = 0.0
     refusal: str = ""
     memory: Memory | None = None
     flops: float = 0.0
@@ -98,39 +97,38 @@ class Plan:
 
 
 def prepare() -> None:
-    """Keeps JAX away from all accelerators; to be called before JAX is used."""
+    """Keeps JAX away from all accelerators; must be called before JAX is used."""
     jax.config.update("jax_platforms", "cpu")
-    # Programs for devices that are not there can be kept on disk, but not read again (jax 0.10).
+    # JAX 0.10 can write but not read cached programs for devices that are not there.
     jax.config.update("jax_enable_compilation_cache", False)
 
 
 def topology_devices(topology: Topology) -> list[jax.Device]:
-    """Devices that can be compiled for, and nothing else.
+    """Returns devices to compile for; they cannot run anything.
 
     Raises:
-      UserError: libtpu is not installed, or knows no such topology.
+      UserError: libtpu is not installed, or does not know the topology.
     """
     from jax.experimental import topologies
 
     for name, value in _LIBTPU.items():
         os.environ.setdefault(name, value)
-    options: dict[str, Any] = dict(topology.chip.options)
+    options: dict[str, Any] = {"wrap": [*topology.rings, False][:3]}
+    if topology.chip.megacore:
+        options["chip_config_name"] = "megacore"
     if topology.chips_per_slice == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
-    if topology.slices > 1:
-        options["num_slices"] = topology.slices
-    wraps = (*topology.rings, False)[:3]
+    if topology.num_slices > 1:
+        options["num_slices"] = topology.num_slices
     try:
-        found = topologies.get_topology_desc(
-            topology.name, platform="tpu", wrap=list(wraps), **options
-        )
+        description = topologies.get_topology_desc(topology.name, platform="tpu", **options)
     except RuntimeError as error:  # jax.errors.JaxRuntimeError is one
         if "not installed" in str(error):
             raise UserError(
                 "the TPU compiler is not installed: pip install 'deeplab-jax[tpu]' (no TPU needed)"
             ) from error
         raise UserError(f"--topology {topology.name}: the TPU compiler says: {error}") from error
-    return list(found.devices)
+    return list(description.devices)
 
 
 def make_plan(
@@ -139,74 +137,65 @@ def make_plan(
     topology: Topology,
     log: Callable[[str], None] = lambda message: None,
 ) -> Plan:
-    """Compiles the config's train step for a topology; takes minutes.
+    """Compiles the config's train step for a topology, which takes minutes.
 
     Args:
-      config: of the run; weights of classes that it takes from its data are planned as ones.
-      architecture: that the config and its data make.
-      topology: to compile for.
-      log: is told when all is well and compiling begins.
+      config: config of the run. Class weights that the run computes from its data are replaced by
+        ones, which cost the same.
+      architecture: architecture that the config and its data give.
+      topology: topology to compile for.
+      log: called with a message when compilation starts.
 
     Raises:
-      UserError: libtpu is absent, or the config does not suit the number of devices.
+      UserError: libtpu is not installed, or the batch, image height or class weights do not suit
+        the devices or the architecture.
     """
     config = _without_data(config, architecture)
     mesh = mesh_lib.make_mesh(config.mesh, topology_devices(topology))
-    check(config, architecture, mesh)
+    batch_size, (height, _) = config.train.batch_size, config_lib.crop_shape(config.data)
+    mesh_lib.check_batch("config.train.batch_size", batch_size, mesh, config.optimizer.accumulate)
+    mesh_lib.check_height("config.data.crop_size", height, architecture.output_stride, mesh)
     log("compiling; a ResNet-101 takes about ten minutes")
-    begun = time.perf_counter()
-    lowered = lower(config, architecture, mesh)
-    told: dict[str, Any] = {
-        "topology": topology,
-        "mesh": tuple(mesh.shape.values()),
-        "batch_size": config.train.batch_size,
-        "hbm_bytes": topology.chip.hbm_bytes,
-        "convolution_flops": convolution_flops(config, architecture) / mesh.size,
-    }
+    start = time.perf_counter()
+    compiled, refusal = None, ""
     try:
-        compiled = lowered.compile()
+        compiled = lower(config, architecture, mesh).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Plan(
-            **told, compile_seconds=time.perf_counter() - begun, refusal=_first_line(str(error))
-        )
-    return Plan(**told, compile_seconds=time.perf_counter() - begun, **read(compiled, topology))
-
-
-def check(config: Config, architecture: Architecture, mesh: Mesh) -> None:
-    """Raises UserError where training would: batch or height do not suit the mesh."""
-    mesh_lib.check_batch(
-        "config.train.batch_size", config.train.batch_size, mesh, config.optimizer.accumulate
+        refusal = first_line(error).removeprefix("RESOURCE_EXHAUSTED:").strip()
+    return Plan(
+        topology=topology,
+        mesh=(mesh.shape[mesh_lib.DATA], mesh.shape[mesh_lib.SPACE]),
+        batch_size=batch_size,
+        hbm_bytes=topology.chip.hbm_bytes,
+        convolution_flops=convolution_flops(config, architecture) / mesh.size,
+        compile_seconds=time.perf_counter() - start,
+        refusal=refusal,
+        **(read(compiled, topology) if compiled else {}),
     )
-    height, _ = config_lib.crop_shape(config.data)
-    mesh_lib.check_height("config.data.crop_size", height, architecture.output_stride, mesh)
 
 
 def lower(config: Config, architecture: Architecture, mesh: Mesh) -> jax.stages.Lowered:
-    """The train step that training runs, for shapes alone."""
-    program = train_program(FunctionalModel(architecture), config, mesh)
-    state = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        program.state,
-        program.where,
-    )
+    """Lowers the train step that training runs, from shapes and shardings only."""
+    model = FunctionalModel(architecture)
     height, width = config_lib.crop_shape(config.data)
-    rows = (config.train.batch_size, mesh_lib.filled_height(height, mesh), width)
-    where = mesh_lib.image_sharding(mesh)
+    shape = (config.train.batch_size, mesh_lib.padded_height(height, mesh), width)
+    shapes = {"image": (*shape, architecture.in_channels), "label": shape}
+    sharding = mesh_lib.image_sharding(mesh)
     batch = {
-        "image": jax.ShapeDtypeStruct((*rows, architecture.in_channels), jnp.uint8, sharding=where),
-        "label": jax.ShapeDtypeStruct(rows, jnp.uint8, sharding=where),
+        name: jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding)
+        for name, shape in shapes.items()
     }
-    step: Any = program.step
-    return step.lower(state, batch)
+    step: Any = make_train_step(model, config, mesh)
+    return step.lower(abstract_state(config, model, mesh), batch)
 
 
 def read(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]:
-    """What a compiled program tells of itself: fields of `Plan`."""
+    """Returns the fields of `Plan` that a compiled program gives."""
     stats: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis()
-    found = inventory(compiled.as_text() or "", topology.chips, topology.slices)
+    hlo = compiled.as_text() or ""
     return {
         "memory": Memory(
             arguments=stats.argument_size_in_bytes,
@@ -217,49 +206,38 @@ def read(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]:
         ),
         "flops": cost["flops"],
         "accessed_bytes": cost["bytes accessed"],
-        "collectives": found.collectives,
-        "unknown_loops": found.unknown_loops,
+        **find_collectives(hlo, topology.num_chips, topology.num_slices)._asdict(),
     }
 
 
 def convolution_flops(config: Config, architecture: Architecture) -> float:
-    """Of the convolutions in a step, all devices together: three times the forward pass."""
-    found = convolutions(FunctionalModel(architecture), *config_lib.crop_shape(config.data))
-    return 3 * 2.0 * config.train.batch_size * sum(conv.macs for conv in found)
+    """Returns the convolutions' FLOPs in a step on all devices: three times the forward pass."""
+    convs = convolutions(FunctionalModel(architecture), *config_lib.crop_shape(config.data))
+    return 3 * 2.0 * config.train.batch_size * sum(conv.macs for conv in convs)
 
 
 def _without_data(config: Config, architecture: Architecture) -> Config:
-    """Weights of classes "auto" become ones: what they are changes nothing of the cost."""
-    weights = config.loss.class_weights
-    classes = architecture.num_classes
+    """Replaces the class weights "auto" by ones, and checks the number of others."""
+    weights, num_classes = config.loss.class_weights, architecture.num_classes
     if weights == "auto":
-        weights = (1.0,) * classes
-    if isinstance(weights, tuple) and len(weights) != classes:
+        weights = (1.0,) * num_classes
+    if isinstance(weights, tuple) and len(weights) != num_classes:
         raise UserError(
-            f"config.loss.class_weights has {len(weights)} numbers, but there are {classes} classes"
+            f"config.loss.class_weights has {len(weights)} numbers, but there are {num_classes} "
+            "classes"
         )
     return dataclasses.replace(config, loss=dataclasses.replace(config.loss, class_weights=weights))
 
 
-def _first_line(message: str) -> str:
-    line = message.strip().splitlines()[0]
-    return re.sub(r"^RESOURCE_EXHAUSTED:\s*", "", line)
-
-
-def batch_unit(config: Config, topology: Topology) -> int:
-    """Images that a batch's size must be a multiple of: one a part and device along `data`."""
+def batch_multiple(config: Config, topology: Topology) -> int:
+    """Returns the number that a batch size must be a multiple of on a topology."""
     mesh = mesh_lib.make_mesh(config.mesh, topology_devices(topology))
     return mesh.shape[mesh_lib.DATA] * config.optimizer.accumulate
 
 
-def guess_units(plan: Plan, units: int) -> int:
-    """How many times its unit a batch may be, if temporaries grow with it in proportion.
-
-    Args:
-      plan: of a batch.
-      units: how many times its unit that batch is.
-    """
+def estimate_max_batch(plan: Plan) -> int:
+    """Returns the largest batch that fits if temporaries are proportional to it; 0: unknown."""
     if plan.memory is None:
-        return 1
+        return 0
     free = plan.hbm_bytes - (plan.memory.total - plan.memory.temporaries)
-    return max(int(units * free / max(plan.memory.temporaries, 1)), 1)
+    return int(plan.batch_size * free / max(plan.memory.temporaries, 1))

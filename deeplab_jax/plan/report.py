@@ -1,4 +1,4 @@
-"""A plan as tables for people and as JSON for programs."""
+"""Formats a plan as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -6,97 +6,85 @@ import dataclasses
 from typing import Any
 
 from deeplab_jax.plan.plan import Plan
-from deeplab_jax.plan.roofline import Roofline, roofline
+from deeplab_jax.plan.roofline import roofline
 
-COLUMNS = ("collective", "devices", "a step", "MB a step", "MB sent a chip")
+COLLECTIVE_COLUMNS = ("collective", "devices", "a step", "MB a step", "MB sent a chip")
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """All that the tables hold, as numbers; null for what a refused program does not tell."""
-    found = roofline(plan) if plan.memory else None
-    return {
-        "topology": plan.topology.name,
-        "slices": plan.topology.slices,
-        "devices": plan.topology.chips,
+    """Returns all numbers of a plan; those that a refused program does not have are null."""
+    topology, chip = plan.topology, plan.topology.chip
+    numbers: dict[str, Any] = {
+        "topology": topology.name,
+        "slices": topology.num_slices,
+        "devices": topology.num_chips,
         "mesh": dict(zip(("data", "space"), plan.mesh, strict=True)),
         "batch_size": plan.batch_size,
         "fits": plan.fits,
         "refusal": plan.refusal or None,
-        "bytes_per_device": plan.memory.total if plan.memory else None,
-        "memory": dataclasses.asdict(plan.memory) if plan.memory else None,
+        "bytes_per_device": None,
+        "memory": None,
         "hbm_bytes": plan.hbm_bytes,
-        "flops_per_device": plan.flops if plan.memory else None,
+        "flops_per_device": None,
         "convolution_flops_per_device": plan.convolution_flops,
-        "accessed_bytes_per_device": plan.accessed_bytes if plan.memory else None,
+        "accessed_bytes_per_device": None,
         "collectives": [
             dataclasses.asdict(one) | {"sent_bytes": one.sent_bytes} for one in plan.collectives
         ],
         "unknown_loops": plan.unknown_loops,
-        "peaks": peaks(plan),
-        "roofline": found and _roofline_json(plan, found),
+        "peaks": {
+            "flops": chip.flops,
+            "hbm_bandwidth": chip.hbm_bandwidth,
+            "interconnect_bandwidth": topology.interconnect,
+            "ports": topology.num_ports,
+            "network_bandwidth": chip.network_bandwidth,
+            "source": chip.source,
+        },
+        "roofline": None,
         "compile_seconds": plan.compile_seconds,
     }
+    if plan.memory:
+        bounds = roofline(plan)
+        numbers |= {
+            "bytes_per_device": plan.memory.total,
+            "memory": dataclasses.asdict(plan.memory),
+            "flops_per_device": plan.flops,
+            "accessed_bytes_per_device": plan.accessed_bytes,
+            "roofline": {
+                "compute_seconds": bounds.compute,
+                "memory_seconds": bounds.memory,
+                "interconnect_seconds": bounds.interconnect,
+                "fastest_step_seconds": bounds.fastest,
+                "step_seconds": bounds.step,
+                "images_per_second": plan.batch_size / bounds.step,
+                "bound_by": bounds.bound_by,
+            },
+        }
+    return numbers
 
 
-def peaks(plan: Plan) -> dict[str, Any]:
-    """The published figures that the estimate rests on."""
-    chip = plan.topology.chip
-    return {
-        "flops": chip.flops,
-        "hbm_bandwidth": chip.hbm_bandwidth,
-        "interconnect_bandwidth": plan.topology.interconnect,
-        "ports": plan.topology.ports,
-        "network_bandwidth": chip.network_bandwidth,
-        "source": chip.source,
-    }
-
-
-def _roofline_json(plan: Plan, found: Roofline) -> dict[str, Any]:
-    return {
-        "compute_seconds": found.compute,
-        "memory_seconds": found.memory,
-        "interconnect_seconds": found.interconnect,
-        "fastest_step_seconds": found.fastest,
-        "step_seconds": found.step,
-        "images_per_second": plan.batch_size / found.step,
-        "bound_by": found.bound_by,
-    }
-
-
-def facts(plan: Plan) -> list[tuple[str, str]]:
-    """What holds of a plan: names and values."""
+def summary_rows(plan: Plan) -> list[tuple[str, str]]:
+    """Returns names and values that describe a plan, one pair per line."""
     topology, chip = plan.topology, plan.topology.chip
-    slices = f" in {topology.slices} slices" if topology.slices > 1 else ""
-    lines = [
-        ("devices", f"{topology.chips} x {chip.name}, {topology.name}{slices}"),
+    slices = f" in {topology.num_slices} slices" if topology.num_slices > 1 else ""
+    rows = [
+        ("devices", f"{topology.num_chips} x {chip.name}, {topology.name}{slices}"),
         ("mesh", f"data {plan.mesh[0]} x space {plan.mesh[1]}"),
-        ("batch", f"{plan.batch_size}, {plan.batch_size / topology.chips:g} a chip"),
+        ("batch", f"{plan.batch_size}, {plan.batch_size / topology.num_chips:g} a chip"),
         ("compiled in", f"{plan.compile_seconds:.0f} s"),
     ]
     if plan.memory is None:
-        return [*lines, ("does not fit", f"the compiler says: {plan.refusal}")]
-    return lines + _memory_facts(plan) + _speed_facts(plan)
-
-
-def _memory_facts(plan: Plan) -> list[tuple[str, str]]:
-    assert plan.memory is not None
-    parts = dataclasses.asdict(plan.memory) | {"total": plan.memory.total}
-    share = plan.memory.total / plan.hbm_bytes
-    fits = "fits" if plan.fits else "does not fit"
-    chip = plan.topology.chip
+        return [*rows, ("does not fit", f"the compiler says: {plan.refusal}")]
+    bounds, total = roofline(plan), plan.memory.total
+    memory = dataclasses.asdict(plan.memory) | {"total": total}
     return [
-        *((f"memory a chip: {name}", f"{_size(value):>10}") for name, value in parts.items()),
+        *rows,
+        *((f"memory a chip: {name}", f"{_size(value):>10}") for name, value in memory.items()),
         (
             "memory a chip: limit",
-            f"{_size(plan.hbm_bytes):>10} of {chip.published_hbm} are left to programs: {fits}, "
-            f"{100 * share:.0f} % used",
+            f"{_size(plan.hbm_bytes):>10} of {chip.published_hbm} are left to programs: "
+            f"{'fits' if plan.fits else 'does not fit'}, {100 * total / plan.hbm_bytes:.0f} % used",
         ),
-    ]
-
-
-def _speed_facts(plan: Plan) -> list[tuple[str, str]]:
-    found, chip, topology = roofline(plan), plan.topology.chip, plan.topology
-    return [
         (
             "arithmetic a chip",
             f"{plan.convolution_flops / 1e9:.4g} GFLOP of convolutions, forward and backward; "
@@ -105,23 +93,23 @@ def _speed_facts(plan: Plan) -> list[tuple[str, str]]:
         ("memory traffic", f"{plan.accessed_bytes / 1e9:.2f} GB by XLA's count"),
         (
             "time at the peaks",
-            f"arithmetic {_ms(found.compute)} at {chip.flops / 1e12:g} TFLOP/s, memory "
-            f"{_ms(found.memory)} at {chip.hbm_bandwidth / 1e9:g} GB/s, interconnect "
-            f"{_ms(found.interconnect)} at {topology.interconnect / 1e9:g} GB/s "
-            f"({topology.ports} ports)",
+            f"arithmetic {_ms(bounds.compute)} at {chip.flops / 1e12:g} TFLOP/s, memory "
+            f"{_ms(bounds.memory)} at {chip.hbm_bandwidth / 1e9:g} GB/s, interconnect "
+            f"{_ms(bounds.interconnect)} at {topology.interconnect / 1e9:g} GB/s "
+            f"({topology.num_ports} ports)",
         ),
         (
             "a step, estimated",
-            f"{_ms(found.step)}, bound by {found.bound_by}: "
-            f"{plan.batch_size / found.step:.0f} images/s; were all traffic to stay in the chips, "
-            f"at most {plan.batch_size / found.fastest:.0f}",
+            f"{_ms(bounds.step)}, bound by {bounds.bound_by}: "
+            f"{plan.batch_size / bounds.step:.0f} images/s; at most "
+            f"{plan.batch_size / bounds.fastest:.0f} if all memory traffic stayed in the chips",
         ),
-        ("", f"(from published peaks, all three at once; not a measurement. {chip.source})"),
+        ("", f"(from published peaks, all three overlapped; not a measurement. {chip.source})"),
     ]
 
 
-def rows(plan: Plan) -> list[tuple[str, ...]]:
-    """A line for the collectives of a kind and group size, under `COLUMNS`."""
+def collective_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """Returns one row per kind and group size of collectives, under `COLLECTIVE_COLUMNS`."""
     return [
         (
             one.kind + (" between slices" if one.between_slices else ""),

@@ -1,4 +1,4 @@
-"""ONNX: the graph is the model's, and onnxruntime gives what the model gives."""
+"""ONNX export: the graph matches the model, and onnxruntime gives the model's results."""
 
 import json
 import pathlib
@@ -19,7 +19,7 @@ from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.layers import Conv
 from deeplab_jax.models.ops.atrous_conv import atrous_conv
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import saved_model as checkpoint
+from deeplab_jax.weights import saved_model
 from random_modules import random_variables
 
 onnx = pytest.importorskip("onnx", reason="install the `onnx` extra")
@@ -39,11 +39,11 @@ class Exported:
         self.variables = random_variables(self.model)
         channels = arch.in_channels
         self.mean, self.std = np.array(MEAN[:channels]), np.array(STD[:channels])
-        info = checkpoint.describe(
+        info = saved_model.describe(
             arch, labels.named(*"abcde"), mean=self.mean, std=self.std, resize="", size=(1, 1)
         )
         info |= {"mean": self.mean.tolist(), "std": self.std.tolist()}
-        saved = checkpoint.SavedModel(pathlib.Path(), self.variables, info)
+        saved = saved_model.SavedModel(pathlib.Path(), self.variables, info)
         self.graph = onnx_export.to_onnx(Program(saved, output, sizes), layout)
         session = onnxruntime.InferenceSession(self.graph.SerializeToString())
         self.run = lambda images: session.run(None, {"images": images})[0]
@@ -106,7 +106,7 @@ def test_architectures(exported):
 
 
 def test_convolutions_are_the_models(exported):
-    """Each by its module's name, with its rate; batch norm and the auxiliary head are gone."""
+    """Each has its module's name and rate. Batch norm and the auxiliary head are not exported."""
     arch = exported.model.architecture
     module = nnx.eval_shape(lambda: build_model(arch, rngs=nnx.Rngs(0)))
     expected = {
@@ -134,7 +134,7 @@ def test_convolutions_are_the_models(exported):
     assert ("HardSwish" in types) is mobile
 
 
-def test_there_are_transposes_at_the_ends_alone(basic):
+def test_only_the_ends_have_transposes(basic):
     types = onnx_export.count_nodes(basic.graph)
     assert types.pop("Transpose") == 2
     assert types == {
@@ -145,7 +145,7 @@ def test_there_are_transposes_at_the_ends_alone(basic):
     assert (first.op_type, last.op_type) == ("Transpose", "Transpose")
 
 
-def test_names_say_where_a_node_stands(basic):
+def test_nodes_are_named_after_modules(basic):
     names = [node.name for node in basic.graph.graph.node]
     assert len(set(names)) == len(names)
     assert "backbone.layer4.1.conv2" in names
@@ -161,7 +161,7 @@ def test_names_say_where_a_node_stands(basic):
     assert sides(output) == ["batch", "height", "width", 5]
 
 
-def test_metadata_says_what_ids_mean(basic):
+def test_metadata_describes_ids(basic):
     texts = {one.key: one.value for one in basic.graph.metadata_props}
     assert json.loads(texts["classes"]) == list("abcde")
     assert json.loads(texts["palette"])[1] == [128, 0, 0]
@@ -216,14 +216,14 @@ def test_a_bias_is_not_put_into_a_convolution_that_others_read():
     assert_near(y.transpose(0, 2, 3, 1), np.asarray(jax.jit(twice)(variables, x)))
 
 
-def test_what_has_no_counterpart_is_said_with_its_module():
-    place = r"in or behind classifier\.logits, at .*decoders\.py.*TransposedDecoder.*stablehlo"
-    with pytest.raises(UserError, match=rf"no rule for '\w+', {place}"):
+def test_an_unsupported_operation_is_reported_with_its_module():
+    location = r"in or after classifier\.logits, at .*decoders\.py.*TransposedDecoder.*stablehlo"
+    with pytest.raises(UserError, match=rf"no rule for '\w+', {location}"):
         Exported("paper_resnet18", decoder="transposed", sizes=Dimensions(1, 32, 32))
 
 
 def test_from_torchvisions_file_in_two_commands(tmp_path):
-    """What torchvision's own model gives of the same pixels."""
+    """The result equals that of torchvision's model for the same pixels."""
     torch_reference = pytest.importorskip("torch_reference")
     torch = torch_reference.torch
     reference = torch_reference.segmentation_model("deeplabv3_mobilenet_v3_large", aux=True)

@@ -1,4 +1,4 @@
-"""StableHLO: what the file gives is what the model gives, at any size, in another process."""
+"""StableHLO export: the file gives the model's results, at any size and in another process."""
 
 import functools
 import os
@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import saved_model
+import small_checkpoint
 from deeplab_jax.export import stablehlo
 from deeplab_jax.export.program import Dimensions, Program
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.ops.depthwise_conv import depthwise_conv
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import saved_model as checkpoint
+from deeplab_jax.weights import saved_model
 
 DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "export.md"
 
@@ -28,18 +28,18 @@ DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "export.md"
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("saved") / "model"
-    saved_model.write(path)
-    return checkpoint.read(path)
+    small_checkpoint.write(path)
+    return saved_model.read(path)
 
 
 @pytest.fixture(scope="module")
 def logits_of(saved):
-    """The model's own logits of uint8 images, normalised by NumPy, batch norm by itself."""
+    """A function from uint8 images to the model's logits, with NumPy's normalization."""
     model = FunctionalModel(architecture("paper_resnet18", num_classes=3, width=0.125))
     apply = jax.jit(lambda pixels: model.apply(saved.variables, pixels)[0]["out"])
 
     def logits(images):
-        pixels = (images / 255 - np.array(saved_model.MEAN)) / np.array(saved_model.STD)
+        pixels = (images / 255 - np.array(small_checkpoint.MEAN)) / np.array(small_checkpoint.STD)
         return np.asarray(apply(pixels.astype(np.float32)))
 
     return logits
@@ -47,13 +47,13 @@ def logits_of(saved):
 
 @pytest.fixture(scope="module")
 def written(saved, tmp_path_factory):
-    """A function that writes the model's program to a file, and gives its path."""
+    """A function that writes the model's program to a file and returns its path."""
     folder = tmp_path_factory.mktemp("programs")
 
     def write(output, dimensions=Dimensions()):  # noqa: B008
         path = folder / f"{output}{dimensions}"
         if not path.exists():
-            # What is common to all platforms is tried once: each one's lowering takes its time.
+            # All platforms are tried only once, because each takes time to lower.
             platforms = stablehlo.PLATFORMS if output == "logits" else ("cpu",)
             path.write_bytes(stablehlo.serialize(Program(saved, output, dimensions), platforms))
         return path
@@ -63,7 +63,7 @@ def written(saved, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(written):
-    """A function that gives the model's program, read from its file once, so compiled once."""
+    """A function that loads the model's program, cached so that it is compiled once."""
     return functools.cache(lambda *settings: stablehlo.load(written(*settings)))
 
 
@@ -82,7 +82,7 @@ def test_one_file_gives_the_models_logits_at_each_batch_and_size(loaded, logits_
     assert_near(loaded("logits")(images), logits_of(images))
 
 
-def test_of_a_fixed_size_too(loaded, logits_of):
+def test_a_fixed_size(loaded, logits_of):
     run = loaded("logits", Dimensions(height=33, width=41))
     images = picture(2, 33, 41)
     assert_near(run(images), logits_of(images))
@@ -123,7 +123,7 @@ def test_ids_on_photos(loaded, logits_of, shared_data):
     logits = logits_of(images)
     assert_near(loaded("logits")(images), logits)
     ids = loaded("ids")(images)
-    # A pixel may differ where two classes are as likely as each other up to rounding, and only so.
+    # Ids may differ only where two classes are equally likely up to rounding.
     best = np.sort(logits, axis=-1)
     clear = best[..., -1] - best[..., -2] > 2e-5 * np.abs(logits).max()
     np.testing.assert_array_equal(ids[clear], logits.argmax(-1)[clear])
@@ -148,7 +148,7 @@ def test_the_loader_in_the_docs_runs_without_this_package(written, logits_of, tm
     np.testing.assert_array_equal(np.load(tmp_path / "ids.npy"), logits_of(images).argmax(-1))
 
 
-def test_a_file_is_for_all_platforms_or_those_asked_for(saved):
+def test_a_file_is_for_all_or_the_given_platforms(saved):
     program = Program(saved, "ids", Dimensions())
     for platforms in (stablehlo.PLATFORMS, ("cpu", "tpu")):
         content = stablehlo.serialize(program, platforms)
@@ -156,8 +156,8 @@ def test_a_file_is_for_all_platforms_or_those_asked_for(saved):
 
 
 @pytest.mark.parametrize("platforms", [("tpu",), ("cpu", "gpu"), ()])
-def test_platforms_that_cannot_be_are_refused(saved, platforms):
-    with pytest.raises(UserError, match="platforms must be of cpu, cuda, tpu"):
+def test_invalid_platforms_are_refused(saved, platforms):
+    with pytest.raises(UserError, match="platforms must be some of cpu, cuda, tpu"):
         stablehlo.serialize(Program(saved, "ids", Dimensions()), platforms)
 
 

@@ -1,4 +1,4 @@
-"""What a compiled program exchanges, by hand-written programs and by one whose bytes are known."""
+"""Collectives of hand-written programs, and of a compiled one with known bytes."""
 
 import textwrap
 
@@ -7,19 +7,19 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from deeplab_jax.plan.collectives import Collective, inventory
+from deeplab_jax.plan.collectives import Collective, find_collectives
 
 
 def program(*lines, others=""):
-    """A module whose entry holds some instructions, and other computations."""
+    """A module with instructions in its entry, and other computations."""
     entry = "\n".join(f"  {line}" for line in lines)
     main = f"ENTRY %main (p: f32[8]) -> f32[8] {{\n{entry}\n}}"
     return f"HloModule m\n{textwrap.dedent(others)}\n{main}\n"
 
 
 def only(*lines, devices=8, slices=1, others=""):
-    """The one kind of collective that a program holds."""
-    (found,) = inventory(program(*lines, others=others), devices, slices).collectives
+    """The only kind of collective in a program."""
+    (found,) = find_collectives(program(*lines, others=others), devices, slices).collectives
     return found
 
 
@@ -72,7 +72,7 @@ def test_bytes(line, kind, size, moved):
 
 
 def test_ends_operands_and_names_are_not_counted():
-    found = inventory(
+    found = find_collectives(
         program(
             "%s = f32[8] all-reduce-start(%p), replica_groups={{0,1}}",
             "%d = f32[8] all-reduce-done(%s)",
@@ -98,7 +98,7 @@ LOOP = """
 WHILE = "%w = (s32[], f32[8]{0}) while(%p), condition=%condition, body=%body"
 
 
-def test_a_loop_counts_each_round():
+def test_a_loop_counts_each_iteration():
     assert only(WHILE, others=LOOP.replace("DIRECTION", "LT")).count == 5
     known = WHILE + ', backend_config={"known_trip_count":{"n":"7"}}'
     found = only(known, others=LOOP.replace("DIRECTION", "LT"))
@@ -115,8 +115,8 @@ def test_loops_within_loops_multiply():
     assert only(entry, others=LOOP.replace("DIRECTION", "LT") + outer).count == 15
 
 
-def test_a_loop_of_unknown_rounds_counts_once_and_is_told():
-    found = inventory(program(WHILE, others=LOOP.replace("DIRECTION", "NE")), 8)
+def test_a_loop_of_unknown_length_counts_once_and_is_reported():
+    found = find_collectives(program(WHILE, others=LOOP.replace("DIRECTION", "NE")), 8)
     assert (found.collectives[0].count, found.unknown_loops) == (1, 1)
 
 
@@ -157,7 +157,8 @@ def test_between_slices():
     found = only(send, slices=3)
     assert found == Collective("all-reduce", 3, 1, 12, between_slices=True)
     assert found.sent_bytes == pytest.approx(2 * 2 / 3 * 12)
-    assert inventory(program("%s = (f32[6], u32[], token[]) send(%p, %a)"), 8).collectives == ()
+    other = program("%s = (f32[6], u32[], token[]) send(%p, %a)")
+    assert find_collectives(other, 8).collectives == ()
 
 
 @pytest.mark.parametrize(
@@ -195,10 +196,10 @@ def test_the_program_that_xla_makes_of_a_gradient():
     lowered = jax.jit(
         jax.grad(loss), out_shardings=NamedSharding(mesh, PartitionSpec(None, "inner"))
     ).lower(array((3, 16, 16), None, "inner"), array((8, 16), "rows"))
-    found = inventory(lowered.compile().as_text(), 8)
-    told = {(one.kind, one.group_size): (one.count, one.bytes) for one in found.collectives}
+    found = find_collectives(lowered.compile().as_text(), 8)
+    totals = {(one.kind, one.group_size): (one.count, one.bytes) for one in found.collectives}
     # Gradients of the weights: 3 x 8 x 16 numbers a device, summed over the rows' devices.
-    assert told["all-reduce", 4][1] == 3 * 8 * 16 * 4
+    assert totals["all-reduce", 4][1] == 3 * 8 * 16 * 4
     assert found.unknown_loops == 0
     # Forward: activations, 2 x 16 a device and layer, summed over the inner axis.
-    assert told["all-reduce", 2] == (3, 3 * 2 * 16 * 4)
+    assert totals["all-reduce", 2] == (3, 3 * 2 * 16 * 4)

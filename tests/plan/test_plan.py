@@ -1,4 +1,4 @@
-"""Plans: on eight CPU devices, where all figures follow from shapes, and by the TPU's compiler."""
+"""Plans for eight CPU devices, where all numbers follow from shapes, and by the TPU compiler."""
 
 import dataclasses
 import importlib.util
@@ -18,7 +18,7 @@ from deeplab_jax.models.ops.convolution import XLA
 from deeplab_jax.plan import chips, plan, search
 from deeplab_jax.plan.collectives import Collective
 from deeplab_jax.plan.plan import Memory, Plan
-from deeplab_jax.plan.roofline import all_reduce_seconds, roofline
+from deeplab_jax.plan.roofline import roofline
 from deeplab_jax.training.train import resolve_architecture
 from deeplab_jax.utils.errors import UserError
 
@@ -36,7 +36,7 @@ def arch():
 
 @pytest.fixture(scope="module")
 def compiled(arch):
-    """The figures of the smallest step on eight CPU devices, and its parameters."""
+    """Fields of the plan of the smallest step on eight CPU devices."""
     config = get_config()
     with pytest.MonkeyPatch.context() as patch:
         # As on TPU; on CPU taps that fall off the map have no gradient to sum.
@@ -115,7 +115,7 @@ def test_weights_of_classes_need_no_data(arch, monkeypatch):
         (("mesh", "space"), 4, "3 rows of features at output stride 16, fewer than"),
     ],
 )
-def test_what_does_not_suit_the_devices_is_refused(arch, monkeypatch, field, value, message):
+def test_configs_that_do_not_suit_the_devices_are_refused(arch, monkeypatch, field, value, message):
     monkeypatch.setattr(plan, "topology_devices", lambda topology: jax.devices())
     config = get_config()
     setattr(getattr(config, field[0]), field[1], value)
@@ -140,7 +140,7 @@ def test_a_compiler_that_refuses_for_memory_is_quoted(arch, monkeypatch):
         plan.make_plan(get_config(), arch, V5E)
 
 
-def test_libtpu_that_is_absent_is_told(monkeypatch):
+def test_missing_libtpu(monkeypatch):
     from jax.experimental import topologies
 
     def absent(*_, **__):
@@ -191,9 +191,9 @@ def test_the_tpu_compiler_refuses_what_does_not_fit(libtpu, arch):
 @pytest.mark.parametrize("text", ["v5e:1x1", "v5e:4x8", "v6e:16x16", "v4:2x2x2", "v5p:4x4x8"])
 def test_topologies_are_known_to_the_compiler(libtpu, text):
     topology = chips.parse(text)
-    assert len(plan.topology_devices(topology)) == topology.chips
-    devices = plan.topology_devices(dataclasses.replace(topology, slices=2))
-    assert len(devices) == 2 * topology.chips
+    assert len(plan.topology_devices(topology)) == topology.num_chips
+    devices = plan.topology_devices(dataclasses.replace(topology, num_slices=2))
+    assert len(devices) == 2 * topology.num_chips
     assert mesh_lib.make_mesh(MeshConfig(), devices).shape["data"] == len(devices)
 
 
@@ -208,14 +208,14 @@ def test_topologies_are_known_to_the_compiler(libtpu, text):
     ],
 )
 def test_ports_at_the_corner_of_a_slice(text, ports):
-    assert chips.parse(text).ports == ports
+    assert chips.parse(text).num_ports == ports
 
 
 def test_a_pod_reduces_as_fast_as_is_published():
     """ "All-reduce bandwidth per pod" of 256 chips: v5e 51.2 TB/s, v6e 102.4 TB/s."""
     for name, published in (("v5e:16x16", 51.2e12), ("v6e:16x16", 102.4e12)):
         pod = chips.parse(name)
-        assert pod.chips * pod.interconnect == pytest.approx(published)
+        assert pod.num_chips * pod.interconnect == pytest.approx(published)
 
 
 @pytest.mark.parametrize(
@@ -224,8 +224,8 @@ def test_a_pod_reduces_as_fast_as_is_published():
         ("v5f:4x4", 1, "did you mean 'v5[ep]'?"),
         ("h100", 1, "such as v5e:4x4"),
         ("v5e", 1, "such as v5e:4x4"),
-        ("v5e:4x4x4", 1, "has 2 sides of 1 to 16 chips, as v5e:4x4"),
-        ("v5p:4x4", 1, "has 3 sides of 1 to 64 chips, as v5p:4x4x4"),
+        ("v5e:4x4x4", 1, "has 2 sides of 1 to 16 chips, such as v5e:4x4"),
+        ("v5p:4x4", 1, "has 3 sides of 1 to 64 chips, such as v5p:4x4x4"),
         ("v5e:32x16", 1, "has 2 sides of 1 to 16 chips"),
         ("v5e:0x4", 1, "sides of 1 to 16"),
         ("v5e:3x4", 1, "must be even"),
@@ -242,7 +242,7 @@ def test_wrong_topologies(text, slices, message):
 
 def planned(**fields):
     memory = Memory(arguments=10, outputs=9, aliased=8, temporaries=70, program=5)
-    told = {
+    defaults = {
         "topology": chips.parse("v5e:4x4"),
         "mesh": (16, 1),
         "batch_size": 64,
@@ -251,7 +251,7 @@ def planned(**fields):
         "compile_seconds": 1.0,
         "memory": memory,
     }
-    return Plan(**(told | fields))
+    return Plan(**(defaults | fields))
 
 
 def test_roofline_by_hand():
@@ -273,7 +273,7 @@ def test_roofline_by_hand():
     assert found.fastest == found.compute
 
 
-def test_the_network_between_slices_is_apart():
+def test_the_network_between_slices_is_separate():
     one = Collective("all-reduce", 2, 1, 3125 * 10**3, between_slices=True)
     found = roofline(planned(topology=chips.parse("v5e:4x4", 2), collectives=(one,)))
     assert found.interconnect == pytest.approx(1e-3)
@@ -285,25 +285,25 @@ def test_a_single_chip_sends_nothing():
     assert roofline(planned(topology=chips.parse("v5e:1x1"), collectives=(one,))).step == 0
 
 
-def test_all_reduce_against_a_ring_that_is_played_through():
+def test_all_reduce_equals_a_simulated_ring():
     """n chips with n pieces each: 2 (n - 1) times each sends one piece to its neighbour."""
     n, piece = 5, 3
     values = np.random.default_rng(0).integers(0, 9, (n, n, piece))
-    held, sent = values.copy(), 0
+    sums, sent = values.copy(), 0
     for turn in range(n - 1):  # reduce-scatter
         moving = [(chip, (chip - turn) % n) for chip in range(n)]
-        taken = [held[chip, part].copy() for chip, part in moving]
+        taken = [sums[chip, part].copy() for chip, part in moving]
         for (chip, part), data in zip(moving, taken, strict=True):
-            held[(chip + 1) % n, part] += data
+            sums[(chip + 1) % n, part] += data
         sent += piece
     for turn in range(n - 1):  # all-gather
         moving = [(chip, (chip + 1 - turn) % n) for chip in range(n)]
-        taken = [held[chip, part].copy() for chip, part in moving]
+        taken = [sums[chip, part].copy() for chip, part in moving]
         for (chip, part), data in zip(moving, taken, strict=True):
-            held[(chip + 1) % n, part] = data
+            sums[(chip + 1) % n, part] = data
         sent += piece
-    np.testing.assert_array_equal(held, np.broadcast_to(values.sum(0), held.shape))
-    assert all_reduce_seconds(n * piece, n, bandwidth=1.0) == sent
+    np.testing.assert_array_equal(sums, np.broadcast_to(values.sum(0), sums.shape))
+    assert Collective("all-reduce", n, 1, n * piece).sent_bytes == sent
 
 
 def test_what_fits():
@@ -313,16 +313,16 @@ def test_what_fits():
 
 
 def test_guesses_from_one_plan():
-    assert plan.guess_units(planned(hbm_bytes=100), 2) == 2 * (100 - 16) // 70
-    assert plan.guess_units(planned(hbm_bytes=1000), 2) == 28
-    assert plan.guess_units(planned(memory=None), 6) == 1
+    assert plan.estimate_max_batch(planned(hbm_bytes=100)) == 64 * (100 - 16) // 70
+    assert plan.estimate_max_batch(planned(hbm_bytes=1000)) == 64 * 984 // 70
+    assert plan.estimate_max_batch(planned(memory=None)) == 0
 
 
 # --- Search ------------------------------------------------------------------------------------
 
 
 def counting(asked, most):
-    """Whether a number is at most another; what is asked is kept."""
+    """Returns a predicate that is true up to `most` and records its arguments."""
 
     def fits(number):
         asked.append(number)
@@ -340,23 +340,23 @@ def test_the_largest_that_fits(guess, most):
     assert all(1 <= number <= 32 for number in asked)
 
 
-def test_a_good_guess_costs_few_questions():
+def test_a_good_estimate_needs_few_compilations():
     for guess in (498, 499, 500, 501, 502):
         asked = []
         assert search.largest(counting(asked, 500), guess, limit=100_000) == 500
         assert len(asked) <= 4
 
 
-def test_a_bad_guess_costs_a_logarithm():
+def test_a_bad_estimate_needs_logarithmically_many_compilations():
     for guess, most in ((1, 5000), (100_000, 5000), (60_000, 0)):
         asked = []
         assert search.largest(counting(asked, most), guess, limit=100_000) == most
         assert len(asked) <= 2 * 17 + 1
 
 
-def test_units_of_a_batch(monkeypatch):
+def test_multiples_of_a_batch(monkeypatch):
     monkeypatch.setattr(plan, "topology_devices", lambda topology: jax.devices())
     config = get_config(optimizer=OptimizerConfig(accumulate=3))
-    assert plan.batch_unit(config, V5E) == 24
+    assert plan.batch_multiple(config, V5E) == 24
     config.mesh.space = 2
-    assert plan.batch_unit(config, V5E) == 12
+    assert plan.batch_multiple(config, V5E) == 12

@@ -1,4 +1,4 @@
-"""docs/plan.md and docs/pods.md quote what the benchmarks of plans and meshes recorded."""
+"""docs/plan.md and docs/pods.md quote the recorded results of benchmarks/plan.py and mesh.py."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ def page(name):
 
 
 def tables(text):
-    """Lines of tables, numbers and words alone."""
+    """The lines of a page's tables."""
     return [line for line in text.splitlines() if line.startswith("|")]
 
 
@@ -36,7 +36,7 @@ def test_the_plan_is_quoted(plan):
     assert scaling == [line for line in tables(benchmark.scaling_tables(rows)) if "x" in line][:12]
 
 
-def test_shares_of_all_reduces_are_quoted_where_pods_are_explained(plan):
+def test_fractions_of_all_reduces_are_quoted_in_pods(plan):
     benchmark, rows = plan
     shares = re.findall(r"\| ([\d.]+)% \| [\d.]+% \|", benchmark.scaling_tables(rows))
     lines = [line for line in tables(page("pods.md")) if line.startswith("| share at output")]
