@@ -1,4 +1,4 @@
-"""The smallest real run: what tests of training share."""
+"""The smallest real run, shared by tests of training."""
 
 import jax
 import numpy as np
@@ -18,13 +18,13 @@ from deeplab_jax.data import pipeline
 from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.evaluation.evaluator import Evaluator
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.training.program import train_program
-from deeplab_jax.training.state import start_state
+from deeplab_jax.training.state import abstract_state, init_state, shardings_of
+from deeplab_jax.training.step import make_train_step
 from deeplab_jax.training.train import resolve_architecture
 
 
 def get_config() -> Config:
-    """A run of seconds."""
+    """Returns the config of a run that takes seconds."""
     return Config(
         model=ModelConfig(architecture="paper_resnet18", width=0.125, bn_momentum=0.9),
         data=DataConfig(
@@ -49,13 +49,12 @@ class Run:
         self.mesh = mesh_lib.make_mesh(config.mesh)
         self.dataset = data_lib.load(config.data, config.data.split)
         self.model = FunctionalModel(resolve_architecture(config, self.dataset))
-        self.program = train_program(self.model, config, self.mesh)
-        self.step = self.program.step
+        self.step = make_train_step(self.model, config, self.mesh)
 
     def start(self):
         variables = self.model.init(jax.random.key(self.config.seed))
-        ema = self.config.optimizer.ema_decay > 0
-        return mesh_lib.place(start_state(self.program.tx, variables, ema=ema), self.program.where)
+        shardings = shardings_of(abstract_state(self.config, self.model, self.mesh))
+        return mesh_lib.device_put(init_state(self.config, variables), shardings)
 
     def batches(self, steps: int):
         batch_size = self.config.train.batch_size
@@ -88,7 +87,7 @@ def evaluate_windows():
     evaluator = Evaluator(run.model, dataset, config, run.mesh)
     evaluation = evaluator.evaluate(jax.jit(run.model.init)(jax.random.key(0)), per_image=True)
     return {
-        "images": evaluation.images,
+        "images": evaluation.num_images,
         "matrix": evaluation.matrix.tolist(),
         "matrices": evaluation.matrices.tolist(),
     }

@@ -1,8 +1,9 @@
 """Checkpoints of a run.
 
-`<workdir>/checkpoints/<step>/` holds three things: `model` (parameters and running statistics by
-name), `training` (what else a run needs to go on) and `info` (a JSON that says what the model is,
-so that nothing else is needed to use it). `weights.saved_model` has what `model` and `info` hold.
+`<workdir>/checkpoints/<step>/` contains three items: `model` (parameters and running statistics by
+name), `training` (the rest of the state, needed to resume) and `info` (a JSON that describes the
+model, so that the checkpoint can be used without a config). `weights.saved_model` reads `model` and
+`info`.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ from orbax.checkpoint import v1 as ocp
 from deeplab_jax.distributed import multihost
 from deeplab_jax.models.functional import Variables
 from deeplab_jax.training.state import TrainState
-from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights.saved_model import METRIC, first_line, orbax_context, quiet
+from deeplab_jax.utils.errors import UserError, first_line
+from deeplab_jax.weights.saved_model import METRIC, orbax_context, quiet_orbax
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A run as it stood after `step` steps."""
+    """The state of a run after `step` steps, with the mIoU of its evaluation if there was one."""
 
     state: TrainState
     step: int
-    miou: float | None  # of the evaluation at this step, if there was one
+    miou: float | None
 
 
 class Checkpoints:
     """The checkpoints of one run: the newest few, and the best by mIoU.
 
-    Saves are asynchronous and appear under their final name only when whole. Several processes
-    write into one folder, each what its devices hold of an array first; all call each method.
+    Saves are asynchronous and get their final name only when complete. All processes must call each
+    method; together they write into one folder, each its own shards.
     """
 
     def __init__(self, directory: pathlib.Path, *, keep: int, log: Callable[[str], None]) -> None:
@@ -53,7 +54,7 @@ class Checkpoints:
         self._checkpointer = ocp.training.Checkpointer(
             self._directory,
             context=orbax_context(),
-            # The loop alone decides when to save: each of its saves is forced.
+            # The training loop decides when to save: it forces each save.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(
                 [
@@ -69,25 +70,25 @@ class Checkpoints:
         )
 
     def restore(self, abstract: TrainState) -> Restored | None:
-        """The newest whole checkpoint, or None if there is none at all.
+        """Returns the newest intact checkpoint, or None if there are no checkpoints.
 
-        One that cannot be read is moved to `broken/` beside the checkpoints, and said.
+        Moves checkpoints that cannot be read to `broken/` beside the checkpoints, with a message.
 
         Args:
           abstract: shapes, dtypes and shardings of the state.
 
         Raises:
-          UserError: if there are checkpoints and none can be read.
+          UserError: there are checkpoints, but none can be read.
         """
         broken = []
         for found in reversed(self._checkpointer.checkpoints):
             damage = ""
             try:
-                with quiet():
+                with quiet_orbax():
                     trees = self._checkpointer.load_checkpointables(
                         found.step, _to_trees(abstract) | {"info": None}
                     )
-            except Exception as error:  # whatever a damaged file makes the reader raise
+            except Exception as error:  # a damaged file can make the reader raise anything
                 damage = first_line(error)
             damage = next(filter(None, multihost.allgather(damage)), "")
             if damage:
@@ -101,7 +102,7 @@ class Checkpoints:
             steps = "\n".join(f"  step {step}: {reason}" for step, reason in broken)
             raise UserError(
                 f"no checkpoint under {self._directory} can be read:\n{steps}\n"
-                "Choose another --workdir, or remove this folder to start anew."
+                "Choose another --workdir, or remove this folder to start from the beginning."
             )
         return None
 
@@ -119,23 +120,23 @@ class Checkpoints:
     def save(
         self, state: TrainState, step: int, info: dict[str, Any], miou: float | None, *, wait: bool
     ) -> None:
-        """Saves unless this step is saved already; returns once the arrays are copied.
+        """Starts to save, unless this step is saved already; returns once the arrays are copied.
 
         Args:
-          state: to save; its buffers may be donated afterwards.
-          step: steps made, as the state says.
-          info: what the model is.
-          miou: of this state, if it was evaluated.
+          state: state to save; its buffers may be donated afterwards.
+          step: number of steps taken.
+          info: description of the model.
+          miou: mean IoU of this state, or None if it was not evaluated.
           wait: return only when everything is written.
 
         Raises:
-          UserError: if the disk is full. Earlier checkpoints stay as they are.
+          UserError: the disk is full. Earlier checkpoints are kept.
         """
         if step not in [found.step for found in self._checkpointer.checkpoints]:
             with multihost.raise_on_all_hosts():
                 self._check_space(state)
             trees = _to_trees(state) | {"info": info}
-            # Without a valid pixel there is no mIoU, and none is better or worse than a number.
+            # An evaluation without valid pixels has no mIoU to compare with that of others.
             metrics = None if miou is None or math.isnan(miou) else {METRIC: miou}
             self._guard(
                 lambda: self._checkpointer.save_checkpointables_async(
@@ -146,7 +147,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when the last save is written."""
+        """Waits until the last save is written."""
         self._guard(self._checkpointer.close)
         self._open()
 
@@ -164,7 +165,7 @@ class Checkpoints:
             action()
         except Exception as error:
             full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            # TensorStore reports the system's error in its message alone.
+            # TensorStore reports the system's error only as text in its message.
             if full or "No space left" in str(error) or "ENOSPC" in str(error):
                 raise self._disk_full(first_line(error)) from error
             raise
@@ -172,7 +173,7 @@ class Checkpoints:
     def _disk_full(self, detail: str) -> UserError:
         return UserError(
             f"the disk that holds {self._directory} is full ({detail}); earlier checkpoints are "
-            "whole. Make room and run the same command again: it goes on from the newest."
+            "intact. Free some space and run the same command again: it resumes from the newest."
         )
 
 
@@ -180,7 +181,7 @@ def _to_trees(state: TrainState) -> dict[str, Any]:
     variables = state.eval_variables
     training: dict[str, Any] = {
         "step": state.step,
-        # By key path, so that what is stored does not hang on optax's own types.
+        # By key path, so that the files do not depend on optax's types.
         "opt_state": {
             jax.tree_util.keystr(path): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)

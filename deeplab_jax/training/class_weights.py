@@ -1,4 +1,4 @@
-"""Weights of classes by how often they occur in the training split."""
+"""Class weights from the frequencies of the classes in the training split."""
 
 from __future__ import annotations
 
@@ -9,31 +9,30 @@ from jaxtyping import Float, Int
 from rich.console import Console
 
 from deeplab_jax.config import LossConfig
-from deeplab_jax.data import statistics as passes
+from deeplab_jax.data import statistics
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.utils.errors import UserError
 
 
 def resolve(config: LossConfig, dataset: Dataset, *, quiet: bool = False) -> LossConfig:
-    """The config with `class_weights` as numbers, where it says "auto"; otherwise as it is.
+    """Returns the config with `class_weights="auto"` replaced by numbers.
 
-    What is computed is a function of the data alone, so that a run that resumes and all its hosts
-    have the same weights.
+    The weights depend on the data only, so all hosts and a resumed run compute the same ones.
 
     Args:
-      config: of the loss.
-      dataset: the training split.
-      quiet: show no progress, and do not print the weights.
+      config: loss branch of the config.
+      dataset: training split.
+      quiet: neither show progress nor print the weights.
 
     Raises:
-      UserError: if there is another number of weights than of classes, or an example is damaged.
+      UserError: the number of weights is not the number of classes, or an example is damaged.
     """
     if config.class_weights is None:
         return config
     names = dataset.labels.names
     if config.class_weights == "auto":
-        pixels, held = count_pixels(dataset, quiet=quiet)
-        weights = median_frequency_weights(pixels, held)
+        pixels, image_pixels = count_pixels(dataset, quiet=quiet)
+        weights = median_frequency_weights(pixels, image_pixels)
         if not quiet:
             _print(weights, pixels, names)
         return dataclasses.replace(config, class_weights=tuple(weights.tolist()))
@@ -49,29 +48,29 @@ def resolve(config: LossConfig, dataset: Dataset, *, quiet: bool = False) -> Los
 def count_pixels(
     dataset: Dataset, *, quiet: bool = False
 ) -> tuple[Int[np.ndarray, " classes"], Int[np.ndarray, " classes"]]:
-    """Pixels of each class, and valid pixels of the images that hold it."""
-    pixels, held = np.zeros((2, dataset.labels.num_classes), np.int64)
-    for one in passes.class_pixels(dataset, "class frequencies", quiet=quiet):
-        pixels += one
-        held += np.where(one > 0, one.sum(), 0)
-    return pixels, held
+    """Returns the pixels of each class, and the valid pixels of the images that contain it."""
+    pixels, image_pixels = np.zeros((2, dataset.labels.num_classes), np.int64)
+    for counts in statistics.class_pixels(dataset, "class frequencies", quiet=quiet):
+        pixels += counts
+        image_pixels += np.where(counts > 0, counts.sum(), 0)
+    return pixels, image_pixels
 
 
 def median_frequency_weights(
-    pixels: Int[np.ndarray, " classes"], held: Int[np.ndarray, " classes"]
+    pixels: Int[np.ndarray, " classes"], image_pixels: Int[np.ndarray, " classes"]
 ) -> Float[np.ndarray, " classes"]:
-    """`median(f) / f_c`, where `f_c` is the share of class c in the images that hold it.
+    """Returns `median(f) / f_c`, with `f_c` the frequency of class c in images that contain it.
 
-    A class without pixels has no frequency: its weight is 1, and the median is of the others.
+    A class without pixels has no frequency: it gets weight 1 and does not count in the median.
 
     Args:
-      pixels: of each class.
-      held: valid pixels of the images that hold the class.
+      pixels: number of pixels of each class.
+      image_pixels: for each class, number of valid pixels of the images that contain it.
 
-    Source: Eigen and Fergus 2015, arXiv 1411.4734, on semantic labels.
+    Source: Eigen and Fergus 2015, arXiv 1411.4734, section on semantic labels.
     """
     present = pixels > 0
-    frequency = pixels[present] / held[present]
+    frequency = pixels[present] / image_pixels[present]
     weights = np.ones(len(pixels))
     if present.any():
         weights[present] = np.median(frequency) / frequency
@@ -80,8 +79,8 @@ def median_frequency_weights(
 
 def _print(weights: np.ndarray, pixels: np.ndarray, names: tuple[str, ...]) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    told = ", ".join(
+    text = ", ".join(
         f"{name} {weight:.3g}" + ("" if count else " (no pixels)")
         for name, weight, count in zip(names, weights, pixels, strict=True)
     )
-    console.print(f"class weights: {told}", markup=False)
+    console.print(f"class weights: {text}", markup=False)

@@ -1,12 +1,12 @@
-"""Losses over the pixels that are not ignored, as (sum, count) pairs.
+"""Losses over the valid (not ignored) pixels, as (sum, count) pairs.
 
 The mean is taken once, over the whole batch and all devices: `mean(loss_sum, loss_count)`. The
-count depends on the labels alone, so that it is known before the batch is computed in parts.
+count depends on the labels only, so it is known before the first microbatch is computed.
 
-There are two kinds. A loss of a pixel is weighted by class and may count the hardest pixels alone;
-its count is the sum of weights. A loss of an image is a score of the image's classes; its count is
-the number of images that have a valid pixel. `config.PIXEL_LOSSES` and `config.IMAGE_LOSSES` hold
-them by name; a new loss is a function and a line there.
+There are two kinds of losses. A pixel loss gives a value for each pixel, weighted by class and
+optionally limited to the hardest pixels (OHEM); its count is the sum of the weights. An image loss
+gives a value for each image; its count is the number of images with a valid pixel. The registries
+`config.PIXEL_LOSSES` and `config.IMAGE_LOSSES` map names to them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from deeplab_jax.config import IMAGE_LOSSES, PIXEL_LOSSES, LossConfig
 from deeplab_jax.data.labels import IGNORE
 from deeplab_jax.models.ops.resize import (
     bilinear_matrix,
-    centres,
-    for_each_image,
-    product,
+    broadcast_to_batch,
+    precise_einsum,
     resize_bilinear,
+    source_coordinates,
 )
 
 Logits = Float[Array, "n h w classes"]
@@ -34,17 +34,16 @@ Labels = UInt8[Array, "n h w"]
 PixelMap = Float[Array, "n h w"]
 Scalar = Float[Array, ""]
 
-_PARTS = 8  # that the rows of a loss of pixels are computed in
+_NUM_BLOCKS = 8  # blocks of rows in which the cross-entropy is computed
 
 
 def loss_sum(logits: Float[Array, "n ho wo classes"], labels: Labels, config: LossConfig) -> Scalar:
-    """Sum of the config's loss over pixels, or over images, whichever it is a loss of.
+    """Returns the sum of the config's loss over pixels (pixel losses) or images (image losses).
 
     Args:
-      logits: of the classes, in float32 or wider, of any height and width: they are resized
-        bilinearly to the labels'.
-      labels: class ids; `labels.IGNORE` where a pixel does not count.
-      config: its `class_weights` and `hard_pixel_fraction` hold for the losses of pixels.
+      logits: float32 or wider, at any resolution; resized bilinearly to that of the labels.
+      labels: class ids; `labels.IGNORE` marks pixels that do not count.
+      config: the loss. `class_weights` and `hard_pixel_fraction` apply to pixel losses.
     """
     if config.name in IMAGE_LOSSES:
         upsampled = resize_bilinear(logits, *labels.shape[1:])
@@ -53,61 +52,63 @@ def loss_sum(logits: Float[Array, "n ho wo classes"], labels: Labels, config: Lo
     losses *= pixel_weights(labels, config.class_weights)
     if config.hard_pixel_fraction < 1:
         valid = labels != IGNORE
-        kept = config.hard_pixel_fraction * jnp.sum(valid)
-        losses *= lax.stop_gradient(largest_share(losses, valid, kept))
+        k = config.hard_pixel_fraction * jnp.sum(valid)
+        losses *= lax.stop_gradient(top_k_weights(losses, valid, k))
     return jnp.sum(losses)
 
 
 def loss_count(labels: Labels, config: LossConfig) -> Scalar:
-    """What `loss_sum` is to be divided by."""
+    """Returns the number by which `loss_sum` must be divided."""
     if config.name in IMAGE_LOSSES:
         return jnp.sum(jnp.any(labels != IGNORE, axis=(1, 2)), dtype=jnp.float32)
     return config.hard_pixel_fraction * jnp.sum(pixel_weights(labels, config.class_weights))
 
 
-def shrink_labels(labels: Labels, stride: int) -> UInt8[Array, "n ho wo"]:
-    """The label of the pixel on which upsampling lays each pixel of features of a stride.
+def downsample_labels(labels: Labels, stride: int) -> UInt8[Array, "n ho wo"]:
+    """Downsamples labels to the logits' resolution, sampling at feature centres.
 
-    Those of the stride's own grid, 0, `stride`, ..., lie half a stride away: a model trained on
-    them would put all it sees that far aside when it is evaluated.
+    The pixels 0, `stride`, ... lie half a stride away from the centres: a model trained on those
+    would predict everything shifted by half a stride.
 
-    Source: arXiv 1706.05587, section 4.1, "Upsampling logits": earlier DeepLabs trained so.
+    Source: arXiv 1706.05587, section 4.1, "Upsampling logits": earlier DeepLabs trained this way.
     """
     rows, columns = (
-        np.rint(centres(-(-size // stride), size)).astype(np.int32) for size in labels.shape[1:]
+        np.rint(source_coordinates(-(-size // stride), size)).astype(np.int32)
+        for size in labels.shape[1:]
     )
     return labels[:, rows][:, :, columns]
 
 
 def mean(total: Scalar, count: Scalar) -> Scalar:
-    """`total / count`, and 0 where nothing counts."""
+    """Returns `total / count`, or 0 if the count is 0."""
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1.0), 0.0)
 
 
 def pixel_weights(labels: Labels, class_weights: object = None) -> PixelMap:
-    """The weight of each pixel: its class's (one number a class), or 1; 0 where it is ignored."""
+    """Returns the weight of each pixel: that of its class, or 1; 0 where it is ignored."""
     valid = labels != IGNORE
     if class_weights is None:
         return valid.astype(jnp.float32)
-    # Ignored labels are beyond the table: clip keeps the lookup in bounds, `where` drops it.
+    # The ignore label is out of range: clip keeps the lookup in bounds, `where` drops the result.
     table = jnp.asarray(class_weights, jnp.float32)
     return jnp.where(valid, jnp.take(table, labels, mode="clip"), 0.0)
 
 
 def cross_entropy(logits: Float[Array, "n ho wo classes"], labels: Labels) -> PixelMap:
-    """`-log p` of each pixel's class; that of class 0 where it is ignored, which is finite.
+    """Returns `-log p` of each pixel's class; for ignored pixels that of class 0, which is finite.
 
-    Logits of another size than the labels' are resized bilinearly, some rows at a time, both here
-    and for the gradient: those of all pixels are never in memory together.
+    Logits at another resolution than the labels are resized bilinearly, some rows at a time, in the
+    forward and the backward pass: the full-resolution logits are never in memory as a whole.
     """
     targets = jnp.where(labels == IGNORE, 0, labels)
     if logits.shape[1:3] == labels.shape[1:]:
-        return jax.nn.logsumexp(logits, axis=-1) - _of_target(logits, targets)
-    return _cross_entropy_by_rows(_widened(logits, labels), targets)
+        return jax.nn.logsumexp(logits, axis=-1) - _target_logits(logits, targets)
+    widened = resize_bilinear(logits, logits.shape[1], labels.shape[2])  # few rows: small
+    return _cross_entropy_by_rows(widened, targets)
 
 
-def _of_target(logits: Logits, targets: Labels) -> PixelMap:
-    """The logit of each pixel's class; by comparison, as the gradient of indexing is a scatter."""
+def _target_logits(logits: Logits, targets: Labels) -> PixelMap:
+    """The logit of each pixel's class; a masked sum, as the gradient of indexing is a scatter."""
     return jnp.sum(logits, axis=-1, where=_is_target(logits, targets))
 
 
@@ -115,17 +116,12 @@ def _is_target(logits: Logits, targets: Labels) -> Bool[Array, "n h w classes"]:
     return targets[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)
 
 
-def _widened(logits: Float[Array, "n ho wo classes"], labels: Labels) -> Array:
-    """Logits resized to the labels' width; few rows, so a small map."""
-    return resize_bilinear(logits, logits.shape[1], labels.shape[2])
-
-
-class _Part(NamedTuple):
-    """Some rows of the pixels of all images: rows, not images, which are divided over devices.
+class _RowBlock(NamedTuple):
+    """A block of pixel rows of all images; not of some images, which are sharded over devices.
 
     Fields:
-      start: first row of the logits that they depend on.
-      matrix: `[rows, window]`, the weights of that row and those behind it.
+      start: first row of the logits on which the block depends.
+      matrix: `[rows, window]`, bilinear weights of that row and the next ones.
       targets: `[n, rows, w]`, classes.
     """
 
@@ -134,25 +130,25 @@ class _Part(NamedTuple):
     targets: Array
 
 
-def _parts(wide: Float[Array, "n ho w classes"], targets: Labels) -> _Part:
-    """The parts, stacked; rows past the last one fill the last part."""
+def _row_blocks(wide: Float[Array, "n ho w classes"], targets: Labels) -> _RowBlock:
+    """Stacks the blocks along a new first axis; the last block is padded with zero rows."""
     n, height, width = targets.shape
-    rows = -(-height // _PARTS)
-    matrix = np.zeros((_PARTS, rows, wide.shape[1]))
-    matrix.reshape(_PARTS * rows, -1)[:height] = bilinear_matrix(height, wide.shape[1])
-    reads: np.ndarray = np.any(matrix, axis=1)  # [part, row of the logits]
+    rows = -(-height // _NUM_BLOCKS)
+    matrix = np.zeros((_NUM_BLOCKS, rows, wide.shape[1]))
+    matrix.reshape(_NUM_BLOCKS * rows, -1)[:height] = bilinear_matrix(height, wide.shape[1])
+    reads: np.ndarray = np.any(matrix, axis=1)  # [block, row of the logits]
     first = reads.argmax(axis=1)
     window = int((wide.shape[1] - reads[:, ::-1].argmax(axis=1) - first).max())
     starts = np.minimum(first, wide.shape[1] - window)
     matrix = np.stack([one[:, s : s + window] for one, s in zip(matrix, starts, strict=True)])
-    targets = jnp.pad(targets, ((0, 0), (0, _PARTS * rows - height), (0, 0)))
-    targets = jnp.moveaxis(targets.reshape(n, _PARTS, rows, width), 1, 0)
-    return _Part(jnp.asarray(starts, jnp.int32), jnp.asarray(matrix, wide.dtype), targets)
+    targets = jnp.pad(targets, ((0, 0), (0, _NUM_BLOCKS * rows - height), (0, 0)))
+    targets = jnp.moveaxis(targets.reshape(n, _NUM_BLOCKS, rows, width), 1, 0)
+    return _RowBlock(jnp.asarray(starts, jnp.int32), jnp.asarray(matrix, wide.dtype), targets)
 
 
-def _upsampled(wide: Array, part: _Part) -> Logits:
-    window = lax.dynamic_slice_in_dim(wide, part.start, part.matrix.shape[1], axis=1)
-    return product("nHh,nhWc->nHWc", for_each_image(part.matrix, wide), window)
+def _upsampled(wide: Array, block: _RowBlock) -> Logits:
+    window = lax.dynamic_slice_in_dim(wide, block.start, block.matrix.shape[1], axis=1)
+    return precise_einsum("nHh,nhWc->nHWc", broadcast_to_batch(block.matrix, wide), window)
 
 
 @jax.custom_vjp
@@ -163,37 +159,41 @@ def _cross_entropy_by_rows(wide: Float[Array, "n ho w classes"], targets: Labels
 def _cross_entropy_by_rows_forward(
     wide: Array, targets: Labels
 ) -> tuple[PixelMap, tuple[Array, ...]]:
-    def of_part(_: None, part: _Part) -> tuple[None, tuple[Array, Array]]:
-        logits = _upsampled(wide, part)
+    def block_loss(_: None, block: _RowBlock) -> tuple[None, tuple[Array, Array]]:
+        logits = _upsampled(wide, block)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
-        return None, (normalizer - _of_target(logits, part.targets), normalizer)
+        return None, (normalizer - _target_logits(logits, block.targets), normalizer)
 
-    _, (losses, normalizers) = lax.scan(of_part, None, _parts(wide, targets))
+    _, (losses, normalizers) = lax.scan(block_loss, None, _row_blocks(wide, targets))
     n, height, width = targets.shape
     losses = jnp.moveaxis(losses, 0, 1).reshape(n, -1, width)[:, :height]
     return losses, (wide, targets, normalizers)
 
 
 def _cross_entropy_by_rows_backward(
-    kept: tuple[Array, ...], cotangent: PixelMap
+    residuals: tuple[Array, ...], cotangent: PixelMap
 ) -> tuple[Array, np.ndarray]:
-    wide, targets, normalizers = kept
+    wide, targets, normalizers = residuals
     n, height, width = targets.shape
     rows = normalizers.shape[2]
-    cotangent = jnp.pad(cotangent, ((0, 0), (0, _PARTS * rows - height), (0, 0)))
-    cotangents = jnp.moveaxis(cotangent.reshape(n, _PARTS, rows, width), 1, 0)
+    cotangent = jnp.pad(cotangent, ((0, 0), (0, _NUM_BLOCKS * rows - height), (0, 0)))
+    cotangents = jnp.moveaxis(cotangent.reshape(n, _NUM_BLOCKS, rows, width), 1, 0)
 
-    def add_part(gradient: Array, inputs: Any) -> tuple[Array, None]:
-        part, normalizer, cotangent = inputs
-        logits = _upsampled(wide, part)
+    def add_block(gradient: Array, inputs: Any) -> tuple[Array, None]:
+        block, normalizer, cotangent = inputs
+        logits = _upsampled(wide, block)
         probabilities = jnp.exp(logits - normalizer[..., None])
-        error = (probabilities - _is_target(logits, part.targets)) * cotangent[..., None]
-        of_window = product("nHh,nHWc->nhWc", for_each_image(part.matrix, wide), error)
-        of_window += lax.dynamic_slice_in_dim(gradient, part.start, part.matrix.shape[1], axis=1)
-        return lax.dynamic_update_slice_in_dim(gradient, of_window, part.start, axis=1), None
+        error = (probabilities - _is_target(logits, block.targets)) * cotangent[..., None]
+        window_gradient = precise_einsum(
+            "nHh,nHWc->nhWc", broadcast_to_batch(block.matrix, wide), error
+        )
+        window_gradient += lax.dynamic_slice_in_dim(
+            gradient, block.start, block.matrix.shape[1], axis=1
+        )
+        return lax.dynamic_update_slice_in_dim(gradient, window_gradient, block.start, axis=1), None
 
-    parts = (_parts(wide, targets), normalizers, cotangents)
-    gradient, _ = lax.scan(add_part, jnp.zeros_like(wide), parts)
+    blocks = (_row_blocks(wide, targets), normalizers, cotangents)
+    gradient, _ = lax.scan(add_block, jnp.zeros_like(wide), blocks)
     return gradient, np.zeros(targets.shape, jax.dtypes.float0)
 
 
@@ -201,15 +201,16 @@ _cross_entropy_by_rows.defvjp(_cross_entropy_by_rows_forward, _cross_entropy_by_
 
 
 def identity(losses: PixelMap, config: LossConfig) -> PixelMap:
-    """Cross-entropies as they are."""
+    """Returns the cross-entropies unchanged."""
     del config
     return losses
 
 
 def focal(losses: PixelMap, config: LossConfig) -> PixelMap:
-    """Focal loss `-(1 - p)^gamma log p` of cross-entropies `-log p`: easy pixels count little.
+    """Turns cross-entropies `-log p` into the focal loss `-(1 - p)^gamma log p`.
 
-    `gamma` is `config.focal_gamma`; 0 gives cross-entropy. The paper's alpha is the class weight.
+    It gives easy pixels little weight. `gamma` is `config.focal_gamma`; 0 gives cross-entropy. The
+    paper's alpha is the class weight.
 
     Source: Lin et al. 2017, arXiv 1708.02002, equation 4.
     """
@@ -220,11 +221,11 @@ def focal(losses: PixelMap, config: LossConfig) -> PixelMap:
 
 
 def dice(logits: Logits, labels: Labels) -> Float[Array, " n"]:
-    """`mean over c of 1 - 2 sum(p_c y_c) / (sum(p_c) + sum(y_c))` of each image.
+    """Returns `mean over c of 1 - 2 sum(p_c y_c) / (sum(p_c) + sum(y_c))` for each image.
 
     The sums run over the image's valid pixels; p are probabilities, y is 1 at the pixels of the
-    class. The mean is over the classes that the image's labels hold: one that they do not hold has
-    a score of 0 whatever is predicted. An image without a valid pixel has the loss 0.
+    class. The mean is over the classes in the image's labels: the score of any other class is 0,
+    whatever is predicted. The loss of an image without a valid pixel is 0.
 
     Source: Milletari et al. 2016, arXiv 1606.04797, with plain sums in the denominator as in Sudre
     et al. 2017, arXiv 1707.03237.
@@ -242,16 +243,16 @@ def lovasz(logits: Logits, labels: Labels) -> Float[Array, " n"]:
     """The Lovász-softmax loss of each image: a convex surrogate of 1 - IoU, mean over classes.
 
     With the errors `m_c = |y_c - p_c|` of the image's valid pixels in decreasing order, the loss of
-    a class is `sum_i m_c(i) (J_i - J_{i-1})`, where `J_i = 1 - IoU` if the first i pixels alone are
-    wrong. The mean is over the classes that the image's labels hold. An image without a valid pixel
-    has the loss 0.
+    a class is `sum_i m_c(i) (J_i - J_{i-1})`, where `J_i = 1 - IoU` if exactly the first i pixels
+    are wrong. The mean is over the classes in the image's labels. The loss of an image without a
+    valid pixel is 0.
 
     Source: Berman et al. 2018, arXiv 1705.08790, the Lovász-Softmax loss and algorithm 1.
     """
     n, h, w, classes = logits.shape
     true = _one_hot(labels, logits)
     errors = jnp.abs(true - jax.nn.softmax(logits)) * (labels != IGNORE)[..., None]
-    # Class by class, so that what sorting needs is never there for all of them at once.
+    # One class at a time, so that the memory for sorting is needed only once.
     by_class = jnp.moveaxis(lax.stop_gradient(errors), -1, 0).reshape(classes, n, h * w)
     valid = (labels != IGNORE).reshape(n, h * w)
     weights = lax.map(
@@ -266,27 +267,27 @@ def lovasz(logits: Logits, labels: Labels) -> Float[Array, " n"]:
 def _lovasz_weights(
     errors: Float[Array, "n pixels"], true: Bool[Array, "n pixels"], valid: Bool[Array, "n pixels"]
 ) -> Float[Array, "n pixels"]:
-    """`J_i - J_{i-1}` of each pixel, i its rank by error; see `lovasz`.
+    """Returns `J_i - J_{i-1}` for each pixel, with i its rank by error; see `lovasz`.
 
-    With G pixels of the class, F and B of it and not of it among the first i, J is
-    `1 - (G - F) / (G + B)`. The difference is written out: in float32 the two J of an image with
-    many pixels are almost equal.
+    Let G be the number of pixels of the class, and F and B the numbers of pixels inside and outside
+    the class among the first i. Then `J = 1 - (G - F) / (G + B)`. The difference is computed in
+    closed form, because in float32 the two J of an image with many pixels are almost equal.
     """
-    places = lax.broadcasted_iota(jnp.int32, errors.shape, 1)
-    kinds = true.astype(jnp.int32) + 2 * valid.astype(jnp.int32)  # 3: the class's, 2: another's
-    _, kinds, places = lax.sort((-errors, kinds, places), num_keys=1)
+    positions = lax.broadcasted_iota(jnp.int32, errors.shape, 1)
+    kinds = true.astype(jnp.int32) + 2 * valid.astype(jnp.int32)  # 3: in the class, 2: outside
+    _, kinds, positions = lax.sort((-errors, kinds, positions), num_keys=1)
     inside = kinds == 3
     missed = jnp.sum(inside, axis=1, keepdims=True) - jnp.cumsum(inside, axis=1)  # G - F
     union = jnp.sum(inside, axis=1, keepdims=True) + jnp.cumsum(kinds == 2, axis=1)  # G + B
     missed, union = missed.astype(errors.dtype), jnp.maximum(union, 1).astype(errors.dtype)
     differences = jnp.where(inside, 1 / union, missed / (union * jnp.maximum(union - 1, 1)))
-    # Sorted by place, each is where its pixel is; a scatter would do the same, slowly on TPUs.
-    differences = lax.sort((places, differences), num_keys=1)[1]
+    # Sorting by position restores the pixel order; a scatter would too, but slowly on TPUs.
+    differences = lax.sort((positions, differences), num_keys=1)[1]
     return jnp.where(valid, differences, 0.0)
 
 
 def _one_hot(labels: Labels, logits: Logits) -> Logits:
-    """1 at the pixels of a class; ignored pixels have none."""
+    """One-hot labels; all zeros for ignored pixels."""
     classes = jnp.arange(logits.shape[-1], dtype=labels.dtype)
     return (labels[..., None] == classes).astype(logits.dtype)
 
@@ -298,28 +299,26 @@ def _mean_present(
     return jnp.sum(jnp.where(present, losses, 0.0), axis=1) / count
 
 
-def largest_share(
-    values: PixelMap, valid: Bool[Array, "n h w"], count: Float[Array, ""]
-) -> PixelMap:
-    """Weights in 0..1, adding up to `count`, that pick the largest of the valid values.
+def top_k_weights(values: PixelMap, valid: Bool[Array, "n h w"], k: Float[Array, ""]) -> PixelMap:
+    """Returns weights in 0..1 that sum to `k` and select the largest valid values.
 
-    The threshold is found by bisection over the bits of a float, whose order is the order of
-    non-negative floats: 31 counts and no sort, so that it stays cheap where the pixels are divided
-    over devices. Values equal to the threshold share what is left of the count.
+    The threshold is found by bisection over the bits of a float, because non-negative floats are
+    ordered as their bits. It takes 31 counts and no sort, and so stays cheap for sharded pixels.
+    Values equal to the threshold get equal fractional weights.
 
     Args:
-      values: of 0 or more.
-      valid: where values are taken from.
-      count: how many to pick, not necessarily whole.
+      values: non-negative values.
+      valid: pixels to select from.
+      k: how many to select; need not be an integer.
     """
     bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
     bits = jnp.where(valid, bits, -1)
 
     def next_bit(index: Array, threshold: Array) -> Array:
         candidate = threshold | (jnp.int32(1) << (30 - index))
-        return jnp.where(jnp.sum(bits >= candidate) >= count, candidate, threshold)
+        return jnp.where(jnp.sum(bits >= candidate) >= k, candidate, threshold)
 
     threshold = lax.fori_loop(0, 31, next_bit, jnp.int32(0))
     above, equal = bits > threshold, bits == threshold
-    rest = (count - jnp.sum(above)) / jnp.maximum(jnp.sum(equal), 1)
+    rest = (k - jnp.sum(above)) / jnp.maximum(jnp.sum(equal), 1)
     return jnp.where(above, 1.0, jnp.where(equal, rest, 0.0)).astype(values.dtype)

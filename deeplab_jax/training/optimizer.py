@@ -1,4 +1,4 @@
-"""SGD with momentum, the "poly" schedule, and which parameters they treat how."""
+"""SGD with momentum and the "poly" learning rate schedule."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import optax
 from deeplab_jax.config import OptimizerConfig
 
 
-def poly_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """learning_rate * (1 - step / steps)^power (paper section 4.1), after a linear warm-up.
+def poly_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Returns `learning_rate * (1 - step / num_steps)^power`, after a linear warm-up.
 
-    With a warm-up, `step` and `steps` count from its end.
+    With a warm-up, `step` and `num_steps` count from its end. Source: paper, section 4.1.
     """
     poly = optax.polynomial_schedule(
         init_value=config.learning_rate,
         end_value=0.0,
         power=config.power,
-        transition_steps=steps - config.warmup_steps,
+        transition_steps=num_steps - config.warmup_steps,
     )
     if not config.warmup_steps:
         return poly
@@ -27,26 +27,27 @@ def poly_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def is_decayed(name: str) -> bool:
-    """Whether weight decay applies to the parameter: to kernels, not to biases or batch norm."""
+    """Whether weight decay applies to a parameter: to kernels, not to biases or batch norm."""
     return name.endswith("kernel")
 
 
 def is_head(name: str) -> bool:
-    """Whether the parameter is new in a model whose backbone was trained before."""
+    """Whether a parameter lies outside the backbone, so that pretraining does not cover it."""
     return not name.startswith("backbone.")
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, names: Iterable[str]
+    config: OptimizerConfig, num_steps: int, names: Iterable[str]
 ) -> optax.GradientTransformation:
-    """The transformation of gradients into updates; torch's order of operations.
+    """Returns SGD in torch's order of operations, with the poly schedule.
 
-    Clip the gradient, add weight decay to it, add it to the momentum, scale by the learning rate.
+    Clips the gradient by its global norm, adds weight decay, accumulates momentum, scales the
+    head's updates and multiplies by the learning rate.
 
     Args:
-      config: its numbers.
-      schedule: the learning rate by step.
-      names: of all parameters, dotted.
+      config: hyper-parameters; a part whose value is neutral is left out.
+      num_steps: length of the schedule.
+      names: dotted names of all parameters.
     """
     names = list(names)
     parts = []
@@ -60,5 +61,5 @@ def make_optimizer(
     if config.head_multiplier != 1:
         heads = {name: is_head(name) for name in names}
         parts.append(optax.masked(optax.scale(config.head_multiplier), heads))
-    parts.append(optax.scale_by_learning_rate(schedule))
+    parts.append(optax.scale_by_learning_rate(poly_schedule(config, num_steps)))
     return optax.chain(*parts)

@@ -1,4 +1,4 @@
-"""Everything that a step changes."""
+"""The state of a run: every array that a training step changes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from deeplab_jax.models.functional import Arrays, Variables
+from deeplab_jax.config import Config
+from deeplab_jax.distributed import mesh as mesh_lib
+from deeplab_jax.models.functional import Arrays, FunctionalModel, Variables
+from deeplab_jax.training.optimizer import make_optimizer
 
 
 @jax.tree_util.register_dataclass
@@ -19,9 +23,9 @@ class TrainState:
     """State of a run after `step` steps.
 
     Attributes:
-      step: steps made.
+      step: number of steps taken.
       variables: parameters and running statistics of the model.
-      opt_state: of the optax transformation.
+      opt_state: state of the optax transformation.
       ema_params: exponential moving average of the parameters, or None.
     """
 
@@ -32,18 +36,40 @@ class TrainState:
 
     @property
     def eval_variables(self) -> Variables:
-        """What is evaluated: the averaged parameters where there are any."""
+        """The variables to evaluate: with the averaged parameters where there are any."""
         if self.ema_params is None:
             return self.variables
         return Variables(self.ema_params, self.variables.batch_stats)
 
 
-def start_state(tx: optax.GradientTransformation, variables: Variables, *, ema: bool) -> TrainState:
-    """A state before the first step, from given variables."""
+def optimizer_of(config: Config, params: Arrays) -> optax.GradientTransformation:
+    """The optimizer that a config describes, for parameters by name."""
+    return make_optimizer(config.optimizer, config.train.steps, params)
+
+
+def init_state(config: Config, variables: Variables) -> TrainState:
+    """Returns the state before the first step, from initial variables."""
+    ema = config.optimizer.ema_decay > 0
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         variables=variables,
-        opt_state=tx.init(variables.params),
+        opt_state=optimizer_of(config, variables.params).init(variables.params),
         # A copy: the step donates its input, and no buffer may be donated twice.
         ema_params=jax.tree.map(jnp.copy, variables.params) if ema else None,
     )
+
+
+def abstract_state(config: Config, model: FunctionalModel, mesh: Mesh) -> TrainState:
+    """Returns the shapes, dtypes and shardings of a run's state, without arrays."""
+    shapes = jax.eval_shape(lambda variables: init_state(config, variables), model.abstract)
+    shardings = mesh_lib.shardings(shapes, mesh, fully_sharded=config.mesh.fully_sharded)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def shardings_of(abstract: TrainState) -> TrainState:
+    """The sharding of each array of an abstract state."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)

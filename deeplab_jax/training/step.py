@@ -16,31 +16,34 @@ from deeplab_jax.config import Config, crop_shape
 from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.models.functional import Arrays, FunctionalModel, Variables, normalize
 from deeplab_jax.training import losses
-from deeplab_jax.training.state import TrainState, start_state
+from deeplab_jax.training.optimizer import poly_schedule
+from deeplab_jax.training.state import TrainState, abstract_state, optimizer_of, shardings_of
 
 Metrics = dict[str, Float[Array, ""]]
 TrainStep = Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]
 
 
-def make_train_step(
-    model: FunctionalModel,
-    tx: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    config: Config,
-    mesh: Mesh,
-) -> TrainStep:
-    """Compiles `(state, batch) -> (state, metrics)`; the state's buffers are donated.
+def make_train_step(model: FunctionalModel, config: Config, mesh: Mesh) -> TrainStep:
+    """Returns the jitted `(state, batch) -> (state, metrics)`; nothing is compiled yet.
 
-    The batch is `image` uint8 `[n, h, w, c]` and `label` uint8 `[n, h, w]`, as `mesh.to_global`
-    gives it; the state lies as `state_shardings` says. Metrics: `loss` (of the main head),
-    `aux_loss` if there is an auxiliary head, `grad_norm` before clipping, `learning_rate`.
+    The buffers of the state are donated. The batch holds `image` uint8 `[n, h, w, c]` and `label`
+    uint8 `[n, h, w]`, as `mesh.to_global` returns them; the state has the shardings of
+    `abstract_state`. Metrics: `loss` (main head), `aux_loss` if there is an auxiliary head,
+    `grad_norm` before clipping, `learning_rate`.
+
+    Args:
+      model: model of the config's architecture.
+      config: the run; `loss.class_weights` must be None or numbers.
+      mesh: devices.
     """
     ema_decay = config.optimizer.ema_decay
     height, _ = crop_shape(config.data)
-    model = mesh_lib.partitioned(model, mesh)
+    schedule = poly_schedule(config.optimizer, config.train.steps)
+    tx = optimizer_of(config, model.abstract.params)
+    model = mesh_lib.spatially_partitioned(model, mesh)
 
     def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
-        batch = {name: mesh_lib.fit_height(x, height, mesh) for name, x in batch.items()}
+        batch = {name: mesh_lib.unpad_height(x, height, mesh) for name, x in batch.items()}
         grads, batch_stats, metrics = gradients(model, config, state, batch, mesh)
         updates, opt_state = tx.update(grads, state.opt_state, state.variables.params)
         params = optax.apply_updates(state.variables.params, updates)
@@ -57,63 +60,49 @@ def make_train_step(
         )
         return new_state, metrics
 
-    held = state_shardings(abstract_state(model, tx, config), config, mesh)
+    state_shardings = shardings_of(abstract_state(config, model, mesh))
     return jax.jit(
         step,
-        in_shardings=(held, mesh_lib.image_sharding(mesh)),
-        out_shardings=(held, mesh_lib.replicated(mesh)),
+        in_shardings=(state_shardings, mesh_lib.image_sharding(mesh)),
+        out_shardings=(state_shardings, mesh_lib.replicated(mesh)),
         donate_argnums=0,
     )
-
-
-def abstract_state(
-    model: FunctionalModel, tx: optax.GradientTransformation, config: Config
-) -> TrainState:
-    """Shapes and dtypes of a run's state."""
-    ema = config.optimizer.ema_decay > 0
-    return jax.eval_shape(lambda v: start_state(tx, v, ema=ema), model.abstract)
-
-
-def state_shardings(state: TrainState, config: Config, mesh: Mesh) -> TrainState:
-    """Where each array of a state lies; running statistics always whole on each device."""
-    return mesh_lib.shardings(state, mesh, fully_sharded=config.mesh.fully_sharded)
 
 
 def gradients(
     model: FunctionalModel, config: Config, state: TrainState, batch: dict[str, Array], mesh: Mesh
 ) -> tuple[Arrays, Arrays, Metrics]:
-    """Gradient of the mean loss, running statistics after the batch, and losses.
+    """Returns the gradient of the mean loss, the new running statistics and the losses.
 
-    With `optimizer.accumulate = k` the batch is computed in k parts one after the other. The loss
-    is still the mean over the pixels, or images, of the whole batch; batch norm sees a part at a
-    time.
+    With `optimizer.accumulate = k` the batch is computed in k microbatches, one after the other.
+    The loss stays the mean over all pixels (or images) of the batch; batch norm sees one microbatch
+    at a time.
 
-    Divided over the height of images, logits are upsampled at once: each device holds some rows of
-    them. Elsewhere the loss upsamples some rows at a time.
+    With spatial partitioning the logits are upsampled at once, and each device holds some of their
+    rows. Otherwise the loss upsamples a few rows at a time.
     """
     if not config.loss.upsample:
         stride = model.architecture.output_stride
-        batch = batch | {"label": losses.shrink_labels(batch["label"], stride)}
-    divided = mesh.shape[mesh_lib.SPACE] > 1
-    parts = config.optimizer.accumulate
+        batch = batch | {"label": losses.downsample_labels(batch["label"], stride)}
+    partitioned = mesh.shape[mesh_lib.SPACE] > 1
+    num_parts = config.optimizer.accumulate
     count = losses.loss_count(batch["label"], config.loss)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
-    def part_gradient(batch_stats: Arrays, part: dict[str, Array], index: Array) -> Any:
+    def microbatch_gradient(batch_stats: Arrays, microbatch: dict[str, Array], index: Array) -> Any:
         def objective(params: Arrays) -> tuple[Array, tuple[Metrics, Arrays]]:
             outputs, new_stats = model.apply(
-                Variables(mesh_lib.gathered(params, mesh), batch_stats),
-                normalize(part["image"], config.data.mean, config.data.std),
+                Variables(mesh_lib.constrain_replicated(params, mesh), batch_stats),
+                normalize(microbatch["image"], config.data.mean, config.data.std),
                 train=True,
                 key=jax.random.fold_in(key, index),
                 freeze_bn=config.train.freeze_bn,
                 remat=config.train.remat,
-                upsample=divided and config.loss.upsample,
+                upsample=partitioned and config.loss.upsample,
             )
-            if divided:
-                outputs = {name: mesh_lib.divide_height(x, mesh) for name, x in outputs.items()}
+            outputs = mesh_lib.constrain_image_sharding(outputs, mesh)
             means = {
-                head: losses.mean(losses.loss_sum(logits, part["label"], config.loss), count)
+                head: losses.mean(losses.loss_sum(logits, microbatch["label"], config.loss), count)
                 for head, logits in outputs.items()
             }
             total = means["out"] + config.loss.aux_weight * means.get("aux", 0.0)
@@ -124,35 +113,36 @@ def gradients(
         )
         return grads, means, new_stats
 
-    if parts == 1:
-        grads, means, batch_stats = part_gradient(
+    if num_parts == 1:
+        grads, means, batch_stats = microbatch_gradient(
             state.variables.batch_stats, batch, jnp.zeros((), jnp.int32)
         )
-        return grads, batch_stats, _names(means)
+        return grads, batch_stats, _metric_names(means)
 
-    # Row r goes to part r % parts, so that each device keeps the rows that it holds.
+    # Row r goes to microbatch r % num_parts, so that no row moves to another device.
     stacked = jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // num_parts, num_parts, *x.shape[1:]), 1, 0),
+        batch,
     )
 
     def add_part(carry: Any, part_and_index: Any) -> tuple[Any, None]:
         grads, means, batch_stats = carry
         part, index = part_and_index
-        more_grads, more_means, batch_stats = part_gradient(batch_stats, part, index)
-        add = jax.tree.map(jnp.add, (grads, means), (more_grads, more_means))
+        part_grads, part_means, batch_stats = microbatch_gradient(batch_stats, part, index)
+        add = jax.tree.map(jnp.add, (grads, means), (part_grads, part_means))
         return (*add, batch_stats), None
 
     first = jax.tree.map(lambda x: x[0], stacked)
     shapes = jax.eval_shape(
-        part_gradient, state.variables.batch_stats, first, jnp.zeros((), jnp.int32)
+        microbatch_gradient, state.variables.batch_stats, first, jnp.zeros((), jnp.int32)
     )
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[:2])
     carry, _ = lax.scan(
-        add_part, (*zeros, state.variables.batch_stats), (stacked, jnp.arange(parts))
+        add_part, (*zeros, state.variables.batch_stats), (stacked, jnp.arange(num_parts))
     )
     grads, means, batch_stats = carry
-    return grads, batch_stats, _names(means)
+    return grads, batch_stats, _metric_names(means)
 
 
-def _names(means: Metrics) -> Metrics:
+def _metric_names(means: Metrics) -> Metrics:
     return {{"out": "loss", "aux": "aux_loss"}[head]: value for head, value in means.items()}

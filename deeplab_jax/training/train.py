@@ -1,59 +1,59 @@
-"""The main job: `train(config, workdir)`, to be read from top to bottom."""
+"""Training: `train(config, workdir)`, written to be read from top to bottom.
+
+A run has one stage, or two: the second starts from the parameters with which the first ends.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import math
 import os
 import pathlib
-import re
-import time
+import sys
 from collections.abc import Iterator
-from typing import Any
 
 import jax
-import numpy as np
+from jax.sharding import Mesh
 
 from deeplab_jax import config as config_lib
 from deeplab_jax import data as data_lib
-from deeplab_jax.config import Config
-from deeplab_jax.config import rules as config_rules
-from deeplab_jax.data import oversampling as duplication
-from deeplab_jax.data import pipeline
+from deeplab_jax.config import Config, InitConfig, ModelConfig, SecondStageConfig, rules
+from deeplab_jax.data import oversampling, pipeline, statistics
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.distributed import multihost
 from deeplab_jax.distributed.preemption import PreemptionHandler
-from deeplab_jax.evaluation.evaluator import Evaluation, Evaluator
-from deeplab_jax.inference.compile import use_compilation_cache
+from deeplab_jax.evaluation.evaluator import Evaluator
+from deeplab_jax.inference.compilation import use_compilation_cache
 from deeplab_jax.models.architecture import Architecture, architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.training import class_weights
 from deeplab_jax.training.checkpoint import Checkpoints
-from deeplab_jax.training.program import TrainProgram, train_program
-from deeplab_jax.training.progress import Progress
-from deeplab_jax.training.state import TrainState, start_state
-from deeplab_jax.training.step import Metrics
-from deeplab_jax.training.writer import Writer
+from deeplab_jax.training.logging import PREDICTIONS, MetricWriter, Progress, StepLog
+from deeplab_jax.training.state import TrainState, abstract_state, init_state, shardings_of
+from deeplab_jax.training.step import make_train_step
+from deeplab_jax.training.workdir import (
+    check_workdir,
+    claim_workdir,
+    collect_inputs,
+    local_folder,
+    lock_workdir,
+)
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.utils.files import write_bytes
-from deeplab_jax.visualization.image_grid import prediction_grid
 from deeplab_jax.weights import initialize
-from deeplab_jax.weights.saved_model import check_format, describe
+from deeplab_jax.weights.saved_model import describe
 
-PICTURE = "predictions"
+FIRST_STAGE = "stage1"  # folder of the first of two stages; the second's is the workdir itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What `train` ends with.
+    """The outcome of `train`.
 
     Attributes:
-      step: steps made.
-      miou: of the evaluation at that step, None if it was stopped before.
-      picture: the last picture of predictions, if one was made.
+      step: number of steps taken.
+      miou: mean IoU after that step, or None if the run was stopped before its evaluation.
+      picture: the last picture of predictions, or None.
       stopped: whether a signal ended the run before its last step.
     """
 
@@ -64,43 +64,45 @@ class Result:
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
-    """Trains one stage, evaluates and saves; goes on where an earlier attempt stopped.
+    """Trains, evaluates and saves; resumes where an earlier attempt in the workdir stopped.
 
-    At each step, in this order: evaluate, save, next batch, step, log. What happens at a step
-    follows from (config, seed, step, arrays) alone, so that a run that was killed ends with the
-    arrays of one that was not.
+    Of two stages, the first runs in the workdir's folder `stage1` and the second in the workdir
+    itself, so that the final checkpoints are always in the same place.
 
     Args:
       config: the run.
-      workdir: folder of its checkpoints, metrics and pictures; made if absent.
+      workdir: folder for checkpoints, metrics and pictures; created if absent.
 
     Raises:
-      UserError: if the config, the data or the workdir is wrong; if the loss is not finite.
+      UserError: the config, the data or the workdir is wrong, or the loss is not finite.
     """
-    is_writer = jax.process_index() == 0
-    use_compilation_cache()
     with multihost.raise_on_all_hosts():
-        config_rules.validate(config)
+        rules.validate(config)
         folder = local_folder(workdir)
-        mesh = mesh_lib.make_mesh(config.mesh)
-        batch_size, accumulate = config.train.batch_size, config.optimizer.accumulate
-        mesh_lib.check_batch("config.train.batch_size", batch_size, mesh, accumulate)
-        train_set = data_lib.load(config.data, config.data.split)
-        eval_set = data_lib.load(config.data, config.data.eval_split)
-        model = FunctionalModel(resolve_architecture(config, train_set))
-        height, stride = config_lib.crop_shape(config.data)[0], model.architecture.output_stride
-        mesh_lib.check_height("config.data.crop_size", height, stride, mesh)
-        check_workdir(folder, config)
-        train_set = duplication.apply(config.data, train_set, quiet=not is_writer)
-    multihost.check(config, {config.data.split: train_set, config.data.eval_split: eval_set})
-    with multihost.raise_on_all_hosts():
-        if is_writer:
-            claim_workdir(folder, config)
-    multihost.check_shared(folder)
-    with multihost.raise_on_all_hosts():
-        loss = class_weights.resolve(config.loss, train_set, quiet=not is_writer)
+    with contextlib.ExitStack() as stack:
+        with multihost.raise_on_all_hosts():
+            if jax.process_index() == 0:
+                stack.enter_context(lock_workdir(folder))
+        first, second = stage_configs(config, folder)
+        if second is None:
+            return train_stage(first, folder)
+        _print(f"stage 1 of 2, in {folder / FIRST_STAGE}")
+        result = train_stage(first, folder / FIRST_STAGE)
+        if result.stopped:
+            return result
+        _print(f"stage 2 of 2, in {folder}")
+        return train_stage(second, folder)
 
-    program = train_program(model, dataclasses.replace(config, loss=loss), mesh)
+
+def train_stage(config: Config, folder: pathlib.Path) -> Result:
+    """Trains one stage.
+
+    The order at each step is: evaluate, save, next batch, step, log. Every step is a function of
+    (config, seed, step, arrays), so a run that was killed and resumed ends with the same arrays as
+    one that was not.
+    """
+    config, model, train_set, eval_set, mesh = set_up(config, folder)
+    train_step = make_train_step(model, config, mesh)
     evaluator = Evaluator(model, eval_set, config, mesh)
     info = describe(
         model.architecture,
@@ -110,81 +112,164 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
         resize="random scale, bilinear, half-pixel centres",
         size=config_lib.crop_shape(config.data),
     )
-
+    is_writer = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(config.train, enabled=is_writer))
         checkpoints = Checkpoints(
             folder / "checkpoints", keep=config.train.keep, log=progress.message
         )
-        stack.callback(checkpoints.close)  # waits for a save under way, whatever ends the run
-        state, start, miou = restore_or_start(config, model, program, checkpoints, progress)
-        progress.describe(config, model, train_set, eval_set, mesh, start)
-        writer = stack.enter_context(Writer(folder, start_step=start, enabled=is_writer))
+        stack.callback(checkpoints.close)  # waits for a save in progress, however the run ends
+        state, step, miou = restore_or_init(config, model, mesh, checkpoints, progress)
+        progress.describe(config, model, train_set, eval_set, mesh, step)
+        writer = stack.enter_context(MetricWriter(folder, start_step=step, enabled=is_writer))
         stop = stack.enter_context(PreemptionHandler())
-        batches: Iterator[pipeline.Batch] = stack.enter_context(
-            pipeline.train_batches(
-                train_set,
-                config.data,
-                batch_size=batch_size,
-                seed=config.seed,
-                start_step=start,
-                rows=mesh_lib.local_rows(mesh, batch_size),
-            )
-            if start < config.train.steps
-            else contextlib.nullcontext(iter(()))
-        )
-        log = StepLog(config, writer, progress)
-        step, picture = start, None
+        batches = stack.enter_context(train_batches(config, train_set, mesh, step))
+        log = StepLog(config.train, writer, progress)
+        start, picture = step, None
         while True:
-            if step > start:
-                miou = None
             stopping = stop.should_stop()
-            if miou is None and due(step, config.train.eval_every, config) and not stopping:
+            if miou is None and not stopping and is_due(step, config.train.eval_every, config):
                 log.flush()
                 evaluation = progress.evaluate(evaluator, state.eval_variables, step, stop)
                 stopping = evaluation is None
                 if evaluation is not None:
                     miou = evaluation.scores.miou
-                    picture = report(evaluation, eval_set, step, writer, progress)
+                    picture = writer.write_evaluation(step, evaluation)
+                    progress.evaluated(step, evaluation, picture)
                 log.restart_clock()
 
             last = step == config.train.steps or stopping
-            if step > start and (
-                last or miou is not None or due(step, config.train.save_every, config)
-            ):
-                log.flush()  # a state whose loss was not finite is never saved
+            save = last or miou is not None or is_due(step, config.train.save_every, config)
+            if save and step > start:
+                log.flush()  # raises on a non-finite loss, so that such a state is never saved
                 checkpoints.save(state, step, info, miou, wait=last)
             if last:
                 break
 
             with log.waiting_for_data():
-                batch = mesh_lib.to_global(next(batches), mesh, batch_size)
+                batch = mesh_lib.to_global(next(batches), mesh, config.train.batch_size)
             with jax.transfer_guard("disallow"):
-                state, metrics = program.step(state, batch)
-            step += 1
+                state, metrics = train_step(state, batch)
+            step, miou = step + 1, None
             log.add(step, metrics)
         stopped = stopping and step < config.train.steps
         if stopped:
             progress.message(f"stopped by {stop.name} at step {step}; saved. Run again to go on.")
-        if picture is None:  # a finished run that was run again
-            earlier = writer.picture_path(step, PICTURE)
-            picture = earlier if earlier.exists() else None
+        if picture is None and writer.image_path(step, PREDICTIONS).exists():
+            picture = writer.image_path(step, PREDICTIONS)  # of a finished run that ran again
     return Result(step, miou, picture, stopped)
 
 
-def due(step: int, every: int, config: Config) -> bool:
-    """Whether something done each `every` steps, and at the last, is to be done after `step`."""
+def set_up(
+    config: Config, folder: pathlib.Path
+) -> tuple[Config, FunctionalModel, Dataset, Dataset, Mesh]:
+    """Validates a stage, loads its data and claims its folder.
+
+    Returns:
+      The config with class weights as numbers, the model, the training and evaluation sets, and
+      the mesh.
+
+    Raises:
+      UserError: on all hosts, if any host finds a mistake or hosts disagree.
+    """
+    is_writer = jax.process_index() == 0
+    use_compilation_cache()
+    with multihost.raise_on_all_hosts():
+        rules.validate(config)
+        mesh = mesh_lib.make_mesh(config.mesh)
+        mesh_lib.check_batch(
+            "config.train.batch_size", config.train.batch_size, mesh, config.optimizer.accumulate
+        )
+        train_set = data_lib.load(config.data, config.data.split)
+        eval_set = data_lib.load(config.data, config.data.eval_split)
+        model = FunctionalModel(resolve_architecture(config, train_set))
+        height, stride = config_lib.crop_shape(config.data)[0], model.architecture.output_stride
+        mesh_lib.check_height("config.data.crop_size", height, stride, mesh)
+        splits = {config.data.split: train_set, config.data.eval_split: eval_set}
+        summaries = summarize_splits(config, splits, quiet=not is_writer)
+        inputs = collect_inputs(summaries)
+        check_workdir(folder, config, inputs)
+        train_set = oversampling.apply(config.data, train_set, quiet=not is_writer)
+    multihost.check_equal(config, inputs)
+    with multihost.raise_on_all_hosts():
+        if is_writer:
+            claim_workdir(folder, config, inputs)
+    multihost.check_shared(folder)
+    with multihost.raise_on_all_hosts():
+        loss = class_weights.resolve(config.loss, train_set, quiet=not is_writer)
+    return dataclasses.replace(config, loss=loss), model, train_set, eval_set, mesh
+
+
+def summarize_splits(
+    config: Config, splits: dict[str, Dataset], *, quiet: bool
+) -> dict[str, statistics.SampleSummary]:
+    """Summarizes the splits by samples, and warns of what looks wrong with them.
+
+    Raises:
+      UserError: a split has no valid pixel, or an example is damaged.
+    """
+    summaries = {}
+    for split, dataset in splits.items():
+        crop = config_lib.crop_shape(config.data) if split == config.data.split else None
+        summaries[split] = statistics.summarize_sample(dataset, crop)
+        for warning in statistics.check_valid_pixels(dataset, summaries[split], split):
+            if not quiet:
+                print(f"warning: {warning}", file=sys.stderr)
+    return summaries
+
+
+def restore_or_init(
+    config: Config,
+    model: FunctionalModel,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    progress: Progress,
+) -> tuple[TrainState, int, float | None]:
+    """Restores the newest intact checkpoint, or initializes; returns state, step and mIoU."""
+    abstract = abstract_state(config, model, mesh)
+    restored = checkpoints.restore(abstract)
+    if restored is not None:
+        return restored.state, restored.step, restored.miou
+    variables = initialize.init_variables(config, model, log=progress.message)
+    # Created with its sharding, so that the step compiles once for the first and all later steps.
+    shardings = shardings_of(abstract)
+    init = jax.jit(lambda v: init_state(config, v), out_shardings=shardings)
+    return init(mesh_lib.device_put(variables, shardings.variables)), 0, None
+
+
+def train_batches(
+    config: Config, dataset: Dataset, mesh: Mesh, start_step: int
+) -> contextlib.AbstractContextManager[Iterator[pipeline.Batch]]:
+    """This process's rows of the batches from `start_step` on; empty after the last step."""
+    if start_step >= config.train.steps:
+        return contextlib.nullcontext(iter(()))
+    return pipeline.train_batches(
+        dataset,
+        config.data,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        start_step=start_step,
+        rows=mesh_lib.local_rows(mesh, config.train.batch_size),
+    )
+
+
+def is_due(step: int, every: int, config: Config) -> bool:
+    """Whether an action that runs every `every` steps, and after the last, runs after `step`."""
     return step == config.train.steps or (every > 0 and step > 0 and step % every == 0)
 
 
 def resolve_architecture(config: Config, dataset: Dataset) -> Architecture:
-    """The config's architecture for a data set's classes and channels."""
+    """Returns the config's architecture with the classes and channels of a data set.
+
+    Raises:
+      UserError: the config contradicts itself or the data set.
+    """
     fields = dataclasses.asdict(config.model)
     name = fields.pop("architecture")
-    classes = fields.pop("num_classes")
-    if classes is not None and classes != dataset.labels.num_classes:
+    num_classes = fields.pop("num_classes")
+    if num_classes is not None and num_classes != dataset.labels.num_classes:
         raise UserError(
-            f"config.model.num_classes = {classes}, but the data set has "
+            f"config.model.num_classes = {num_classes}, but the data set has "
             f"{dataset.labels.num_classes} classes; leave it None to take the data set's"
         )
     if len(config.data.mean) != dataset.num_channels:
@@ -203,169 +288,43 @@ def resolve_architecture(config: Config, dataset: Dataset) -> Architecture:
         raise UserError(f"config.model: {error}") from error
 
 
-def local_folder(workdir: str | os.PathLike[str]) -> pathlib.Path:
-    """The workdir as an absolute path.
+def stage_configs(config: Config, folder: pathlib.Path) -> tuple[Config, Config | None]:
+    """Splits a run into configs of one stage each; the second is None if there is one stage.
 
-    Raises:
-      UserError: it is a bucket's address; as a path that would be a folder named "gs:" here.
+    The second stage starts from the first's last checkpoint, even if an earlier one scored better.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(workdir)):
-        raise UserError(
-            f"--workdir {workdir} is not a folder: mount the bucket as one (gcsfuse, mount-s3), "
-            "at the same path on all hosts, and give that path"
-        )
-    return pathlib.Path(workdir).absolute()
-
-
-def check_workdir(folder: pathlib.Path, config: Config) -> None:
-    """Looks whether a workdir is free, or holds a run of this config.
-
-    Raises:
-      UserError: if the folder holds another run, naming the fields that differ.
-    """
-    path = folder / "config.json"
-    saved = folder / "checkpoints"
-    if not (saved.is_dir() and any(child.name.isdigit() for child in saved.iterdir())):
-        return  # a run that came to no checkpoint, for a mistake in its config say, binds nobody
-    check_format(folder)
-    if not path.exists():
-        raise UserError(f"{folder} holds checkpoints but no config.json; choose another --workdir")
-    try:
-        theirs = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); choose another --workdir") from error
-    differing = config_lib.differences(config, theirs)
-    if differing:
-        lines = "\n".join(f"  config.{line}" for line in differing)
-        raise UserError(
-            f"{folder} holds a run with another config:\n{lines}\n"
-            "Choose another --workdir, or run with the config that lies there."
-        )
-
-
-def claim_workdir(folder: pathlib.Path, config: Config) -> None:
-    """Makes a workdir, and writes the config into it.
-
-    Raises:
-      UserError: if that cannot be done.
-    """
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / "config.json", config_lib.to_json(config).encode())
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir {folder}: {error.strerror}") from error
-
-
-def restore_or_start(
-    config: Config,
-    model: FunctionalModel,
-    program: TrainProgram,
-    checkpoints: Checkpoints,
-    progress: Progress,
-) -> tuple[TrainState, int, float | None]:
-    """The newest whole checkpoint's state, step and mIoU; or a new state, 0 and None."""
-    restored = checkpoints.restore(
-        jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            program.state,
-            program.where,
-        )
+    stage = config.second_stage
+    first = dataclasses.replace(config, second_stage=SecondStageConfig())
+    if not stage.steps:
+        return first, None
+    last = folder / FIRST_STAGE / "checkpoints" / str(config.train.steps)
+    second = dataclasses.replace(
+        first,
+        model=_at_output_stride(config.model, stage.output_stride),
+        data=dataclasses.replace(config.data, split=stage.split or config.data.split),
+        init=InitConfig(path=str(last)),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=stage.learning_rate),
+        train=dataclasses.replace(config.train, steps=stage.steps, freeze_bn=stage.freeze_bn),
     )
-    if restored is not None:
-        return restored.state, restored.step, restored.miou
-    variables = initialize.variables(config, model, log=progress.message)
-    # Born with its sharding, so that the first step compiles for what all later ones are given.
-    ema = config.optimizer.ema_decay > 0
-    start = jax.jit(lambda v: start_state(program.tx, v, ema=ema), out_shardings=program.where)
-    return start(mesh_lib.place(variables, program.where.variables)), 0, None
+    return first, second
 
 
-class StepLog:
-    """Gathers the metrics of steps without waiting for the device, and writes them in turn."""
-
-    def __init__(self, config: Config, writer: Writer, progress: Progress) -> None:
-        self._config = config
-        self._writer = writer
-        self._progress = progress
-        self._pending: list[tuple[int, dict[str, Any]]] = []
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
-
-    @contextlib.contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Counts the time of its body as waiting, if the device had run out of work at its end."""
-        begin = time.perf_counter()
-        yield
-        if all(metrics["loss"].is_ready() for _, metrics in self._pending[-1:]):
-            self._waited += time.perf_counter() - begin
-
-    def add(self, step: int, metrics: Metrics) -> None:
-        self._pending.append((step, metrics))
-        self._steps += 1
-        # One step runs while the next is prepared; more would only fill the memory with batches.
-        jax.block_until_ready([metrics for _, metrics in self._pending[-2:-1]])
-        if step % self._config.train.log_every == 0 or step == 1:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes what is pending.
-
-        Raises:
-          UserError: if a loss or gradient is not finite, naming the step.
-        """
-        if not self._pending:
-            return
-        fetched = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
-        self._pending = []
-        for step, metrics in fetched:
-            if not all(np.isfinite(value) for value in metrics.values()):
-                raise UserError(_not_finite(step, metrics))
-        elapsed = time.perf_counter() - self._since
-        images = self._steps * self._config.train.batch_size
-        step = fetched[-1][0]
-        values = {
-            name: float(np.mean([metrics[name] for _, metrics in fetched]))
-            for name in fetched[-1][1]
-        }
-        values["learning_rate"] = float(fetched[-1][1]["learning_rate"])
-        values["images_per_second"] = images / elapsed
-        values["data_wait_share"] = self._waited / elapsed
-        self._writer.scalars(step, values)
-        self._progress.step(step, values)
-        self.restart_clock()
+def _at_output_stride(model: ModelConfig, output_stride: int | None) -> ModelConfig:
+    """The same parameters at another output stride; given ASPP rates scale with the features."""
+    if output_stride is None:
+        return model
+    rates = model.atrous_rates
+    if rates is not None:
+        given = architecture(
+            model.architecture,
+            num_classes=1,
+            output_stride=model.output_stride,
+            atrous_rates=tuple(rates),
+        )
+        rates = given.at_output_stride(output_stride).atrous_rates
+    return dataclasses.replace(model, output_stride=output_stride, atrous_rates=rates)
 
 
-def _not_finite(step: int, metrics: dict[str, Any]) -> str:
-    values = ", ".join(f"{name} {float(value):g}" for name, value in metrics.items())
-    return (
-        f"step {step} is not finite: {values}. Nothing after the last good checkpoint was saved. "
-        "Lower config.optimizer.learning_rate, add config.optimizer.warmup_steps or "
-        "config.optimizer.clip_norm, and use another --workdir."
-    )
-
-
-def report(
-    evaluation: Evaluation, dataset: Dataset, step: int, writer: Writer, progress: Progress
-) -> pathlib.Path | None:
-    """Writes an evaluation's scores and its picture; the path of the picture."""
-    scores = evaluation.scores
-    names = dataset.labels.names
-    writer.scalars(
-        step,
-        {
-            "eval/miou": scores.miou,
-            "eval/pixel_accuracy": scores.pixel_accuracy,
-            "eval/mean_accuracy": scores.mean_accuracy,
-            "eval/images": evaluation.images,
-        }
-        | {f"eval/iou/{n}": float(v) for n, v in zip(names, scores.per_class_iou, strict=True)},
-    )
-    picture = None
-    if evaluation.predictions:
-        rows = [(p.name, p.image, p.label, p.ids) for p in evaluation.predictions]
-        picture = writer.picture(step, PICTURE, prediction_grid(rows, dataset.labels))
-    absent = [n for n, v in zip(names, scores.per_class_iou, strict=True) if math.isnan(v)]
-    progress.evaluated(step, scores, evaluation.images, absent, picture)
-    return picture
+def _print(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """Checkpoints: round trips, which are kept, damage, kills and full disks."""
 
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -15,16 +16,15 @@ import numpy as np
 import pytest
 
 import tiny
-from deeplab_jax.config import MeshConfig, OptimizerConfig
+from deeplab_jax.config import Config, MeshConfig, OptimizerConfig
 from deeplab_jax.distributed.mesh import make_mesh, replicated
 from deeplab_jax.models.functional import Variables
 from deeplab_jax.training import checkpoint
-from deeplab_jax.training.optimizer import make_optimizer, poly_schedule
-from deeplab_jax.training.state import TrainState, start_state
+from deeplab_jax.training.state import TrainState, init_state
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import saved_model
 
-CONFIG = OptimizerConfig(head_multiplier=2.0, clip_norm=1.0, ema_decay=0.9)
+OPTIMIZER = OptimizerConfig(head_multiplier=2.0, clip_norm=1.0)
 INFO = {"format": saved_model.FORMAT, "classes": ["a", "b"], "number": 3}
 
 
@@ -34,8 +34,8 @@ def state_of(step: int, *, ema: bool = True) -> TrainState:
         "backbone.stem.0.conv.kernel": jnp.full((64, 128), step, jnp.float32),
         "classifier.logits.bias": jnp.full((3,), step, jnp.float32),
     }
-    tx = make_optimizer(CONFIG, poly_schedule(CONFIG, 10), params)
-    state = start_state(tx, Variables(params, {"backbone.stem.0.bn.mean": jnp.zeros(3)}), ema=ema)
+    config = Config(optimizer=dataclasses.replace(OPTIMIZER, ema_decay=0.9 if ema else 0.0))
+    state = init_state(config, Variables(params, {"backbone.stem.0.bn.mean": jnp.zeros(3)}))
     opt_state = jax.tree.map(lambda leaf: jnp.full_like(leaf, step), state.opt_state)
     averaged = jax.tree.map(lambda leaf: leaf + 0.5, params) if ema else None
     return TrainState(jnp.asarray(step, jnp.int32), state.variables, opt_state, averaged)
@@ -76,7 +76,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         checkpoints.save(state_of(step), step, INFO, miou, wait=step == 5)
     checkpoints.close()
     assert steps_in(tmp_path) == {2, 4, 5}
-    assert saved_model.find(tmp_path).name == "2"
+    assert saved_model.find_checkpoint(tmp_path).name == "2"
 
 
 def test_a_step_saved_already_is_left_as_it_is(tmp_path):
@@ -153,7 +153,9 @@ def test_if_nothing_can_be_read_it_is_an_error(two_saves, tmp_path):
     for step in (1, 2):
         damage_truncate(folder / str(step) / "model" / "manifest.ocdbt")
     checkpoints = open_at(folder)
-    with pytest.raises(UserError, match=r"(?s)can be read.*step 2.*step 1.*start anew"):
+    with pytest.raises(
+        UserError, match=r"(?s)can be read.*step 2.*step 1.*start from the beginning"
+    ):
         checkpoints.restore(abstract_of())
     assert steps_in(folder) == {1, 2}
 
@@ -169,11 +171,11 @@ def test_a_foreign_checkpoint_is_not_taken(two_saves, tmp_path):
         open_at(folder).restore(foreign)
 
 
-def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     checkpoints = open_at(tmp_path)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"is full .*Make room"):
+    with pytest.raises(UserError, match=r"is full .*Free some space"):
         checkpoints.save(state_of(1), 1, INFO, None, wait=True)
     assert steps_in(tmp_path) == set()
 
@@ -218,7 +220,7 @@ SAVE_FOREVER = """
 """
 
 
-def test_killed_at_any_moment_a_whole_checkpoint_is_there(tmp_path):
+def test_a_complete_checkpoint_survives_a_kill_at_any_moment(tmp_path):
     code = textwrap.dedent(SAVE_FOREVER).format(
         tests=str(pathlib.Path(__file__).parent.parent), folder=str(tmp_path / "checkpoints")
     )

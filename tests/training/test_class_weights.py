@@ -4,16 +4,15 @@ import json
 
 import numpy as np
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
 import tiny
 from deeplab_jax.config import Config, LossConfig
-from deeplab_jax.config import rules as config_rules
+from deeplab_jax.config.io import with_fields
+from deeplab_jax.config.rules import validate
 from deeplab_jax.data import labels
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.training import class_weights
-from deeplab_jax.training import train as loop
+from deeplab_jax.training import train as train_module
 from deeplab_jax.utils.errors import UserError
 
 
@@ -40,14 +39,14 @@ def dataset():
 
 
 def test_median_frequency_balancing_by_hand(dataset):
-    pixels, held = class_weights.count_pixels(dataset, quiet=True)
+    pixels, image_pixels = class_weights.count_pixels(dataset, quiet=True)
     np.testing.assert_array_equal(pixels, [5, 2, 1, 0])
-    np.testing.assert_array_equal(held, [8, 5, 3, 0])
-    weights = class_weights.median_frequency_weights(pixels, held)
+    np.testing.assert_array_equal(image_pixels, [8, 5, 3, 0])
+    weights = class_weights.median_frequency_weights(pixels, image_pixels)
     np.testing.assert_allclose(weights, [(2 / 5) / (5 / 8), 1, (2 / 5) / (1 / 3), 1])
 
 
-def test_auto_becomes_numbers_and_says_them(dataset, capfd):
+def test_auto_becomes_numbers_and_reports_them(dataset, capfd):
     config = class_weights.resolve(LossConfig(class_weights="auto"), dataset)
     assert config.class_weights == pytest.approx((0.64, 1, 1.2, 1))
     said = capfd.readouterr().err
@@ -71,13 +70,9 @@ def test_another_number_of_weights_than_classes_is_refused(dataset):
         class_weights.resolve(LossConfig(class_weights=(1, 2, 3)), dataset)
 
 
-def parsed(argument):
+def parsed(text):
     """The config after a flag of the command line."""
-    values = flags.FlagValues()
-    argv = ["program", argument]
-    config_flags.DEFINE_config_dataclass("config", Config(), flag_values=values, sys_argv=argv)
-    values(argv)
-    return values["config"].value
+    return with_fields(Config(), {"loss.class_weights": text}, parse=True)
 
 
 @pytest.mark.parametrize(
@@ -85,15 +80,15 @@ def parsed(argument):
     [("auto", "auto"), ("1,2,0.5", (1, 2, 0.5)), ("None", None), ("(3,)", (3,))],
 )
 def test_the_command_line_takes_numbers_auto_and_none(text, value):
-    config = parsed(f"--config.loss.class_weights={text}")
+    config = parsed(text)
     assert config.loss.class_weights == value
-    config_rules.validate(config)
+    validate(config)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "hinge"}, "cross_entropy, focal or dice, lovasz, got 'hinge'"),
+        ({"name": "hinge"}, "cross_entropy, focal, dice or lovasz, got 'hinge'"),
         ({"class_weights": "automatic"}, "None, auto, or numbers of 0 or more .*'automatic'"),
         ({"class_weights": 2}, r"None, auto, or numbers .*\(a,b,\.\.\.\), not all 0, got 2"),
         ({"class_weights": ("a",)}, "None, auto, or numbers"),
@@ -107,21 +102,21 @@ def test_the_command_line_takes_numbers_auto_and_none(text, value):
 def test_a_wrong_loss_is_named(fields, message):
     config = Config(loss=LossConfig(**fields))
     with pytest.raises(UserError, match=rf"config\.loss\.\w+ .*{message}"):
-        config_rules.validate(config)
+        validate(config)
 
 
 def test_a_run_steps_with_its_weights_and_keeps_auto_in_its_config(tmp_path, capfd, monkeypatch):
     class Stop(Exception):
         pass
 
-    def train_program(model, config, mesh):
+    def make_train_step(model, config, mesh):
         assert len(config.loss.class_weights) == model.architecture.num_classes
         raise Stop
 
-    monkeypatch.setattr(loop, "train_program", train_program)
+    monkeypatch.setattr(train_module, "make_train_step", make_train_step)
     config = tiny.get_config()
     config.loss = LossConfig(name="focal", class_weights="auto")
     with pytest.raises(Stop):
-        loop.train(config, tmp_path)
+        train_module.train(config, tmp_path)
     assert "class weights: background 0." in capfd.readouterr().err
     assert json.loads((tmp_path / "config.json").read_text())["loss"]["class_weights"] == "auto"

@@ -134,7 +134,7 @@ def test_mean_is_per_valid_pixel_of_the_whole_batch():
     ("name", "fraction"),
     [("cross_entropy", 0.1), ("cross_entropy", 0.5), ("cross_entropy", 0.999), ("focal", 0.25)],
 )
-def test_hard_pixels_are_the_largest_share(name, fraction):
+def test_hard_pixels_are_the_top_k(name, fraction):
     logits, labels = batch(4, shape=(2, 20, 13))
     log_p = torch.log_softmax(torch.tensor(logits, dtype=torch.float64), -1).numpy()
     each = -log_p if name == "cross_entropy" else -((1 - np.exp(log_p)) ** 2) * log_p
@@ -152,9 +152,9 @@ def test_hard_pixels_are_the_largest_share(name, fraction):
     assert touched in (int(np.floor(kept)), int(np.ceil(kept)))
 
 
-def test_equal_losses_share_what_is_left():
+def test_equal_losses_at_the_threshold_are_weighted_equally():
     values = jnp.asarray([[[1.0, 1.0, 1.0, 2.0]]])
-    weights = losses.largest_share(values, jnp.ones_like(values, bool), jnp.asarray(2.0))
+    weights = losses.top_k_weights(values, jnp.ones_like(values, bool), jnp.asarray(2.0))
     np.testing.assert_allclose(np.asarray(weights).ravel(), [1 / 3, 1 / 3, 1 / 3, 1])
 
 
@@ -284,7 +284,7 @@ def test_sums_of_parts_add_up(config):
 
 
 @pytest.mark.parametrize("name", [*config_lib.PIXEL_LOSSES, *config_lib.IMAGE_LOSSES])
-def test_a_batch_divided_over_devices_has_the_same_loss(name):
+def test_a_sharded_batch_has_the_same_loss(name):
     logits, labels = batch(10, shape=(4, 5, 6))
     rows = row_sharding(make_mesh(MeshConfig(data=4)))
     alone = value_and_gradient(logits, labels, name=name)

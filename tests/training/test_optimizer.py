@@ -1,4 +1,4 @@
-"""The optimiser against torch's SGD, and the schedule against its formula."""
+"""The optimizer against torch's SGD, and the schedule against its formula."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +25,7 @@ def test_warmup_rises_from_zero_and_meets_the_schedule():
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
-def test_five_steps_are_torchs(clip_norm):
+def test_five_steps_equal_torch(clip_norm):
     config = OptimizerConfig(
         learning_rate=0.1, weight_decay=0.01, head_multiplier=10.0, clip_norm=clip_norm
     )
@@ -37,8 +37,7 @@ def test_five_steps_are_torchs(clip_norm):
         "classifier.logits.bias": rng.normal(size=2),
     }
     params = {name: jnp.asarray(value, jnp.float32) for name, value in start.items()}
-    schedule = poly_schedule(config, 5)
-    tx = make_optimizer(config, schedule, params)
+    tx = make_optimizer(config, 5, params)
     state = tx.init(params)
 
     theirs = {name: torch.tensor(value, requires_grad=True) for name, value in start.items()}

@@ -13,9 +13,9 @@ import pytest
 import tiny
 from conftest import ROOT
 from deeplab_jax.config import SecondStageConfig, flatten
-from deeplab_jax.training.stages import split, train
+from deeplab_jax.training.train import stage_configs, train
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import saved_model as checkpoint
+from deeplab_jax.weights import saved_model
 
 STAGE = SecondStageConfig(steps=3, output_stride=8, split="val")
 CHANGED = {f"second_stage.{name}" for name in ("steps", "output_stride", "split")} | {
@@ -69,8 +69,8 @@ def unbroken(tmp_path_factory):
 
 
 def test_the_second_starts_from_the_firsts_last_arrays_and_keeps_its_statistics(unbroken):
-    first = checkpoint.read(unbroken / "stage1" / "checkpoints" / "3")
-    last = checkpoint.read(unbroken)
+    first = saved_model.read(unbroken / "stage1" / "checkpoints" / "3")
+    last = saved_model.read(unbroken)
     assert last.path == unbroken / "checkpoints" / "3"
     for name, value in first.variables.batch_stats.items():
         np.testing.assert_array_equal(last.variables.batch_stats[name], value, err_msg=name)
@@ -87,32 +87,32 @@ def test_the_second_starts_from_the_firsts_last_arrays_and_keeps_its_statistics(
 
 def test_configs_of_the_stages(tmp_path):
     config = get_config()
-    first, second = split(config, tmp_path)
+    first, second = stage_configs(config, tmp_path)
     assert first.second_stage.steps == second.second_stage.steps == 0
     assert dataclasses.replace(first, second_stage=STAGE) == config
     assert second.init.path == str(tmp_path / "stage1" / "checkpoints" / "3")
     assert (second.data.split, second.model.output_stride, second.train.steps) == ("val", 8, 3)
     assert second.train.freeze_bn
     config.second_stage = SecondStageConfig(steps=1)
-    _, second = split(config, tmp_path)
+    _, second = stage_configs(config, tmp_path)
     assert (second.data.split, second.model.output_stride) == ("train", None)
-    assert split(tiny.get_config(), tmp_path)[1] is None
+    assert stage_configs(tiny.get_config(), tmp_path)[1] is None
 
 
 def test_rates_that_a_config_gives_scale_with_the_seconds_features(tmp_path):
     config = get_config()
     config.model.output_stride, config.model.atrous_rates = 16, (2, 4, 6)
-    assert split(config, tmp_path)[1].model.atrous_rates == (4, 8, 12)
+    assert stage_configs(config, tmp_path)[1].model.atrous_rates == (4, 8, 12)
     config.model.output_stride = None  # the architecture's: 16 too
-    assert split(config, tmp_path)[1].model.atrous_rates == (4, 8, 12)
+    assert stage_configs(config, tmp_path)[1].model.atrous_rates == (4, 8, 12)
     config.second_stage.output_stride = 32
-    assert split(config, tmp_path)[1].model.atrous_rates == (1, 2, 3)
+    assert stage_configs(config, tmp_path)[1].model.atrous_rates == (1, 2, 3)
     config.model.atrous_rates = (1, 2, 3)
     with pytest.raises(UserError, match=r"atrous_rates .* not whole"):
-        split(config, tmp_path)
+        stage_configs(config, tmp_path)
 
 
-def test_killed_in_each_stage_it_ends_as_if_never_killed(unbroken, tmp_path):
+def test_a_run_killed_in_each_stage_ends_as_if_never_killed(unbroken, tmp_path):
     for stage in ("stage 1 of 2", "stage 2 of 2"):
         process = start_command(tmp_path)
         reached = False
@@ -138,7 +138,7 @@ def test_killed_in_each_stage_it_ends_as_if_never_killed(unbroken, tmp_path):
         ({"learning_rate": 0.0}, r"second_stage\.learning_rate must be above 0"),
     ],
 )
-def test_stages_that_cannot_be(fields, message, tmp_path):
+def test_impossible_stages(fields, message, tmp_path):
     config = get_config()
     config.second_stage = dataclasses.replace(STAGE, **fields)
     with pytest.raises(UserError, match=message):

@@ -12,7 +12,7 @@ import tiny
 from deeplab_jax.config import MeshConfig
 from deeplab_jax.distributed.mesh import check_batch, make_mesh
 from deeplab_jax.models.functional import Variables, normalize
-from deeplab_jax.training.losses import shrink_labels
+from deeplab_jax.training.losses import downsample_labels
 from deeplab_jax.training.step import gradients
 from deeplab_jax.utils.errors import UserError
 
@@ -77,7 +77,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole():
     np.testing.assert_allclose(flat(parts), flat(whole), rtol=1e-3, atol=1e-5)
 
 
-def test_labels_shrunk_to_the_logits():
+def test_labels_downsampled_to_the_logits():
     config = config_with(loss={"upsample": False}, model={"dropout": 0.0})
     run = tiny.Run(config)
     batch, state = run.batches(1)[0], run.start()
@@ -96,14 +96,14 @@ def test_labels_shrunk_to_the_logits():
 
 
 @pytest.mark.parametrize(("size", "stride"), [(40, 16), (128, 16), (193, 32), (65, 8), (7, 16)])
-def test_shrunk_labels_are_those_of_pixels_that_upsampling_lays_features_on(size, stride):
+def test_downsampled_labels_are_at_the_positions_of_upsampled_features(size, stride):
     """There torch's resize of 0, 1, 2, ... comes nearest to whole numbers."""
     features = torch.arange(-(-size // stride), dtype=torch.float64)
     resized = torch.nn.functional.interpolate(features[None, None], size, mode="linear")[0, 0]
     distance = np.abs(resized.numpy() - features.numpy()[:, None])
     pixels = np.broadcast_to(np.arange(size, dtype=np.uint8), (1, size, size))  # each its column
     columns, rows = (
-        np.asarray(shrink_labels(jnp.asarray(labels), stride))
+        np.asarray(downsample_labels(jnp.asarray(labels), stride))
         for labels in (pixels, pixels.swapaxes(1, 2))
     )
     np.testing.assert_array_equal(columns, rows.swapaxes(1, 2))
@@ -151,7 +151,7 @@ def test_bfloat16_follows_float32():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.variables)} == {"float32"}
 
 
-def test_batches_that_devices_do_not_divide_are_refused():
+def test_batches_not_divisible_by_the_devices_are_refused():
     with pytest.raises(UserError, match=r"10 is not divisible by 4 .*works: 8 or 12"):
         check_batch("config.train.batch_size", 10, make_mesh(MeshConfig(data=4)))
     with pytest.raises(UserError, match=r"works: 8$"):

@@ -15,7 +15,7 @@ import tiny
 from conftest import ROOT
 from deeplab_jax.training.train import train
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import saved_model as checkpoint
+from deeplab_jax.weights import saved_model
 
 
 def overridden(**fields):
@@ -38,7 +38,7 @@ def assert_same(one, other):
 
 def best_model(workdir):
     """Arrays of the checkpoint that a workdir stands for, named as `tiny.saved_state` does."""
-    saved = checkpoint.read(workdir).variables
+    saved = saved_model.read(workdir).variables
     return {f"['model']['params']['{k}']": v for k, v in saved.params.items()} | {
         f"['model']['batch_stats']['{k}']": v for k, v in saved.batch_stats.items()
     }
@@ -76,7 +76,7 @@ def unbroken(tmp_path_factory):
     return workdir, out, err
 
 
-def test_a_run_says_and_leaves_what_it_should(unbroken):
+def test_output_and_files_of_a_run(unbroken):
     workdir, out, err = unbroken
     entries = metrics(workdir)
     evaluations = [entry for entry in entries if "eval/miou" in entry]
@@ -99,7 +99,7 @@ def test_the_same_command_twice_gives_the_same_bits(unbroken, tmp_path):
     assert_same(tiny.saved_state(tmp_path), tiny.saved_state(unbroken[0]))
 
 
-def test_killed_again_and_again_it_ends_as_if_never_killed(unbroken, tmp_path):
+def test_a_run_killed_repeatedly_ends_as_if_never_killed(unbroken, tmp_path):
     rng = np.random.default_rng(0)
     for kill_at in (1, 5):
         process = start_command(tmp_path)
@@ -118,7 +118,7 @@ def test_killed_again_and_again_it_ends_as_if_never_killed(unbroken, tmp_path):
     assert steps == sorted(set(steps))
 
 
-def test_sigterm_saves_and_exits_with_0_and_the_run_goes_on(unbroken, tmp_path):
+def test_sigterm_saves_and_exits_with_0_and_the_run_resumes(unbroken, tmp_path):
     process = start_command(tmp_path, "--config.train.save_every=0")
     while not process.stderr.readline().startswith("step 2/"):
         pass
@@ -171,7 +171,7 @@ def test_fine_tuning_at_another_output_stride_with_frozen_batch_norm(unbroken, t
     assert sum(np.any(end[name] != start[name]) for name in start) > 10
 
 
-def test_a_backbone_alone_is_taken(unbroken, tmp_path, capfd):
+def test_only_the_backbone_is_loaded(unbroken, tmp_path, capfd):
     config = overridden(
         init__backbone=str(unbroken[0]), train__steps=1, optimizer__learning_rate=1e-12
     )
@@ -207,7 +207,7 @@ def test_a_workdir_of_another_run_is_refused(unbroken):
         train(config, unbroken[0])
 
 
-def test_a_run_that_could_not_start_does_not_bind_its_workdir(tmp_path):
+def test_a_run_that_failed_to_start_does_not_occupy_its_workdir(tmp_path):
     with pytest.raises(UserError, match="neither"):
         train(overridden(init__path="nowhere", train__steps=1), tmp_path)
     assert train(overridden(train__steps=1), tmp_path).step == 1
@@ -220,14 +220,14 @@ def test_checkpoints_without_a_config_are_refused(unbroken, tmp_path):
         train(tiny.get_config(), tmp_path / "run")
 
 
-def test_a_workdir_that_cannot_be_written_is_said(tmp_path):
+def test_an_unwritable_workdir_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to --workdir"):
         train(tiny.get_config(), tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize("address", ["gs://bucket/run", "s3:/bucket/run"])
-def test_the_address_of_a_bucket_is_no_workdir(tmp_path, monkeypatch, address):
+def test_a_bucket_address_is_refused_as_workdir(tmp_path, monkeypatch, address):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="mount the bucket"):
         train(tiny.get_config(), address)
@@ -246,7 +246,7 @@ def test_the_address_of_a_bucket_is_no_workdir(tmp_path, monkeypatch, address):
         ({"model__architecture": "paper_resnet19"}, "paper_resnet18"),
     ],
 )
-def test_what_does_not_fit_is_said_at_once(tmp_path, fields, message):
+def test_mismatches_are_reported_at_startup(tmp_path, fields, message):
     with pytest.raises(UserError, match=message):
         train(overridden(**fields), tmp_path)
     assert not (tmp_path / "checkpoints").exists() or not any((tmp_path / "checkpoints").iterdir())
@@ -254,5 +254,5 @@ def test_what_does_not_fit_is_said_at_once(tmp_path, fields, message):
 
 def test_a_checkpoint_of_another_model_is_refused_with_what_differs(unbroken, tmp_path):
     config = overridden(init__path=str(unbroken[0]), model__architecture="paper_resnet34")
-    with pytest.raises(UserError, match=r"(?s)does not fit .*paper_resnet34.*layer1.2.*missing"):
+    with pytest.raises(UserError, match=r"(?s)does not fit .*paper_resnet34.*missing.*layer1.2"):
         train(config, tmp_path)

@@ -5,7 +5,7 @@ import json
 import cv2
 import numpy as np
 
-from deeplab_jax.training.writer import Writer
+from deeplab_jax.training.logging import MetricWriter
 
 
 def lines(folder):
@@ -13,20 +13,20 @@ def lines(folder):
 
 
 def test_scalars_are_lines_and_nan_is_null(tmp_path):
-    with Writer(tmp_path, start_step=0, enabled=True) as writer:
-        writer.scalars(1, {"loss": 2.5, "eval/iou/cat": float("nan")})
+    with MetricWriter(tmp_path, start_step=0, enabled=True) as writer:
+        writer.write_scalars(1, {"loss": 2.5, "eval/iou/cat": float("nan")})
     assert lines(tmp_path) == [{"step": 1, "loss": 2.5, "eval/iou/cat": None}]
     assert any((tmp_path / "tensorboard").iterdir())
 
 
-def test_going_on_from_a_step_drops_what_came_after_it(tmp_path):
-    with Writer(tmp_path, start_step=0, enabled=True) as writer:
+def test_resuming_from_a_step_drops_later_lines(tmp_path):
+    with MetricWriter(tmp_path, start_step=0, enabled=True) as writer:
         for step in range(1, 6):
-            writer.scalars(step, {"loss": float(step)})
+            writer.write_scalars(step, {"loss": float(step)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # cut short by a kill
-    with Writer(tmp_path, start_step=3, enabled=True) as writer:
-        writer.scalars(4, {"loss": 40.0})
+    with MetricWriter(tmp_path, start_step=3, enabled=True) as writer:
+        writer.write_scalars(4, {"loss": 40.0})
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [
         (1, 1.0),
         (2, 2.0),
@@ -35,18 +35,18 @@ def test_going_on_from_a_step_drops_what_came_after_it(tmp_path):
     ]
 
 
-def test_pictures_are_rgb_and_nothing_is_left_aside(tmp_path):
+def test_pictures_are_rgb_and_no_temporary_files_remain(tmp_path):
     image = np.zeros((4, 5, 3), np.uint8)
     image[..., 0] = 200
-    with Writer(tmp_path, start_step=0, enabled=True) as writer:
-        path = writer.picture(12, "predictions", image)
+    with MetricWriter(tmp_path, start_step=0, enabled=True) as writer:
+        path = writer.write_image(12, "predictions", image)
     assert path == tmp_path / "pictures" / "predictions_000012.png"
     np.testing.assert_array_equal(cv2.imread(str(path))[0, 0], [0, 0, 200])
     assert [child.name for child in path.parent.iterdir()] == [path.name]
 
 
 def test_only_one_process_writes(tmp_path):
-    with Writer(tmp_path, start_step=0, enabled=False) as writer:
-        writer.scalars(1, {"loss": 1.0})
-        assert writer.picture(1, "predictions", np.zeros((1, 1, 3), np.uint8)) is None
+    with MetricWriter(tmp_path, start_step=0, enabled=False) as writer:
+        writer.write_scalars(1, {"loss": 1.0})
+        assert writer.write_image(1, "predictions", np.zeros((1, 1, 3), np.uint8)) is None
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,294 @@
+"""What a run reports: lines on the terminal, metrics.jsonl, TensorBoard and pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.progress
+
+from deeplab_jax.config import Config, TrainConfig, crop_shape
+from deeplab_jax.data.dataset import Dataset
+from deeplab_jax.distributed.preemption import PreemptionHandler
+from deeplab_jax.evaluation.evaluator import Evaluation, Evaluator
+from deeplab_jax.models.functional import FunctionalModel, Variables
+from deeplab_jax.training.step import Metrics
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.files import write_bytes, write_png
+from deeplab_jax.visualization.image_grid import prediction_grid
+
+PREDICTIONS = "predictions"  # name of the pictures of an evaluation
+
+
+class Progress:
+    """Progress on stderr: a live bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, config: TrainConfig, *, enabled: bool) -> None:
+        self._steps = config.steps
+        self._batch_size = config.batch_size
+        self._enabled = enabled
+        self._console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+        self._live = enabled and self._console.is_terminal
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(bar_width=24),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("{task.fields[detail]}"),
+            console=self._console,
+            disable=not self._live,
+            transient=True,
+        )
+        self._task = self._bar.add_task("train", total=self._steps, detail="compiling")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def message(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self._enabled:
+            self._console.print(text, markup=False)
+
+    def describe(
+        self,
+        config: Config,
+        model: FunctionalModel,
+        train_set: Dataset,
+        eval_set: Dataset,
+        mesh: jax.sharding.Mesh,
+        start: int,
+    ) -> None:
+        """Prints the model, the data and the steps of the run in three lines."""
+        arch = model.architecture
+        num_parameters = sum(leaf.size for leaf in jax.tree.leaves(model.abstract.params))
+        height, width = crop_shape(config.data)
+        device = mesh.devices.flat[0]
+        self.message(
+            f"{config.model.architecture}: {num_parameters:,} parameters, output stride "
+            f"{arch.output_stride}, {arch.num_classes} classes, {arch.dtype}"
+        )
+        self.message(
+            f"{config.data.name}: {len(train_set.source):,} images to train on "
+            f"({config.data.split}), {len(eval_set.source):,} to evaluate on "
+            f"({config.data.eval_split})"
+        )
+        self.message(
+            f"{config.train.steps:,} steps of {config.train.batch_size} crops {height}x{width} on "
+            f"{mesh.size} x {device.device_kind}" + (f", from step {start:,}" if start else "")
+        )
+        self._bar.update(self._task, completed=start)
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """Shows the metrics of a logged step."""
+        detail = (
+            f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+            f"{values['images_per_second']:.1f} images/s  "
+            f"data wait {values['data_wait_share']:.0%}"
+        )
+        if self._live:
+            self._bar.update(self._task, completed=step, detail=detail)
+            return
+        time_left = ""
+        if step > 1:  # the first step's time is compilation
+            seconds = (self._steps - step) * self._batch_size / values["images_per_second"]
+            time_left = f"  {datetime.timedelta(seconds=round(seconds))} left"
+        self.message(f"step {step}/{self._steps}  {detail}{time_left}")
+
+    def evaluate(
+        self, evaluator: Evaluator, variables: Variables, step: int, stop: PreemptionHandler
+    ) -> Evaluation | None:
+        """Evaluates under its own bar; returns None if a signal stopped the evaluation."""
+        task = self._bar.add_task("evaluate", total=evaluator.num_batches, detail=f"at step {step}")
+        try:
+            return evaluator.evaluate(
+                variables,
+                progress=lambda: self._bar.advance(task),
+                should_stop=stop.should_stop,
+            )
+        finally:
+            self._bar.remove_task(task)
+
+    def evaluated(self, step: int, evaluation: Evaluation, picture: pathlib.Path | None) -> None:
+        """Prints the scores of an evaluation."""
+        scores = evaluation.scores
+        ious = zip(evaluation.labels.names, scores.per_class_iou, strict=True)
+        absent = [name for name, iou in ious if math.isnan(iou)]
+        without = f" (without {', '.join(absent)}: absent)" if absent else ""
+        shown = ""
+        if picture is not None:
+            here = pathlib.Path.cwd()
+            shown = f"  {picture.relative_to(here) if picture.is_relative_to(here) else picture}"
+        self.message(
+            f"step {step}/{self._steps}  mIoU {scores.miou:.4f}{without}  "
+            f"pixel accuracy {scores.pixel_accuracy:.4f}  on {evaluation.num_images} images{shown}"
+        )
+
+
+class MetricWriter:
+    """Writes metrics and pictures under a workdir; only the first process writes."""
+
+    def __init__(self, workdir: pathlib.Path, *, start_step: int, enabled: bool) -> None:
+        """Opens the files and drops entries of an earlier attempt past `start_step`."""
+        self._workdir = workdir
+        self._enabled = enabled
+        if not enabled:
+            return
+        # Imported here because it imports PyTorch where that is installed, which takes seconds.
+        from tensorboardX import SummaryWriter
+
+        path = workdir / "metrics.jsonl"
+        _drop_after(path, start_step)
+        self._jsonl = path.open("a", buffering=1)
+        self._tensorboard = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None
+        )
+
+    def write_scalars(self, step: int, values: dict[str, float]) -> None:
+        """Appends a line to metrics.jsonl and TensorBoard's scalars; NaN is written as null."""
+        if not self._enabled:
+            return
+        finite = {name: value if np.isfinite(value) else None for name, value in values.items()}
+        self._jsonl.write(json.dumps({"step": step} | finite) + "\n")
+        for name, value in finite.items():
+            if value is not None:
+                self._tensorboard.add_scalar(name, value, step)
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> pathlib.Path | None:
+        """Writes a uint8 RGB picture to `image_path` and to TensorBoard; returns the path."""
+        if not self._enabled:
+            return None
+        path = self.image_path(step, name)
+        path.parent.mkdir(exist_ok=True)
+        write_png(path, image)
+        self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        return path
+
+    def image_path(self, step: int, name: str) -> pathlib.Path:
+        return self._workdir / "pictures" / f"{name}_{step:06d}.png"
+
+    def write_evaluation(self, step: int, evaluation: Evaluation) -> pathlib.Path | None:
+        """Writes the scores and a picture of predictions; returns the path of the picture."""
+        scores, labels = evaluation.scores, evaluation.labels
+        per_class = zip(labels.names, scores.per_class_iou, strict=True)
+        self.write_scalars(
+            step,
+            {
+                "eval/miou": scores.miou,
+                "eval/pixel_accuracy": scores.pixel_accuracy,
+                "eval/mean_accuracy": scores.mean_accuracy,
+                "eval/images": evaluation.num_images,
+            }
+            | {f"eval/iou/{name}": float(iou) for name, iou in per_class},
+        )
+        if not evaluation.predictions:
+            return None
+        picture = prediction_grid(evaluation.predictions, labels)
+        return self.write_image(step, PREDICTIONS, picture)
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._enabled:
+            self._jsonl.close()
+            self._tensorboard.close()
+
+
+def _drop_after(path: pathlib.Path, step: int) -> None:
+    """Keeps the lines up to a step, without a line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if entry["step"] <= step:
+            kept.append(f"{line}\n")
+    write_bytes(path, "".join(kept).encode())
+
+
+class StepLog:
+    """Collects the metrics of steps without blocking the device, and writes their means."""
+
+    def __init__(self, config: TrainConfig, writer: MetricWriter, progress: Progress) -> None:
+        self._config = config
+        self._writer = writer
+        self._progress = progress
+        self._pending: list[tuple[int, dict[str, Any]]] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Starts a new interval, so that time spent elsewhere does not count as training."""
+        self._start, self._num_steps, self._waited = time.perf_counter(), 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts the time of its body as data wait, if the device is idle at its end."""
+        begin = time.perf_counter()
+        yield
+        if all(metrics["loss"].is_ready() for _, metrics in self._pending[-1:]):
+            self._waited += time.perf_counter() - begin
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Adds the metrics of a step; writes every `log_every` steps and at the first.
+
+        Raises:
+          UserError: a loss or gradient is not finite.
+        """
+        self._pending.append((step, metrics))
+        self._num_steps += 1
+        # One step runs while the next is prepared; more would only fill the memory with batches.
+        jax.block_until_ready([metrics for _, metrics in self._pending[-2:-1]])
+        if step % self._config.log_every == 0 or step == 1:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the pending metrics.
+
+        Raises:
+          UserError: a loss or gradient is not finite; the message names the step.
+        """
+        if not self._pending:
+            return
+        fetched = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
+        self._pending = []
+        for step, metrics in fetched:
+            _check_finite(step, metrics)
+        elapsed = time.perf_counter() - self._start
+        step, last = fetched[-1]
+        values = {
+            name: float(np.mean([metrics[name] for _, metrics in fetched])) for name in last
+        } | {
+            "learning_rate": float(last["learning_rate"]),
+            "images_per_second": self._num_steps * self._config.batch_size / elapsed,
+            "data_wait_share": self._waited / elapsed,
+        }
+        self._writer.write_scalars(step, values)
+        self._progress.step(step, values)
+        self.restart_clock()
+
+
+def _check_finite(step: int, metrics: dict[str, Any]) -> None:
+    if all(np.isfinite(value) for value in metrics.values()):
+        return
+    values = ", ".join(f"{name} {float(value):g}" for name, value in metrics.items())
+    raise UserError(
+        f"step {step} is not finite: {values}. Nothing after the last good checkpoint was saved. "
+        "Lower config.optimizer.learning_rate, add config.optimizer.warmup_steps or "
+        "config.optimizer.clip_norm, and use another --workdir."
+    )

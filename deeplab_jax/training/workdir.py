@@ -1,0 +1,256 @@
+"""The folder of a run: locks it, checks that it belongs to this run, and claims it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import re
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+from deeplab_jax import config as config_lib
+from deeplab_jax.config import Config
+from deeplab_jax.data.statistics import SampleSummary
+from deeplab_jax.utils.download import file_digest
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.files import write_bytes
+from deeplab_jax.utils.paths import required_path
+from deeplab_jax.weights.saved_model import check_format, find_checkpoint
+
+# Files in a workdir.
+_LOCK = ".lock"
+_INPUTS = "inputs.json"
+
+_PIXELS = "pixels of images"
+# Fields that say where files are. A run may resume with other paths if the contents are the same.
+_DATA_PATHS = ("config.data.root", "config.data.folder.classes")
+_INIT_PATHS = ("config.init.path", "config.init.backbone")
+
+Inputs = dict[str, Any]
+
+
+def local_folder(workdir: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the workdir as an absolute path.
+
+    Raises:
+      UserError: it is empty, or the address of a bucket, which would become a folder "gs:" here.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(workdir)):
+        raise UserError(
+            f"--workdir {workdir} is not a folder: mount the bucket as one (gcsfuse, mount-s3), "
+            "at the same path on all hosts, and give that path"
+        )
+    return required_path(workdir, "--workdir").absolute()
+
+
+def collect_inputs(summaries: Mapping[str, SampleSummary]) -> Inputs:
+    """Returns what identifies the data of a run, wherever they are stored.
+
+    Args:
+      summaries: one for each split, by the split's name.
+    """
+    inputs: Inputs = {}
+    for split, summary in summaries.items():
+        inputs[f"classes of {split}"] = list(summary.class_names)
+        inputs[f"number of images of {split}"] = summary.num_examples
+        inputs[f"names and labels of {split} (digest of some)"] = summary.label_digest
+        inputs[f"{_PIXELS} of {split} (digest of some)"] = summary.image_digest
+    return inputs
+
+
+def check_workdir(folder: pathlib.Path, config: Config, inputs: Inputs) -> None:
+    """Checks that a workdir is free or holds a run of this config with these inputs.
+
+    A run that wrote no checkpoint (for example, because of a mistake in its config) claims nothing.
+
+    Raises:
+      UserError: the folder holds another run; the message lists what differs.
+    """
+    if not _has_checkpoint(folder):
+        return
+    check_format(folder)
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} holds checkpoints but no config.json; choose another --workdir")
+    differing = config_lib.differences(_portable(config, folder), _read_json(path))
+    if (folder / _INPUTS).exists():
+        saved = _read_json(folder / _INPUTS)
+        differing = {
+            field: values
+            for field, values in differing.items()
+            if field not in _DATA_PATHS and not _is_same_file(field, config, saved)
+        }
+        for name, value in inputs.items():
+            if value == saved.get(name):
+                continue
+            if name.startswith(_PIXELS):
+                _warn(
+                    f"{name}: not as at the start of this run. Either the images were changed, or "
+                    "another OpenCV decodes them; the run will not end with the same bits"
+                )
+            else:
+                differing[name] = f"{value} here, {saved.get(name)} there"
+    if differing:
+        lines = "\n".join(f"  {name}: {values}" for name, values in differing.items())
+        advice = "Choose another --workdir, or run with the config in its config.json."
+        if "config.train.steps" in differing:
+            advice += (
+                "\nTo train on after the end of this run, start another from its parameters: "
+                f"--config.init.path={folder} and another --workdir. The learning rate then starts "
+                "again from config.optimizer.learning_rate."
+            )
+        raise UserError(f"{folder} holds a run with another config:\n{lines}\n{advice}")
+
+
+def claim_workdir(folder: pathlib.Path, config: Config, inputs: Inputs) -> None:
+    """Creates a workdir and writes the config and the inputs of its run into it.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    files = {"config.json": config_lib.to_json(_portable(config, folder))}
+    if not _has_checkpoint(folder):
+        digests = {field: _digest(_path_of(field, config)) for field in _INIT_PATHS}
+        files[_INPUTS] = json.dumps(inputs | digests, indent=2) + "\n"
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            write_bytes(folder / name, text.encode())
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir {folder}: {error.strerror}") from error
+
+
+def _has_checkpoint(folder: pathlib.Path) -> bool:
+    checkpoints = folder / "checkpoints"
+    return checkpoints.is_dir() and any(child.name.isdigit() for child in checkpoints.iterdir())
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}); choose another --workdir") from error
+
+
+def _portable(config: Config, folder: pathlib.Path) -> Config:
+    """The config with an `init.path` inside the workdir relative to it, as in a second stage."""
+    path = pathlib.Path(config.init.path)
+    if not config.init.path or not path.is_relative_to(folder):
+        return config
+    relative = str(path.relative_to(folder))
+    return dataclasses.replace(config, init=dataclasses.replace(config.init, path=relative))
+
+
+def _path_of(field: str, config: Config) -> str:
+    return config_lib.flatten(config)[field.removeprefix("config.")]
+
+
+def _is_same_file(field: str, config: Config, saved: Inputs) -> bool:
+    """Whether a field names weights that are those of the start of the run, under another path."""
+    if field not in _INIT_PATHS or saved.get(field) is None:
+        return False
+    return _digest(_path_of(field, config)) == saved[field]
+
+
+def _digest(source: str) -> str | None:
+    """A digest of a weights file, or of the model in a checkpoint; None if it is no path."""
+    path = pathlib.Path(os.path.expanduser(source))
+    if not source or not path.exists():
+        return None
+    if path.is_file():
+        return file_digest(path, "sha256")[:16]
+    folder = find_checkpoint(path)
+    digest = hashlib.sha256()
+    for file in sorted(each for each in (folder / "model").rglob("*") if each.is_file()):
+        digest.update(f"{file.relative_to(folder)} {file_digest(file, 'sha256')}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def lock_workdir(folder: pathlib.Path) -> Iterator[None]:
+    """Locks a workdir for one run, and creates the folder if it is absent.
+
+    The lock is a POSIX record lock on the file `.lock`. The system releases it when the process
+    ends, even by SIGKILL, and network file systems with a lock service (NFS, Lustre) enforce it
+    between hosts. A file system without locks gives a warning, or the error below if the process
+    that `.lock` names runs on this host.
+
+    Raises:
+      UserError: another process has the lock; the message names its process and host.
+    """
+    existed = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _open_locked(folder)
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir {folder}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        (folder / _LOCK).unlink(missing_ok=True)
+        file.close()
+        if not existed:  # leaves no empty folder behind if the run failed before it wrote anything
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _open_locked(folder: pathlib.Path) -> TextIO:
+    path = folder / _LOCK
+    while True:
+        file = path.open("a+")
+        holder = _read_holder(file)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            unsupported = error.errno not in (errno.EACCES, errno.EAGAIN)
+            if not unsupported or _is_running(holder):
+                file.close()
+                raise UserError(
+                    f"--workdir {folder} is in use by process {holder['pid']} on host "
+                    f"{holder['host']}: wait for it or stop it, or choose another --workdir"
+                ) from error
+            _warn(
+                f"{folder} is on a file system without locks ({error.strerror}): make sure that no "
+                "other run uses it"
+            )
+        # The former holder may have deleted the file after it was opened here.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+                file.flush()
+                return file
+        file.close()
+
+
+def _read_holder(file: TextIO) -> dict[str, object]:
+    file.seek(0)
+    try:
+        holder = json.load(file)
+        return {"pid": int(holder["pid"]), "host": str(holder["host"])}
+    except (ValueError, KeyError, TypeError):  # empty: the holder has not written it yet
+        return {"pid": "unknown", "host": "unknown"}
+
+
+def _is_running(holder: dict[str, object]) -> bool:
+    if holder["host"] != socket.gethostname() or holder["pid"] == os.getpid():
+        return False
+    try:
+        os.kill(int(str(holder["pid"])), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs as another user
+        return True
+    return True
