@@ -1,4 +1,4 @@
-"""`python -m deeplab_jax.cli`."""
+"""Runs the command line as `python -m deeplab_jax.cli`."""
 
 from deeplab_jax.cli.main import main
 

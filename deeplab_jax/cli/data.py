@@ -3,184 +3,173 @@
 from __future__ import annotations
 
 import pathlib
-import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+
+from deeplab_jax.cli import options, outputs
+from deeplab_jax.config import Config
 
 if TYPE_CHECKING:
-    from deeplab_jax.config import DataConfig
-    from deeplab_jax.data_check.check import Checked, Report
+    from rich.table import Table
 
-data = typer.Typer(no_args_is_help=True, help="Look at your own images and masks.")
+    from deeplab_jax.data.io.masks import MaskFormat
+    from deeplab_jax.data_check.check import DataReport
+    from deeplab_jax.data_check.scan import Scan
+
+data = typer.Typer(no_args_is_help=True)
 
 
 @data.callback()
 def _commands() -> None:
-    """Look at your own images and masks."""
+    """Check your own images and masks before a training.
+
+    `deeplab-jax data check --help` explains the command and its options.
+
+    Examples:
+      deeplab-jax data check my_data
+    """
 
 
 @data.command()
 def check(
-    root: Annotated[str, typer.Argument(help="Folder, or CSV file, of images and masks.")],
+    root: Annotated[
+        str,
+        typer.Argument(
+            help="Folder, or CSV file, of the images and masks.", callback=options.expand_path
+        ),
+    ],
     config: Annotated[
-        str, typer.Option(help="Take the settings from a file as configs/x.py.")
+        str,
+        typer.Option(
+            help="Config file whose data settings to use, as configs/folder.py.",
+            callback=options.expand_path,
+        ),
     ] = "",
-    classes: Annotated[str, typer.Option(help="File of class names, if not classes.txt.")] = "",
-    masks_hold: Annotated[str, typer.Option(help="ids, colors or binary.")] = "",
+    classes: Annotated[
+        str,
+        typer.Option(
+            help="File of class names. Default: classes.txt in the root.",
+            callback=options.expand_path,
+        ),
+    ] = "",
+    masks_hold: Annotated[
+        str, typer.Option(help="Pixel values of masks: ids, colors or binary. Default: ids.")
+    ] = "",
     ignore_label: Annotated[
-        int | None, typer.Option(help="Id of the pixels that do not count.")
+        int | None, typer.Option(help="Id of the pixels that do not count. Default: 255.")
     ] = None,
     mask_name: Annotated[
-        str, typer.Option(help="A mask's name, as {name}_mask; {name} is its image's.")
+        str,
+        typer.Option(
+            help="File name of a mask without its suffix, such as {name}_mask; {name} stands for "
+            "that of its image. Default: {name}."
+        ),
     ] = "",
-    channels: Annotated[int | None, typer.Option(help="Of the images.")] = None,
-    json: Annotated[str, typer.Option(help="Write all that was found to this file.")] = "",
-    sheet: Annotated[str, typer.Option(help="Draw masks over images into this PNG.")] = "",
-    workers: Annotated[int, typer.Option(help="Threads; 0: one a CPU.", min=0)] = 0,
+    channels: Annotated[
+        int | None, typer.Option(help="Channels of the images. Default: 3.")
+    ] = None,
+    json_file: options.Json = "",
+    sheet: Annotated[
+        str,
+        typer.Option(
+            help="Draw images with their masks to this file, a PNG.", callback=options.expand_path
+        ),
+    ] = "",
+    workers: Annotated[int, typer.Option(help="Number of threads; 0: one per CPU.", min=0)] = 0,
 ) -> None:
-    """Read every image and mask of a data set; tell what is wrong and how to mend it.
+    """Read every image and mask of a data set; report what is wrong and how to fix it.
 
-    Exits with 1 if there are errors, with 0 if there are warnings alone.
+    The exit code is 1 if there are errors, and 0 if there are only warnings.
 
     Examples:
-
       deeplab-jax data check my_data
-
       deeplab-jax data check camvid --ignore-label 11 --sheet camvid.png
-
-      deeplab-jax data check pairs.csv --masks-hold colors --classes classes.txt --json report.json
+      deeplab-jax data check pairs.csv --masks-hold colors --classes names.txt --json report.json
     """
+    from deeplab_jax.config.io import from_python, with_fields
+    from deeplab_jax.config.rules import validate
     from deeplab_jax.data_check.check import check
 
-    for path in (json, sheet):
-        _require_writable(path)
-    settings = _settings(root, config, classes, masks_hold, ignore_label, mask_name, channels)
-    checked = check(settings, workers=workers)
-    _print(checked.report)
-    if json:
-        _write_json(json, checked.report)
+    for option, path in (("--json", json_file), ("--sheet", sheet)):
+        if path not in ("", outputs.STDOUT):
+            outputs.check(option, path)
+    values = {
+        "data.folder.classes": classes or None,
+        "data.folder.masks_hold": masks_hold or None,
+        "data.folder.mask_name": mask_name or None,
+        "data.folder.channels": channels,
+        "data.ignore_label": ignore_label,
+    }
+    fields: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    if channels is not None:  # a check does not normalize, so any mean and std will do
+        fields |= {"data.mean": (0.5,) * channels, "data.std": (0.5,) * channels}
+    base = from_python(config) if config else Config()
+    changed = with_fields(base, {"data.name": "folder", "data.root": root} | fields)
+    validate(changed)
+    settings = changed.data
+    report, scans, mask_format = check(settings, num_threads=workers)
+    _print(report, json_file)
+    outputs.write_json(json_file, report.to_json())
     if sheet:
-        _draw(sheet, checked, settings.folder.channels)
-    if checked.report.errors:
+        _draw(sheet, scans, mask_format, settings.folder.channels)
+    if report.errors:
         raise typer.Exit(1)
 
 
-def _settings(
-    root: str,
-    config: str,
-    classes: str,
-    masks_hold: str,
-    ignore_label: int | None,
-    mask_name: str,
-    channels: int | None,
-) -> DataConfig:
-    """The config's settings of data, with what the command line says laid over them."""
-    from deeplab_jax import config as config_lib
-    from deeplab_jax.config import io as config_files
-    from deeplab_jax.config import rules as config_rules
-
-    whole = config_files.from_python(config) if config else config_lib.Config()
-    settings = whole.data
-    settings.name, settings.root = "folder", root
-    settings.folder.classes = classes or settings.folder.classes
-    settings.folder.masks_hold = masks_hold or settings.folder.masks_hold
-    settings.folder.mask_name = mask_name or settings.folder.mask_name
-    if ignore_label is not None:
-        settings.ignore_label = ignore_label
-    if channels is not None:  # mean and std matter to a training alone
-        settings.folder.channels = channels
-        settings.mean = settings.std = (0.5,) * channels
-    config_rules.validate(whole)
-    return settings
-
-
-def _require_writable(path: str) -> None:
-    """Tells of a missing folder before all files are read, not after."""
-    from deeplab_jax.utils.errors import UserError
-
-    if path and not pathlib.Path(path).absolute().parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {pathlib.Path(path).parent}")
-
-
-def _print(report: Report) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(_splits(report))
+def _print(report: DataReport, json_file: str) -> None:
+    console = outputs.console(json_file)
+    console.print(_split_table(report))
     if report.classes:
-        console.print()
-        console.print(_classes(report))
+        console.print("", _class_table(report), sep="\n")
     for finding in report.findings:
         color = {"error": "red", "warning": "yellow"}[finding.level]
-        console.print()
-        console.print(f"[bold {color}]{finding.level}[/]", end=" ")
-        console.print(f"{finding.kind} ({finding.count}): {finding.message}", markup=False)
-        for example in finding.examples:
-            console.print(f"  - {example}", markup=False)
+        console.print(f"\n[bold {color}]{finding.level}[/]", end=" ")
+        lines = [f"{finding.kind} ({finding.count}): {finding.message}"]
+        lines += [f"  - {example}" for example in finding.examples]
         if finding.count > len(finding.examples) > 0:
-            console.print(f"  - and {finding.count - len(finding.examples)} more")
+            lines.append(f"  - and {finding.count - len(finding.examples)} more")
         if finding.mend:
-            console.print(f"  {finding.mend}", markup=False)
-    console.print()
+            lines.append(f"  {finding.mend}")
+        console.print(*lines, sep="\n", markup=False)
     counts = [_count(len(report.errors), "error"), _count(len(report.warnings), "warning")]
-    console.print(f"{report.root}: {', '.join(counts)}", markup=False)
+    console.print(f"\n{report.root}: {', '.join(counts)}", markup=False)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
-
-
-def _splits(report: Report) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("split")
-    for title in ("images", "smallest", "median", "largest", "sizes", "ignored", "unknown"):
-        table.add_column(title, justify="right")
+def _split_table(report: DataReport) -> Table:
+    columns = ("split", "images", "smallest", "median", "largest", "sizes", "ignored", "unknown")
+    rows = []
     for name, split in report.splits.items():
         sizes = (split.min_size, split.median_size, split.max_size)
-        table.add_row(
-            name,
-            str(split.images),
-            *(f"{size[0]} x {size[1]}" if size else "-" for size in sizes),
-            str(split.distinct_sizes),
-            f"{split.ignored_share:.2%}",
-            f"{split.unknown_share:.2%}",
-        )
-    return table
+        spelled = (f"{size[0]} x {size[1]}" if size else "-" for size in sizes)
+        fractions = f"{split.ignored_share:.2%}", f"{split.unknown_share:.2%}"
+        rows.append((name, str(split.images), *spelled, str(split.distinct_sizes), *fractions))
+    return outputs.table(columns, rows)
 
 
-def _classes(report: Report) -> Table:
-    splits = list(report.classes[0].pixels)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("id", justify="right")
-    table.add_column("class")
-    for split in splits:
-        table.add_column(f"{split} pixels", justify="right")
-        table.add_column("images", justify="right")
-    for one in report.classes:
-        cells = [
-            cell for split in splits for cell in (f"{one.share[split]:.3%}", str(one.images[split]))
-        ]
-        table.add_row(str(one.id), one.name, *cells)
-    for name, pixels in report.unknown.items():
-        table.add_row("?", f"{name}: {pixels} pixels")
-    return table
+def _class_table(report: DataReport) -> Table:
+    columns, rows = ["id", "class"], [[str(one.id), one.name] for one in report.classes]
+    for split in report.classes[0].pixels:  # splits without pairs have no counts
+        columns += [f"{split} pixels", "images"]
+        for row, one in zip(rows, report.classes, strict=True):
+            row += [f"{one.share[split]:.3%}", str(one.images[split])]
+    rows += [["?", f"{name}: {pixels} pixels"] for name, pixels in report.unknown.items()]
+    return outputs.table(columns, rows, num_text_columns=2)
 
 
-def _write_json(path: str, report: Report) -> None:
-    import json
-
-    from deeplab_jax.utils.files import write_bytes
-
-    write_bytes(pathlib.Path(path), (json.dumps(report.to_json(), indent=2) + "\n").encode())
+def _count(number: int, noun: str) -> str:
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
 
 
-def _draw(path: str, checked: Checked, num_channels: int) -> None:
+def _draw(
+    path: str, scans: Sequence[Scan], mask_format: MaskFormat | None, num_channels: int
+) -> None:
     from deeplab_jax.data_check import contact_sheet
     from deeplab_jax.utils.files import write_png
 
-    if checked.mask_format is None or not any(scan.readable for scan in checked.scans):
-        print(f"{path} was not drawn: no pair could be read", file=sys.stderr)
+    if mask_format is None or not any(scan.readable for scan in scans):
+        outputs.print_warnings([f"{path} was not drawn: no pair of image and mask could be read"])
         return
-    picture = contact_sheet.draw(checked.scans, checked.mask_format, num_channels)
+    picture = contact_sheet.draw(scans, mask_format, num_channels)
     write_png(pathlib.Path(path), picture)

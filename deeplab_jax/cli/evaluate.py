@@ -8,152 +8,161 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from deeplab_jax.cli import options, outputs
+from deeplab_jax.config import EvalConfig
+from deeplab_jax.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from deeplab_jax.evaluation.report import Report
+    from deeplab_jax.evaluation.evaluator import Evaluation
 
 
+@options.evaluation_options
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="Workdir, checkpoint or torchvision's file.")],
+    settings: EvalConfig,
+    checkpoint: options.Checkpoint,
     data: Annotated[
         str,
         typer.Option(
-            help="Name of a data set (voc, coco, cityscapes, ade20k, folder, shapes) or a config "
-            "file, whose data section is taken. Default: what the run was trained on."
+            help="Data set (voc, coco, cityscapes, ade20k, folder, shapes), or config file whose "
+            "data section to use. Default: the data set of the training.",
+            callback=options.expand_path,
         ),
     ] = "",
-    root: Annotated[str, typer.Option(help="Folder of the data.")] = "",
+    root: Annotated[
+        str,
+        typer.Option(
+            help="Folder of the data. Default: the config's.", callback=options.expand_path
+        ),
+    ] = "",
     split: Annotated[str, typer.Option(help="Default: the config's eval_split, val.")] = "",
     protocol: Annotated[
         str,
-        typer.Option(help="paper, native or torchvision. Default: paper, native with --window."),
+        typer.Option(help="paper, native or torchvision. Default: paper, or native with --window."),
     ] = "",
     size: options.Size = None,
-    output_stride: options.OutputStride = None,
-    scales: options.Scales = "1",
-    flip: options.Flip = False,
-    window: options.Window = 0,
-    overlap: options.Overlap = 0.5,
-    batch_size: options.BatchSize = 8,
     limit: Annotated[int, typer.Option(min=0, help="Only the first N images; 0: all.")] = 0,
-    boundary: Annotated[bool, typer.Option("--boundary", help="Boundary IoU too.")] = False,
+    boundary: Annotated[
+        bool, typer.Option("--boundary", help="Also compute the boundary IoU.")
+    ] = False,
     bootstrap: Annotated[
-        int, typer.Option(min=0, help="Resamples for an interval of the mIoU, such as 1000.")
+        int,
+        typer.Option(min=0, help="Resamples for a confidence interval of the mIoU: 1000; 0: none."),
     ] = 0,
-    json_file: Annotated[
-        str, typer.Option("--json", help="Write all numbers here; -: to stdout, alone.")
+    json_file: options.Json = "",
+    confusion: Annotated[
+        str,
+        typer.Option(
+            help="Draw the confusion matrix to this file (.png, .svg or .pdf).",
+            callback=options.expand_path,
+        ),
     ] = "",
-    confusion: Annotated[str, typer.Option(help="Draw the confusion matrix here (.png).")] = "",
 ) -> None:
-    """Score a model on a data set: IoU of each class, mIoU and what goes with it.
+    """Score a model on a data set: mIoU, the IoU of each class, and related metrics.
+
+    The data set and its settings are those of the training, unless the options say otherwise.
 
     Examples:
-
       deeplab-jax evaluate runs/voc
-
       deeplab-jax evaluate runs/voc --output-stride 8 --scales 0.5,0.75,1,1.25,1.5,1.75 --flip
-
       deeplab-jax evaluate deeplabv3_resnet50_coco-cd0a2569.pth --data voc --protocol torchvision
-
       deeplab-jax evaluate runs/mine --data configs/folder.py --bootstrap 1000 --confusion c.png
     """
-    from deeplab_jax.evaluation import setup
-    from deeplab_jax.evaluation.report import make_report
-    from deeplab_jax.utils.files import write_png
-    from deeplab_jax.visualization.image_grid import confusion_plot
+    from deeplab_jax.evaluation import report, setup
+    from deeplab_jax.evaluation.confusion import bootstrap_miou
+    from deeplab_jax.visualization import plots
 
     outputs.check_json(json_file)
     if confusion:
-        outputs.check("--confusion", confusion, ".png")
-    settings = options.evaluation(
-        protocol, output_stride, scales, flip, window, overlap, batch_size
-    )
+        outputs.check("--confusion", confusion, *plots.SUFFIXES)
+    settings.protocol = protocol or settings.protocol
     ready = setup.prepare(
         checkpoint, data, settings, root=root, split=split, size=size, limit=limit
     )
-    config, loaded, evaluator = ready.config, ready.loaded, ready.evaluator
+    config, segmenter, evaluator = ready.config, ready.segmenter, ready.evaluator
 
     started = time.perf_counter()
-    with outputs.bar("evaluate", evaluator.num_batches) as advance:
+    with outputs.progress_bar("evaluate", evaluator.num_batches) as advance:
         evaluation = evaluator.evaluate(
-            loaded.variables, boundary=boundary, per_image=bootstrap > 0, progress=advance
+            segmenter.variables, boundary=boundary, per_image=bootstrap > 0, progress=advance
         )
-    assert evaluation is not None  # nobody told it to stop
+    assert evaluation is not None  # without `should_stop` it is complete
+    if not evaluation.matrix.any():
+        raise UserError(
+            f"every pixel of the {evaluation.num_images} images in {config.data.eval_split!r} has "
+            "the ignore label, so there is nothing to score. Look at the masks with deeplab-jax "
+            "data check"
+        )
     seconds = time.perf_counter() - started
-    report = make_report(evaluation, resamples=bootstrap)
+    interval = None
+    if evaluation.matrices is not None:
+        interval = bootstrap_miou(evaluation.matrices, num_resamples=bootstrap)
     facts = {
-        "checkpoint": str(loaded.path),
+        "checkpoint": str(segmenter.path),
         "data": config.data.name,
         "root": config.data.root,
         "split": config.data.eval_split,
         "protocol": config.eval.protocol,
         "size": config.eval.size if config.eval.protocol == "paper" else None,
-        "output_stride": loaded.architecture.output_stride,
+        "output_stride": segmenter.architecture.output_stride,
         "scales": list(config.eval.scales),
-        "flip": flip,
-        "window": window,
-        "overlap": overlap if window else None,
+        "flip": config.eval.flip,
+        "window": config.eval.window,
+        "overlap": config.eval.overlap if config.eval.window else None,
         "bootstrap": bootstrap,
         "seconds": round(seconds, 3),
-        "images_per_second": round(report.images / seconds, 3),
+        "images_per_second": round(evaluation.num_images / seconds, 3),
         "num_compilations": evaluator.num_compilations,
     }
     console = outputs.console(json_file)
-    console.print(_class_table(report))
-    console.print("", *_summary(report, facts), sep="\n", markup=False)
+    columns = _class_columns(evaluation)
+    rows = zip(evaluation.labels.names, *columns.values(), strict=True)
+    console.print(outputs.table(("class", *columns), rows))
+    console.print("", *_summary(evaluation, interval, facts), sep="\n", markup=False)
     if confusion:
-        write_png(pathlib.Path(confusion), confusion_plot(report.matrix, ready.dataset.labels))
-    outputs.write_json(json_file, facts | report.to_json())
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    for warning in ready.warnings + report.warnings():
-        errors.print(f"warning: {warning}", markup=False)
+        figure = plots.confusion_plot(evaluation.matrix, evaluation.labels)
+        plots.save(pathlib.Path(confusion), figure)
+    outputs.write_json(json_file, facts | report.to_json(evaluation, interval))
+    outputs.print_warnings(ready.warnings + report.warnings(evaluation))
 
 
 def _percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.2f}"
 
 
-def _class_table(report: Report) -> Table:
-    """A line a class; all numbers in percent."""
-    scores, boundary = report.scores, report.per_class_boundary_iou
+def _class_columns(evaluation: Evaluation) -> dict[str, list[str]]:
+    """Returns the scores of each class in percent, by the title of their column."""
+    scores = evaluation.scores
     columns = {
         "IoU %": scores.per_class_iou,
         "accuracy %": scores.per_class_accuracy,
-        "of labels %": scores.true_share,
-        "of predictions %": scores.predicted_share,
+        "of labels %": scores.per_class_true_share,
+        "of predictions %": scores.per_class_predicted_share,
     }
-    if boundary is not None:
-        columns["boundary IoU %"] = boundary
-    table = Table(box=None, pad_edge=False)
-    table.add_column("class", no_wrap=True)
-    for title in columns:
-        table.add_column(title, justify="right")
-    for index, name in enumerate(report.names):
-        table.add_row(Text(name), *(_percent(values[index]) for values in columns.values()))
-    return table
+    if evaluation.per_class_boundary_iou is not None:
+        columns["boundary IoU %"] = evaluation.per_class_boundary_iou
+    return {title: list(map(_percent, values)) for title, values in columns.items()}
 
 
-def _summary(report: Report, facts: dict[str, Any]) -> list[str]:
-    """What holds of all classes together, and how it was come by."""
-    scores, rows = report.scores, {}
-    interval = ""
-    if report.interval is not None:
-        low, high = map(_percent, report.interval)
-        interval = f"  ({low} to {high}: 95 % of {facts['bootstrap']} resamples of the images)"
-    rows["mIoU %"] = _percent(scores.miou) + interval
+def _summary(
+    evaluation: Evaluation, interval: tuple[float, float] | None, facts: dict[str, Any]
+) -> list[str]:
+    """Returns the scores over all classes, and how they were computed, one per line."""
+    scores, rows = evaluation.scores, {}
+    rows["mIoU %"] = _percent(scores.miou)
+    if interval is not None:
+        low, high = map(_percent, interval)
+        rows["mIoU %"] += (
+            f"  ({low} to {high}: 95 % of {facts['bootstrap']} resamples of the images)"
+        )
     if not math.isnan(scores.miou_without_background):
         rows["without background"] = _percent(scores.miou_without_background)
-    if report.boundary_miou is not None:
-        rows["boundary mIoU"] = _percent(report.boundary_miou)
+    if evaluation.boundary_miou is not None:
+        rows["boundary mIoU"] = _percent(evaluation.boundary_miou)
     rows["pixel accuracy"] = _percent(scores.pixel_accuracy)
     rows["mean accuracy"] = _percent(scores.mean_accuracy)
     rows["frequency-weighted IoU"] = _percent(scores.frequency_weighted_iou)
-    rows["images"] = f"{report.images} of {facts['data']}, {facts['split']}"
+    rows["images"] = f"{evaluation.num_images} of {facts['data']}, {facts['split']}"
     rows["protocol"] = facts["protocol"] + (f", padded to {facts['size']}" if facts["size"] else "")
     rows["model"] = f"{facts['checkpoint']}, output stride {facts['output_stride']}"
     rows["scales"] = ", ".join(f"{scale:g}" for scale in facts["scales"]) + (

@@ -1,7 +1,8 @@
-"""The command `deeplab-jax`: which commands there are, and how a mistake is told."""
+"""The program `deeplab-jax`: its commands, and the option --import."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import sys
@@ -12,6 +13,7 @@ import typer
 
 from deeplab_jax.cli.convert import convert
 from deeplab_jax.cli.data import data
+from deeplab_jax.cli.errors import escape_unprintable, exit_on_user_error
 from deeplab_jax.cli.evaluate import evaluate
 from deeplab_jax.cli.export import export
 from deeplab_jax.cli.plan import plan
@@ -20,86 +22,74 @@ from deeplab_jax.cli.submit import submit
 from deeplab_jax.cli.summary import summary
 from deeplab_jax.utils.errors import UserError
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="DeepLabv3 in JAX: train, evaluate, predict, convert, export.",
-)
-app.command()(convert)
-app.add_typer(data, name="data")
-app.command()(evaluate)
-app.command()(export)
-app.command()(plan)
-app.command()(predict)
-app.command()(submit)
-app.command()(summary)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback()
-def _commands(
+def options(
     modules: Annotated[
         list[str],
         typer.Option(
             "--import",
             metavar="MODULE",
-            help="Import this module first: it registers a backbone, head, loss or data set of "
-            "your own. May be given several times, before or behind the command.",
+            help="Import a module that registers your own backbone, head, loss or data set. "
+            "Repeatable; before or after the command.",
         ),
     ] = [],  # noqa: B006
 ) -> None:
-    """Shows the option, which `main` has taken out already."""
+    """DeepLabv3 in JAX: train, evaluate, predict, convert, export.
+
+    `deeplab-jax COMMAND --help` explains a command and its options.
+
+    Examples:
+      deeplab-jax train voc_os16 --workdir=runs/voc
+      deeplab-jax evaluate runs/voc
+      deeplab-jax predict runs/voc photo.jpg --out predicted
+      deeplab-jax --import my_backbones summary my_config.py
+    """
+    escape_unprintable()
 
 
+# The flags of `train` are absl's, which have every field of the config; so Typer passes all on.
 @app.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     add_help_option=False,
 )
-def train() -> None:
-    """Train: `deeplab-jax train voc_os16 --workdir=W`; the flags are those of train.py."""
+def train(context: typer.Context) -> None:
+    """Train a model: `deeplab-jax train voc_os16 --workdir=runs/voc`."""
+    from deeplab_jax.cli.train import command
+
+    command(context.args)
+
+
+app.command()(evaluate)
+app.command()(predict)
+app.command()(convert)
+app.command()(export)
+app.command()(summary)
+app.command()(plan)
+app.command()(submit)
+app.add_typer(data, name="data")
 
 
 def main() -> None:
     """Runs a command; a user's mistake is one message and exit code 2."""
-    try:
-        modules, arguments = take_imports(sys.argv[1:])
-        import_modules(modules)
-        if arguments[:1] == ["train"]:  # its flags are absl's, which has every field of a config
-            from deeplab_jax.cli import train as training
-
-            training.command(arguments[1:])
-        else:
-            app(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def take_imports(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits the modules of `--import MODULE` off the other arguments.
-
-    Raises:
-      UserError: no module follows.
-    """
-    modules, others = [], []
-    rest = iter(arguments)
-    for argument in rest:
-        option, equals, module = argument.partition("=")
-        if option != "--import":
-            others.append(argument)
-            continue
-        module = module if equals else next(rest, "")
-        if not module or module.startswith("-"):
-            raise UserError("--import needs the name of a module, as in --import my_backbones")
-        modules.append(module)
-    return modules, others
+    with exit_on_user_error():
+        # --import may also follow the command, where Typer knows only the command's own options.
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument(
+            "--import", dest="modules", metavar="MODULE", action="append", default=[]
+        )
+        known, arguments = parser.parse_known_args()
+        import_modules(known.modules)
+        app(arguments)
 
 
 def import_modules(modules: Sequence[str]) -> None:
-    """Imports modules by name, those in the current folder too.
+    """Imports modules from the current folder or the Python path.
 
     Raises:
-      UserError: one is not there or fails.
+      UserError: a module does not exist or fails.
     """
     if modules and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -111,12 +101,8 @@ def import_modules(modules: Sequence[str]) -> None:
                 raise UserError(f"--import {module}: {error.name} is missing") from None
             raise UserError(
                 f"--import {module}: there is no such module in {os.getcwd()} or on the Python "
-                "path; name it as in an import statement, without .py, and set PYTHONPATH to its "
-                "folder if it lies elsewhere"
+                "path. Write the name as in an import statement, without .py; if its file is in "
+                "another folder, add that folder to PYTHONPATH"
             ) from None
         except Exception as error:  # whatever the module's own code raises
             raise UserError(f"--import {module}: {type(error).__name__}: {error}") from error
-
-
-if __name__ == "__main__":
-    main()

@@ -1,63 +1,53 @@
-"""What commands share: words of options, files to be written, JSON, bars, and wide tables."""
+"""Output of the commands: consoles, tables, progress bars, JSON and other files."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
+from rich.text import Text
 
 from deeplab_jax.utils.errors import UserError
 
-STDOUT = "-"  # in place of a file for JSON: it is printed, alone
-_WIDTH_IN_A_FILE = 200  # columns of a table where there is no terminal
+STDOUT = "-"  # the path that makes --json print to standard output
+_FILE_WIDTH = 200  # columns of a table that is not printed to a terminal
 
 
-def parse_scales(text: str) -> tuple[float, ...]:
-    """Numbers of a text such as "0.5,1,1.5".
+def check(option: str, path: str, *suffixes: str) -> None:
+    """Checks that a file can be written before the work starts, and creates its folder.
 
-    Raises:
-      UserError: a part of it is no number.
-    """
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--scales must be numbers such as 0.5,1,1.5, got {text!r}") from None
-
-
-def check(option: str, path: str, suffix: str) -> None:
-    """Sees that a file can be written, before there is something to be lost.
+    Args:
+      option: name of the option that holds the path, for the error.
+      path: of the file.
+      *suffixes: that it may have; none: any.
 
     Raises:
-      UserError: it has another suffix, is a folder, or its folder cannot be written.
+      UserError: the path has another suffix, is a folder, or its folder cannot be written to.
     """
+    from deeplab_jax.utils.files import require_writable
+
     file = pathlib.Path(path).absolute()
-    if file.suffix.lower() != suffix:
-        raise UserError(f"{option} must be a file that ends in {suffix}, got {path}")
+    if suffixes and file.suffix.lower() not in suffixes:
+        raise UserError(f"{option} must be a file that ends in {' or '.join(suffixes)}, got {path}")
     if file.is_dir():
         raise UserError(f"{option}: {path} is a folder")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{option}: cannot make {file.parent}: {error.strerror}") from None
-    if not os.access(file.parent, os.W_OK):
-        raise UserError(f"{option}: {file.parent} cannot be written to")
+    require_writable(file.parent, f"{option}: the folder", create=True)
 
 
 def check_json(path: str) -> None:
-    """As `check`, for --json; nothing to see where it is empty or `STDOUT`."""
+    """Checks the path of --json as `check` does, unless it is empty or `STDOUT`."""
     if path and path != STDOUT:
         check("--json", path, ".json")
 
 
 def write_json(path: str, value: Any) -> None:
-    """Writes what --json asks for: nothing where it is empty."""
+    """Writes JSON to the path of --json; does nothing if the path is empty."""
     from deeplab_jax.utils.files import write_bytes
 
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
@@ -68,30 +58,40 @@ def write_json(path: str, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def bar(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr where that is a terminal; what is given moves it on by one."""
-    errors = Console(stderr=True)
-    columns = TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+def progress_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """Shows a progress bar if stderr is a terminal; yields a function that advances it by one."""
+    stderr = Console(stderr=True)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(
-        *columns, console=errors, disable=not errors.is_terminal, transient=True
+        *columns, console=stderr, disable=not stderr.is_terminal, transient=True
     ) as progress:
-        task = progress.add_task("", total=total)
+        task = progress.add_task(title, total=total)
         yield lambda: progress.advance(task)
 
 
-def console(json_path: str) -> Console:
-    """Where tables go: to stderr if JSON has stdout for itself."""
+def console(json_path: str = "") -> Console:
+    """Returns the console for tables: stdout, or stderr if --json prints to stdout."""
     chosen = Console(stderr=json_path == STDOUT, highlight=False, soft_wrap=True)
     if not chosen.is_terminal:
-        chosen.width = _WIDTH_IN_A_FILE
+        chosen.width = _FILE_WIDTH
     return chosen
 
 
-def table(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> Table:
-    """Lines under their columns, the first of words and the others of numbers."""
-    found = Table(box=None, pad_edge=False)
-    for place, title in enumerate(columns):
-        found.add_column(title, justify="right" if place else "left", no_wrap=True)
-    for line in lines:
-        found.add_row(*line)
-    return found
+def print_warnings(messages: Iterable[str]) -> None:
+    """Prints warnings to stderr, one line each."""
+    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    for message in messages:
+        stderr.print(f"warning: {message}", markup=False)
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, num_text_columns: int = 1
+) -> Table:
+    """Returns a table whose first columns are text, and the others numbers."""
+    result = Table(box=None, pad_edge=False)
+    for index, title in enumerate(columns):
+        is_text = index < num_text_columns
+        result.add_column(title, justify="left" if is_text else "right", no_wrap=not is_text)
+    for row in rows:
+        result.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return result

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from deeplab_jax.cli import outputs
+from deeplab_jax.cli import options, outputs
 
 if TYPE_CHECKING:
     from deeplab_jax.config import Config
@@ -15,106 +16,103 @@ if TYPE_CHECKING:
     from deeplab_jax.plan.chips import Topology
     from deeplab_jax.plan.plan import Plan
 
-_MOST_IMAGES_A_CHIP = 1024  # that --find-batch asks for
+_MAX_IMAGES_PER_CHIP = 1024  # that --find-batch tries
 
 
 def plan(
-    config: Annotated[str, typer.Argument(help="A config file, as train.py takes.")],
+    config: Annotated[
+        str,
+        typer.Argument(
+            help="Config file, or name of a config, as train takes it.",
+            callback=options.expand_path,
+        ),
+    ],
     topology: Annotated[
         str, typer.Option(help="Chip and shape of a slice: v5e:4x4, v6e:16x16, v5p:4x4x4, v4:2x2x1")
     ],
     slices: Annotated[int, typer.Option(help="Slices, joined by the data centre's network.")] = 1,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="FIELD=VALUE of the config, as train.batch_size=64; repeatable"),
+        typer.Option("--set", help="FIELD=VALUE of the config: train.batch_size=64; repeatable."),
     ] = None,
     num_classes: Annotated[
-        int | None, typer.Option(help="Where neither config nor files of classes tell.")
+        int | None,
+        typer.Option(help="Number of classes, if neither the config nor a file of classes has it."),
     ] = None,
     find_batch: Annotated[
-        bool, typer.Option("--find-batch", help="The largest batch that fits: compiles repeatedly.")
+        bool, typer.Option("--find-batch", help="Find the largest batch: compiles several times.")
     ] = False,
-    json_file: Annotated[
-        str, typer.Option("--json", help="Write all numbers here; -: to stdout, alone.")
-    ] = "",
+    json_file: options.Json = "",
 ) -> None:
-    """Compile the train step of a config for a TPU slice, without a TPU: memory, traffic, speed.
+    """Compile a config's train step for a TPU slice, without a TPU: memory, traffic, speed.
 
-    The real TPU compiler does it, for the very step that train.py would run there: about ten
-    minutes of a core for ResNet-101. Exit code 1 if the step does not fit into a chip's memory.
+    Uses the real TPU compiler and the same step as train.py. ResNet-101 takes about ten minutes
+    on one core. The exit code is 1 if the step does not fit into a chip's memory.
 
     Examples:
-
       deeplab-jax plan configs/voc_os16.py --topology v5e:4x4 --set model.dtype=bfloat16
-
       deeplab-jax plan configs/voc_os16.py --topology v5e:16x16 --set train.batch_size=1024
-
       deeplab-jax plan configs/voc_os8.py --topology v5e:4x4 --set train.remat=true --find-batch
     """
     from deeplab_jax.analysis import descriptions
-    from deeplab_jax.config import io as config_files
+    from deeplab_jax.config import io as config_io
     from deeplab_jax.plan import chips, report
-    from deeplab_jax.plan import plan as planning
+    from deeplab_jax.plan.plan import prepare
 
-    planning.prepare()
+    prepare()
     outputs.check_json(json_file)
-    wanted = chips.parse(topology, slices)
-    chosen = config_files.override(config_files.from_python(config), settings or ())
-    architecture = descriptions.of_config(chosen, config, num_classes).architecture
-    found = (
-        _find_batch(chosen, architecture, wanted)
-        if find_batch
-        else _compile(chosen, architecture, wanted)
-    )
+    target = chips.parse(topology, slices)
+    values = config_io.override(config_io.from_python(config), settings or ())
+    architecture = descriptions.of_config(values, config, num_classes).architecture
+    make = _find_batch if find_batch else _compile
+    result = make(values, architecture, target)
     console = outputs.console(json_file)
-    for name, value in report.facts(found):
+    for name, value in report.summary_rows(result):
         console.print(f"{name:<28}{value}", markup=False)
-    if found.collectives:
-        console.print(outputs.table(report.COLUMNS, report.rows(found)))
-    outputs.write_json(json_file, report.to_json(found))
-    if not found.fits:
+    if result.collectives:
+        console.print(outputs.table(report.COLLECTIVE_COLUMNS, report.collective_rows(result)))
+    outputs.write_json(json_file, report.to_json(result))
+    if not result.fits:
         raise typer.Exit(1)
 
 
 def _compile(config: Config, architecture: Architecture, topology: Topology) -> Plan:
-    """A plan, while stderr says what goes on."""
+    """Makes a plan and reports progress on stderr."""
     from deeplab_jax.plan.plan import make_plan
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    what = f"batch {config.train.batch_size} of {architecture.name} for {topology.name}"
+    title = f"batch {config.train.batch_size} of {architecture.name} for {topology.name}"
 
     def log(message: str) -> None:
-        console.print(f"{what}: {message}", markup=False)
+        console.print(f"{title}: {message}", markup=False)
 
     with console.status("compiling"):
-        found = make_plan(config, architecture, topology, log)
-    fits = "fits" if found.fits else "does not fit"
-    log(f"{fits}; compiled in {found.compile_seconds:.0f} s")
-    return found
+        result = make_plan(config, architecture, topology, log)
+    fits = "fits" if result.fits else "does not fit"
+    log(f"{fits}; compiled in {result.compile_seconds:.0f} s")
+    return result
 
 
 def _find_batch(config: Config, architecture: Architecture, topology: Topology) -> Plan:
-    """The plan of the largest batch that fits, or of the smallest if none does."""
-    import dataclasses
-
-    from deeplab_jax.plan.plan import batch_unit, guess_units
+    """Returns the plan of the largest batch that fits, or of the smallest if none does."""
+    from deeplab_jax.plan.plan import batch_multiple, estimate_max_batch
     from deeplab_jax.plan.search import largest
 
-    unit = batch_unit(config, topology)
+    multiple = batch_multiple(config, topology)
     plans: dict[int, Plan] = {}
 
-    def compiled(units: int) -> Plan:
-        if units not in plans:
-            train = dataclasses.replace(config.train, batch_size=units * unit)
-            plans[units] = _compile(
+    def compiled(count: int) -> Plan:
+        if count not in plans:
+            train = dataclasses.replace(config.train, batch_size=count * multiple)
+            plans[count] = _compile(
                 dataclasses.replace(config, train=train), architecture, topology
             )
-        return plans[units]
+        return plans[count]
 
-    limit = max(_MOST_IMAGES_A_CHIP * topology.chips // unit, 1)
-    start = min(max(config.train.batch_size // unit, 1), limit)
-    while compiled(start).memory is None and start > 1:  # refused, so nothing to guess from
+    limit = max(_MAX_IMAGES_PER_CHIP * topology.num_chips // multiple, 1)
+    start = min(max(config.train.batch_size // multiple, 1), limit)
+    while compiled(start).memory is None and start > 1:  # refused: no memory to estimate from
         start //= 2
-    guess = guess_units(compiled(start), start)
-    best = largest(lambda units: compiled(units).fits, guess, limit)
+    guess = estimate_max_batch(compiled(start)) // multiple
+    best = largest(lambda count: compiled(count).fits, guess, limit)
     return compiled(max(best, 1))

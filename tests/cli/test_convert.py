@@ -13,8 +13,8 @@ import deeplab_jax
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import saved_model as checkpoint
-from deeplab_jax.weights import torch_file, torchvision
+from deeplab_jax.weights import saved_model, torch_file, torchvision
+from random_modules import random_variables
 
 
 def command(*arguments, block=(), cwd=None) -> subprocess.CompletedProcess:
@@ -36,17 +36,14 @@ def command(*arguments, block=(), cwd=None) -> subprocess.CompletedProcess:
 def weights(tmp_path_factory):
     """A file as torchvision's ResNet-18 DeepLabv3 with 21 classes would be, and its arrays."""
     model = FunctionalModel(architecture("torchvision_resnet18", num_classes=21))
-    rng = np.random.default_rng(0)
-    variables = jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), model.abstract
-    )
+    variables = jax.device_get(random_variables(model))
     path = tmp_path_factory.mktemp("weights") / "some.pth"
     arrays = torchvision.from_model(variables)
     torch_file.write(path, arrays)
     return path, variables, arrays
 
 
-def test_there_and_back_is_bit_exact_and_needs_no_torch(weights, tmp_path):
+def test_round_trip_is_bit_exact_and_needs_no_torch(weights, tmp_path):
     path, variables, arrays = weights
     done = command("convert", path, tmp_path / "model", block=["torch", "torchvision"])
     assert done.returncode == 0, done.stderr
@@ -56,7 +53,7 @@ def test_there_and_back_is_bit_exact_and_needs_no_torch(weights, tmp_path):
         for line in lines
     )
     assert "torchvision_resnet18, 21 classes, auxiliary head: yes" in done.stdout
-    saved = checkpoint.read(tmp_path / "model")
+    saved = saved_model.read(tmp_path / "model")
     jax.tree.map(np.testing.assert_array_equal, saved.variables, variables)
     assert saved.info["classes"][15] == "person"
     assert saved.info["architecture"]["name"] == "torchvision_resnet18"
@@ -75,7 +72,7 @@ def test_there_and_back_is_bit_exact_and_needs_no_torch(weights, tmp_path):
         assert np.sort(ours[mine], axis=None)[0] == np.sort(theirs[their], axis=None)[0]
 
 
-def test_what_was_done_beside_is_said(weights, tmp_path):
+def test_dropped_arrays_are_reported(weights, tmp_path):
     arrays = {
         f"module.{name}": array.astype(np.float16) if array.dtype == np.float32 else array
         for name, array in weights[2].items()
@@ -87,10 +84,10 @@ def test_what_was_done_beside_is_said(weights, tmp_path):
     assert "arrays were float16 and became float32." in done.stdout
     name = "backbone.stem.0.conv.kernel"
     half = weights[1].params[name].astype(np.float16).astype(np.float32)
-    np.testing.assert_array_equal(checkpoint.read(tmp_path / "model").variables.params[name], half)
+    np.testing.assert_array_equal(saved_model.read(tmp_path / "model").variables.params[name], half)
 
 
-def test_quiet_prints_the_result_alone(weights, tmp_path):
+def test_quiet_prints_only_the_result(weights, tmp_path):
     done = command("convert", weights[0], tmp_path / "model", "--quiet")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "model")
@@ -100,7 +97,7 @@ def test_quiet_prints_the_result_alone(weights, tmp_path):
 @pytest.mark.parametrize(
     ("source", "destination", "message"),
     [
-        ("missing.pth", "model", "neither a file of weights"),
+        ("missing.pth", "model", "neither a weights file"),
         ("deeplabv3_resnet5", "model", "deeplabv3_resnet50"),
         ("WEIGHTS", "out.pth", "is converted to a folder"),
         ("WEIGHTS", ".", "exists already"),
@@ -125,8 +122,8 @@ def test_a_model_torchvision_does_not_have_is_refused(tmp_path):
         architecture("paper_resnet18", num_classes=2, width=0.125, decoder="transposed")
     )
     variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.abstract)
-    info = {"format": checkpoint.FORMAT, "architecture": {}}
-    checkpoint.write_model(tmp_path / "model", variables, info)
+    info = {"format": saved_model.FORMAT, "architecture": {}}
+    saved_model.write_model(tmp_path / "model", variables, info)
     with pytest.raises(UserError, match="decoder"):
         deeplab_jax.convert(tmp_path / "model", tmp_path / "out.pth")
     assert not (tmp_path / "out.pth").exists()

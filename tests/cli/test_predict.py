@@ -9,17 +9,16 @@ import pytest
 from PIL import Image
 
 import deeplab_jax
-import saved_model
-from deeplab_jax.cli import main as cli
-from deeplab_jax.inference import files as prediction
-from deeplab_jax.inference import segmenter
-from deeplab_jax.visualization import overlays as pictures
+import small_checkpoint
+from deeplab_jax.cli.main import main
+from deeplab_jax.inference import files, segmenter
+from deeplab_jax.visualization import overlays
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "fox"
-    saved_model.write(path)
+    small_checkpoint.write(path)
     return path
 
 
@@ -45,7 +44,7 @@ def command(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["deeplab-jax", "predict", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main()
         out, err = capsys.readouterr()
         return stop.value.code or 0, out, err
 
@@ -111,11 +110,11 @@ def test_heat_maps_and_side_by_side(command, model, loaded):
     beside = pixels_of("out/a_side_by_side.png")
     assert beside.shape[1] > 2 * 57
     probability = loaded.probabilities("photos/a.png")[..., 1]
-    expected = pictures.heatmap(pixels_of("photos/a.png"), probability, "red fox")
+    expected = overlays.heatmap(pixels_of("photos/a.png"), probability, "red fox")
     np.testing.assert_array_equal(pixels_of("out/a_heatmap_red_fox_1.png"), expected)
 
 
-def test_files_of_an_earlier_time_are_replaced_and_nothing_is_left_aside(command, model, here):
+def test_earlier_outputs_are_replaced_and_no_temporary_files_remain(command, model, here):
     (here / "out").mkdir()
     (here / "out/a_ids.png").write_text("old")
     assert command(model, "photos/a.png", "--out", "out")[0] == 0
@@ -127,7 +126,7 @@ def test_files_of_an_earlier_time_are_replaced_and_nothing_is_left_aside(command
         assert "3 images in photos" in out
 
 
-def test_bad_files_are_told_at_the_end_and_the_others_done(command, model, here):
+def test_bad_files_are_reported_at_the_end_and_the_others_predicted(command, model, here):
     (here / "photos/b.png").write_bytes((here / "photos/b.png").read_bytes()[:2000])
     (here / "photos/text.jpg").write_text("hello")
     code, out, err = command(model, "photos", "none.png", "--out", "out", "--json", "areas.json")
@@ -135,19 +134,19 @@ def test_bad_files_are_told_at_the_end_and_the_others_done(command, model, here)
     assert "2 images in out" in out
     assert sorted(os.listdir("out")) == ["a_ids.png", "a_overlay.png", "c_ids.png", "c_overlay.png"]
     assert "error: 3 of 5 images could not be predicted: 3 problems" in err
-    for message in ("b.png: is a truncated", "text.jpg: is a text", "none.png: cannot be read"):
+    for message in ("b.png: is truncated", "text.jpg: is a text", "none.png: cannot be read"):
         assert message in err
     assert len(json.loads((here / "areas.json").read_text())["problems"]) == 3
 
 
-def test_bad_files_alone(command, model):
+def test_only_bad_files(command, model):
     code, out, err = command(model, "none.png", "--out", "out", "--json", "-")
     assert code == 2
     assert json.loads(out)["images"] == []
     assert "none.png: cannot be read" in err
 
 
-def test_json_on_stdout_is_alone_there(command, model):
+def test_stdout_contains_only_json(command, model):
     code, out, err = command(model, "photos/c.png", "--out", "out", "--json", "-")
     assert code == 0
     assert json.loads(out)["images"][0]["width"] == 1
@@ -159,48 +158,47 @@ def test_json_on_stdout_is_alone_there(command, model):
     [
         (["photos/a.png", "--out", "taken"], "--out taken cannot be written to"),
         (["photos/a.png", "--out", "taken/out"], "--out taken/out cannot be written to"),
-        (["empty", "--out", "out"], "empty: the folder holds no image files"),
-        (["*.tif", "--out", "out"], "no file has such a name"),
+        (["empty", "--out", "out"], "empty: the folder contains no image files"),
+        (["*.tif", "--out", "out"], "no file matches the pattern"),
         (["photos/a.png", "--out", "out", "--json", "x.txt"], "--json must be a file that ends in"),
         (["photos/a.png", "--out", "out", "--scales", "1,a"], "--scales must be numbers"),
         (["photos/a.png", "--out", "out", "--window", "3"], "window must be 32 pixels or more"),
         (["photos/a.png", "--out", "out", "--heatmap", "red fix"], "did you mean 'red fox'"),
-        (["photos/a.png", "--out", "out", "--output-stride", "12"], "8, 16, 32"),
+        (["photos/a.png", "--out", "out", "--output-stride", "12"], "must be 8, 16 or 32"),
         (["photos/a.png", "--out", "out", "--opacity", "2"], "opacity"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_predicted(
+def test_mistakes_are_reported_before_anything_is_predicted(
     command, model, here, monkeypatch, arguments, message
 ):
     (here / "taken").write_text("a file")
     (here / "empty").mkdir()
-    monkeypatch.setattr(prediction, "predict", None)
+    monkeypatch.setattr(files, "predict_image", None)
     code, _, err = command(model, *arguments)
     assert code == 2
     assert message in err
 
 
-def test_a_checkpoint_that_is_none_is_told(command, here):
+def test_an_invalid_checkpoint_is_reported(command, here):
     code, _, err = command("runs/none", "photos", "--out", "out")
     assert code == 2
-    assert "runs/none is neither a file of weights, nor a folder" in err
+    assert "runs/none is neither a weights file, nor a folder" in err
 
 
-def test_outputs_that_cannot_be_written_end_it(command, model, here):
+def test_an_unwritable_output_is_reported_when_the_others_are_done(command, model, here):
     (here / "out/a_ids.png").mkdir(parents=True)
     code, _, err = command(model, "photos", "--out", "out")
     assert code == 2
-    assert "cannot write to" in err
-    assert "a_ids.png" in err
-    assert not (here / "out/b_ids.png").exists()
+    assert "cannot write to out/a_ids.png: Is a directory" in err
+    assert (here / "out/b_ids.png").exists()
 
 
 def test_settings_reach_the_model(command, model, monkeypatch):
-    modes = []
+    settings = []
 
     class Watched(segmenter.Predictor):
-        def __init__(self, model, variables, *, mode, **rest):
-            modes.append((model.architecture.output_stride, mode))
+        def __init__(self, model, variables, *, tta, **rest):
+            settings.append((model.architecture.output_stride, tta))
 
         def ids(self, image):
             return np.zeros(image.shape[:2], np.uint8)
@@ -208,13 +206,13 @@ def test_settings_reach_the_model(command, model, monkeypatch):
     monkeypatch.setattr(segmenter, "Predictor", Watched)
     flags = ["--scales", "0.5,1", "--flip", "--window", "65", "--output-stride", "8"]
     assert command(model, "photos/a.png", "--out", "out", *flags)[0] == 0
-    ((output_stride, mode),) = modes
-    assert (output_stride, mode.scales, mode.flip, mode.window) == (8, (0.5, 1.0), True, 65)
+    ((output_stride, tta),) = settings
+    assert (output_stride, tta.scales, tta.flip, tta.window) == (8, (0.5, 1.0), True, 65)
 
 
-def test_windows_for_large_images_are_said(command, model, monkeypatch):
-    monkeypatch.setattr(segmenter, "LARGE", 41 * 57 - 1)
-    monkeypatch.setattr(segmenter, "WINDOW", 129)
+def test_windows_for_large_images_are_reported(command, model, monkeypatch):
+    monkeypatch.setattr(segmenter, "LARGE_IMAGE", 41 * 57 - 1)
+    monkeypatch.setattr(segmenter, "DEFAULT_WINDOW", 129)
     _, out, _ = command(model, "photos/a.png", "photos/c.png", "--out", "out")
     assert "1 of more than" in out
     assert "windows of 129" in out

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deeplab_jax.cli import main as cli
+from deeplab_jax.cli.main import main
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data import labels
 from deeplab_jax.data.dataset import Dataset
@@ -21,7 +21,7 @@ from deeplab_jax.inference.files import write_ids
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import saved_model as checkpoint
+from deeplab_jax.weights import saved_model
 from random_modules import random_variables
 
 SIZES = {"v1": (30, 40), "v2": (41, 25), "v3": (17, 33), "t1": (30, 40), "t2": (41, 25)}
@@ -57,7 +57,7 @@ def root(tmp_path_factory):
 def model(tmp_path_factory):
     """A checkpoint with random weights, whose classes have colours other than VOC's."""
     functions = FunctionalModel(architecture("paper_resnet18", num_classes=21, width=0.125))
-    info = checkpoint.describe(
+    info = saved_model.describe(
         functions.architecture,
         labels.LabelSet(labels.VOC.names, labels.VOC.colors[::-1]),
         mean=(0.5, 0.4, 0.3),
@@ -71,7 +71,7 @@ def model(tmp_path_factory):
     variables.params["classifier.logits.kernel"] = kernel - kernel.mean(axis=2, keepdims=True)
     variables.params["classifier.logits.bias"] = np.zeros(21, np.float32)
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
-    return checkpoint.write_model(folder, variables, info)
+    return saved_model.write_model(folder, variables, info)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def command(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["deeplab-jax", *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         out, err = capfd.readouterr()
         return end.value.code or 0, out, err
 
@@ -162,7 +162,7 @@ def test_the_test_split_needs_no_labels(root, model, command, tmp_path, monkeypa
     assert (tmp_path / "results.tgz").read_bytes() == first
 
 
-def test_files_that_score_otherwise_are_never_kept(tmp_path):
+def test_files_with_another_score_are_not_kept(tmp_path):
     class Evaluator:
         def evaluate(self, variables, *, each, progress):
             for index, name in enumerate(SPLIT):
@@ -238,7 +238,7 @@ def test_good_files_are_scored(tmp_path):
 BAD = {
     "missing": (good()[:1], r"- b\.png: is missing"),
     "of another image": ([*good(), (f"{VAL_FOLDER}/c.png", png(5))], r"- c\.png: val has no such"),
-    "twice": ([*good(), good()[0]], r"a\.png: is there twice"),
+    "twice": ([*good(), good()[0]], r"a\.png: occurs twice"),
     "another size": (swap(0, png(6)), r"a\.png: is 6 x 4 pixels .* its image 5 x 4"),
     "turned": (swap(0, png(4, height=5)), r"a\.png: is 4 x 5 pixels"),
     "grey": (swap(1, png(6, mode="L")), r"b\.png: must be a palette PNG, mode P, got mode L"),
@@ -249,18 +249,21 @@ BAD = {
     ),
     "ignored": (swap(0, png(5, id=255)), r"a\.png: holds the id 255; the classes are 0 to 20"),
     "no class": (swap(0, png(5, id=21)), r"a\.png: holds the id 21"),
-    "truncated": (swap(0, png(5)[:-30]), r"a\.png: is no whole PNG"),
-    "text": (swap(0, b"no"), r"a\.png: is no whole PNG"),
-    "a link": ([*good()[:1], (good()[1][0], None)], r"b\.png: is no plain file\n- b\.png: is miss"),
+    "truncated": (swap(0, png(5)[:-30]), r"a\.png: is not a complete PNG"),
+    "text": (swap(0, b"no"), r"a\.png: is not a complete PNG"),
+    "a link": (
+        [*good()[:1], (good()[1][0], None)],
+        r"b\.png: is not a regular file\n- b\.png: is miss",
+    ),
     "other files": (
         [*good(), ("results/VOC2012/README", b"x"), (f"{VAL_FOLDER}/._a.txt", b"x")],
-        r"2 problems\n- results/VOC2012/README: has no place there; expected .*\n- .*_a\.txt: has",
+        r"2 problems\n- results/VOC2012/README: is not expected; .*\n- .*_a\.txt: is not",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_files_are_told(tmp_path, kind):
+def test_bad_files_are_refused(tmp_path, kind):
     files, message = BAD[kind]
     with pytest.raises(UserError, match=message):
         voc_server.check(voc_server.read(pack(tmp_path / "r.tgz", files)), SPLIT_SET)
@@ -277,12 +280,12 @@ def test_bad_files_are_told(tmp_path, kind):
         ),
     ],
 )
-def test_results_of_no_split_or_of_several_are_refused(tmp_path, files, message):
+def test_results_of_no_split_or_of_several_splits_are_refused(tmp_path, files, message):
     with pytest.raises(UserError, match=message):
         voc_server.read(pack(tmp_path / "r.tgz", files))
 
 
-def test_what_is_no_archive_is_said(tmp_path):
+def test_other_files_than_archives_are_reported(tmp_path):
     whole = pack(tmp_path / "r.tgz", good()).read_bytes()
     for name, content in {"cut.tgz": whole[:-40], "text.tgz": b"text"}.items():
         (tmp_path / name).write_bytes(content)
@@ -292,7 +295,7 @@ def test_what_is_no_archive_is_said(tmp_path):
         voc_server.read(tmp_path / "nowhere")
 
 
-def test_broken_test_images_are_told(root, tmp_path):
+def test_broken_test_images_are_refused(root, tmp_path):
     with pytest.raises(UserError, match=r"there is no root: .* VOC2012test\.tar"):
         voc_test.load(DataConfig())
     with pytest.raises(UserError, match=r"Segmentation/test\.txt is missing: .* --root"):
@@ -305,7 +308,7 @@ def test_broken_test_images_are_told(root, tmp_path):
     with pytest.raises(UserError, match=r"are not there: 1 problem\n- .*JPEGImages/t2\.jpg"):
         voc_test.load(DataConfig(root=str(tmp_path)))
     (devkit / "JPEGImages/t2.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"t1\.jpg: truncated, or no image"):
+    with pytest.raises(UserError, match=r"t1\.jpg: is truncated, or not in a known image format"):
         voc_test.load(DataConfig(root=str(tmp_path))).source[0]
 
 

@@ -3,22 +3,20 @@
 import json
 import sys
 
-import numpy as np
 import pytest
 from PIL import Image
 
-import saved_model
+import small_checkpoint
 from conftest import ROOT
-from deeplab_jax.analysis import descriptions, receptive_field
-from deeplab_jax.analysis import field_plots as field_figure
-from deeplab_jax.cli import main as cli
+from deeplab_jax.analysis import descriptions, plots, receptive_field
+from deeplab_jax.cli.main import main
 from deeplab_jax.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "fox"
-    saved_model.write(path)
+    small_checkpoint.write(path)
     return path
 
 
@@ -29,7 +27,7 @@ def command(monkeypatch, capsys, tmp_path):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["deeplab-jax", "summary", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main()
         out, err = capsys.readouterr()
         return stop.value.code or 0, out, err
 
@@ -83,20 +81,22 @@ def test_markdown(command):
 def test_pictures(command, model, monkeypatch):
     drawn = []
 
+    draw = plots.field_figure
+
     def figure(fields, title):
         drawn.append((fields, title))
-        return np.full((4, 4, 3), 7, np.uint8)
+        return draw(fields, title)
 
-    monkeypatch.setattr(field_figure, "field_figure", figure)
+    monkeypatch.setattr(plots, "field_figure", figure)
     two = receptive_field.variants(descriptions.read(str(model)).architecture)[1:3]
     monkeypatch.setattr(receptive_field, "variants", lambda architecture: two)
-    arguments = ("--size", 17, "--plot", "new/blocks.png", "--receptive-field", "field.png")
+    arguments = ("--size", 17, "--plot", "new/blocks.png", "--receptive-field", "field.svg")
     code, out, err = command(model, *arguments, "--samples", 1)
     assert (code, err) == (0, "")
     with Image.open("new/blocks.png") as image:
         assert image.size[0] > 1000
-    with Image.open("field.png") as image:
-        assert np.asarray(image).tolist() == [[[7, 7, 7]] * 4] * 4
+    with open("field.svg") as file:
+        assert "<svg" in file.read()
     ((fields, title),) = drawn
     assert title == "Effective receptive field of paper_resnet18, trained weights, 17x17"
     assert [name for name, _ in fields] == [name for name, _ in two]
@@ -158,16 +158,19 @@ def test_wrong_sizes(text):
     [
         (["papper_resnet50"], "did you mean 'paper_resnet50'?"),
         (["deeplabv3_resnet5"], "did you mean 'deeplabv3_resnet50'?"),
-        (["notes.txt"], "notes.txt is no file of PyTorch or safetensors"),
+        (["notes.txt"], "notes.txt is not a PyTorch or safetensors file"),
         (["nothing.py"], "there is no config file nothing.py"),
         (["."], "no checkpoint at ."),
-        (["FOLDER"], "leaves the number of classes to its data, which are not at hand: give"),
+        (["FOLDER"], "takes the number of classes from its data, which is not available: give"),
         (["paper_resnet18", "--num-classes", "0"], "--num-classes must be 1 to 255, got 0"),
         (["MODEL", "--num-classes", "3"], "is a trained model, which has its own"),
         (["paper_resnet18", "--size", "0"], "got '0'"),
-        (["paper_resnet18", "--output-stride", "12"], "output_stride must be one of 8, 16, 32"),
+        (["paper_resnet18", "--output-stride", "12"], "output_stride must be 8, 16 or 32"),
         (["paper_resnet18", "--json", "a.txt"], "--json must be a file that ends in .json"),
-        (["paper_resnet18", "--plot", "a.jpg"], "--plot must be a file that ends in .png"),
+        (
+            ["paper_resnet18", "--plot", "a.jpg"],
+            "--plot must be a file that ends in .png or .svg or .pdf",
+        ),
         (["paper_resnet18", "--receptive-field", "a"], "--receptive-field must be a file that"),
         (["misspelt.py"], "config.model.output_stride must be 8, 16 or 32"),
     ],

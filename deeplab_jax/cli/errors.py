@@ -1,0 +1,64 @@
+"""Reports a user's mistake as one message, with exit code 2, and keeps printing from failing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import io
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from deeplab_jax.utils.errors import UserError, first_line
+
+
+def escape_unprintable() -> None:
+    """Makes stdout escape what its encoding lacks, such as a file name that is not UTF-8."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Ends the program without a traceback if the body raises a `UserError`, fills the disk, or
+    finds no platform that JAX_PLATFORMS names.
+    """
+    try:
+        yield
+        return
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        file = error.filename or "while writing"
+        message = f"the disk is full ({file}); free some space and run the command again"
+    except (RuntimeError, AssertionError):
+        message = _platform_problem()
+        if not message:
+            raise
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _platform_problem() -> str:
+    """Returns what is wrong with JAX_PLATFORMS; an empty text if JAX can use what it names."""
+    jax: Any = sys.modules.get("jax")
+    if jax is None or not (chosen := jax.config.jax_platforms):
+        return ""
+    try:
+        jax.devices()
+        return ""
+    except AssertionError:  # raised for "cuda" without its plugin, and has no text
+        reason = ""
+    except RuntimeError as error:
+        reason = f" ({first_line(error)})"
+    jax.config.update("jax_platforms", "")
+    jax.devices()
+    available = importlib.import_module("jax.extend.backend").backends()
+    return (
+        f"JAX_PLATFORMS={chosen} cannot be used here{reason}. Platforms that JAX can use here: "
+        f"{', '.join(available)}. Set JAX_PLATFORMS to one of them, or unset it. To use an NVIDIA "
+        "GPU, pip install 'deeplab-jax[cuda]'; to use a TPU, pip install 'deeplab-jax[tpu]'"
+    )
