@@ -1,0 +1,70 @@
+"""Files to write in folders that are absent, that are folders, or that cannot be written."""
+
+import sys
+
+import pytest
+
+from deeplab_jax.cli.main import main
+
+# Commands whose input does not exist: an output that cannot be written is reported before that.
+OUTPUTS = {
+    "evaluate --json": ["evaluate", "none.pth", "--data=shapes", "--json={}.json"],
+    "evaluate --confusion": ["evaluate", "none.pth", "--data=shapes", "--confusion={}.svg"],
+    "predict --json": ["predict", "none.pth", "x.png", "--out=predicted", "--json={}.json"],
+    "predict --out": ["predict", "none.pth", "x.png", "--out={}/deeper"],
+    "convert to a file": ["convert", "none.pth", "{}.pth"],
+    "convert to a folder": ["convert", "none.pth", "{}.new"],
+    "export onnx": ["export", "none.pth", "{}.onnx"],
+    "export stablehlo": ["export", "none.pth", "{}.stablehlo"],
+    "summary --json": ["summary", "none.pth", "--json={}.json"],
+    "summary --plot": ["summary", "none.pth", "--plot={}.png"],
+    "summary --receptive-field": ["summary", "none.pth", "--receptive-field={}.pdf"],
+    "plan --json": ["plan", "none.py", "--topology=v5e:2x2", "--json={}.json"],
+    "submit --out": ["submit", "none.pth", "--out={}.tgz"],
+    "data check --json": ["data", "check", "none", "--json={}.json"],
+    "data check --sheet": ["data", "check", "none", "--sheet={}.png"],
+}
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capfd):
+    """Runs a command in `tmp_path`; its last line on stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(arguments, output):
+        argv = [argument.format(output) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["deeplab-jax", *argv])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 2
+        return capfd.readouterr().err.strip()
+
+    return run
+
+
+@pytest.mark.parametrize("arguments", OUTPUTS.values(), ids=OUTPUTS)
+def test_absent_folders_are_made(tmp_path, command, arguments):
+    assert "none" in command(arguments, "new/deep/out")  # the input is what is wrong
+    assert (tmp_path / "new" / "deep").is_dir()
+
+
+@pytest.mark.parametrize("arguments", OUTPUTS.values(), ids=OUTPUTS)
+def test_a_file_in_place_of_a_folder_is_an_error_at_once(tmp_path, command, arguments):
+    (tmp_path / "new").write_text("")
+    error = command(arguments, "new/deep/out")
+    assert "cannot be written to: Not a directory" in error
+    assert "none" not in error
+
+
+@pytest.mark.parametrize("arguments", OUTPUTS.values(), ids=OUTPUTS)
+def test_a_folder_in_place_of_a_file_is_an_error_at_once(tmp_path, command, arguments):
+    output = arguments[-1].partition("=")[2] or arguments[-1]
+    if output.endswith("deeper"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "deeper").write_text("")  # a file in place of the folder
+        assert "out/deeper cannot be written to: File exists" in command(arguments, "out")
+        return
+    (tmp_path / output.format("out")).mkdir()
+    error = command(arguments, "out")
+    assert f"{output.format('out')} " in error
+    assert "is a folder" in error or "exists already" in error
