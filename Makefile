@@ -1,47 +1,56 @@
-# make quickstart   set up, train on generated shapes, and show where the predictions lie
-# make test         set up, run all tests
-# make bench        measure against torchvision here: two cases
-# make bench-gpu    the same with this machine's own jax, flax, optax and torch
-# make lint         set up, check format, style and types
+# make quickstart   create the environment, train on generated shapes, draw the predictions
+# make test         create the environment, run all tests
+# make test-newest  the same for a core of the tests, with the newest other Python on this machine
+# make bench        compare the speed with torchvision on this machine: two cases
+# make bench-gpu    the two GPU cases, with this machine's own jax, flax, optax and torch
+# make lint         create the environment, check format, style, types and imports
 
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 
-.PHONY: quickstart test bench bench-gpu lint format clean
+.PHONY: quickstart test test-core test-newest bench bench-gpu lint format clean
 
-quickstart: .venv/.package
+quickstart: $(VENV)/.package
 	$(BIN)/python train.py --config configs/shapes.py --workdir runs/quickstart
 
-test: .venv/.test
+test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-bench: .venv/.test
+test-core: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m core
+
+test-newest:
+	newest=$$($(PYTHON) tests/newest_python.py); \
+	if [ -n "$$newest" ]; then $(MAKE) test-core VENV=.venv-newest PYTHON="$$newest"; fi
+
+bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.speed --quick
 
 bench-gpu:
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m benchmarks.speed --quick --json bench_gpu.json
 
-lint: .venv/.test
+lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: .venv/.test
+format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .cache build *.egg-info runs/quickstart
+	rm -rf .venv .venv-newest .cache build *.egg-info runs/quickstart
 
-.venv/bin/python:
+$(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 
-.venv/.package: pyproject.toml | .venv/bin/python
+$(VENV)/.package: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
-.venv/.test: pyproject.toml | .venv/bin/python
+$(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
-	touch $@ .venv/.package
+	touch $@ $(VENV)/.package

@@ -9,7 +9,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Programs of tests are small: compiling them costs more than running them, and much of that are
-# LLVM's optimisations. Read when the first program is compiled, also by commands that tests start.
+# LLVM's optimizations. Read when the first program is compiled, also by commands that tests start.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if jax.__version_info__ < (0, 11):  # a flag that XLA does not know ends the program
     QUICK += " --xla_cpu_use_fusion_emitters=false"  # the older ones: half the time of compiling
@@ -37,7 +37,9 @@ install_import_hook(
         "deeplab_jax.models.ops.masking",
         "deeplab_jax.models.ops.pooling",
         "deeplab_jax.models.ops.resize",
+        "deeplab_jax.visualization.image_grid",
         "deeplab_jax.visualization.overlays",
+        "deeplab_jax.visualization.plots",
         "deeplab_jax.inference.files",
         "deeplab_jax.training.class_weights",
         "deeplab_jax.training.losses",
@@ -58,6 +60,22 @@ if jax.config.jax_platforms == "cpu":
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+# What other versions of Python, jax and flax are tested with; see `make test-newest`.
+CORE = (
+    "models/",
+    "inference/test_compilation.py",
+    "training/test_train.py::test_output_and_files_of_a_run",
+    "training/test_train.py::test_a_run_killed_repeatedly_ends_as_if_never_killed",
+    "cli/test_predict.py::test_each_image_gets_its_ids_its_overlay_and_its_areas",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(CORE):
+            item.add_marker(pytest.mark.core)
 
 
 @pytest.fixture(scope="session")
