@@ -1,9 +1,10 @@
-"""Milliseconds of each implementation of the atrous convolution, and of PyTorch's, on this device.
+"""Times each implementation of the atrous convolution, and PyTorch's, on this device.
 
     python benchmarks/atrous_methods.py                    # the convolutions of training
     python benchmarks/atrous_methods.py --dtype float32    # bfloat16 is the default on GPU
 
-Each figure is the best of three means over ten executions: forward / both gradients.
+Each number is in milliseconds, forward / both gradients: the best of three means over ten
+executions.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rich.table import Table
 
 from deeplab_jax.models.ops.atrous_conv import METHODS, atrous_conv
 
-# Images, side of the map, channels in and out, rate; of a 3x3 kernel.
+# Number of images, side of the map, input and output channels, rate of a 3x3 kernel.
 SHAPES = {
     "gpu": (
         (16, 33, 256, 256, 1),
@@ -52,7 +53,7 @@ SHAPES = {
 
 
 def best(run: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
-    """Milliseconds of one execution."""
+    """Returns the milliseconds of one execution."""
     wait(run())
     times = []
     for _ in range(3):
@@ -115,7 +116,7 @@ def main() -> int:
     dtype = parser.parse_args().dtype
     methods: dict[str, str | None] = {name: name for name in METHODS} | {"chosen": None}
     if platform == "cpu":
-        del methods["phases"]  # seconds each: XLA:CPU is slow at many small maps
+        del methods["phases"]  # takes seconds: XLA:CPU is slow for many small maps
     with_torch = importlib.util.find_spec("torch") is not None
     table = Table("maps, channels, rate", *methods, *(["PyTorch"] if with_torch else []), box=None)
     log = Console(stderr=True)

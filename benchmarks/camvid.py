@@ -1,13 +1,13 @@
-"""The same training run here and in torchvision, on the same crops: val mIoU and time side by side.
+"""Runs the same training here and in torchvision, and compares the mIoU on val and the time.
 
-ResNet-50 DeepLabv3 at output stride 8, random at the start with the same parameters on both sides,
-crops of the whole image, SGD, poly schedule, computed in bfloat16. Both read their batches from
-this package's pipeline, so that what differs is the model, its gradient and the optimizer. Both
-are evaluated on whole images of their own size.
+The model is ResNet-50 DeepLabv3 at output stride 8, with the same random initial parameters in both
+packages, trained in bfloat16 on crops of the whole image with SGD and the poly schedule. Both use
+batches of this package's pipeline, so that only the model, its gradient and the optimizer differ.
+Both are evaluated on whole images at their own size.
 
     python benchmarks/camvid.py --root camvid --json camvid.json
 
-Needs CamVid as docs/own_data.md lays it out, a GPU, PyTorch and torchvision.
+Needs CamVid in the layout of docs/own_data.md, a GPU, PyTorch and torchvision.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from deeplab_jax.config import (
     TrainConfig,
 )
 from deeplab_jax.data import pipeline
-from deeplab_jax.data.dataset import Dataset
+from deeplab_jax.data.dataset import Dataset, read_example
 from deeplab_jax.data.labels import IGNORE
-from deeplab_jax.evaluation.confusion import count, scores
+from deeplab_jax.evaluation.confusion import confusion_matrix, scores
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.training.train import resolve_architecture, train
 from deeplab_jax.utils.errors import UserError
@@ -76,7 +76,7 @@ def make_config(
 
 
 def run_ours(config: Config) -> dict[str, Any]:
-    """Trains by the package's own loop; seconds a step are the median of its log."""
+    """Trains with this package; the seconds per step are the median of its log."""
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
         result = train(config, folder)
@@ -96,7 +96,7 @@ def run_ours(config: Config) -> dict[str, Any]:
 
 
 def run_theirs(config: Config, dataset: Dataset, val: Dataset) -> dict[str, Any]:
-    """The recipe in PyTorch: channels_last, autocast, from the same parameters."""
+    """Trains in PyTorch with channels_last and autocast, from the same initial parameters."""
     vision = import_torchvision()
     import torch
 
@@ -111,7 +111,7 @@ def run_theirs(config: Config, dataset: Dataset, val: Dataset) -> dict[str, Any]
     model = model.to(device, memory_format=torch.channels_last).train()
     decayed, others = [], []
     for parameter in model.parameters():
-        (decayed if parameter.ndim == 4 else others).append(parameter)  # kernels alone
+        (decayed if parameter.ndim == 4 else others).append(parameter)  # kernels only
     settings = config.optimizer
     optimizer = torch.optim.SGD(
         [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others}],
@@ -175,10 +175,10 @@ def run_theirs(config: Config, dataset: Dataset, val: Dataset) -> dict[str, Any]
     matrix = np.zeros((classes, classes), np.int64)
     with torch.inference_mode(), autocast():
         for index in range(len(val.source)):
-            example = pipeline.read(val, index)
+            example = read_example(val, index)
             logits = model(to_device(example["image"][None]))["out"]
             ids = logits.argmax(1)[0].cpu().numpy()
-            matrix += count(example["label"], ids.astype(np.uint8), classes)
+            matrix += confusion_matrix(example["label"], ids.astype(np.uint8), classes)
     return {
         "miou": scores(matrix).miou,
         "seconds": time.perf_counter() - begun,

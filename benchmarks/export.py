@@ -1,20 +1,20 @@
-"""Exported models against the model they come from, torchvision's, and PyTorch's own export.
+"""Compares exported models with the original model, torchvision's model, and PyTorch's export.
 
 Each model has torchvision's architecture and random weights, batch norm statistics and affine
-parameters, saved by PyTorch. The file is converted and exported as a user does it; all sizes are
-left open. Each export gives logits, of which the largest difference, relative to the largest
-logit, and the share of pixels of the same class are taken: from the model (which keeps batch norm
-by itself) and from torchvision's.
+parameters, saved by PyTorch. The file is converted and exported with the user's commands, with
+symbolic sizes. The logits of each export are compared with those of the model (whose batch norm is
+not fused) and with torchvision's: the largest difference relative to the largest logit, and the
+fraction of pixels with the same class.
 
-Then the ONNX graph of ResNet-50 for 1x3x512x1024 is put beside the one that `torch.onnx.export`
-writes of torchvision's model: nodes, bytes, and onnxruntime's seconds in turns. Ours takes uint8
-pixels and normalises them; theirs is given normalised ones.
+The ONNX graph of ResNet-50 for 1x3x512x1024 is also compared with the one that `torch.onnx.export`
+writes for torchvision's model: nodes, bytes, and onnxruntime's time in alternating runs. This
+package's graph takes uint8 pixels and normalizes them; the other takes normalized images.
 
-    pip install onnxscript                                # what torch.onnx.export needs
+    pip install onnxscript                                # torch.onnx.export needs it
     python benchmarks/export.py --json export.json        # all: a quarter of an hour on two cores
-    python benchmarks/export.py --markdown export.json    # print what the file holds
+    python benchmarks/export.py --markdown export.json    # prints the recorded tables
 
-Needs the `test` extra. Exit code 1: a limit is broken.
+Needs the `test` extra. Exits with 1 if a difference exceeds its limit.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from deeplab_jax.export import stablehlo
 from deeplab_jax.export.compare import difference
 from deeplab_jax.export.export import LIMITS, export
 from deeplab_jax.export.program import Dimensions, Program
-from deeplab_jax.weights import saved_model as checkpoint
+from deeplab_jax.weights import saved_model
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
 import torch_reference
@@ -62,7 +62,7 @@ Row = dict[str, Any]
 
 
 def save_and_convert(name: str, folder: pathlib.Path) -> tuple[Any, pathlib.Path]:
-    """torchvision's model, and our checkpoint of the file that PyTorch saved."""
+    """Returns torchvision's model, and the path of a checkpoint converted from its file."""
     reference = torch_reference.segmentation_model(name, aux=True)
     torch.save(reference.state_dict(), folder / f"{name}.pth")
     deeplab_jax.convert(folder / f"{name}.pth", folder / name)
@@ -70,7 +70,7 @@ def save_and_convert(name: str, folder: pathlib.Path) -> tuple[Any, pathlib.Path
 
 
 def photo_like(shape: tuple[int, int, int]) -> np.ndarray:
-    """uint8 `[n, h, w, 3]`: noise of all scales, as edges and surfaces of photos have."""
+    """Returns uint8 images `[n, h, w, 3]` of noise at several scales, similar to photos."""
     count, height, width = shape
     rng = np.random.default_rng(sum(shape))
     total = np.zeros((count, height, width, 3))
@@ -81,7 +81,7 @@ def photo_like(shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def normalized(program: Program, images: np.ndarray) -> Any:
-    """The images as torchvision's model takes them."""
+    """Returns the images as input of torchvision's model."""
     info = program.saved.info
     pixels = (images / 255 - np.array(info["mean"])) / np.array(info["std"])
     return torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32).copy())
@@ -90,7 +90,7 @@ def normalized(program: Program, images: np.ndarray) -> Any:
 def differences(name: str, folder: pathlib.Path, keep: Callable[[Row], None]) -> None:
     """Measures a model's exports at each shape."""
     reference, saved = save_and_convert(name, folder)
-    program = Program(checkpoint.read(saved), "logits", Dimensions())
+    program = Program(saved_model.read(saved), "logits", Dimensions())
     exports = {}
     for suffix, load in LOADERS.items():
         done = export(saved, folder / f"{name}{suffix}", output="logits")
@@ -115,8 +115,8 @@ def differences(name: str, folder: pathlib.Path, keep: Callable[[Row], None]) ->
     jax.clear_caches()
 
 
-class OutAlone(torch.nn.Module):
-    """A segmentation model that gives the logits alone, not a dictionary."""
+class LogitsOnly(torch.nn.Module):
+    """A segmentation model that returns only the logits, not a dictionary."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -127,21 +127,21 @@ class OutAlone(torch.nn.Module):
 
 
 def graphs(folder: pathlib.Path) -> Row:
-    """Our graph beside PyTorch's, of the same weights, size and output."""
+    """Compares this package's graph with PyTorch's, for the same weights, size and output."""
     name, (count, height, width) = TIMED
     reference, saved = save_and_convert(name, folder)
-    program = Program(checkpoint.read(saved), "logits", Dimensions())
+    program = Program(saved_model.read(saved), "logits", Dimensions())
     images = photo_like(TIMED[1])
     theirs_path, ours_path = folder / "theirs.onnx", folder / "ours.onnx"
     inputs = normalized(program, images)
-    torch.onnx.export(OutAlone(reference).eval(), (inputs,), theirs_path, external_data=False)
+    torch.onnx.export(LogitsOnly(reference).eval(), (inputs,), theirs_path, external_data=False)
     sizes = {"batch": count, "height": height, "width": width}
     export(saved, ours_path, output="logits", layout="nchw", **sizes)
     ours = session(ours_path, np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     theirs = session(theirs_path, inputs.numpy())
     expected, given = theirs(), ours()
     seconds = []
-    for turn in range(ROUNDS):  # who comes first changes too
+    for turn in range(ROUNDS):  # the order alternates too
         order = (ours, theirs) if turn % 2 else (theirs, ours)
         taken = {run: timed(run) for run in order}
         seconds.append((taken[ours], taken[theirs]))
@@ -175,13 +175,15 @@ def graph_of(path: pathlib.Path) -> Row:
     return {"nodes": dict(nodes.most_common()), "bytes": path.stat().st_size}
 
 
-def broken(result: Row) -> list[str]:
-    """What is beyond a limit, a sentence each."""
+def violations(result: Row) -> list[str]:
+    """Returns a sentence for each difference that exceeds its limit."""
     problems = []
     for row in result["rows"]:
         limit = LIMITS[f".{row['format']}"]
         if not (row["to_model"] <= limit and row["same_class_as_model"] >= AGREEMENT):
-            problems.append(f"beyond {limit:g} or {AGREEMENT:.2%}: {row}")
+            problems.append(
+                f"exceeds the limit {limit:g}, or agreement is below {AGREEMENT:.2%}: {row}"
+            )
     return problems
 
 
@@ -214,9 +216,10 @@ def markdown(result: Row) -> str:
             f"| file, MB | {ours['bytes'] / 1e6:.1f} | {theirs['bytes'] / 1e6:.1f} |",
             f"| onnxruntime, s | {ours['seconds']:.2f} | {theirs['seconds']:.2f} |",
             "",
-            f"Logits differ by {graph['difference']:.1e}; {graph['same_class']:.4%} of pixels have "
-            f"the same class. Theirs takes {graph['ratio']:.2f} times our time (the median of "
-            f"{len(turns)} turns, {turns[0]:.2f} to {turns[-1]:.2f}).",
+            f"The logits differ by {graph['difference']:.1e}; {graph['same_class']:.4%} of pixels "
+            f"have the same class. The graph of `torch.onnx.export` takes {graph['ratio']:.2f} "
+            f"times as long as this package's (median of {len(turns)} alternating runs, "
+            f"{turns[0]:.2f} to {turns[-1]:.2f}).",
         ]
     return "\n".join(lines)
 
@@ -225,12 +228,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=pathlib.Path, help="file of results, written as they come")
-    parser.add_argument("--markdown", type=pathlib.Path, help="print this file's tables and end")
     parser.add_argument(
-        "--graphs", action="store_true", help="measure the graphs alone, and keep the file's rows"
+        "--json", type=pathlib.Path, help="file to write the results to, one by one"
     )
-    parser.add_argument("--machine", default=f"{os.cpu_count()} cores", help="as it is to be named")
+    parser.add_argument(
+        "--markdown", type=pathlib.Path, help="print the tables of this file, measure nothing"
+    )
+    parser.add_argument(
+        "--graphs",
+        action="store_true",
+        help="measure only the graphs, and keep the rows of the file",
+    )
+    parser.add_argument(
+        "--machine", default=f"{os.cpu_count()} cores", help="description of this machine"
+    )
     args = parser.parse_args()
     if args.markdown:
         print(markdown(json.loads(args.markdown.read_text())))
@@ -261,7 +272,7 @@ def main() -> int:
         result["graphs"] = graphs(pathlib.Path(folder))
     write()
     print(markdown(result))
-    problems = broken(result)
+    problems = violations(result)
     print(*problems, sep="\n")
     return 1 if problems else 0
 

@@ -1,14 +1,14 @@
-"""Images a second that the host prepares for training, by number of worker processes.
+"""Measures how many training images the host prepares per second, by number of workers.
 
 Each image is decoded from JPEG (its mask from PNG), scaled, cropped to 513 x 513, flipped, and
-stacked into batches of 16, as in `configs/voc_os16.py`. torchvision's reference transforms do the
-same with the same files in PyTorch's DataLoader, in turns with this package.
+stacked into batches of 16, as in `configs/voc_os16.py`. torchvision's reference transforms process
+the same files in PyTorch's DataLoader, alternating with this package.
 
     python benchmarks/input_pipeline.py                      # on generated images of VOC's size
     python benchmarks/input_pipeline.py --root ~/data/voc    # on VOC 2012 itself
     python benchmarks/input_pipeline.py --alone              # without torchvision
 
-Needs the `test` extra, or torch and torchvision, unless --alone.
+Needs the `test` extra, or torch and torchvision, except with --alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from deeplab_jax import data
 from deeplab_jax.config import DataConfig, ShapesConfig, crop_shape
 from deeplab_jax.data import pipeline, randomness
 from deeplab_jax.data.augment import augment
-from deeplab_jax.data.dataset import Dataset, Example
+from deeplab_jax.data.dataset import Dataset, Example, read_example
 from deeplab_jax.data.datasets import shapes
 
 _SIZE = (375, 500)  # height and width of most images of VOC, pixels
@@ -46,7 +46,7 @@ _JPEG_QUALITY = 92  # makes files of about 100 kB, as VOC's
 
 
 class Files:
-    """Pairs of `NNN.jpg` and `NNN.png`, which hold the images and the ids of shapes."""
+    """Generated shapes, written as pairs of an image `NNN.jpg` and a mask of ids `NNN.png`."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._folder = folder
@@ -73,7 +73,7 @@ class Files:
 
 
 def voc_pairs(root: str, split: str) -> list[tuple[pathlib.Path, pathlib.Path]]:
-    """Files of images and masks, as torchvision's own data set finds them."""
+    """Returns the files of images and masks that torchvision's own data set would use."""
     (folder,) = pathlib.Path(root).glob("**/VOC2012")
     names = (folder / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
     return [
@@ -92,7 +92,7 @@ def median_cpu_seconds(function: Callable[[int], object], count: int) -> float:
 
 
 def stage_milliseconds(dataset: Dataset, config: DataConfig) -> dict[str, float]:
-    """CPU time of each stage for one image, whatever else the machine does."""
+    """Returns the CPU time of each stage for one image; other programs do not affect it."""
     cv2.setNumThreads(0)
     count = min(len(dataset.source), _NUM_IMAGES)
     examples = [dataset.source[index] for index in range(count)]
@@ -109,7 +109,7 @@ def stage_milliseconds(dataset: Dataset, config: DataConfig) -> dict[str, float]
         )
 
     decode = median_cpu_seconds(lambda index: dataset.source[index], count)
-    checked = median_cpu_seconds(lambda index: pipeline.read(dataset, index), count)
+    checked = median_cpu_seconds(lambda index: read_example(dataset, index), count)
     return {
         "decode": 1e3 * decode,
         "check": 1e3 * max(checked - decode, 0),
@@ -118,7 +118,7 @@ def stage_milliseconds(dataset: Dataset, config: DataConfig) -> dict[str, float]
 
 
 def their_milliseconds(files: Any) -> float:
-    """CPU time of one image in torchvision's transforms, on one core."""
+    """Returns the CPU time of torchvision's transforms for one image, on one core."""
     import torch
 
     torch.set_num_threads(1)
@@ -126,7 +126,7 @@ def their_milliseconds(files: Any) -> float:
 
 
 def throughput(batches: Iterator[object], warmup: int, batch_size: int, steps: int) -> float:
-    """Images a second once all buffers have been emptied."""
+    """Returns images per second, after batches that were buffered before."""
     for _ in range(warmup):
         next(batches)
     start = time.perf_counter()
@@ -138,7 +138,7 @@ def throughput(batches: Iterator[object], warmup: int, batch_size: int, steps: i
 def turns(
     dataset: Dataset, config: DataConfig, files: Any | None, num_workers: int, args: Any
 ) -> dict[str, Any]:
-    """Both sides, one after the other, `args.turns` times; medians, and the spread of the ratio."""
+    """Measures both packages alternately; returns medians and the range of the ratio."""
     config = dataclasses.replace(config, num_workers=num_workers)
     warmup, size = 4 * max(num_workers, 1) + 1, args.batch_size
     ours, theirs = [], []
@@ -152,7 +152,7 @@ def turns(
 
             loader = their_batches(files, num_workers, size)
             theirs.append(throughput(loader, warmup, size, args.steps))
-            del loader  # ends its processes
+            del loader  # stops its processes
     ratios = [one / other for one, other in zip(ours, theirs, strict=False)]
     return {
         "workers": num_workers,
@@ -168,15 +168,19 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--root", help="folder of VOC; without it, images are generated")
-    parser.add_argument("--split", default="train", help="of VOC (default: train)")
+    parser.add_argument("--root", help="folder of VOC; default: generated images")
+    parser.add_argument("--split", default="train", help="split of VOC (default: train)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=20, help="batches timed (default: 20)")
-    parser.add_argument("--turns", type=int, default=3, help="of each side (default: 3)")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="number of batches to time (default: 20)"
+    )
+    parser.add_argument("--turns", type=int, default=3, help="runs of each package (default: 3)")
     parser.add_argument("--alone", action="store_true", help="without torchvision")
-    parser.add_argument("--machine", default=f"{os.cpu_count()} cores", help="as it is to be named")
-    parser.add_argument("--json", type=pathlib.Path, help="file that the results are written to")
+    parser.add_argument(
+        "--machine", default=f"{os.cpu_count()} cores", help="description of this machine"
+    )
+    parser.add_argument("--json", type=pathlib.Path, help="file to write the results to")
     return parser.parse_args()
 
 

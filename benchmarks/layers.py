@@ -1,15 +1,15 @@
-"""Where a case's time goes: each convolution alone, in turns with PyTorch's, and what is left.
+"""Measures each convolution of a case, alternating with PyTorch's, and the rest of the program.
 
     python benchmarks/layers.py                          # the first case of benchmarks.speed
     python benchmarks/layers.py "train resnet50 os8" --json layers.json
-    python benchmarks/layers.py --recorded layers.json   # the tables again; measures nothing
-    python benchmarks/layers.py "train resnet101 os16 16x" --bounds 731e12 3.35e12   # nor does this
+    python benchmarks/layers.py --recorded layers.json   # prints recorded tables
+    python benchmarks/layers.py "train resnet101 os16 16x" --bounds 731e12 3.35e12   # only bounds
 
-Convolutions of one shape are measured once and counted as often as they occur; of a training step
-forward and gradients together. The bound is the roofline: no less than the arithmetic of the taps
-on the map takes at the speed of the machine's best matrix product, nor than reading and writing
-each map and kernel once takes at the speed of a large copy. What is left is the whole program
-without its convolutions: batch norm, relu, pooling, resizing, the loss, the optimizer.
+Convolutions of one shape are measured once and counted as often as they occur; in a training step,
+forward pass and gradients are measured together. The bound is the roofline, the larger of two
+times: the arithmetic of the taps on the map at the speed of the machine's best matrix product, and
+reading or writing each map and kernel once at the speed of a large copy. "what is left" is the
+program without its convolutions: batch norm, relu, pooling, resizing, the loss, the optimizer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rich.progress import track
 from rich.table import Table
 
 from deeplab_jax.analysis.conv_trace import Convolution, convolutions
-from deeplab_jax.inference.compile import ONEDNN_OPTIONS, has_onednn
+from deeplab_jax.inference.compilation import ONEDNN_OPTIONS, has_onednn
 from deeplab_jax.models.ops.atrous_conv import atrous_conv
 from speed import measure, ours, theirs
 from speed.cases import Built, Case, cases
@@ -41,10 +41,11 @@ _THEIR_MODES = {"float32": "channels_last", "bfloat16": "channels_last, autocast
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What makes convolutions equal; channels of the input first, then of the output.
+    """Properties that convolutions measured together have in common.
 
     Attributes:
-      reads_image: the first of a model, whose input wants no gradient.
+      channels: of the input and of the output.
+      reads_image: whether it is the first of a model, whose input needs no gradient.
     """
 
     kernel_size: int
@@ -71,12 +72,12 @@ class Shape:
 
 
 def bound_ms(conv: Convolution, case: Case, peak: float, bandwidth: float) -> float:
-    """Roofline of a convolution, or of it and its gradients, milliseconds.
+    """Returns the roofline of a convolution, or of it and its gradients, in milliseconds.
 
     Args:
-      conv: for one image.
-      case: whose batch, type and kind count.
-      peak: of matrix products, FLOP/s.
+      conv: the convolution, for one image.
+      case: gives the batch size, the dtype, and whether gradients are computed.
+      peak: speed of matrix products, FLOP/s.
       bandwidth: of memory, bytes/s.
     """
     passes = 1 if case.kind == "forward" else 2 if Shape.of(conv).reads_image else 3
@@ -89,7 +90,7 @@ def bound_ms(conv: Convolution, case: Case, peak: float, bandwidth: float) -> fl
 
 def our_side(conv: Convolution, case: Case) -> Built:
     shape = Shape.of(conv)
-    # As `inference.compile.jit_inference` compiles a model.
+    # The same choice as in `inference.compilation.jit_inference`.
     by_onednn = case.kind == "forward" and jax.default_backend() == "cpu" and has_onednn()
 
     def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -169,7 +170,7 @@ def their_side(conv: Convolution, case: Case) -> Built:
 
 
 def by_shape(case: Case) -> dict[Shape, list[Convolution]]:
-    """The convolutions of a case, equal ones together."""
+    """Groups the convolutions of a case by shape."""
     found: dict[Shape, list[Convolution]] = collections.defaultdict(list)
     for conv in convolutions(ours.model_of(case), case.height, case.width):
         found[Shape.of(conv)].append(conv)
@@ -177,7 +178,7 @@ def by_shape(case: Case) -> dict[Shape, list[Convolution]]:
 
 
 def bounds_table(case: Case, peak: float, bandwidth: float) -> Table:
-    """The convolutions' bounds on a machine, those first that take most, and their sum."""
+    """Returns the bounds of the convolutions on a machine, largest first, and their sum."""
     result = Table(title=f"{case.name}: bounds, ms", box=None)
     result.add_column("convolution")
     for name in ("times", "one", "all"):
@@ -195,11 +196,11 @@ def bounds_table(case: Case, peak: float, bandwidth: float) -> Table:
 
 
 def measured(case: Case, *, turns: int) -> dict[str, Any]:
-    """The rows of a case, most of the time first, and what they were measured by.
+    """Measures a case; returns its rows, slowest first, and the conditions.
 
     Args:
       case: the workload.
-      turns: of each side, for each convolution and for the whole.
+      turns: runs of each package, for each convolution and for the full program.
     """
     peak, copied = measure.matmul_peak(case.dtype), measure.copy_bandwidth()
     rows = []
@@ -234,7 +235,7 @@ def measured(case: Case, *, turns: int) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> Table:
-    """The convolutions, those first that take most, their sum, and the rest of the program."""
+    """Returns the convolutions, slowest first, their sum, and the rest of the program."""
     flops, copied = found["matmul_peak_flops"] / 1e9, found["copy_bytes_per_second"] / 1e9
     result = Table(
         title=f"{found['case']}: ms; bound: {flops:.0f} GFLOP/s, {copied:.0f} GB/s", box=None
@@ -261,7 +262,7 @@ def table(found: dict[str, Any]) -> Table:
 def _ratio_and_times(times: dict[str, float]) -> list[str]:
     bound = f"{times['bound_ms']:.0f}" if "bound_ms" in times else ""
     ours_ms, theirs_ms = times["ours_ms"], times["theirs_ms"]
-    # What is left is a difference, and may be lost in the noise of its parts.
+    # "what is left" is a difference, which noise can make negative.
     ratio = f"{theirs_ms / ours_ms:.2f}" if ours_ms > 0 else ""
     return [ratio, bound, f"{ours_ms:.0f}", f"{theirs_ms:.0f}"]
 
@@ -271,17 +272,23 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     known = cases(jax.default_backend(), quick=False)
-    parser.add_argument("case", nargs="?", default=known[0].name, help="name, or part of it")
+    parser.add_argument(
+        "case", nargs="?", default=known[0].name, help="name of a case, or a part of it"
+    )
     parser.add_argument(
         "--bounds",
         nargs=2,
         type=float,
         metavar=("FLOPS", "BYTES"),
-        help="show the bounds alone, of a machine of so many FLOP/s and bytes/s, of any case",
+        help="only print the bounds, for a machine with these FLOP/s and bytes/s",
     )
-    parser.add_argument("--turns", type=int, default=3, help="of each side, for each convolution")
-    parser.add_argument("--json", type=pathlib.Path, help="write the results there")
-    parser.add_argument("--recorded", type=pathlib.Path, help="show a file that --json wrote")
+    parser.add_argument(
+        "--turns", type=int, default=3, help="runs of each package, for each convolution"
+    )
+    parser.add_argument("--json", type=pathlib.Path, help="file to write the results to")
+    parser.add_argument(
+        "--recorded", type=pathlib.Path, help="print the tables of a file that --json wrote"
+    )
     args = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     if args.turns < 1:
@@ -299,7 +306,7 @@ def main() -> int:
         known = (*cases("cpu", quick=False), *cases("gpu", quick=False))
     chosen = [case for case in known if args.case in case.name]
     if not chosen:
-        parser.error(f"no case holds {args.case!r}; known: {', '.join(c.name for c in known)}")
+        parser.error(f"no case contains {args.case!r}; cases: {', '.join(c.name for c in known)}")
     if args.bounds is not None:
         console.print(bounds_table(chosen[0], *args.bounds))
         return 0

@@ -1,14 +1,14 @@
-"""Largest differences between runs on one device and the same runs on a mesh of several.
+"""Measures the largest differences between runs on one device and on a mesh of several devices.
 
-Curves are ten steps of a small model on generated shapes, with the confusion matrix at the end.
-Gradients are of one batch through each kind of backbone, decoder and loss, with the height of the
-images divided over devices that do not divide it. Differences are relative to the largest value.
-Exit code 1: a limit is broken.
+"curve" cases take ten steps of a small model on generated shapes, and then compute the confusion
+matrix. "gradients" cases compute the gradients of one batch for each kind of backbone, decoder and
+loss, with an image height that is not divisible by the number of devices. Differences are relative
+to the largest value. Exits with 1 if a difference exceeds its limit.
 
-    python benchmarks/mesh.py                     # ten minutes on two cores: eight devices, faked
-    python benchmarks/mesh.py --json mesh.json  # resumes: adds what the file lacks
+    python benchmarks/mesh.py                     # simulates 8 devices; ten minutes on two cores
+    python benchmarks/mesh.py --json mesh.json    # resumes: measures the cases not in the file
     python benchmarks/mesh.py --json mesh.json --markdown
-    JAX_PLATFORMS=cuda python benchmarks/mesh.py  # on the machine's own devices; some cases drop
+    JAX_PLATFORMS=cuda python benchmarks/mesh.py  # on this machine's devices; may skip some cases
 
 Needs the `test` extra.
 """
@@ -35,20 +35,19 @@ from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.evaluation.evaluator import Evaluator
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.training.optimizer import make_optimizer, poly_schedule
-from deeplab_jax.training.state import TrainState, start_state
+from deeplab_jax.training.state import TrainState, init_state
 from deeplab_jax.training.step import gradients
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
 import tiny
 from random_modules import random_variables
 
-LIMITS = {"float32": 1e-5, "float64": 1e-12}  # of curves
-# Of gradients in float64: batch norms over few values amplify rounding; a fault is 1e-4 and more.
+LIMITS = {"float32": 1e-5, "float64": 1e-12}  # for "curve" cases
+# For gradients in float64: batch norms over few values amplify rounding; a bug gives 1e-4 or more.
 GRADIENTS_LIMIT = 1e-9
 STEPS = 10
-# Heights at output stride 16 that 2, 4 and 8 devices do not divide, the least that 8 devices take
-# among them; of a width and a number of images that cost little.
+# Heights that are not divisible by 2, 4 and 8 devices at output stride 16, including the smallest
+# one that 8 devices support. Width and number of images are small to save time.
 HEIGHTS, WIDTH, BATCH, CLASSES = (113, 130, 145), 17, 2, 5
 MESHES = {
     "1 x 1": MeshConfig(data=1),
@@ -62,7 +61,7 @@ MESHES = {
     "1 x 8": MeshConfig(data=1, space=8),
 }
 PIXELS = LossConfig(class_weights=(1, 2, 3, 1, 0.5), hard_pixel_fraction=0.5)
-# What is built, with a loss: each kind of unit, stem, backbone, head, decoder and loss is in one.
+# Models and losses that together contain every unit, stem, backbone, head, decoder and loss.
 VARIANTS: dict[str, tuple[ModelConfig, LossConfig]] = {
     "basic units": (ModelConfig("paper_resnet18"), LossConfig()),
     "bottlenecks, hardest pixels": (ModelConfig("torchvision_resnet50"), PIXELS),
@@ -84,13 +83,13 @@ VARIANTS: dict[str, tuple[ModelConfig, LossConfig]] = {
 
 
 class Case(NamedTuple):
-    """One comparison with one device: a "curve" of a mesh, or "gradients" of a variant."""
+    """A comparison with one device: the "curve" of a mesh, or the "gradients" of a variant."""
 
     kind: str
     name: str  # a key of MESHES or VARIANTS
     dtype: str
-    height: int = 0  # of the images, and devices that it is divided over, of gradients
-    space: int = 1
+    height: int = 0  # of the images, for gradients
+    space: int = 1  # devices along the height, for gradients
 
     def __str__(self) -> str:
         rows = f", {self.height} rows over {self.space}" if self.height else ""
@@ -99,12 +98,12 @@ class Case(NamedTuple):
 
 def all_cases() -> list[Case]:
     curves = [Case("curve", name, dtype) for dtype in LIMITS for name in list(MESHES)[1:]]
-    divided = [
+    gradient_cases = [
         Case("gradients", name, "float64", height, space)
         for name in VARIANTS
         for height, space in zip(HEIGHTS, (8, 4, 2), strict=True)
     ]
-    return [case for case in curves + divided if _devices(case) <= jax.device_count()]
+    return [case for case in curves + gradient_cases if _devices(case) <= jax.device_count()]
 
 
 def _devices(case: Case) -> int:
@@ -113,7 +112,7 @@ def _devices(case: Case) -> int:
 
 
 def measure(case: Case) -> dict[str, float]:
-    """Differences by name; of confusion matrices the number of pixels."""
+    """Returns differences by name; for confusion matrices, the number of pixels."""
     jax.config.update("jax_enable_x64", case.dtype == "float64")
     if case.kind == "curve":
         one, many = _curve("1 x 1", case.dtype), _curve(case.name, case.dtype)
@@ -127,12 +126,12 @@ def measure(case: Case) -> dict[str, float]:
     return found
 
 
-def broken(case: Case, found: dict[str, float]) -> list[str]:
-    """What is above its limit; NaN is."""
+def violations(case: Case, found: dict[str, float]) -> list[str]:
+    """Returns a line for each difference that exceeds its limit or is NaN."""
     limit = LIMITS[case.dtype] if case.kind == "curve" else GRADIENTS_LIMIT
     limits = dict.fromkeys(found, limit) | {"confusion": 0}
     if case.dtype == "float32":
-        # Rounding moves some value across the kink of a ReLU, and its whole gradient comes or goes.
+        # A rounding error can switch a ReLU on or off, and with it its gradient.
         limits["gradient norm"] = np.inf
     return [
         f"{case}: {name} differs by {value:.1e}"
@@ -142,7 +141,7 @@ def broken(case: Case, found: dict[str, float]) -> list[str]:
 
 
 def difference(one: Any, other: Any) -> float:
-    """Largest difference of all arrays, over the largest value."""
+    """Returns the largest difference over all arrays, divided by the largest value."""
     pairs = list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
     largest = max(float(np.abs(a).max()) for a, _ in pairs)
     return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs) / largest
@@ -150,12 +149,12 @@ def difference(one: Any, other: Any) -> float:
 
 @functools.cache
 def _curve(name: str, dtype: str) -> dict[str, Any]:
-    """Losses of ten steps, what the state holds then, and how it predicts."""
+    """Returns the losses of ten steps, the final state, and its confusion matrix."""
     config = tiny.get_config()
     config.mesh = MESHES[name]
     config.model.dtype = dtype
     config.data.crop_size = (HEIGHTS[0], WIDTH)
-    config.optimizer.learning_rate = 0.001  # more would amplify the rounding of float32
+    config.optimizer.learning_rate = 0.001  # a higher rate would amplify float32 rounding
     config.train.steps = STEPS
     config.data.shapes.num_train = 8
     config.eval.size = HEIGHTS[0]
@@ -174,7 +173,7 @@ def _curve(name: str, dtype: str) -> dict[str, Any]:
 
 
 def _gradients(name: str, dtype: str, height: int, space: int) -> dict[str, Any]:
-    """Gradients of a batch with arrays of its own, and what else a step makes of it."""
+    """Returns the gradients, running statistics and loss of a random batch."""
     fields, loss = VARIANTS[name]
     config = Config(
         model=dataclasses.replace(fields, width=0.125, dropout=0.0, dtype=dtype),
@@ -185,8 +184,7 @@ def _gradients(name: str, dtype: str, height: int, space: int) -> dict[str, Any]
     mesh = mesh_lib.make_mesh(config.mesh)
     overrides = dataclasses.asdict(config.model) | {"num_classes": CLASSES}
     model = FunctionalModel(architecture(overrides.pop("architecture"), **overrides))
-    tx = make_optimizer(config.optimizer, poly_schedule(config.optimizer, 1), model.abstract.params)
-    state = mesh_lib.replicate(start_state(tx, random_variables(model), ema=False), mesh)
+    state = mesh_lib.replicate(init_state(config, random_variables(model)), mesh)
     rng = np.random.default_rng(0)
     labels = rng.integers(0, CLASSES + 1, (BATCH, height, WIDTH)).astype(np.uint8)
     labels[labels == CLASSES] = 255
@@ -195,7 +193,7 @@ def _gradients(name: str, dtype: str, height: int, space: int) -> dict[str, Any]
 
     @jax.jit
     def run(state: TrainState, batch: dict[str, jax.Array]) -> dict[str, Any]:
-        batch = {name: mesh_lib.fit_height(x, height, mesh) for name, x in batch.items()}
+        batch = {name: mesh_lib.unpad_height(x, height, mesh) for name, x in batch.items()}
         grads, statistics, losses = gradients(model, config, state, batch, mesh)
         return {"gradients": grads, "running statistics": statistics, "loss": losses}
 
@@ -222,7 +220,7 @@ def write(path: pathlib.Path, rows: dict[Case, dict[str, float]]) -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A table of the differences, and what they were measured under."""
+    """Returns tables of the differences, and the conditions of the measurement."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines = [f"Measured on {result['date']}: {result['devices']}, {versions}."]
     for kind in ("curve", "gradients"):
@@ -232,12 +230,12 @@ def markdown(result: dict[str, Any]) -> str:
         for row in rows:
             title = str(Case(**row["case"])).removeprefix(f"{kind}: ")
             lines.append(
-                f"| {title} | {' | '.join(_spell(row['differences'][n], n) for n in names)} |"
+                f"| {title} | {' | '.join(_format(row['differences'][n], n) for n in names)} |"
             )
     return "\n".join(lines)
 
 
-def _spell(value: float, name: str) -> str:
+def _format(value: float, name: str) -> str:
     return f"{value:.0f} pixels" if name == "confusion" else f"{value:.1e}"
 
 
@@ -245,8 +243,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--json", type=pathlib.Path, help="write the figures here")
-    parser.add_argument("--markdown", action="store_true", help="print what the file holds")
+    parser.add_argument("--json", type=pathlib.Path, help="file to write the results to")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the tables of the file, measure nothing"
+    )
     options = parser.parse_args()
     if options.markdown:
         print(markdown(json.loads(options.json.read_text())))
@@ -261,9 +261,9 @@ def main() -> int:
             rows[case] = measure(case)
             if options.json:
                 write(options.json, rows)
-        spelled = (f"{name} {_spell(value, name)}" for name, value in rows[case].items())
+        spelled = (f"{name} {_format(value, name)}" for name, value in rows[case].items())
         print(f"{case}: {', '.join(spelled)}", flush=True)
-    problems = [line for case, found in rows.items() for line in broken(case, found)]
+    problems = [line for case, found in rows.items() for line in violations(case, found)]
     print(*problems, sep="\n", file=sys.stderr)
     return 1 if problems else 0
 

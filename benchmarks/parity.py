@@ -1,14 +1,14 @@
-"""Largest differences between this package's models and torchvision's, on the same weights.
+"""Measures the largest differences between this package's models and torchvision's.
 
-Each case is a model with random weights, batch norm statistics and affine parameters, built by
-torchvision and converted, and a batch of random images. A difference is the largest of all values
-of a map, relative to the largest value. Matrix products are in the highest precision. Small cases
-come first, and each is written to the file as soon as it is measured, so that the command may be
-stopped and goes on from there when it is run again. Exit code 1: a limit is broken.
+Each case is a torchvision model with random weights, batch norm statistics and affine parameters,
+converted to this package, and a batch of random images. A difference is the largest over all values
+of a map, divided by the largest value. Matrix products use the highest precision. Small cases come
+first, and each result is written to the file at once, so that the command can be stopped and
+resumes when it is run again. Exits with 1 if a difference exceeds its limit.
 
     python benchmarks/parity.py --quick                    # small images: two minutes
     python benchmarks/parity.py --json parity.json         # all: half an hour on two cores; resumes
-    python benchmarks/parity.py --json parity.json --markdown   # print what the file holds
+    python benchmarks/parity.py --json parity.json --markdown   # prints the recorded tables
     JAX_PLATFORMS=cuda python benchmarks/parity.py --json parity_gpu.json
 
 Needs the `test` extra.
@@ -42,13 +42,14 @@ from deeplab_jax.models.deeplab import DeepLabV3, build_model
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.models.layers import ShapeRngs
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.files import write_bytes
 from deeplab_jax.weights import torchvision
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
 import torch_reference
 from torch_reference import torch
 
-# torchvision's names, and the arithmetic of each against the first, roughly: it orders the cases.
+# torchvision's names, and the approximate cost relative to the first, which orders the cases.
 MODELS = {
     "deeplabv3_mobilenet_v3_large": 1,
     "deeplabv3_resnet50": 17,
@@ -68,7 +69,7 @@ class Case(NamedTuple):
     """One measurement.
 
     Attributes:
-      kind: "logits" of both heads, or "stages": what each part of the model gives.
+      kind: "logits" of both heads, or "stages": the outputs of each part of the model.
       model: a key of `MODELS`.
       dtype: of the computation, a key of `LIMITS`.
       height, width: of the images.
@@ -93,7 +94,7 @@ class Case(NamedTuple):
 
 
 def all_cases(quick: bool) -> list[Case]:
-    """The grid, the cheapest first."""
+    """Returns all cases, the cheapest first."""
     cases = [
         Case("logits", model, dtype, height, width, batch)
         for model, dtype in itertools.product(MODELS, LIMITS)
@@ -110,14 +111,14 @@ def all_cases(quick: bool) -> list[Case]:
 
 
 def measure(case: Case) -> Differences:
-    """The difference of each map."""
+    """Returns the difference of each map."""
     jax.config.update("jax_enable_x64", case.dtype == "float64")
     reference = reference_model(case.model, case.dtype)
     images = np.random.default_rng(0).normal(size=(case.batch, case.height, case.width, 3))
     images = images.astype(case.dtype)
     run = logits if case.kind == "logits" else stages
     ours, theirs = run(reference, our_architecture(case), images)
-    jax.clear_caches()  # each case has programs of its own
+    jax.clear_caches()  # the next case has other programs
     return {name: difference(ours[name], theirs[name]) for name in theirs}
 
 
@@ -127,7 +128,7 @@ def _float32_model(name: str) -> Any:
 
 
 def reference_model(name: str, dtype: str) -> Any:
-    """torchvision's model. The weights are the same numbers in both types."""
+    """Returns torchvision's model; its weights are the same numbers in both dtypes."""
     return _float32_model(name).to(getattr(torch, dtype))
 
 
@@ -138,7 +139,7 @@ def our_architecture(case: Case) -> Architecture:
 
 def converted(reference: Any, model: FunctionalModel) -> Variables:
     arrays = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
-    return Variables(*torchvision.to_model(arrays, model)[:2])
+    return torchvision.to_model(arrays, model).variables
 
 
 def to_torch(images: np.ndarray) -> Any:
@@ -148,7 +149,7 @@ def to_torch(images: np.ndarray) -> Any:
 def logits(
     reference: Any, chosen: Architecture, images: np.ndarray
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Logits of both heads at the images' size: ours, torchvision's."""
+    """Returns the logits of both heads at the images' size: this package's, torchvision's."""
     model = FunctionalModel(chosen)
     ours, _ = jax.jit(model.apply)(converted(reference, model), images)
     with torch.no_grad():
@@ -158,7 +159,7 @@ def logits(
 def stages(
     reference: Any, chosen: Architecture, images: np.ndarray
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What each part of the model gives, in order: ours, torchvision's."""
+    """Returns the outputs of each part of the model, in order: this package's, torchvision's."""
     graph, state = nnx.split(module_of(converted(reference, FunctionalModel(chosen)), chosen))
 
     @jax.jit
@@ -176,7 +177,7 @@ def stages(
 
 
 def module_of(variables: Variables, chosen: Architecture) -> DeepLabV3:
-    """The model for inference with these variables in their places."""
+    """Returns the model in inference mode with these variables."""
     model = nnx.eval_shape(lambda: build_model(chosen, rngs=ShapeRngs(0)))
     model.eval()
     arrays = variables.params | variables.batch_stats
@@ -190,7 +191,7 @@ def module_of(variables: Variables, chosen: Architecture) -> DeepLabV3:
 
 
 def parts_of(reference: Any) -> dict[str, Any]:
-    """torchvision's modules by the names that we give their outputs, in order."""
+    """Returns torchvision's modules by the names of the stages, in order."""
     backbone = reference.backbone
     if "maxpool" in backbone:
         features = {"stem": backbone.maxpool}
@@ -207,7 +208,7 @@ def parts_of(reference: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def outputs_of(modules: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What torch's modules give while they run within, in the order of `modules`."""
+    """Yields the outputs of torch modules, filled when they run, in the order of `modules`."""
     outputs = dict.fromkeys(modules)
 
     def keep(name: str) -> Callable[..., None]:
@@ -220,11 +221,13 @@ def outputs_of(modules: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def difference(ours: Any, theirs: Any) -> float:
-    """Largest difference of maps, ours `[n, h, w, c]`, theirs `[n, c, h, w]`, over the largest."""
+    """Returns the largest difference of maps `[n, h, w, c]` and `[n, c, h, w]`, relative."""
     expected = np.moveaxis(theirs.numpy(), 1, 3)
     found = np.asarray(ours)
     if found.shape != expected.shape or found.dtype != expected.dtype:
-        raise ValueError(f"{found.shape} {found.dtype}, not {expected.shape} {expected.dtype}")
+        raise ValueError(
+            f"expected {expected.shape} {expected.dtype}, got {found.shape} {found.dtype}"
+        )
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
@@ -232,7 +235,7 @@ def difference(ours: Any, theirs: Any) -> float:
 
 
 def conditions(machine: str) -> dict[str, Any]:
-    """Whatever the numbers may depend on beside the code."""
+    """Returns everything that the results may depend on, except the code."""
     return {
         "machine": machine,
         "device": jax.devices()[0].device_kind,
@@ -243,14 +246,14 @@ def conditions(machine: str) -> dict[str, Any]:
 
 
 def read(path: pathlib.Path | None) -> dict[str, Any]:
-    """A file of results; nothing where there is none yet."""
+    """Reads a file of results; returns an empty dictionary if there is none yet."""
     if path is None or not path.exists():
         return {}
     try:
         result = json.loads(path.read_text())
         rows_of(result)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is no file of this command's results ({error!r})") from error
+        raise UserError(f"{path} is not a file of this command's results ({error!r})") from error
     return result
 
 
@@ -262,18 +265,16 @@ def rows_of(result: dict[str, Any]) -> dict[Case, Differences]:
 
 
 def write(path: pathlib.Path, header: dict[str, Any], rows: dict[Case, Differences]) -> None:
-    """Writes aside, then renames: the file is whole at any time."""
+    """Writes the results atomically."""
     listed = [case._asdict() | {"differences": found} for case, found in rows.items()]
     result = {"date": time.strftime("%Y-%m-%d")} | header | {"limits": LIMITS, "rows": listed}
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(json.dumps(result, indent=1) + "\n")
-    aside.replace(path)
+    write_bytes(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
-def broken(rows: dict[Case, Differences]) -> list[str]:
-    """What is above its limit, a line each. NaN is."""
+def violations(rows: dict[Case, Differences]) -> list[str]:
+    """Returns a line for each difference that exceeds its limit or is NaN."""
     return [
-        f"{case}: {name} differs by {value:.1e}, the limit is {LIMITS[case.dtype]:.0e}"
+        f"{case}: {name} differs by {value:.1e}; the limit is {LIMITS[case.dtype]:.0e}"
         for case, found in rows.items()
         for name, value in found.items()
         if not value <= LIMITS[case.dtype]
@@ -281,7 +282,7 @@ def broken(rows: dict[Case, Differences]) -> list[str]:
 
 
 class Grid(NamedTuple):
-    """A table of differences: a title, the heads of its columns, and its rows."""
+    """A table of differences."""
 
     title: str
     columns: tuple[str, ...]
@@ -289,7 +290,7 @@ class Grid(NamedTuple):
 
 
 def grids(rows: dict[Case, Differences]) -> list[Grid]:
-    """Tables of logits by type, and of stages by kind of backbone."""
+    """Returns tables of logits for each dtype, and of stages for each kind of backbone."""
     short = {model: model.removeprefix("deeplabv3_") for model in MODELS}
     tables = []
     for dtype, limit in LIMITS.items():
@@ -317,7 +318,7 @@ def grids(rows: dict[Case, Differences]) -> list[Grid]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables of a file of results, and what they were measured under."""
+    """Returns the tables of a file of results, and the conditions of the measurement."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     parts = [f"Measured on {result['date']}: {result['machine']}, {versions}."]
     for grid in grids(rows_of(result)):
@@ -341,7 +342,7 @@ def run(
     keep: Callable[[dict[Case, Differences]], None],
     console: Console,
 ) -> None:
-    """Measures the cases that `rows` lacks, adds them to it, and gives it to `keep` after each."""
+    """Measures the cases missing in `rows`, adds them, and calls `keep(rows)` after each."""
     missing = [case for case in cases if case not in rows]
     with progress.Progress(
         progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeElapsedColumn(),
@@ -362,17 +363,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=pathlib.Path, help="file of results, written and resumed")
+    parser.add_argument("--json", type=pathlib.Path, help="file of results to write and resume")
     parser.add_argument(
-        "--quick", action="store_true", help="stages, and logits of images of 33x65 alone"
+        "--quick", action="store_true", help="stages, and logits only for images of 33x65"
     )
     parser.add_argument(
-        "--markdown", action="store_true", help="print the file's tables as Markdown, run nothing"
+        "--markdown",
+        action="store_true",
+        help="print the tables of the file as Markdown, measure nothing",
     )
-    parser.add_argument("--machine", default=f"{os.cpu_count()} cores", help="as it is to be named")
+    parser.add_argument(
+        "--machine", default=f"{os.cpu_count()} cores", help="description of this machine"
+    )
     args = parser.parse_args(arguments)
     if args.markdown and not (args.json and args.json.exists()):
-        parser.error("--markdown prints a file of results: give one as --json FILE")
+        parser.error("--markdown needs a file of results: --json FILE")
     if args.json and not args.json.absolute().parent.is_dir():
         parser.error(f"--json {args.json}: its folder does not exist")
     return args
@@ -390,7 +395,7 @@ def main(arguments: list[str] | None = None) -> int:
         if result and result.get(field) != value:
             raise UserError(
                 f"{args.json} was measured with {field} {result.get(field)}, here it is {value}: "
-                "choose another file, or remove this one to start anew"
+                "choose another file, or remove this one to measure again"
             )
     rows = rows_of(result)
 
@@ -401,7 +406,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     run(all_cases(args.quick), rows, keep, console)
     show(console, rows)
-    problems = broken(rows)
+    problems = violations(rows)
     for problem in problems:
         console.print(problem, style="red")
     return 1 if problems else 0

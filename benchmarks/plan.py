@@ -1,7 +1,7 @@
-"""Records what the TPU compiler says of the paper's train step, on slices that are not there.
+"""Compiles the paper's training step for several TPU slices, without a TPU, and records the plans.
 
-Each row is one compilation of minutes. Rows that the file has already are kept, so it may be
-stopped and run again at any moment.
+Each row is one compilation and takes minutes. Rows that are in the file are not compiled again, so
+the command can be stopped at any time and resumes when it is run again.
 
     pip install -e '.[tpu]'
     python benchmarks/plan.py --json benchmarks/results/plan_tpu.json
@@ -21,11 +21,11 @@ import time
 from typing import Any
 
 from deeplab_jax.analysis import descriptions
-from deeplab_jax.analysis.summary import markdown
-from deeplab_jax.config import io as config_files
+from deeplab_jax.analysis.summary import markdown_table
+from deeplab_jax.config import io as config_io
 from deeplab_jax.plan import chips, report
+from deeplab_jax.plan.collectives import Collective
 from deeplab_jax.plan.plan import make_plan, prepare
-from deeplab_jax.plan.roofline import all_reduce_seconds
 from deeplab_jax.utils.files import write_bytes
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "voc_os16.py"
@@ -34,7 +34,7 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "flax")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A config on a topology: ResNet-101 in bfloat16, crops of 513 unless it says otherwise."""
+    """A config on a topology: ResNet-101 in bfloat16, by default with crops of 513."""
 
     topology: str
     batch_size: int
@@ -59,7 +59,7 @@ class Case:
 REMAT = ("train.remat=true",)
 SHARDED = ("mesh.fully_sharded=true",)
 
-# The most telling first: a run may be stopped.
+# The most informative first, because a run may be stopped.
 CASES = (
     Case("v5e:4x4", 16),
     Case("v5e:4x4", 16, 8),
@@ -75,7 +75,7 @@ CASES = (
     Case("v5e:4x4", 256),
     Case("v5e:4x4", 128, 8),
 )
-# Of v5e, for the table of scaling.
+# Slices of v5e for the scaling tables.
 SLICES = ("2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 HOP_SECONDS = 1e-6  # https://jax-ml.github.io/scaling-book/sharding, on latency
 
@@ -83,9 +83,16 @@ HOP_SECONDS = 1e-6  # https://jax-ml.github.io/scaling-book/sharding, on latency
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=pathlib.Path, required=True)
-    parser.add_argument("--only", default="", help="cases whose name holds this text")
-    parser.add_argument("--tables", action="store_true", help="print what the file holds")
-    parser.add_argument("--until", type=float, default=float("inf"), help="start none later, s")
+    parser.add_argument("--only", default="", help="only cases whose name contains this text")
+    parser.add_argument(
+        "--tables", action="store_true", help="print the tables of the file, compile nothing"
+    )
+    parser.add_argument(
+        "--until",
+        type=float,
+        default=float("inf"),
+        help="start no compilation after this many seconds",
+    )
     arguments = parser.parse_args()
     recorded = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"rows": {}}
     if arguments.tables:
@@ -105,8 +112,8 @@ def main() -> None:
 
 
 def record(case: Case) -> dict[str, Any]:
-    """Compiles a case."""
-    config = config_files.override(config_files.from_python(CONFIG), case.all_settings)
+    """Compiles a case and returns its numbers."""
+    config = config_io.override(config_io.from_python(CONFIG), case.all_settings)
     architecture = descriptions.of_config(config, str(CONFIG)).architecture
     found = make_plan(config, architecture, chips.parse(case.topology))
     return {"date": time.strftime("%Y-%m-%d"), "settings": case.all_settings} | report.to_json(
@@ -115,7 +122,7 @@ def record(case: Case) -> dict[str, Any]:
 
 
 def conditions() -> dict[str, Any]:
-    """Machine and versions that the compile times hold for."""
+    """Returns the machine and versions of the compilation times."""
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {
         "cpu_cores": os.cpu_count(),
@@ -131,9 +138,9 @@ COLUMNS = (
 
 
 def cases_table(rows: dict[str, dict[str, Any]]) -> str:
-    """A line a case; those that were not compiled say so."""
+    """Returns a table with one line per case, also for those that are not compiled."""
     lines = [(case.name, *_cells(rows.get(case.name))) for case in CASES]
-    return markdown(COLUMNS, lines)
+    return markdown_table(COLUMNS, lines)
 
 
 def _cells(row: dict[str, Any] | None) -> tuple[str, ...]:
@@ -170,10 +177,11 @@ SCALING_COLUMNS = (
 
 
 def scaling_tables(rows: dict[str, dict[str, Any]]) -> str:
-    """For each case compiled on 16 chips: its all-reduce on more and fewer, at its batch a chip.
+    """Estimates the all-reduces of each case compiled on 16 chips for other numbers of chips.
 
-    Nothing overlaps: the share is t / (t + s), with s the step without exchange by all traffic, or
-    by arithmetic alone.
+    The batch per chip is constant. The estimate assumes no overlap: the share is t / (t + s), where
+    s is the time of the step without communication, either with memory traffic or, for "share at
+    most", only its arithmetic.
     """
     tables = []
     for case in CASES:
@@ -185,21 +193,22 @@ def scaling_tables(rows: dict[str, dict[str, Any]]) -> str:
         number = sum(one["count"] for one in reduced)
         line = row["roofline"]
         lines = [_scaling(chips.parse(f"v5e:{shape}"), size, number, line) for shape in SLICES]
-        head = f"{case.name}: {number} all-reduces of {size / 1e6:.1f} MB together"
-        tables.append(f"{head}\n\n{markdown(SCALING_COLUMNS, lines)}")
+        head = f"{case.name}: {number} all-reduces of {size / 1e6:.1f} MB in total"
+        tables.append(f"{head}\n\n{markdown_table(SCALING_COLUMNS, lines)}")
     return "\n\n".join(tables)
 
 
 def _scaling(
     topology: chips.Topology, size: int, number: int, line: dict[str, float]
 ) -> tuple[str, ...]:
-    seconds = all_reduce_seconds(size, topology.chips, topology.interconnect)
+    reduced = Collective("all-reduce", topology.num_chips, 1, size)
+    seconds = reduced.sent_bytes / topology.interconnect
     sides = zip(topology.shape, topology.rings, strict=True)
     hops = sum(side // 2 if ring else side - 1 for side, ring in sides)  # to the farthest chip
     step = max(line["memory_seconds"], line["compute_seconds"])
     return (
-        f"{topology.chips} ({topology.name.partition(':')[2]})",
-        str(topology.ports),
+        f"{topology.num_chips} ({topology.name.partition(':')[2]})",
+        str(topology.num_ports),
         f"{topology.interconnect / 1e9:.0f}",
         f"{1e3 * seconds:.2f}",
         f"{seconds / (seconds + step):.1%}",

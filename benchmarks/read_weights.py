@@ -1,9 +1,9 @@
-"""Time and memory of reading torchvision's DeepLabv3 with ResNet-101, against `torch.load`.
+"""Measures time and memory of reading weights, compared with `torch.load`.
 
-Each reading is a process of its own, in turns, on a file in the page cache. A reading ends when
-each array's bytes have been summed: a memory map alone would have read nothing. Memory is how far
-the process's peak (pages of the file that it maps included) rises over what it was with all
-modules imported. Needs the `test` extra:
+The file is torchvision's DeepLabv3 with ResNet-101, in the page cache. Each reading is a new
+process, and the readers alternate. A reading ends when the bytes of all arrays were accessed,
+because creating a memory map reads nothing. Memory is the growth of the process's peak, including
+mapped pages of the file, after all modules are imported. Needs the `test` extra:
 
     python benchmarks/read_weights.py --machine "2 cores ..." --json results.json
 """
@@ -29,7 +29,7 @@ MIB = 2**20
 
 
 def read_with_ours(path: str) -> tuple[float, float]:
-    """Seconds to read the arrays, and to read and sum them."""
+    """Returns the seconds to read the arrays, and to read and sum them."""
     import numpy as np
 
     from deeplab_jax.weights import torch_file
@@ -58,13 +58,13 @@ READERS = {"deeplab_jax": read_with_ours, "torch.load": read_with_torch}
 
 
 def reset_peak() -> None:
-    """Makes the peak of the resident memory what it is now; leaves it in `reset_peak.before`."""
+    """Resets the peak of the resident memory, and stores its new value as `reset_peak.before`."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     reset_peak.before = peak()  # type: ignore[attr-defined]
 
 
 def peak() -> float:
-    """Peak of the resident memory, bytes."""
+    """Returns the peak of the resident memory, bytes."""
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return float(line.split()[1]) * 1024
@@ -72,7 +72,7 @@ def peak() -> float:
 
 
 def measure(reader: str, path: str) -> dict[str, float]:
-    """One reading in this process."""
+    """Measures one reading in this process."""
     read, summed = READERS[reader](path)
     used = peak() - reset_peak.before  # type: ignore[attr-defined]
     return {
@@ -103,13 +103,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--machine", default="", help="what to call this machine in the file")
+    parser.add_argument("--machine", default="", help="description of this machine")
     parser.add_argument("--json", type=pathlib.Path, help="file to write the results to")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, path in write_files(pathlib.Path(folder)).items():
-            for reader in READERS:  # once unmeasured: the file and the modules come into the cache
+            for reader in READERS:  # not measured: fills the page cache
                 run(reader, path)
             turns = [{reader: run(reader, path) for reader in READERS} for _ in range(REPEATS)]
             for reader in READERS:
@@ -133,7 +133,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in [[reader] for reader in READERS]:  # one reading, in a process of its own
+    if sys.argv[1:2] in [[reader] for reader in READERS]:  # one reading, in its own process
         print(json.dumps(measure(sys.argv[1], sys.argv[2])))
     else:
         main()

@@ -1,14 +1,14 @@
-"""A small study: which of the paper's choices matter on generated shapes, over several seeds.
+"""Studies which of the paper's choices matter on generated shapes, with several seeds each.
 
-Trains the rows of configs/study.py, each from several random starts, and evaluates the base in
-other ways too. Writes what was found as JSON, draws it, and prints the tables of docs/study.md.
+Trains the rows of configs/study.py with several seeds, and evaluates the base with other settings
+too. Writes the results as JSON, draws them, and prints the tables of docs/study.md.
 
     python benchmarks/study.py --jobs 2               # an hour and a half on two cores
     python benchmarks/study.py --only base,os8 --seeds 1
-    python benchmarks/study.py --set train.steps=20 --workdir runs/trial   # does it run here?
+    python benchmarks/study.py --set train.steps=20 --workdir runs/trial   # a quick test
     python benchmarks/study.py --recorded study.json --plot study.png
 
-Run again with the same --workdir, it goes on where it stopped. On a GPU, one run at a time is best.
+Run again with the same --workdir, it resumes. On a GPU, one run at a time is fastest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pathlib
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import study_figures
 from rich.console import Console
@@ -31,7 +31,11 @@ from deeplab_jax.analysis.summary import summarize
 from deeplab_jax.training.train import resolve_architecture
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.files import write_bytes, write_png
+from deeplab_jax.visualization import plots
 from speed import measure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Row(NamedTuple):
@@ -43,7 +47,7 @@ BASE = "base"
 GROUPS: dict[str, tuple[Row, ...]] = {
     "Output stride": (
         Row("os32", "32"),
-        Row(BASE, "16, the base of all below"),
+        Row(BASE, "16, the base of all groups below"),
         Row("os8", "8"),
     ),
     "Multi-grid in block4": (
@@ -52,42 +56,42 @@ GROUPS: dict[str, tuple[Row, ...]] = {
         Row("grid124", "(1, 2, 4)"),
     ),
     "ASPP": (
-        Row("block4", "none: block4 alone"),
+        Row("block4", "none: only block4"),
         Row("no_pooling", "rates (2, 4, 6), no image pooling"),
         Row("rates2468", "rates (2, 4, 6, 8), no image pooling"),
         Row(BASE, "rates (2, 4, 6) and image pooling, the base"),
         Row("rates123", "rates (1, 2, 3) and image pooling"),
     ),
     "Loss": (
-        Row("shrunk_labels", "labels shrunk to the logits"),
+        Row("shrunk_labels", "labels downsampled to the logits"),
         Row(BASE, "logits upsampled to the labels, the base"),
     ),
     "Batch norm": (
-        Row("frozen_bn", "never trained"),
+        Row("frozen_bn", "frozen from the start"),
         Row("bn_decay9997", "decay 0.9997, the paper's"),
         Row("batch4", "batches of 4"),
         Row("bn_of_4", "batches of 16, statistics of 4"),
         Row(BASE, "decay 0.9, batches of 16, the base"),
-        Row("two_stages", "half of the steps so, half at output stride 8 with it frozen"),
+        Row("two_stages", "half of the steps, then half at output stride 8, frozen"),
     ),
     "Evaluation of the base's checkpoints": (
         Row(BASE, "output stride 16"),
         Row("eval_os8", "output stride 8"),
-        Row("eval_scales", "and six scales"),
-        Row("eval_flip", "and mirrored"),
+        Row("eval_scales", "output stride 8, six scales"),
+        Row("eval_flip", "output stride 8, six scales, flip"),
     ),
-    "The same, of images of 129 pixels": (
+    "The same, for images of 129 pixels": (
         Row("size129", "output stride 16"),
         Row("eval129_os8", "output stride 8"),
-        Row("eval129_scales", "and six scales"),
-        Row("eval129_flip", "and mirrored"),
+        Row("eval129_scales", "output stride 8, six scales"),
+        Row("eval129_flip", "output stride 8, six scales, flip"),
     ),
 }
 
 _OS8 = ("--output-stride", "8")
 _SCALES = (*_OS8, "--scales", "0.5,0.75,1,1.25,1.5,1.75")
 _FLIP = (*_SCALES, "--flip")
-# Name: whose checkpoints are evaluated, and how.
+# Name of an evaluation -> the row whose checkpoints it uses, and its options.
 SCORINGS = {
     "eval_os8": (BASE, _OS8),
     "eval_scales": (BASE, _SCALES),
@@ -99,13 +103,13 @@ SCORINGS = {
 
 
 class Claim(NamedTuple):
-    """Of the paper: one choice is better than another."""
+    """A claim of the paper: one choice is better than another."""
 
     words: str
     better: str  # row
     worse: str
     paper: tuple[float, float]  # mIoU of both in arXiv 1706.05587, %
-    tables: tuple[int, int]  # there
+    tables: tuple[int, int]  # of the paper that contain them
 
 
 CLAIMS = (
@@ -113,18 +117,20 @@ CLAIMS = (
     Claim("output stride 8 over 16", "os8", BASE, (75.18, 73.88), (1, 1)),
     Claim("multi-grid (1, 2, 1) over none", "grid121", BASE, (75.93, 75.36), (5, 5)),
     Claim("multi-grid (1, 2, 4) over (1, 2, 1)", "grid124", "grid121", (76.58, 75.93), (5, 5)),
-    Claim("ASPP over block4 alone", "no_pooling", "block4", (75.36, 68.39), (5, 2)),
+    Claim("ASPP over only block4", "no_pooling", "block4", (75.36, 68.39), (5, 2)),
     Claim("three rates over four", "no_pooling", "rates2468", (76.58, 76.46), (5, 5)),
     Claim("image pooling over none", BASE, "no_pooling", (77.21, 76.58), (5, 5)),
-    Claim("upsampled logits over shrunk labels", BASE, "shrunk_labels", (77.21, 76.01), (8, 8)),
+    Claim(
+        "upsampled logits over downsampled labels", BASE, "shrunk_labels", (77.21, 76.01), (8, 8)
+    ),
     Claim("batch norm trained over frozen", BASE, "frozen_bn", (77.21, 75.95), (8, 8)),
     Claim("batches of 16 over 4", BASE, "batch4", (77.21, 64.43), (9, 9)),
     Claim("evaluated at output stride 8 over 16", "eval_os8", BASE, (78.51, 77.21), (6, 6)),
-    Claim("the same, of 129 pixels", "eval129_os8", "size129", (78.51, 77.21), (6, 6)),
+    Claim("the same, 129 pixels", "eval129_os8", "size129", (78.51, 77.21), (6, 6)),
     Claim("six scales over one", "eval_scales", "eval_os8", (79.45, 78.51), (6, 6)),
-    Claim("the same, of 129 pixels", "eval129_scales", "eval129_os8", (79.45, 78.51), (6, 6)),
-    Claim("mirrored too over not", "eval_flip", "eval_scales", (79.77, 79.45), (6, 6)),
-    Claim("the same, of 129 pixels", "eval129_flip", "eval129_scales", (79.77, 79.45), (6, 6)),
+    Claim("the same, 129 pixels", "eval129_scales", "eval129_os8", (79.45, 78.51), (6, 6)),
+    Claim("flip over no flip", "eval_flip", "eval_scales", (79.77, 79.45), (6, 6)),
+    Claim("the same, 129 pixels", "eval129_flip", "eval129_scales", (79.77, 79.45), (6, 6)),
 )
 
 Record = dict[str, Any]
@@ -133,7 +139,7 @@ Record = dict[str, Any]
 def trainings(
     workdir: pathlib.Path, seeds: int, settings: Sequence[str], only: Sequence[str]
 ) -> list[Training]:
-    """All seeds of all configs, the first seed of each first."""
+    """Returns all seeds of all configs, ordered by seed."""
     names = dict.fromkeys(row.name for rows in GROUPS.values() for row in rows)
     return [
         Training(name, seed, tuple(settings), workdir / name / f"seed{seed}")
@@ -153,12 +159,12 @@ def scorings(trained: Sequence[Training], only: Sequence[str]) -> list[Scoring]:
 
 
 def make_record(runs: Sequence[Run], settings: Sequence[str]) -> Record:
-    """mIoU by row, in the order of the seeds, and what one image costs."""
+    """Returns the mIoU of each row, in the order of the seeds, and the GFLOP of one image."""
     miou: dict[str, list[float]] = {}
     gflop: dict[str, float] = {}
     for run in runs:
         found = run.miou()
-        assert found is not None  # `run_all` came to its end
+        assert found is not None  # because `run_all` has finished
         miou.setdefault(run.name, []).append(found)
         if isinstance(run, Training) and run.name not in gflop:
             config = run.last_stage()
@@ -178,13 +184,13 @@ def make_record(runs: Sequence[Run], settings: Sequence[str]) -> Record:
 
 
 def tables(record: Record) -> str:
-    """Markdown: what each row came to, then the paper's claims beside it."""
+    """Returns Markdown tables of the results of each row, and of the paper's claims."""
     return "\n".join([*_rows(record), "", *_claims(record)]) + "\n"
 
 
 def _rows(record: Record) -> Iterator[str]:
     miou, gflop = record["miou"], record["gflop_an_image"]
-    yield "| | config | mIoU, % | least to largest | GFLOP an image |"
+    yield "| | config | mIoU, % | range | GFLOP per image |"
     yield "|---|---|---:|---:|---:|"
     for title, rows in GROUPS.items():
         known = [row for row in rows if row.name in miou]
@@ -200,7 +206,7 @@ def _rows(record: Record) -> Iterator[str]:
 
 
 def _claims(record: Record) -> Iterator[str]:
-    yield "| the paper's claim | its table | points there | points here | by seed | seen here |"
+    yield "| claim of the paper | table | points in the paper | points here | by seed | seen here |"
     yield "|---|---|---:|---:|---|---|"
     for claim in CLAIMS:
         if {claim.better, claim.worse} <= record["miou"].keys():
@@ -214,13 +220,13 @@ def _claims(record: Record) -> Iterator[str]:
 
 
 def differences(record: Record, better: str, worse: str) -> list[float]:
-    """Points of mIoU between two rows, seed by seed."""
+    """Returns the difference in mIoU between two rows, in points, for each seed."""
     pairs = zip(record["miou"][better], record["miou"][worse], strict=True)
     return [100 * (one - other) for one, other in pairs]
 
 
 def verdict(gains: Sequence[float]) -> str:
-    """A claim is seen where all seeds agree on it."""
+    """Returns whether all seeds agree on a claim."""
     if all(gain > 0 for gain in gains):
         return "yes"
     return "the opposite" if all(gain < 0 for gain in gains) else "no: seeds disagree"
@@ -250,7 +256,7 @@ def main() -> None:
         if arguments.json:
             write_bytes(arguments.json, (json.dumps(record, indent=1) + "\n").encode())
     if arguments.plot:
-        write_png(arguments.plot, plot(record))
+        plots.save(arguments.plot, plot(record))
     if arguments.examples:
         first = {run.name: run for run in trained if run.seed == 0}
         chosen = [first[name] for name in ("os32", BASE, "os8") if name in first]
@@ -261,7 +267,7 @@ def main() -> None:
         Console().print(Markdown(tables(record)))
 
 
-def plot(record: Record) -> study_figures.Picture:
+def plot(record: Record) -> Figure:
     miou = record["miou"]
     groups = {
         title: [(row.words, miou.get(row.name, [])) for row in rows]
@@ -275,9 +281,13 @@ def _parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     path = pathlib.Path
-    parser.add_argument("--workdir", type=path, default=path("runs/study"), help="of all runs")
-    parser.add_argument("--seeds", type=int, default=3, help="random starts of each config")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores")
+    parser.add_argument(
+        "--workdir", type=path, default=path("runs/study"), help="folder of all runs"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds of each config")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="number of parallel runs, which share the cores"
+    )
     parser.add_argument("--only", default="", help="rows, as in base,os8,eval_os8; default: all")
     parser.add_argument(
         "--set",
@@ -285,13 +295,17 @@ def _parse() -> argparse.Namespace:
         default=[],
         metavar="FIELD=VALUE",
         dest="settings",
-        help="of each config, as in train.steps=20; may be repeated",
+        help="override in all configs, as in train.steps=20; repeatable",
     )
-    parser.add_argument("--json", type=path, help="write all numbers here")
-    parser.add_argument("--plot", type=path, help="draw all seeds of all rows here (.png)")
-    parser.add_argument("--examples", type=path, help="draw predictions here (.png)")
+    parser.add_argument("--json", type=path, help="file to write all numbers to")
+    parser.add_argument(
+        "--plot", type=path, help="file to draw all seeds of all rows to (.png, .svg or .pdf)"
+    )
+    parser.add_argument("--examples", type=path, help="file to draw predictions to (.png)")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown text")
-    parser.add_argument("--recorded", type=path, help="show what --json wrote, and train nothing")
+    parser.add_argument(
+        "--recorded", type=path, help="print the tables of a file that --json wrote, train nothing"
+    )
     return parser.parse_args()
 
 
@@ -302,5 +316,5 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; run again to go on", file=sys.stderr)
+        print("stopped; run again to resume", file=sys.stderr)
         sys.exit(130)

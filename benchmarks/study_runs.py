@@ -1,4 +1,4 @@
-"""The study's runs as processes: several at once, each on its share of the cores, to be resumed."""
+"""Runs the trainings and evaluations of the study as parallel processes, and resumes them."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from deeplab_jax import config as config_lib
 from deeplab_jax.config import Config
-from deeplab_jax.config import io as config_files
-from deeplab_jax.training import stages
+from deeplab_jax.config import io as config_io
+from deeplab_jax.training.train import stage_configs
 from deeplab_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "study.py"
-_LAST_LINES = 5  # of a failed run's log, to be shown
+_LAST_LINES = 5  # of the log of a failed run, shown in the error
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A row of configs/study.py from one seed.
+    """The training of a row of configs/study.py with one seed.
 
     Attributes:
       name: of the row.
-      settings: fields that are set otherwise, as in `train.steps=10`.
+      settings: overrides of fields, as in `train.steps=10`.
       workdir: of the run.
     """
 
@@ -43,12 +43,12 @@ class Training:
     workdir: pathlib.Path
 
     def config(self) -> Config:
-        config = config_files.from_python(f"{CONFIGS}:{self.name}")
-        return config_files.override(config, [*self.settings, f"seed={self.seed}"])
+        config = config_io.from_python(f"{CONFIGS}:{self.name}")
+        return config_io.override(config, [*self.settings, f"seed={self.seed}"])
 
     def last_stage(self) -> Config:
-        """What the workdir itself holds the run of."""
-        first, second = stages.split(self.config(), self.workdir.absolute())
+        """Returns the config of the last stage, whose run the workdir itself contains."""
+        first, second = stage_configs(self.config(), self.workdir.absolute())
         return second or first
 
     def command(self) -> list[str]:
@@ -67,19 +67,20 @@ class Training:
         return self.workdir / "checkpoints" / str(self.last_stage().train.steps)
 
     def miou(self) -> float | None:
-        """At the last step; None while the run has not come there.
+        """Returns the mIoU at the last step, or None if the run has not reached it.
 
         Raises:
-          UserError: the workdir holds a run of another config.
+          UserError: the workdir contains a run of another config.
         """
         stored, metrics = self.workdir / "config.json", self.workdir / "metrics.jsonl"
         if not stored.exists() or not metrics.exists():
             return None
         config = self.last_stage()
         if different := config_lib.differences(config, json.loads(stored.read_text())):
+            fields = "; ".join(f"{name}: {values}" for name, values in different.items())
             raise UserError(
-                f"{self.workdir} holds a run of another config ({'; '.join(different)}); give "
-                f"another --workdir, or remove that folder"
+                f"{self.workdir} contains a run of another config ({fields}); give another "
+                "--workdir, or remove that folder"
             )
         for line in reversed(metrics.read_text().splitlines()):
             with contextlib.suppress(ValueError):  # a line that a kill cut short
@@ -91,7 +92,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """An evaluation of a training's last checkpoint by other means than its config's."""
+    """An evaluation of a training's last checkpoint with other settings than its config's."""
 
     name: str
     training: Training
@@ -112,7 +113,7 @@ class Scoring:
     def command(self) -> list[str]:
         checkpoint = str(self.training.checkpoint())
         return [
-            *[sys.executable, "-m", "deeplab_jax.cli.main", "evaluate", checkpoint],
+            *[sys.executable, "-m", "deeplab_jax.cli", "evaluate", checkpoint],
             *[*self.options, f"--json={self.file}"],
         ]
 
@@ -124,20 +125,20 @@ Run = Training | Scoring
 
 
 def run_all(runs: Sequence[Run], jobs: int) -> None:
-    """Runs what is not finished, `jobs` at once; stopped at any time, a new start goes on.
+    """Executes the runs that are not finished, `jobs` at a time. Can be stopped and called again.
 
     Raises:
-      UserError: a run failed; the others have been told to save and stop.
+      UserError: a run failed; the others were stopped and have saved a checkpoint.
     """
     waiting = collections.deque(run for run in runs if run.miou() is None)
-    shares = _shares_of_cores(jobs)
+    core_sets = _split_cores(jobs)
     running: dict[int, tuple[Run, subprocess.Popen[bytes]]] = {}
     with _progress(len(runs), len(runs) - len(waiting)) as done, _stopped_at_end(running):
         while waiting or running:
             for slot in range(jobs):
                 if slot not in running and waiting:
                     run = waiting.popleft()
-                    running[slot] = run, _start(run, shares[slot])
+                    running[slot] = run, _start(run, core_sets[slot])
             time.sleep(0.2)
             for slot, (run, process) in list(running.items()):
                 if process.poll() is not None:
@@ -150,16 +151,16 @@ def _start(run: Run, cores: set[int]) -> subprocess.Popen[bytes]:
     run.log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several may share a GPU
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several runs may share a GPU
     }
     with run.log.open("ab") as log:
-        # In a session of its own, so that Ctrl-C comes to it once, from here: it saves then, and
-        # a second signal would end it at once.
+        # In its own session, so that it gets only one signal on Ctrl-C, from here. It saves on the
+        # first signal, and a second one would stop it at once.
         process = subprocess.Popen(
             run.command(), stdout=log, stderr=log, env=environment, start_new_session=True
         )
     if cores:
-        with contextlib.suppress(ProcessLookupError):  # it has ended already
+        with contextlib.suppress(ProcessLookupError):  # it has already ended
             os.sched_setaffinity(process.pid, cores)
     return process
 
@@ -171,9 +172,9 @@ def _check(run: Run, code: int) -> None:
         raise UserError(f"{run.name}, seed {run.seed}: {how}; {run.log} ends:\n" + "\n".join(last))
 
 
-def _shares_of_cores(jobs: int) -> list[set[int]]:
-    """Cores for each of several runs at once; none are named where they cannot be divided."""
-    if not hasattr(os, "sched_setaffinity"):  # Linux has it
+def _split_cores(jobs: int) -> list[set[int]]:
+    """Returns a set of cores for each parallel run; empty sets if the cores cannot be split."""
+    if not hasattr(os, "sched_setaffinity"):  # only Linux has it
         return [set()] * jobs
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < jobs:
@@ -183,7 +184,7 @@ def _shares_of_cores(jobs: int) -> list[set[int]]:
 
 @contextlib.contextmanager
 def _stopped_at_end(running: dict[int, tuple[Run, subprocess.Popen[bytes]]]) -> Iterator[None]:
-    """Whatever ends the study, the runs under way save and stop."""
+    """Stops the running processes at the end, so that they save checkpoints."""
     try:
         yield
     finally:
@@ -195,7 +196,7 @@ def _stopped_at_end(running: dict[int, tuple[Run, subprocess.Popen[bytes]]]) -> 
 
 @contextlib.contextmanager
 def _progress(total: int, finished: int) -> Iterator[collections.abc.Callable[[Run], None]]:
-    """A bar, or where there is no terminal a line for each run that ends."""
+    """Shows a progress bar in a terminal, and prints a line for each run that ends."""
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

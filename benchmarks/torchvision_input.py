@@ -1,8 +1,8 @@
 """torchvision's reference input for training segmentation, in PyTorch's DataLoader.
 
-The transforms are those of `references/segmentation` in torchvision's repository, as its published
-DeepLabv3 were trained with, on Pillow's images: random scale of the shorter side, flip, padding,
-random crop, normalisation.
+The transforms are those of `references/segmentation` in torchvision's repository, which its
+published DeepLabv3 models were trained with, on Pillow images: random scale of the shorter side,
+flip, padding, random crop, normalization.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from speed.theirs import import_torchvision
 _VISION = import_torchvision().transforms
 transforms = _VISION.functional
 
-_REPEATS = 1000  # of the files in an epoch, so that a measurement sees no end of one
+_REPEATS = 1000  # of the files in an epoch, so that no epoch ends during a measurement
 
 
 class Files(torch.utils.data.Dataset):
-    """Pairs of files, read and transformed one by one."""
+    """Pairs of image and mask files, read and transformed when they are accessed."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Files(torch.utils.data.Dataset):
         config: DataConfig,
         shorter_side: int,
     ) -> None:
-        """`shorter_side` is that of most images, pixels: `config.scale_range` is of it."""
+        """`config.scale_range` is relative to `shorter_side`, that of most images, in pixels."""
         self._pairs, self._config = pairs, config
         self._sides = [round(scale * shorter_side) for scale in config.scale_range]
 
@@ -67,7 +67,7 @@ def _padded(image: Image.Image, height: int, width: int, fill: int) -> Image.Ima
 
 
 def batches(files: Files, num_workers: int, batch_size: int) -> Iterator[Any]:
-    """Batches `[n, 3, h, w]` and `[n, h, w]`, shuffled, each from one process."""
+    """Yields shuffled batches `[n, 3, h, w]` and `[n, h, w]`, each made by one process."""
     return iter(
         DataLoader(files, batch_size, shuffle=True, num_workers=num_workers, drop_last=True)
     )

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/paper.md anew from configs/paper.py.
+"""Updates the tables of docs/paper.md from configs/paper.py.
 
 python docs/paper_tables.py
 """
@@ -12,8 +12,8 @@ PAGE = ROOT / "docs" / "paper.md"
 HEADER = "| config | what | paper | ours |\n|---|---|---|---|\n"
 
 
-def written(page: str) -> str:
-    """The page with each table of configs as configs/paper.py has it."""
+def update_tables(page: str) -> str:
+    """Returns the page with each table of configs generated from configs/paper.py."""
     spec = importlib.util.spec_from_file_location("paper", ROOT / "configs" / "paper.py")
     assert spec is not None
     assert spec.loader is not None
@@ -34,4 +34,4 @@ def written(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text()))
+    PAGE.write_text(update_tables(PAGE.read_text()))

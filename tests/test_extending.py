@@ -1,4 +1,4 @@
-"""docs/extending.md: its files run as written, and do what the page says."""
+"""docs/extending.md: its files run as written and behave as the page says."""
 
 import importlib
 import pathlib
@@ -25,7 +25,7 @@ from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.training import losses
 from deeplab_jax.utils import registry
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import saved_model as checkpoint
+from deeplab_jax.weights import saved_model
 from random_modules import random_variables
 
 PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "extending.md").read_text()
@@ -54,13 +54,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def convnext(folder, monkeypatch):
-    """The backbone's module, with one block a stage."""
+    """The backbone's module, with one block per stage."""
     module = importlib.import_module("convnext")
     monkeypatch.setattr(module, "DEPTHS", (1, 1, 1, 1))
     return module
 
 
-# The part, and what a config says of it.
+# The module of each part, and the config fields that select it.
 PARTS = {
     "convnext": {"model.architecture": "paper_convnext_tiny"},
     "psp": {"model.head": "psp"},
@@ -91,7 +91,7 @@ def test_a_part_trains_resumes_and_is_summarised_and_exported(name, convnext, tm
     for key, value in tiny.saved_state(work).items():
         np.testing.assert_array_equal(value, expected[key], err_msg=key)
 
-    saved = checkpoint.read(work)
+    saved = saved_model.read(work)
     assert module.__name__ in {*saved.info["registered_by"].values(), "tversky", "stripes"}
     described = descriptions.read(str(work))
     found = summary.summarize(described.architecture, 65)
@@ -110,7 +110,7 @@ def test_a_part_trains_resumes_and_is_summarised_and_exported(name, convnext, tm
         assert all(one.difference <= done.limit for one in done.comparisons)
 
 
-def test_an_open_size_that_onnx_cannot_take_says_what_to_do(folder, tmp_path):
+def test_a_symbolic_size_that_onnx_cannot_export_says_what_to_do(folder, tmp_path):
     importlib.import_module("psp")
     architecture = dl.architecture("paper_resnet18", num_classes=3, width=0.125, head="psp")
     write_model(tmp_path / "model", architecture)
@@ -122,10 +122,10 @@ def write_model(path, architecture):
     model = FunctionalModel(architecture)
     variables = jax.device_get(random_variables(model))
     names = labels.named(*(f"class {i}" for i in range(architecture.num_classes)))
-    info = checkpoint.describe(
+    info = saved_model.describe(
         architecture, names, mean=(0.5,) * 3, std=(0.25,) * 3, resize="none", size=(33, 33)
     )
-    checkpoint.write_model(path, variables, info)
+    saved_model.write_model(path, variables, info)
     return model, variables
 
 
@@ -146,7 +146,7 @@ def test_padding_does_not_change_predictions(name, convnext):
 
 
 @pytest.mark.parametrize("output_stride", [8, 16])
-def test_dense_features_of_convnext_hold_the_strided_ones(output_stride, convnext):
+def test_dense_features_of_convnext_contain_the_strided_ones(output_stride, convnext):
     at_32 = dl.architecture("paper_convnext_tiny", num_classes=2, width=0.125, output_stride=32)
     model = FunctionalModel(at_32)
     variables = random_variables(model)
@@ -166,8 +166,8 @@ def features_of(model, variables, images):
     return module.backbone(jnp.asarray(images))["stage4"]
 
 
-def test_convnext_equals_timms(folder):
-    # Before timm, whose own import of torchvision would fail beside the CPU build of torch.
+def test_convnext_equals_timm(folder):
+    # Imported before timm, whose import of torchvision would fail with the CPU build of torch.
     torch = importlib.import_module("torch_reference").torch
     timm = pytest.importorskip("timm", reason="install the `test` extra")
     module = importlib.import_module("convnext")
@@ -186,7 +186,7 @@ def test_convnext_equals_timms(folder):
     images = np.random.default_rng(0).normal(size=(2, 64, 96, 3)).astype(np.float32)
     with torch.no_grad():
         expected = theirs(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
-    # Their classifier on our features: the mean over the image, LayerNorm, a matrix.
+    # timm's classifier on our features: mean over the image, LayerNorm, a matrix product.
     mean = np.asarray(ours(jnp.asarray(images))["stage4"], np.float64).mean((1, 2))
     centred = mean - mean.mean(-1, keepdims=True)
     normed = centred / np.sqrt(mean.var(-1, keepdims=True) + 1e-6)
@@ -258,7 +258,7 @@ def test_a_checkpoint_of_unregistered_parts_names_their_modules(convnext, folder
     assert "Traceback" not in done.stderr
     for words in ("backbone 'convnext_tiny'", "head 'psp'", "--import convnext --import psp"):
         assert words in done.stderr
-    # The folder that the command runs in counts; the option may stand anywhere.
+    # Modules are found in the current folder; the option may be before or after the command.
     for arguments in (
         ("--import", "convnext", "summary", tmp_path / "model", "--import=psp"),
         ("summary", tmp_path / "model", "--import", "missing_module"),
@@ -268,7 +268,7 @@ def test_a_checkpoint_of_unregistered_parts_names_their_modules(convnext, folder
             assert done.returncode == 2
             assert "there is no such module" in done.stderr
         else:
-            # The fixture's shallow network is not what the file makes: the arrays do not matter.
+            # The file makes a deeper network than the fixture; `summary` does not read the arrays.
             assert done.returncode == 0, done.stderr
             assert "classifier.bottleneck" in done.stdout
 
@@ -291,11 +291,11 @@ def test_a_name_is_registered_once():
         known.register("", len)
 
 
-# --- Parts that do not fit -----------------------------------------------------------------------
+# --- Parts that do not match ---------------------------------------------------------------------
 
 
 class Headless(nnx.Module):
-    """A backbone of one map."""
+    """A backbone with a single feature map."""
 
     out_feature, aux_feature, low_level_feature = "map", "", ""
 
@@ -313,7 +313,7 @@ class Headless(nnx.Module):
         return {"map": self.conv(images)}
 
 
-def test_parts_by_hand_make_a_model():
+def test_a_model_can_be_built_from_modules():
     backbone = Headless()
     model = dl.DeepLabV3(backbone, dl.ASPPHead(backbone, num_classes=3, rngs=nnx.Rngs(1)))
     model.eval()
@@ -346,7 +346,7 @@ def test_features_that_are_not_as_declared_are_refused(declared):
         model(jnp.zeros((1, 20, 31, 3)))
 
 
-def test_dropout_that_holds_its_own_keys_is_refused(monkeypatch):
+def test_dropout_with_its_own_random_state_is_refused(monkeypatch):
     class Forgetful(nnx.Module):
         def __init__(self, backbone, architecture, *, rngs):
             self.in_features = {backbone.out_feature: backbone.features["layer4"].channels}

@@ -1,4 +1,4 @@
-"""What README.md tells to type works."""
+"""The commands and code of README.md work."""
 
 import re
 import shlex
@@ -12,10 +12,10 @@ import typer
 from absl import flags
 from ml_collections import config_flags
 
-import saved_model
+import small_checkpoint
 from conftest import ROOT
-from deeplab_jax.cli import main as cli
-from deeplab_jax.config import rules as config_rules
+from deeplab_jax.cli.main import app
+from deeplab_jax.config.rules import validate
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = [
@@ -34,7 +34,7 @@ def test_training_commands_give_valid_configs(line):
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     assert values(argv) == ["train.py"]
     assert values.workdir
-    config_rules.validate(values.config)
+    validate(values.config)
 
 
 def test_there_are_training_commands():
@@ -42,13 +42,13 @@ def test_there_are_training_commands():
 
 
 @pytest.mark.parametrize("target", ["quickstart", "test", "lint"])
-def test_make_knows_its_targets(target):
+def test_make_targets_exist(target):
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert target == "lint" or f"make {target}" in README
 
 
-def test_links_lead_somewhere():
+def test_links_exist():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
     files = [link for link in links if not link.startswith("#")]
     assert files
@@ -68,7 +68,7 @@ PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 
 def test_the_python_example_of_a_segmenter_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    saved_model.write(tmp_path / "runs" / "mine")
+    small_checkpoint.write(tmp_path / "runs" / "mine")
     cv2.imwrite("photo.jpg", np.zeros((20, 30, 3), np.uint8))
     names = {}
     exec(PYTHON[0], names)
@@ -88,10 +88,10 @@ COMMAND_LINES = [line for line in COMMANDS if line.startswith("deeplab-jax")]
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)
-def test_commands_have_the_options_that_are_told(line):
+def test_commands_have_the_documented_options(line):
     words = shlex.split(line, comments=True)[1:]
-    command = typer.main.get_command(cli.app)
+    command = typer.main.get_command(app)
     while words and words[0] in getattr(command, "commands", {}):
         command = command.commands[words.pop(0)]
     assert not hasattr(command, "commands"), f"{line}: no such command"
-    command.make_context("deeplab-jax", words)  # raises for an option or argument that is not
+    command.make_context("deeplab-jax", words)  # raises for an unknown option or argument

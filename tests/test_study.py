@@ -1,4 +1,4 @@
-"""`benchmarks/study.py`: runs that resume, verdicts that follow from the seeds, docs that agree."""
+"""`benchmarks/study.py`: runs resume, verdicts follow from the seeds, docs quote the results."""
 
 import dataclasses
 import importlib
@@ -9,11 +9,12 @@ import runpy
 import sys
 
 import pytest
-from drawings import BOUND, committed, difference
 
 from conftest import ROOT
 from deeplab_jax import config as config_lib
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.visualization import plots
+from drawings import BOUND, difference, texts
 
 RECORD = ROOT / "benchmarks" / "results" / "study_cpu.json"
 CONFIGS = set(runpy.run_path(str(ROOT / "configs" / "study.py"))["ROWS"])
@@ -26,7 +27,7 @@ def study():
 
 @dataclasses.dataclass(frozen=True)
 class Fake:
-    """A run that appends a letter to a file, or does what else it is told."""
+    """A run that appends a letter to a file, or executes other code."""
 
     name: str
     folder: pathlib.Path
@@ -45,14 +46,14 @@ class Fake:
         return 0.5 if (self.folder / self.name).exists() else None
 
 
-def test_runs_are_made_once_and_those_that_lack_later(study, tmp_path):
+def test_finished_runs_are_not_repeated(study, tmp_path):
     runs = [Fake(name, tmp_path) for name in "abc"]
     study.run_all(runs[:2], jobs=2)
     study.run_all(runs, jobs=2)
     assert [(tmp_path / name).read_text() for name in "abc"] == ["x", "x", "x"]
 
 
-def test_a_run_that_fails_ends_the_study_with_its_last_words_and_stops_the_others(study, tmp_path):
+def test_a_failed_run_ends_the_study_with_its_log_and_stops_the_others(study, tmp_path):
     waits = "import time; file.with_suffix('.began').touch(); time.sleep(60); file.touch()"
     fails = (
         "import time, sys\n"
@@ -79,11 +80,11 @@ def test_a_training_is_finished_when_its_last_step_is_scored(study, tmp_path):
     assert run.miou() is None
     (tmp_path / "metrics.jsonl").write_text(scored + '{"step": 30, "eval/miou": 0.25}\n{"st')
     assert run.miou() == 0.25
-    with pytest.raises(UserError, match=r"another config \(seed: 2 here, 1 there\)"):
+    with pytest.raises(UserError, match=r"another config \(config.seed: 2 here, 1 there\)"):
         dataclasses.replace(run, seed=2).miou()
 
 
-def test_of_two_stages_the_workdir_holds_the_second(study, tmp_path):
+def test_the_workdir_of_two_stages_is_that_of_the_second(study, tmp_path):
     run = study.Training("two_stages", 0, (), tmp_path)
     config = run.last_stage()
     assert (config.train.steps, config.train.freeze_bn, config.model.output_stride) == (
@@ -94,7 +95,7 @@ def test_of_two_stages_the_workdir_holds_the_second(study, tmp_path):
     assert run.checkpoint() == tmp_path / "checkpoints" / "400"
 
 
-def test_every_config_is_a_row_and_every_claim_is_of_rows(study):
+def test_every_config_is_a_row_and_every_claim_names_rows(study):
     rows = {row.name for group in study.GROUPS.values() for row in group}
     assert rows == CONFIGS | set(study.SCORINGS)
     assert {name for claim in study.CLAIMS for name in (claim.better, claim.worse)} <= rows
@@ -104,7 +105,7 @@ def test_every_config_is_a_row_and_every_claim_is_of_rows(study):
 
 
 def test_the_papers_numbers_are_those_of_its_tables(study):
-    """As docs/paper.md has them, which its own test holds to the configs."""
+    """Compares with docs/paper.md, which another test compares with the configs."""
     sections = re.split(r"^## ", (ROOT / "docs" / "paper.md").read_text(), flags=re.MULTILINE)
     for claim in study.CLAIMS:
         for number, table in zip(claim.paper, claim.tables, strict=True):
@@ -114,7 +115,7 @@ def test_the_papers_numbers_are_those_of_its_tables(study):
             assert f"{number:.2f}" in section, claim
 
 
-def test_a_claim_is_seen_where_all_seeds_agree(study):
+def test_a_claim_is_seen_if_all_seeds_agree(study):
     record = {
         "gflop_an_image": {"base": 0.25, "os32": 0.125},
         "miou": {
@@ -125,25 +126,29 @@ def test_a_claim_is_seen_where_all_seeds_agree(study):
         },
     }
     text = study.tables(record)
-    assert "| 16, the base of all below | `base` | 62.5 | 50.0 to 75.0 | 0.250 |" in text
+    assert "| 16, the base of all groups below | `base` | 62.5 | 50.0 to 75.0 | 0.250 |" in text
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     seen = {line.split(" | ")[0][2:]: line.split(" | ")[3:] for line in lines}
     assert seen["output stride 16 over 32"] == ["+5.8", "+10.0, +2.5, +5.0", "yes |"]
     assert seen["output stride 8 over 16"] == ["+1.2", "+1.0, -2.5, +5.0", "no: seeds disagree |"]
-    assert seen["upsampled logits over shrunk labels"][2] == "the opposite |"
-    assert "mirrored" not in text
-    assert "Multi-grid" in text  # by its base
+    assert seen["upsampled logits over downsampled labels"][2] == "the opposite |"
+    assert "flip" not in text
+    assert "Multi-grid" in text  # because of its row "base"
 
 
-def test_the_document_has_the_recorded_table_and_picture(study):
+def test_the_document_has_the_recorded_table_and_picture(study, tmp_path):
     record = json.loads(RECORD.read_text())
     assert record["settings"] == []
     assert {len(values) for values in record["miou"].values()} == {3}
     assert record["miou"].keys() == CONFIGS | set(study.SCORINGS)
     assert study.tables(record) in (ROOT / "docs" / "study.md").read_text()
-    assert difference(study.plot(record), committed("study")) < BOUND
+    figure, path = study.plot(record), tmp_path / "study.png"
+    plots.save(path, figure)
+    assert difference(path, "study") < BOUND
+    assert {"Output stride", "16, the base of all groups below"} <= set(texts(figure))
     record["miou"]["os8"][0] -= 0.01
-    assert difference(study.plot(record), committed("study")) > BOUND
+    plots.save(path, study.plot(record))
+    assert difference(path, "study") > BOUND
 
 
 def test_a_recorded_study_is_shown_and_drawn_without_training(study, monkeypatch, capsys, tmp_path):

@@ -27,7 +27,7 @@ def wheel(tmp_path_factory) -> pathlib.Path:
     return built
 
 
-def test_it_holds_the_configs_and_the_mark_of_types(wheel):
+def test_it_contains_the_configs_and_py_typed(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for name in ("configs/voc_os16.py", "configs/paper.py", "py.typed", "cli/main.py"):
         assert f"deeplab_jax/{name}" in names
@@ -35,7 +35,7 @@ def test_it_holds_the_configs_and_the_mark_of_types(wheel):
 
 
 def test_it_trains_and_predicts_without_a_clone(wheel, tmp_path):
-    """In an environment of its own; what it needs comes from this one's packages."""
+    """Uses a new environment, with the dependencies of this one."""
     environment = tmp_path / "env"
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     site = next((environment / "lib").glob("python*/site-packages"))
@@ -93,9 +93,9 @@ def test_it_trains_and_predicts_without_a_clone(wheel, tmp_path):
         (["shapes", "--workdir=x", "--config.train.step=3"], "nearest: train.steps"),
     ],
 )
-def test_mistakes_are_told_without_a_traceback(arguments, message, tmp_path):
+def test_mistakes_are_reported_without_a_traceback(arguments, message, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "deeplab_jax.cli.main", "train", *arguments],
+        [sys.executable, "-m", "deeplab_jax.cli", "train", *arguments],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -107,7 +107,7 @@ def test_mistakes_are_told_without_a_traceback(arguments, message, tmp_path):
 
 def test_help_shows_examples_and_flags():
     done = subprocess.run(
-        [sys.executable, "-m", "deeplab_jax.cli.main", "train", "--help"],
+        [sys.executable, "-m", "deeplab_jax.cli", "train", "--help"],
         capture_output=True,
         text=True,
     )

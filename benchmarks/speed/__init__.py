@@ -1,1 +1,1 @@
-"""Forward passes and training steps, in turns with torchvision's: `python -m benchmarks.speed`."""
+"""Compares the speed with torchvision's: `python -m benchmarks.speed`."""

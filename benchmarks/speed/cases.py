@@ -1,23 +1,23 @@
-"""What is measured."""
+"""The measured workloads."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 
-# Both sides' alike.
+# The same in both packages.
 NUM_CLASSES = 21
-AUX_WEIGHT = 0.5  # of torchvision's reference training
+AUX_WEIGHT = 0.5  # as in torchvision's reference training
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One workload of a torchvision architecture, the same for both sides.
+    """A workload of a torchvision architecture, the same for both packages.
 
     Attributes:
-      kind: "forward": logits at the images' size, batch norm by running statistics; "train": a
-        whole step: forward, both heads' loss, backward, SGD with momentum and weight decay.
+      kind: "forward": logits at the images' size, batch norm with running statistics; "train": a
+        full step: forward, loss of both heads, backward, SGD with momentum and weight decay.
       backbone: "resnet50" or "resnet101".
       output_stride: 8 or 16.
       batch, height, width: of the images.
@@ -40,13 +40,13 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """A side of a case, compiled and ready.
+    """A case compiled for one package.
 
     Attributes:
-      start: begins one execution.
-      wait: returns when all that was begun is done.
-      compile_seconds: of building it, its first execution included.
-      peak_bytes: memory on the device while it runs, or None where it is not known.
+      start: starts one execution.
+      wait: blocks until all started executions are finished.
+      compile_seconds: time to build it, including its first execution.
+      peak_bytes: peak memory on the device while it runs, or None if it is not known.
     """
 
     start: Callable[[], None]
@@ -83,7 +83,7 @@ GPU = (
 
 
 def cases(platform: str, *, quick: bool) -> tuple[Case, ...]:
-    """Those of a platform, "cpu" or "gpu"; the most telling first."""
+    """Returns the cases of a platform, "cpu" or "gpu"; the most informative first."""
     if platform == "cpu":
         return CPU_QUICK if quick else CPU
     return GPU_QUICK if quick else GPU

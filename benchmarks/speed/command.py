@@ -14,24 +14,32 @@ from deeplab_jax.cli import outputs
 
 
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="The two most telling cases.")] = False,
-    only: Annotated[str, typer.Option(help="Cases whose name holds this text.")] = "",
-    turns: Annotated[int, typer.Option(min=1, help="Of each side, for each of their modes.")] = 5,
-    modes: Annotated[str, typer.Option(help="Only their modes whose name holds this text.")] = "",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only the two most informative cases.")
+    ] = False,
+    only: Annotated[str, typer.Option(help="Only cases whose name contains this text.")] = "",
+    turns: Annotated[
+        int, typer.Option(min=1, help="Runs of each package, per mode of torchvision.")
+    ] = 5,
+    modes: Annotated[
+        str, typer.Option(help="Only torchvision modes whose name contains this.")
+    ] = "",
     alone: Annotated[bool, typer.Option("--alone", help="Do not run torchvision.")] = False,
     json_file: Annotated[
-        pathlib.Path | None, typer.Option("--json", help="Write the results there.")
+        pathlib.Path | None, typer.Option("--json", help="File to write the results to.")
     ] = None,
-    plot: Annotated[str, typer.Option(help="Draw the times as bars there (.png).")] = "",
+    plot: Annotated[
+        str, typer.Option(help="Draw the times as bars to this file (.png, .svg or .pdf).")
+    ] = "",
     recorded: Annotated[
         pathlib.Path | None,
-        typer.Option(help="Show a file that --json wrote, and measure nothing."),
+        typer.Option(help="Print the table of a file that --json wrote, measure nothing."),
     ] = None,
 ) -> None:
-    """Measure forward passes and training steps here, against torchvision where it is installed.
+    """Measure forward passes and training steps, compared with torchvision if it is installed.
 
-    Both run in turns in one process, and theirs in its best mode: channels_last, torch.compile,
-    autocast. A ratio above 1 means that this package is faster.
+    Both packages run alternately in one process; torchvision runs in its best mode of
+    channels_last, torch.compile and autocast. A ratio above 1 means that this package is faster.
 
     Examples:
 
@@ -42,23 +50,23 @@ def bench(
       python -m benchmarks.speed --recorded bench.json --plot bench.png
     """
     from deeplab_jax.utils.errors import UserError
-    from deeplab_jax.utils.files import write_png
+    from deeplab_jax.visualization import plots
 
     from .figure import speed_figure
 
     if plot:
-        outputs.check("--plot", plot, ".png")
+        outputs.check("--plot", plot, *plots.SUFFIXES)
     if recorded is not None:
         result = _read(recorded)
     else:
         if json_file is not None and not json_file.absolute().parent.is_dir():
             raise UserError(f"--json {json_file}: its folder does not exist")
         result = _measure(quick, only, turns, None if alone else modes, json_file)
-    # Wide enough for the table, also where there is no terminal.
+    # Wide enough for the table, also without a terminal.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(table(result))
     if plot:
-        write_png(pathlib.Path(plot), speed_figure(result))
+        plots.save(pathlib.Path(plot), speed_figure(result))
 
 
 def _read(file: pathlib.Path) -> dict[str, Any]:
@@ -70,14 +78,16 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
         result = json.loads(file.read_text())
         dict(result["rows"][0]["theirs_by_mode"])
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"--recorded {file}: no results of benchmarks.speed: {error}") from error
+        raise UserError(
+            f"--recorded {file}: not a file of benchmarks.speed results: {error}"
+        ) from error
     return dict(result)
 
 
 def _measure(
     quick: bool, only: str, turns: int, modes: str | None, json_file: pathlib.Path | None
 ) -> dict[str, Any]:
-    """Runs the cases one after the other; what is known by then is written after each."""
+    """Measures the cases in order; writes the results so far after each of them."""
     import dataclasses
     import json
 
@@ -95,7 +105,7 @@ def _measure(
     chosen = [case for case in known if only in case.name]
     if not chosen:
         names = "\n".join(f"  {case.name}" for case in known)
-        raise UserError(f"no case holds {only!r}; they are:\n{names}")
+        raise UserError(f"no case contains {only!r}; cases:\n{names}")
     peaks: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     result = measure.conditions() | {
@@ -122,15 +132,15 @@ def table(result: dict[str, Any]) -> Table:
     )
     for row in result["rows"]:
         low, high = row["ratio_low"], row["ratio_high"]
-        memory = (_spell(row[f"{side}_bytes"], "{:.1f}", 2**30) for side in ("ours", "theirs"))
+        memory = (_format(row[f"{side}_bytes"], "{:.1f}", 2**30) for side in ("ours", "theirs"))
         compiling = (
-            _spell(row[f"{side}_compile_seconds"], "{:.0f}") for side in ("ours", "theirs")
+            _format(row[f"{side}_compile_seconds"], "{:.0f}") for side in ("ours", "theirs")
         )
         grid.add_row(
             row["name"],
             f"{row['ours_seconds']:.4f}",
-            _spell(row["theirs_seconds"], "{:.4f}"),
-            _spell(row["ratio"], "{:.2f}"),
+            _format(row["theirs_seconds"], "{:.4f}"),
+            _format(row["ratio"], "{:.2f}"),
             "-" if low is None else f"{low:.2f} to {high:.2f}",
             f"{row['share_of_peak']:.0%}",
             ", ".join(memory),
@@ -141,12 +151,12 @@ def table(result: dict[str, Any]) -> Table:
     return grid
 
 
-def _spell(value: float | None, form: str, unit: float = 1) -> str:
+def _format(value: float | None, form: str, unit: float = 1) -> str:
     return "-" if value is None else form.format(value / unit)
 
 
 def main() -> None:
-    """Runs the command; a user's mistake is one message and exit code 2."""
+    """Runs the command; a user error prints a message and exits with code 2."""
     from deeplab_jax.utils.errors import UserError
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

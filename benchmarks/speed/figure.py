@@ -1,55 +1,63 @@
-"""Times of both sides as bars."""
+"""Draws the times of both packages as bars."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from jaxtyping import UInt8
+from deeplab_jax.visualization import plots
+from deeplab_jax.visualization.plots import BLUE, GREY, ORANGE
 
-from deeplab_jax.visualization.canvas import BLUE, GREY, ORANGE, Canvas, Color
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-_WIDTH, _LEFT, _RIGHT = 960, 300, 170  # pixels
-_BAR, _STEP, _CASE = 16, 24, 50
-_OURS, _BEST = BLUE, ORANGE
-_THEIRS: Color = (200, 200, 200)
+_OTHER = "#c4c4c4"
+_MARGIN, _BAR, _VALUE = 20, 22, 84  # a margin, the pitch of bars, and the width of a time
 
 
-def speed_figure(result: dict[str, Any]) -> UInt8[np.ndarray, "h w 3"]:
-    """A block a case: this package, and torchvision in each of its modes, the best one marked.
+def speed_figure(result: dict[str, Any]) -> Figure:
+    """Draws a group of bars per case: this package, and torchvision in each of its modes.
 
     Args:
-      result: what `python -m benchmarks.speed --json` writes.
+      result: the parsed file that `python -m benchmarks.speed --json` writes.
     """
     rows = result["rows"]
-    bars = [len(row["theirs_by_mode"]) + 1 for row in rows]
-    canvas = Canvas(_WIDTH, 50 + sum(_CASE + _STEP * count for count in bars) + 16)
-    title = f"{result['device']}: medians; shorter is faster, a ratio above 1 too"
-    canvas.text(16, 24, title, size=17)
-    y = 50.0
-    for row in rows:
-        canvas.text(16, y + 18, row["name"], size=15)
-        y = _case(canvas, row, y + 36) + _CASE - 36
-    return canvas.picture()
+    num_columns = 1 if len(rows) <= 2 else 2
+    pitch = 58 + _BAR * max(len(row["theirs_by_mode"]) + 1 for row in rows)
+    width = (plots.WIDTH - _MARGIN * (num_columns + 1)) / num_columns
+    num_lines = -(-len(rows) // num_columns)
+    figure, axes = plots.diagram(plots.WIDTH, 82 + pitch * num_lines)
+    plots.text(axes, _MARGIN, 24, f"{result['device']}: median times", size=12)
+    plots.text(axes, plots.WIDTH - _MARGIN, 24, "ratio: theirs over ours", color=GREY, ha="right")
+    entries = [(BLUE, "deeplab_jax"), (ORANGE, "torchvision in its fastest mode")]
+    if any(len(row["theirs_by_mode"]) > 1 for row in rows):
+        entries.append((_OTHER, "torchvision in other modes"))
+    plots.legend(axes, _MARGIN, 56, entries)
+    for index, row in enumerate(rows):
+        line, column = divmod(index, num_columns)
+        left = _MARGIN + column * (width + _MARGIN)
+        _draw_case(axes, row, left, 94 + pitch * line, width)
+    return figure
 
 
-def _case(canvas: Canvas, row: dict[str, Any], y: float) -> float:
-    """Bars below y; where they end."""
+def _draw_case(axes: Axes, row: dict[str, Any], left: float, top: float, width: float) -> None:
     theirs = row["theirs_by_mode"]
-    longest = max([row["ours_seconds"], *theirs.values()])
     best = min(theirs, key=theirs.get, default=None)
-    lines = [("deeplab_jax", row["ours_seconds"], _OURS, "")]
-    for mode, seconds in theirs.items():
-        color, remark = (_BEST, f"   ratio {row['ratio']:.2f}") if mode == best else (_THEIRS, "")
-        lines.append((f"torchvision, {mode}", seconds, color, remark))
-    for name, seconds, color, remark in lines:
-        middle = y + _STEP / 2
-        right = _LEFT + seconds / longest * (_WIDTH - _LEFT - _RIGHT)
-        canvas.text(_LEFT - 10, middle, name, size=13, anchor="rm")
-        canvas.box(_LEFT, middle - _BAR / 2, right, middle + _BAR / 2, fill=color, outline=None)
-        canvas.text(right + 8, middle, _spell(seconds) + remark, size=13, color=GREY)
-        y += _STEP
-    return y
+    bars = [("deeplab_jax", row["ours_seconds"], BLUE)]
+    bars += [
+        (mode, seconds, ORANGE if mode == best else _OTHER) for mode, seconds in theirs.items()
+    ]
+    plots.text(axes, left, top, row["name"], size=10.5)
+    if theirs:
+        words = f"ratio {row['ratio']:.2f}"
+        plots.text(axes, left + width - 8, top, words, size=10.5, ha="right", weight="bold")
+    start = left + max(plots.text_width(mode, 9.5) for mode, _, _ in bars) + 10
+    scale = (left + width - _VALUE - start) / max(seconds for _, seconds, _ in bars)
+    for index, (mode, seconds, color) in enumerate(bars):
+        y = top + 26 + _BAR * index
+        plots.text(axes, start - 8, y, mode, size=9.5, ha="right")
+        axes.barh(y, seconds * scale, 0.72 * _BAR, left=start, color=color)
+        plots.text(axes, start + seconds * scale + 8, y, _spell(seconds), size=9.5, color=GREY)
 
 
 def _spell(seconds: float) -> str:

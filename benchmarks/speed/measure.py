@@ -1,4 +1,4 @@
-"""Measuring both sides of a case in turns, so that a noisy machine does not decide."""
+"""Measures both packages alternately, so that noise of the machine affects both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from . import ours, theirs
 from .cases import Built, Case
 
-_SECONDS_A_TURN = 0.5  # a side runs at least so long before the other takes over
+_SECONDS_A_TURN = 0.5  # shortest run of one package before the other one runs
 _MATMUL_SIDE = {"cpu": 2048, "gpu": 8192}
 _COPIED_BYTES = {"cpu": 2**28, "gpu": 2**31}
 PACKAGES = ("flax", "jax", "jaxlib", "torch", "torchvision")
@@ -26,19 +26,19 @@ PACKAGES = ("flax", "jax", "jaxlib", "torch", "torchvision")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Both sides of a case; seconds are medians of one execution over the turns.
+    """Results of both packages for a case; seconds are medians per execution over the turns.
 
     Attributes:
       name: of the case.
       ours_seconds, theirs_seconds: of this package and of torchvision in its best mode.
-      theirs: that mode.
-      ratio: median over the turns of theirs over ours; above 1 this package is faster.
+      theirs: name of that mode.
+      ratio: theirs divided by ours, median over the turns; above 1 this package is faster.
       ratio_low, ratio_high: smallest and largest over the turns.
       theirs_by_mode: seconds of each mode.
-      ours_bytes, theirs_bytes: peak memory on the device, None where it is not known.
-      ours_compile_seconds, theirs_compile_seconds: until the first result.
+      ours_bytes, theirs_bytes: peak memory on the device, None if it is not known.
+      ours_compile_seconds, theirs_compile_seconds: time until the first result.
       flops: of the case's convolutions, see `ours.dense_flops`.
-      share_of_peak: flops a second of this package over the machine's matrix product, 0..1.
+      share_of_peak: FLOP/s of this package divided by those of a large matrix product.
     """
 
     name: str
@@ -58,8 +58,8 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Match:
-    """What is kept of turns against one mode; not the side itself, which holds memory."""
+class _Timings:
+    """Times for one mode of torchvision, without the programs, which hold memory."""
 
     ours: list[float]
     theirs: list[float]
@@ -75,21 +75,21 @@ def measure(
     modes: str | None = "",
     log: Callable[[str], None] = lambda text: None,
 ) -> Row:
-    """Builds both sides of a case and lets them run in turns.
+    """Builds a case for both packages and runs them alternately.
 
     Args:
       case: the workload.
       peak: of matrix products on this machine, FLOP/s.
-      turns: of each side, for each mode of the other.
-      modes: only those of torchvision's whose name holds this text; None: it is not measured.
-      log: told what is done.
+      turns: runs of each package, for each mode of torchvision.
+      modes: text that the measured modes of torchvision contain; None: torchvision is not measured.
+      log: called with messages about the progress.
     """
     log(f"{case.name}: compiling ours")
     our_side = ours.build(case)
-    matches: dict[str, _Match] = {}
+    matches: dict[str, _Timings] = {}
     for mode in [m for m in theirs.modes(case) if modes is not None and modes in m]:
         log(f"{case.name}: building theirs ({mode})")
-        matches[mode] = _play(our_side, theirs.build(case, mode), turns)
+        matches[mode] = _time_mode(our_side, theirs.build(case, mode), turns)
         gc.collect()
         log(
             f"{case.name}: ours {statistics.median(matches[mode].ours):.4f} s, theirs ({mode}) "
@@ -127,13 +127,13 @@ def measure(
     )
 
 
-def _play(our_side: Built, their_side: Built, turns: int) -> _Match:
+def _time_mode(our_side: Built, their_side: Built, turns: int) -> _Timings:
     times = alternate(our_side, their_side, turns)
-    return _Match(*times, their_side.peak_bytes, their_side.compile_seconds)
+    return _Timings(*times, their_side.peak_bytes, their_side.compile_seconds)
 
 
 def alternate(one: Built, other: Built, turns: int) -> tuple[list[float], list[float]]:
-    """Seconds of an execution of each, by turn."""
+    """Returns the seconds per execution of each, by turn."""
     counts = [_repeats(side) for side in (one, other)]
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(turns):
@@ -143,7 +143,7 @@ def alternate(one: Built, other: Built, turns: int) -> tuple[list[float], list[f
 
 
 def _repeats(side: Built) -> int:
-    """Executions that fill a turn; also warms the side up."""
+    """Returns the number of executions in a turn; also warms up."""
     return max(1, round(_SECONDS_A_TURN / _turn(side, 1)))
 
 
@@ -157,7 +157,7 @@ def _turn(side: Built, count: int) -> float:
 
 
 def matmul_peak(dtype: str) -> float:
-    """FLOP/s of a large square matrix product: the ceiling that shares are taken of."""
+    """Returns the FLOP/s of a large square matrix product."""
     side = _MATMUL_SIDE[jax.default_backend()]
     keys = jax.random.split(jax.random.key(0), 2)
     a, b = (jax.random.normal(key, (side, side), jnp.dtype(dtype)) for key in keys)
@@ -165,14 +165,14 @@ def matmul_peak(dtype: str) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that a large copy reads and writes."""
+    """Returns the bytes per second that a large copy reads and writes."""
     size = _COPIED_BYTES[jax.default_backend()]
     x = jnp.zeros(size // 4, jnp.float32)
     return 2 * size / _fastest(running(jax.jit(lambda x: x + 1), x))
 
 
 def running(function: Callable[..., Any], *arguments: Any) -> Built:
-    """A compiled function of arrays as a side: its last result is kept."""
+    """Wraps a compiled function of arrays; keeps its last result."""
     kept: list[Any] = [function(*arguments)]
 
     def start() -> None:
@@ -187,7 +187,7 @@ def _fastest(side: Built) -> float:
 
 
 def conditions() -> dict[str, Any]:
-    """Machine and versions that the numbers hold for."""
+    """Returns the machine and the versions of a measurement."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""This package's side of a case."""
+"""Cases compiled for this package."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import numpy as np
 from deeplab_jax.analysis.conv_trace import convolutions
 from deeplab_jax.config import Config, LossConfig, MeshConfig, OptimizerConfig
 from deeplab_jax.distributed import mesh as mesh_lib
-from deeplab_jax.inference.compile import jit_inference
+from deeplab_jax.inference.compilation import jit_inference
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.training.optimizer import make_optimizer, poly_schedule
-from deeplab_jax.training.state import start_state
+from deeplab_jax.training.state import init_state
 from deeplab_jax.training.step import make_train_step
 
 from .cases import (
@@ -36,7 +35,7 @@ def build(case: Case) -> Built:
 
 
 def model_of(case: Case) -> FunctionalModel:
-    """torchvision's architecture in the size of a case."""
+    """Returns torchvision's architecture with the settings of a case."""
     chosen = architecture(
         f"torchvision_{case.backbone}",
         num_classes=NUM_CLASSES,
@@ -81,13 +80,10 @@ def _build_train(case: Case) -> Built:
         loss=LossConfig(aux_weight=AUX_WEIGHT),
         mesh=MeshConfig(data=1),
     )
-    schedule = poly_schedule(config.optimizer, config.train.steps)
-    tx = make_optimizer(config.optimizer, schedule, model.abstract.params)
     mesh = mesh_lib.make_mesh(config.mesh)
-    state = start_state(tx, model.init(jax.random.key(0)), ema=False)
-    state = mesh_lib.replicate(state, mesh)
+    state = mesh_lib.replicate(init_state(config, model.init(jax.random.key(0))), mesh)
     batch = mesh_lib.to_global(_batch(case), mesh, case.batch)
-    step: Any = make_train_step(model, tx, schedule, config, mesh)
+    step: Any = make_train_step(model, config, mesh)
     compiled = step.lower(state, batch).compile()
     kept: list[Any] = [compiled(state, batch)[0]]
     jax.block_until_ready(kept)
@@ -119,7 +115,7 @@ def _batch(case: Case) -> dict[str, np.ndarray]:
 
 
 def _peak_bytes(compiled: Any) -> int:
-    """Arguments, results and temporaries, those that share memory counted once."""
+    """Returns the bytes of arguments, results and temporaries; shared memory counts once."""
     memory = compiled.memory_analysis()
     return int(
         memory.argument_size_in_bytes
@@ -130,10 +126,10 @@ def _peak_bytes(compiled: Any) -> int:
 
 
 def dense_flops(case: Case) -> float:
-    """Arithmetic of a case's convolutions, a multiplication and an addition counted as two.
+    """Returns the FLOPs of a case's convolutions; a multiplication and an addition count as two.
 
-    All taps count, also those that fall into the padding; a train step counts three times its
-    forward pass, whose convolutions have two gradients.
+    All taps count, including those in the padding. A training step counts three times its forward
+    pass, because each convolution has two gradients.
     """
     found = convolutions(model_of(case), case.height, case.width)
     forward = 2.0 * case.batch * sum(conv.macs for conv in found)

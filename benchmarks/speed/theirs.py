@@ -1,4 +1,4 @@
-"""torchvision's side of a case: the only part of the package that imports PyTorch."""
+"""Cases built with torchvision."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .cases import (
 
 
 def import_torchvision() -> Any:
-    """torchvision, also beside a PyTorch that its compiled operators do not load with.
+    """Imports torchvision, even if its compiled operators do not load with this PyTorch.
 
-    The wheel on the package registry is built for CUDA. Beside a CPU build of PyTorch its
-    operators are missing, and the import fails where one of them is given a fake kernel. The
-    models need none of them: a declaration alone lets the import pass.
+    torchvision's wheel on PyPI is built for CUDA. With a CPU build of PyTorch its operators are
+    missing, and the import fails where it registers a fake kernel for one of them. The models need
+    none of them, so declaring the operators is enough for the import to succeed.
 
     Raises:
       UserError: PyTorch or torchvision is not installed.
@@ -48,7 +48,7 @@ def import_torchvision() -> Any:
         ) from error
 
 
-_LIBRARIES: list[Any] = []  # a declaration undoes itself when it is freed
+_LIBRARIES: list[Any] = []  # a declaration is removed when its library is freed
 
 
 def _torchvision() -> Any:
@@ -57,7 +57,7 @@ def _torchvision() -> Any:
 
 
 def modes(case: Case) -> tuple[str, ...]:
-    """The ways in which PyTorch may be at its best for a case."""
+    """Returns the modes of PyTorch that may be the fastest for a case."""
     if case.dtype == "float32":
         return ("eager", "channels_last", "channels_last, compile")
     autocast = ("channels_last, autocast", "channels_last, autocast, compile")
@@ -78,7 +78,8 @@ def build(case: Case, mode: str) -> Built:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    # Else a case of another size is compiled for any size, and after eight cases not at all.
+    # Otherwise torch compiles a case of another size for dynamic sizes, and stops compiling after
+    # eight cases.
     torch.compiler.reset()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -119,7 +120,7 @@ def build(case: Case, mode: str) -> Built:
 
 
 def _model(vision: Any, case: Case) -> Any:
-    """torchvision's DeepLabv3, at output stride 16 too, which its own constructors do not offer."""
+    """Returns torchvision's DeepLabv3, also at output stride 16, unlike its own constructors."""
     segmentation = vision.models.segmentation
     backbone = getattr(vision.models, case.backbone)(
         weights=None, replace_stride_with_dilation=[False, case.output_stride == 8, True]

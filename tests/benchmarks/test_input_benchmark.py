@@ -1,4 +1,4 @@
-"""`benchmarks/input_pipeline.py`: torchvision's side does the same work with the same files."""
+"""`benchmarks/input_pipeline.py`: both packages do the same work on the same files."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""`benchmarks/layers.py`: its bounds against arithmetic by hand, its rows, its table again."""
+"""`benchmarks/layers.py`: bounds compared with manual arithmetic, rows, recorded tables."""
 
 import dataclasses
 import json
@@ -19,19 +19,19 @@ STEM = Convolution("conv1", 7, 2, 1, 1, (33, 33, 3), (17, 17, 8), 2, 7, False, 0
 
 
 def test_bounds_by_hand():
-    # Of 6 rows a tap 4 away falls on 2, of 5 columns on 1: (2 + 6 + 2) (1 + 5 + 1) products.
+    # A tap at distance 4 is valid in 2 of 6 rows and 1 of 5 columns: (2 + 6 + 2) (1 + 5 + 1).
     macs = 10 * 7 * 32 * 16
     moved = 4 * (2 * 6 * 5 * (32 + 16) + 9 * 32 * 16)
     slow_arithmetic, slow_memory = (1e3, 1e12), (1e15, 1e3)
     assert bound_ms(ATROUS, FORWARD, *slow_arithmetic) == pytest.approx(2 * 2 * macs)
     assert bound_ms(ATROUS, FORWARD, *slow_memory) == pytest.approx(moved)
     assert bound_ms(ATROUS, TRAIN, *slow_arithmetic) == pytest.approx(3 * 2 * 2 * macs)
-    # Nobody wants the gradient of the image.
+    # The gradient of the image is not computed.
     twice = bound_ms(STEM, TRAIN, *slow_arithmetic) / bound_ms(STEM, FORWARD, *slow_arithmetic)
     assert twice == pytest.approx(2)
 
 
-def test_shapes_say_what_tells_them_apart():
+def test_shapes_print_their_differences():
     assert str(Shape.of(ATROUS)) == "3x3, 32 -> 16, 6x5, rate 4"
     assert str(Shape.of(STEM)) == "7x7, 3 -> 8, 33x33, stride 2"
 
@@ -72,8 +72,8 @@ def test_shows_a_recorded_file(monkeypatch, tmp_path, capsys):
     assert ["what", "is", "left", "0.50", "4", "2"] in lines
 
 
-def test_bounds_of_a_machine_that_is_not_here(monkeypatch, capsys):
-    """All arithmetic at 1 TFLOP/s, where memory is no limit: the case's own, a valid tap once."""
+def test_bounds_of_another_machine(monkeypatch, capsys):
+    """With unlimited memory bandwidth, the bounds add up to the arithmetic at 1 TFLOP/s."""
     case = "forward resnet101 os16 32x513x513"
     monkeypatch.setattr(sys, "argv", ["layers", case, "--bounds", "1e12", "1e30"])
     assert main() == 0
@@ -91,7 +91,7 @@ def test_bounds_of_a_machine_that_is_not_here(monkeypatch, capsys):
     ("options", "message"),
     [
         (["--bounds", "0", "1"], "--bounds must be above 0"),
-        (["no such"], "no case holds 'no such'; known: forward resnet50"),
+        (["no such"], "no case contains 'no such'; cases: forward resnet50"),
         (["--turns", "0"], "must be 1 or more, got 0"),
         (["--json", "none/layers.json"], "its folder does not exist"),
         (["--recorded", "none.json"], "there is no file none.json"),

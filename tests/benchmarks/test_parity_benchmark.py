@@ -1,4 +1,4 @@
-"""`benchmarks/parity.py`: it measures, resumes and tells what is broken, and docs quote it."""
+"""`benchmarks/parity.py` measures, resumes and reports violations; docs quote its results."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ def parity():
 
 @pytest.fixture
 def file(parity, tmp_path):
-    """Results of the quick cases, all but the last, as another run left them."""
+    """Results of all quick cases but the last, as written by an earlier run."""
     rows = {case: {"out": 1e-15, "aux": 2e-15} for case in parity.all_cases(quick=True)}
     rows.popitem()
     parity.write(tmp_path / "parity.json", parity.conditions("here"), rows)
@@ -37,7 +37,7 @@ def test_a_case_is_measured(parity):
     assert 0 < max(differences.values()) <= 1e-4
 
 
-def test_it_goes_on_where_it_stopped(parity, file, monkeypatch):
+def test_it_resumes(parity, file, monkeypatch):
     measured = []
 
     def measure(case):
@@ -54,13 +54,13 @@ def test_it_goes_on_where_it_stopped(parity, file, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [2e-9, float("nan")])
-def test_a_broken_limit_is_told_and_exits_with_1(parity, file, monkeypatch, capsys, value):
+def test_a_violation_is_reported_and_exits_with_1(parity, file, monkeypatch, capsys, value):
     last = parity.all_cases(quick=True)[-1]
     assert last.dtype == "float64"
     monkeypatch.setattr(parity, "measure", lambda case: {"out": 1e-15, "aux": value})
     assert run(parity, file) == 1
     told = " ".join(capsys.readouterr().out.split())
-    assert f"{last}: aux differs by {value:.1e}, the limit is 1e-09" in told
+    assert f"{last}: aux differs by {value:.1e}; the limit is 1e-09" in told
 
 
 def test_results_of_other_conditions_are_not_mixed(parity, file):
@@ -72,12 +72,12 @@ def test_results_of_other_conditions_are_not_mixed(parity, file):
 @pytest.mark.parametrize("text", ["{", "[]", '{"rows": [{}]}', '{"rows": []}'])
 def test_another_file_is_refused(parity, file, text):
     file.write_text(text)
-    with pytest.raises(UserError, match=r"parity\.json (is no file|was measured with)"):
+    with pytest.raises(UserError, match=r"parity\.json (is not a file|was measured with)"):
         run(parity, file)
     assert file.read_text() == text
 
 
 def test_docs_quote_the_results(parity):
     result = parity.read(ROOT / "benchmarks" / "results" / "parity_cpu.json")
-    assert parity.broken(parity.rows_of(result)) == []
+    assert parity.violations(parity.rows_of(result)) == []
     assert parity.markdown(result) in (ROOT / "docs" / "numerics.md").read_text()
