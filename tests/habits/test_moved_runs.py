@@ -1,5 +1,6 @@
 """Runs that are moved, copied or linked, whose data or weights are moved, or that go on longer."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -50,16 +51,35 @@ def test_a_run_of_two_stages_resumes_wherever_it_is(tmp_path, no_steps):
     assert train(config, tmp_path / "link").step == 2
 
 
-@pytest.fixture
-def own(tmp_path):
-    """A run on a data set of one's own, and the config of it."""
-    maker = Maker(tmp_path / "data")
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """The workdir of a run of `get_config`."""
+    workdir = tmp_path_factory.mktemp("first") / "run"
+    train(get_config(), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory):
+    """A data set of one's own, a run on it, and its config."""
+    root = tmp_path_factory.mktemp("own")
+    maker = Maker(root / "data")
     for index in range(12):
         maker.pair(f"{index:02}", shape=(33, 33))
     maker.text("classes.txt", "sky", "traffic light", "car")
     config = get_config()
     config.data = dataclasses.replace(maker.config(), split="train", crop_size=(33,), num_workers=0)
-    train(config, tmp_path / "run")
+    train(config, root / "run")
+    return root, config
+
+
+@pytest.fixture
+def own(own_run, tmp_path):
+    """A copy of that data set and run in `tmp_path`, and the config for it."""
+    root, config = own_run
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    config = copy.deepcopy(config)
+    config.data.root = str(tmp_path / "data")
     return config
 
 
@@ -103,29 +123,26 @@ def test_other_pixels_are_reported_and_the_run_resumes(tmp_path, own, no_steps, 
 
 
 @pytest.mark.parametrize("field", ["path", "backbone"])
-def test_weights_may_move(tmp_path, field, no_steps):
+def test_weights_may_move(tmp_path, field, first_run, own_run, no_steps):
     config = get_config()
-    train(config, tmp_path / "first")
+    shutil.copytree(first_run, tmp_path / "first")
     setattr(config.init, field, str(tmp_path / "first"))
     train(config, tmp_path / "run")
     recorded = json.loads((tmp_path / "run" / "inputs.json").read_text())
     assert recorded[f"config.init.{field}"]
-    other = get_config()
-    other.seed = 1
-    train(other, tmp_path / "other")
     no_steps()
     (tmp_path / "first").rename(tmp_path / "elsewhere")
     assert train(config, tmp_path / "run").step == 2  # what it started from is not needed any more
     setattr(config.init, field, str(tmp_path / "elsewhere"))
     assert train(config, tmp_path / "run").step == 2
-    setattr(config.init, field, str(tmp_path / "other"))
+    setattr(config.init, field, str(own_run[0] / "run"))
     with pytest.raises(UserError, match=f"config.init.{field}: "):
         train(config, tmp_path / "run")
 
 
-def test_more_steps_are_refused_and_the_error_says_how_to_continue(tmp_path, no_steps):
+def test_more_steps_are_refused_and_the_error_says_how_to_continue(tmp_path, first_run):
     config = get_config()
-    train(config, tmp_path / "run")
+    shutil.copytree(first_run, tmp_path / "run")
     config.train.steps = 3
     with pytest.raises(UserError, match=r"--config\.init\.path=.*run and another --workdir"):
         train(config, tmp_path / "run")
