@@ -12,6 +12,9 @@ from typing import Any
 
 from deeplab_jax.utils.errors import UserError, first_line
 
+# What the system says about a path of the user's, even to a mere question such as `exists`.
+_PATH_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS)
+
 
 def escape_unprintable() -> None:
     """Makes stdout escape what its encoding lacks, such as a file name that is not UTF-8."""
@@ -21,8 +24,8 @@ def escape_unprintable() -> None:
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Ends the program without a traceback if the body raises a `UserError`, fills the disk, or
-    finds no platform that JAX_PLATFORMS names.
+    """Ends the program without a traceback if the body raises a `UserError`, fills the disk, may
+    not use a path, or finds no platform that JAX_PLATFORMS names.
     """
     try:
         yield
@@ -30,10 +33,13 @@ def exit_on_user_error() -> Iterator[None]:
     except UserError as error:
         message = str(error)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno in _PATH_ERRORS and error.filename:
+            message = f"{error.filename}: {error.strerror}"
+        elif error.errno == errno.ENOSPC:
+            file = error.filename or "while writing"
+            message = f"the disk is full ({file}); free some space and run the command again"
+        else:
             raise
-        file = error.filename or "while writing"
-        message = f"the disk is full ({file}); free some space and run the command again"
     except (RuntimeError, AssertionError):
         message = _platform_problem()
         if not message:

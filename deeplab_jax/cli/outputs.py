@@ -16,6 +16,7 @@ from rich.text import Text
 from deeplab_jax.utils.errors import UserError
 
 STDOUT = "-"  # the path that makes --json print to standard output
+RUN_FILES = ("config.json", "inputs.json")  # of a workdir
 _FILE_WIDTH = 200  # columns of a table that is not printed to a terminal
 
 
@@ -28,7 +29,8 @@ def check(option: str, path: str, *suffixes: str) -> None:
       *suffixes: that it may have; none: any.
 
     Raises:
-      UserError: the path has another suffix, is a folder, or its folder cannot be written to.
+      UserError: the path has another suffix, is a folder or a run's file, or its folder cannot be
+        written to.
     """
     from deeplab_jax.utils.files import require_writable
 
@@ -37,6 +39,8 @@ def check(option: str, path: str, *suffixes: str) -> None:
         raise UserError(f"{option} must be a file that ends in {' or '.join(suffixes)}, got {path}")
     if file.is_dir():
         raise UserError(f"{option}: {path} is a folder")
+    if file.name in RUN_FILES and (file.parent / "checkpoints").is_dir():
+        raise UserError(f"{option}: {path} belongs to a run, which needs it to resume")
     require_writable(file.parent, f"{option}: the folder", create=True)
 
 

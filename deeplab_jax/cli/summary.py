@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deeplab_jax.cli import options, outputs
+from deeplab_jax.utils.errors import UserError
 
 if TYPE_CHECKING:
     from deeplab_jax.analysis.descriptions import Description
@@ -78,6 +79,8 @@ def summary(
     for option, file in (("--plot", plot), ("--receptive-field", receptive_field)):
         if file:
             outputs.check(option, file, *plots.SUFFIXES)
+    if plot and plot == receptive_field:
+        raise UserError(f"--plot and --receptive-field are the same file, {plot}")
     description = descriptions.read(model, num_classes=num_classes)
     height, width = descriptions.parse_size(size) if size else description.size
     if output_stride is not None:

@@ -45,7 +45,11 @@ _KINDS = {
         "trained on are too high",
         "Keep each in one split.",
     ),
-    "other files": ("warning", "files have no suffix of an image, and are skipped", ""),
+    "other files": (
+        "warning",
+        "files are skipped: they have no suffix of an image, or are beside the folders of splits",
+        "",
+    ),
     "empty splits": (
         "warning",
         "splits have no images; training needs both, or settings for others",
@@ -53,7 +57,7 @@ _KINDS = {
     ),
     "jpeg mask": (
         "warning",
-        "masks are JPEGs, which change values near edges",
+        "masks are JPEGs or in another lossy format, which changes values near edges",
         "Save masks as PNG.",
     ),
     "all ignored": (

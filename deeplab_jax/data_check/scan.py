@@ -107,7 +107,7 @@ def _scan_mask(result: Scan, mask_format: MaskFormat) -> None:
     path = result.pair.mask
     values = mask_format.read_values(path)
     ids = mask_format.to_ids(values)
-    if path.suffix.lower() in (".jpg", ".jpeg"):
+    if images.is_lossy(path):
         result.remarks.append(("jpeg mask", str(path)))
     if result.size is not None and ids.shape != result.size:
         try:

@@ -86,12 +86,28 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
         first, second = stage_configs(config, folder)
         if second is None:
             return train_stage(first, folder)
+        with multihost.raise_on_all_hosts():
+            check_second_stage(second, folder)
+            if jax.process_index() == 0:
+                stack.enter_context(lock_workdir(folder / FIRST_STAGE))
         _print(f"stage 1 of 2, in {folder / FIRST_STAGE}")
         result = train_stage(first, folder / FIRST_STAGE)
         if result.stopped:
             return result
         _print(f"stage 2 of 2, in {folder}")
         return train_stage(second, folder)
+
+
+def check_second_stage(second: Config, folder: pathlib.Path) -> None:
+    """Checks that the second stage can run or resume, before the first takes its time.
+
+    Raises:
+      UserError: the folder holds another run.
+    """
+    try:
+        check_workdir(folder, second, {})
+    except UserError as error:
+        raise UserError(f"stage 2 of 2: {error}") from error
 
 
 def train_stage(config: Config, folder: pathlib.Path) -> Result:

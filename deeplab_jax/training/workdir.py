@@ -13,6 +13,7 @@ import pathlib
 import re
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
@@ -33,6 +34,11 @@ _PIXELS = "pixels of images"
 # Fields that say where files are. A run may resume with other paths if the contents are the same.
 _DATA_PATHS = ("config.data.root", "config.data.folder.classes")
 _INIT_PATHS = ("config.init.path", "config.init.backbone")
+
+# The workdirs that this process has locked: a record lock never excludes its own process, and is
+# lost as soon as that process closes the file anywhere.
+_held: set[tuple[int, pathlib.Path]] = set()
+_held_guard = threading.Lock()
 
 Inputs = dict[str, Any]
 
@@ -135,9 +141,12 @@ def _has_checkpoint(folder: pathlib.Path) -> bool:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); choose another --workdir") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} does not hold named fields; choose another --workdir")
+    return fields
 
 
 def _portable(config: Config, folder: pathlib.Path) -> Config:
@@ -188,22 +197,42 @@ def lock_workdir(folder: pathlib.Path) -> Iterator[None]:
     that `.lock` names runs on this host.
 
     Raises:
-      UserError: another process has the lock; the message names its process and host.
+      UserError: another run has the lock; the message names its process and host.
     """
-    existed = folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = _open_locked(folder)
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir {folder}: {error.strerror}") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            existed = folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_only_in_process(folder))
+            file = _open_locked(folder)
+        except OSError as error:
+            raise UserError(f"cannot write to --workdir {folder}: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            (folder / _LOCK).unlink(missing_ok=True)
+            file.close()
+            if not existed:  # leaves no empty folder if the run failed before it wrote anything
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+@contextlib.contextmanager
+def _only_in_process(folder: pathlib.Path) -> Iterator[None]:
+    """Refuses a workdir that another thread of this process has locked."""
+    key = os.getpid(), folder.resolve()
+    with _held_guard:
+        if key in _held:
+            raise UserError(
+                f"--workdir {folder} is in use by another run of this process {os.getpid()}: wait "
+                "for it, or choose another --workdir"
+            )
+        _held.add(key)
     try:
         yield
     finally:
-        (folder / _LOCK).unlink(missing_ok=True)
-        file.close()
-        if not existed:  # leaves no empty folder behind if the run failed before it wrote anything
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        with _held_guard:
+            _held.discard(key)
 
 
 def _open_locked(folder: pathlib.Path) -> TextIO:

@@ -35,7 +35,7 @@ def is_hidden(name: str) -> bool:
 
 
 def find_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Finds the files below a folder, except for hidden ones and those in hidden folders.
+    """Finds the files below a folder, except for pipes, hidden ones and those in hidden folders.
 
     Links to folders are followed. If several paths lead to one folder, only the first is used;
     paths without links come first. Links to folders that contain them are not followed.
@@ -62,13 +62,21 @@ def find_files(folder: pathlib.Path) -> list[pathlib.Path]:
             raise UserError(f"{path}: the folder cannot be read ({error.strerror})") from None
         for entry in sorted(visible, key=lambda entry: entry.name):
             child = path / entry.name
-            if not entry.is_dir():
-                files.append(child)
+            if not _is_folder(entry):
+                if entry.is_symlink() or entry.is_file():  # no pipe, which would never end
+                    files.append(child)
             elif not entry.is_symlink():
                 folders.append((child, os.path.join(real, entry.name)))
             elif not pathlib.PurePath(real).is_relative_to(target := os.path.realpath(child)):
                 links.append((child, target))
     return [file for _, files in sorted(found.items()) for file in files]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself, which is reported when it is read
+        return False
 
 
 def match_files(pattern: str) -> list[pathlib.Path]:

@@ -239,3 +239,44 @@ def test_outputs_differ_where_case_does_not_count(tmp_path):
     write(tmp_path / "b/x.png")
     found, _ = files.find_images([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path)
     assert len({str(name).casefold() for name in found.values()}) == 2
+
+
+def test_a_link_to_itself_is_one_unreadable_file(maker, tmp_path):
+    (maker.root / "images/3.png").unlink()
+    (maker.root / "images/3.png").symlink_to("3.png")
+    report, _, _ = check(maker.config())
+    (finding,) = [finding for finding in report.findings if finding.kind == "unreadable"]
+    assert finding.count == 1
+    found, _ = files.find_images([str(maker.root / "images")], tmp_path)
+    assert maker.root / "images/3.png" in found
+
+
+@pytest.mark.parametrize(
+    ("train", "val"), [("Train", "Val"), ("training", "validation"), ("train", "valid")]
+)
+def test_folders_with_other_names_of_splits_are_not_mixed(maker, train, val):
+    for folder in ("images", "masks"):
+        for split in (train, val):
+            write(maker.root / folder / split / "x.png")
+    problems = detect_layout(maker.config()).problems
+    wrong = {train, val} - {"train", "val"}
+    assert [each.partition(":")[0] for each in problems[-len(wrong) :]] == [
+        str(maker.root / "images" / name) for name in sorted(wrong)
+    ]
+    assert "Rename it val" in problems[-1]
+
+
+def test_images_beside_the_folders_of_splits_are_reported(maker):
+    for folder in ("images", "masks"):
+        for name in ("train/x.png", "val/y.png", "more/z.png", ".cache/z.png"):
+            write(maker.root / folder / name)
+    layout = detect_layout(maker.config())
+    assert layout.problems == []
+    names = [path.name for path in layout.skipped]
+    assert names == [*(f"{index}.png" for index in range(8)), "more"]
+
+
+def test_pipes_are_no_files(tmp_path):
+    write(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert find_files(tmp_path) == [tmp_path / "a.png"]

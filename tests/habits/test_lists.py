@@ -150,3 +150,36 @@ def test_a_table_in_another_encoding(maker):
     assert os.path.exists(path)
     maker.root = path
     assert "save the file as UTF-8" in detect_layout(maker.config()).problems[0]
+
+
+@pytest.mark.parametrize("name", ["Train.txt", "TRAIN.TXT", "training.txt"])
+def test_lists_of_other_names_are_not_passed_over(maker, name):
+    (maker.root / "val.txt").unlink()
+    (maker.root / name).write_text("a\n")
+    (problem,) = detect_layout(maker.config()).problems
+    assert problem == f"{maker.root / name}: is not used. Rename it train.txt"
+
+
+def test_another_form_of_unicode_is_named(maker):
+    """As of archives that were made on macOS."""
+    maker.pair("cafe\u0301")
+    maker.text("train.txt", "caf\u00e9")
+    (problem,) = detect_layout(maker.config()).problems
+    assert "another form of Unicode" in problem
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["car,64,0,128", "car;64;0;128", "car (64, 0, 128)", "car rgb(64,0,128)", "64 0 128 car"],
+)
+def test_colours_in_other_forms_are_no_part_of_a_name(tmp_path, line):
+    (tmp_path / "classes.txt").write_text(f"{line}\n")
+    with pytest.raises(UserError, match=r"is not a class: expected a name .* `car 64 0 128`"):
+        classes.read(tmp_path / "classes.txt")
+
+
+def test_a_folder_in_a_table_is_named_as_one(maker):
+    maker.text("pairs.csv", "image,mask", "images,masks/a.png")
+    maker.root = maker.root / "pairs.csv"
+    (problem,) = detect_layout(maker.config()).problems
+    assert problem.endswith("line 2 names images, which is a folder")

@@ -1,12 +1,16 @@
 """Masks of odd types are read where they are unambiguous, and refused with the right advice."""
 
+import io
+
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from deeplab_jax.data.io import masks
+from deeplab_jax.data.dataset import Pair
+from deeplab_jax.data.io import images, masks
 from deeplab_jax.data.labels import LabelSet, named
+from deeplab_jax.data_check.scan import scan_pair
 from deeplab_jax.utils.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -140,3 +144,92 @@ def test_netpbm_masks_keep_their_ids(tmp_path, kind, largest):
 def test_masks_beyond_pillows_limit_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     check_read(save(tmp_path / "a.png", IDS))
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+@pytest.mark.parametrize("encoding", ["colors", "binary"])
+def test_a_mask_in_the_alpha_channel_is_refused(tmp_path, encoding, mode):
+    """As of editors that cut objects out: all opaque and transparent pixels are white."""
+    white = [OPAQUE] * (len(mode) - 1)
+    shape = np.where(IDS > 2, 255, 0).astype(np.uint8)
+    path = save(tmp_path / "a.png", Image.fromarray(np.dstack([*white, shape])))
+    labels = masks.BINARY if encoding == "binary" else FIVE
+    message = refusal(path, masks.MaskFormat(encoding, labels, 255))
+    assert "if that channel is the mask, save it as a grey PNG" in message
+
+
+def test_colours_where_0_and_255_are_expected(tmp_path):
+    red = np.where(IDS > 2, 255, 0).astype(np.uint8)
+    path = save(tmp_path / "a.png", np.dstack([red, red * 0, red * 0]))
+    message = refusal(path, masks.MaskFormat("binary", masks.BINARY, 255))
+    assert "holds colours, not 0 and 255" in message
+
+
+@pytest.mark.parametrize("value", [2**32 + 1, 2**40, -1, -(2**32) + 1])
+def test_integers_do_not_wrap(tmp_path, value):
+    ids = IDS.astype(np.int64)
+    ids[2, 3] = value
+    np.save(tmp_path / "a.npy", ids)
+    assert "Values must be 0 to 255" in refusal(tmp_path / "a.npy")
+
+
+@pytest.mark.filterwarnings("error")
+def test_half_precision(tmp_path):
+    np.save(tmp_path / "a.npy", IDS.astype(np.float16))
+    check_read(tmp_path / "a.npy")
+
+
+def test_ignored_values_of_16_bits_are_not_advised(tmp_path):
+    """No setting can ignore 65535, the value of pixels without data in maps."""
+    path = save(tmp_path / "a.png", np.where(IDS == 2, np.uint16(65535), IDS))
+    message = refusal(path)
+    assert "Values must be 0 to 255" in message
+    assert "ignore_label=" not in message
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00\x02\x00{("])
+def test_damaged_arrays_are_refused(tmp_path, content):
+    (tmp_path / "a.npy").write_bytes(content)
+    assert "truncated, or not a NumPy array" in refusal(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("shape", [(2**40, 2**20), (2**20, 2**20)])
+def test_arrays_that_state_a_wrong_size_are_refused(tmp_path, shape):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
+    (tmp_path / "a.npy").write_bytes(header.getvalue())
+    assert "truncated, or not a NumPy array" in refusal(tmp_path / "a.npy")
+
+
+def test_archives_of_arrays_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", IDS)
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    assert "is an archive of arrays" in refusal(tmp_path / "a.npy")
+    with pytest.raises(UserError, match="is an archive of arrays"):
+        images.read_image(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.jpg", {}),
+        ("b.png", {"format": "JPEG"}),
+        ("c.webp", {"quality": 50}),
+        ("d.tif", {"compression": "jpeg"}),
+    ],
+)
+def test_the_check_names_lossy_formats(tmp_path, name, options):
+    image = save(tmp_path / "image.png", np.dstack([IDS] * 3))
+    path = save(tmp_path / name, IDS, **options)
+    scan = scan_pair("train", Pair("a", image, path, tmp_path), FORMAT, 3)
+    assert ("jpeg mask", str(path)) in scan.remarks
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("a.png", {}), ("b.jpg", {"format": "PNG"}), ("c.webp", {"lossless": True}), ("d.tif", {})],
+)
+def test_other_formats_are_not_lossy(tmp_path, name, options):
+    assert not images.is_lossy(save(tmp_path / name, IDS, **options))

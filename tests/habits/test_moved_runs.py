@@ -148,3 +148,21 @@ def test_more_steps_are_refused_and_the_error_says_how_to_continue(tmp_path, fir
         train(config, tmp_path / "run")
     config.init.path = str(tmp_path / "run")
     assert train(config, tmp_path / "longer").step == 3
+
+
+def test_a_second_stage_that_does_not_fit_is_refused_before_the_first(tmp_path, first_run):
+    shutil.copytree(first_run, tmp_path / "run")
+    config = get_config()
+    config.second_stage = SecondStageConfig(steps=2)
+    with pytest.raises(UserError, match=r"stage 2 of 2: .* holds a run with another config"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "stage1").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "inputs.json"])
+@pytest.mark.parametrize("content", [b"[]", b"{", b"\xff", b"3"])
+def test_a_damaged_file_of_a_run_is_named(tmp_path, first_run, name, content):
+    shutil.copytree(first_run, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} (is not JSON|does not hold named fields)"):
+        train(get_config(), tmp_path / "run")

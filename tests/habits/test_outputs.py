@@ -68,3 +68,29 @@ def test_a_folder_in_place_of_a_file_is_an_error_at_once(tmp_path, command, argu
     error = command(arguments, "out")
     assert f"{output.format('out')} " in error
     assert "is a folder" in error or "exists already" in error
+
+
+@pytest.mark.parametrize("name", ["config.json", "inputs.json"])
+def test_no_output_replaces_what_a_run_needs(tmp_path, command, name):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    arguments = ["evaluate", "run", "--json={}"]
+    assert "belongs to a run" in command(arguments, f"run/{name}")
+
+
+def test_two_pictures_in_one_file_are_refused(command):
+    arguments = ["summary", "none.pth", "--plot={0}", "--receptive-field={0}"]
+    assert "are the same file, x.png" in command(arguments, "x.png")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "{}"],
+        ["summary", "shapes", "--json={}.json"],
+        ["convert", "{}.pth", "new"],
+    ],
+)
+def test_a_path_that_is_too_long_is_an_error(command, arguments):
+    error = command(arguments, "a" * 300)
+    assert "File name too long" in error
+    assert "Traceback" not in error

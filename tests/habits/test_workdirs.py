@@ -13,6 +13,7 @@ import textwrap
 import pytest
 
 import tiny
+from deeplab_jax.config import SecondStageConfig
 from deeplab_jax.training.train import train
 from deeplab_jax.training.workdir import lock_workdir
 from deeplab_jax.utils.errors import UserError
@@ -40,6 +41,25 @@ def test_a_second_run_is_refused_with_the_owner_of_the_workdir(tmp_path, holder)
     with pytest.raises(UserError, match=message):
         train(tiny.get_config(), tmp_path / "run")
     assert os.listdir(tmp_path / "run") == [".lock"]
+
+
+@pytest.mark.parametrize("name", ["run", "link"])
+def test_another_run_of_the_same_process_is_refused(tmp_path, name):
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with lock_workdir(tmp_path / "run"):
+        with pytest.raises(UserError, match=f"another run of this process {os.getpid()}"):
+            train(tiny.get_config(), tmp_path / name)
+        assert os.listdir(tmp_path / "run") == [".lock"]
+    with lock_workdir(tmp_path / "run"):  # it is free again
+        pass
+
+
+def test_the_folder_of_the_first_stage_is_locked_too(tmp_path):
+    config = tiny.get_config()
+    config.second_stage = SecondStageConfig(steps=2)
+    stage = tmp_path / "run" / "stage1"
+    with lock_workdir(stage), pytest.raises(UserError, match="stage1 is in use"):
+        train(config, tmp_path / "run")
 
 
 def test_a_killed_run_holds_nothing(tmp_path, holder):

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from deeplab_jax.config import DataConfig, FolderConfig
@@ -17,6 +18,13 @@ from deeplab_jax.utils.errors import MAX_LISTED_PROBLEMS, UserError, did_you_mea
 from deeplab_jax.utils.files import find_files, is_hidden
 
 SPLITS = ("train", "val", "test")
+
+# Names that others give to splits, lower case.
+_SPELLINGS = {split: split for split in SPLITS} | {
+    **dict.fromkeys(("training", "trn"), "train"),
+    **dict.fromkeys(("valid", "validation", "eval"), "val"),
+    **dict.fromkeys(("testing",), "test"),
+}
 
 LAYOUTS = """\
 - images/train, images/val and masks/train, masks/val
@@ -33,7 +41,7 @@ class FolderLayout:
       kind: what defines the splits: "folders", "lists", "fraction" or "csv".
       splits: the pairs of each split that exists.
       problems: a sentence for each problem. Pairs with a problem are left out.
-      skipped: files in the folders of images and masks that have no suffix of an image.
+      skipped: what is in the folders of images and masks, but is no image or of no split.
     """
 
     kind: str
@@ -67,6 +75,7 @@ def detect_layout(config: DataConfig) -> FolderLayout:
             kind, splits = "lists", finder.from_lists()
         else:
             kind, splits = "fraction", finder.from_fraction()
+        finder.check_names_of_splits()
     return FolderLayout(kind, splits, finder.problems, finder.skipped)
 
 
@@ -95,7 +104,22 @@ class _PairFinder:
         self.problems: list[str] = []
         self.skipped: list[pathlib.Path] = []
 
+    def check_names_of_splits(self) -> None:
+        """Adds a problem for each list or folder that is not used because of its spelling."""
+        for folder, suffix in ((self.root, ".txt"), (self.images, "")):
+            for path in sorted(folder.iterdir()):
+                split = _SPELLINGS.get(path.stem.lower())
+                if not split or path.suffix.lower() != suffix or path.is_dir() == bool(suffix):
+                    continue
+                if not (folder / f"{split}{suffix}").exists():
+                    self.problems.append(f"{path}: is not used. Rename it {split}{suffix}")
+
     def from_folders(self) -> dict[str, list[Pair]]:
+        self.skipped += [
+            path
+            for path in sorted(self.images.iterdir())
+            if path.name not in SPLITS and not is_hidden(path.name)
+        ]
         splits = {}
         for split in SPLITS:
             images, masks = self.images / split, self.masks / split
@@ -189,6 +213,8 @@ class _PairFinder:
                 siblings = os.listdir(expected.parent) if expected.parent.is_dir() else ()
                 hint = self._hint(expected.name, siblings)
                 problem = f"line {line} names {missing[0]}, which does not exist{hint}"
+                if os.path.isdir(expected):
+                    problem = f"line {line} names {missing[0]}, which is a folder"
             else:
                 problem = ""
                 splits.setdefault(split, []).append(Pair(name, folder / image, folder / mask, path))
@@ -275,7 +301,12 @@ class _PairFinder:
         """Names the nearest known name, unless there are more problems than are listed."""
         if name != name.encode(errors="ignore").decode():
             return ". That name is not UTF-8: if it is listed in a file, save the file as UTF-8"
-        return did_you_mean(name, known) if len(self.problems) < MAX_LISTED_PROBLEMS else ""
+        if len(self.problems) >= MAX_LISTED_PROBLEMS:
+            return ""
+        known, normal = list(known), unicodedata.normalize("NFC", name)
+        if name not in known and normal in (unicodedata.normalize("NFC", each) for each in known):
+            return ". That name exists in another form of Unicode (NFC or NFD): rename one"
+        return did_you_mean(name, known)
 
 
 def _hash_to_split(name: str, config: FolderConfig) -> str:

@@ -18,6 +18,8 @@ _LINE = re.compile(
     r"(?:\s+(?P<red>\d+)[\s,]+(?P<green>\d+)[\s,]+(?P<blue>\d+)|\s+#(?P<hex>[0-9a-fA-F]{6}))?"
     r"(?:\s+#(?:\s.*)?)?"
 )
+# Three numbers, as in `car,64,0,128` and `car (64, 0, 128)`.
+_COLOR_IN_NAME = r"\d\s*[,;\s]\s*\d+\s*[,;\s]\s*\d"
 
 Color = tuple[int, int, int]
 
@@ -66,7 +68,7 @@ def read(path: pathlib.Path) -> LabelSet:
 
 def _parse(text: str) -> tuple[str, Color | None]:
     match = _LINE.fullmatch(text)
-    if match is None or re.search(r"\s#\S", match["name"]):
+    if match is None or re.search(r"\s#\S|" + _COLOR_IN_NAME, match["name"]):
         raise ValueError(
             f"{text!r} is not a class: expected a name and an optional colour, as in `car`, "
             "`car 64 0 128` or `car #400080`; a comment begins with `# `"

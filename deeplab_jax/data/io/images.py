@@ -76,10 +76,14 @@ def read_bytes(path: pathlib.Path) -> bytes:
 
 def read_array(path: pathlib.Path) -> np.ndarray:
     """Reads a `.npy` file. Objects in it are refused, so nothing is executed."""
+    data = read_bytes(path)
     try:
-        return np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # NumPy's parser raises errors of many types
         raise UserError(f"{path}: truncated, or not a NumPy array ({error}). Replace it.") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path}: is an archive of arrays (.npz). Save one with `numpy.save`.")
+    return array
 
 
 def read_image(
@@ -194,6 +198,18 @@ def read_values(path: pathlib.Path) -> np.ndarray:
 def is_deep(image: ImageFile.ImageFile) -> bool:
     """Whether an image that is not yet loaded stores more than 8 bits per channel."""
     return image.mode[0] in "IF" or ";16" in str(image.tile)
+
+
+def is_lossy(path: pathlib.Path) -> bool:
+    """Whether the format of an image changes values, as JPEG does, whatever its suffix."""
+    data = read_bytes(path)
+    try:
+        with open_image(io.BytesIO(data)) as image:
+            lossy_webp = image.format == "WEBP" and b"VP8L" not in data[:4096]
+            is_jpeg = image.format in ("JPEG", "MPO") or image.info.get("compression") == "jpeg"
+            return is_jpeg or lossy_webp or image.format == "AVIF"
+    except Exception:  # not an image, for example an array
+        return False
 
 
 def open_image(file: pathlib.Path | io.BytesIO) -> ImageFile.ImageFile:

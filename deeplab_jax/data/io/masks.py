@@ -64,9 +64,18 @@ class MaskFormat:
         if mask.mode[0] in "IF":
             values = _to_whole(path, np.asarray(mask))
             return values if self.encoding == "binary" else values.clip(0, 255) * 0x010101
+        if mask.mode in ("LA", "RGBA"):
+            _require_constant(path, np.asarray(mask)[..., -1])
+        if self.encoding == "binary" and mask.mode in ("1", "L", "LA"):
+            return np.asarray(mask.convert("L"))
+        rgb = np.asarray(mask.convert("RGB")).astype(np.int32)
         if self.encoding == "colors":
-            rgb = np.asarray(mask.convert("RGB")).astype(np.int32)
             return rgb[:, :, 0] << 16 | rgb[:, :, 1] << 8 | rgb[:, :, 2]
+        if (rgb != rgb[:, :, :1]).any() and not images.is_lossy(path):
+            raise UserError(
+                f"{path}: holds colours, not 0 and 255. Save it as a grey PNG, or set "
+                "config.data.folder.masks_hold=ids if it has a palette, else to colors."
+            )
         return np.asarray(mask.convert("L"))
 
     def to_ids(self, values: Integer[np.ndarray, "h w"]) -> Int16[np.ndarray, "h w"]:
@@ -86,8 +95,8 @@ class MaskFormat:
         ids = self.to_ids(values)
         unknown = ids == UNKNOWN
         if unknown.any():
-            if path.suffix.lower() in (".jpg", ".jpeg"):
-                fix = "JPEG changes values: save masks as PNG."
+            if images.is_lossy(path):
+                fix = "JPEG changes values, as all lossy formats do: save masks as PNG."
             else:
                 found = set(np.unique(values).tolist())
                 fix = self.suggest_fix(found, set(np.unique(values[unknown]).tolist()))
@@ -153,6 +162,8 @@ class MaskFormat:
         greys = {color[0] for color in self.labels.colors if len(set(color)) == 1}
         if self.encoding == "ids" and unknown <= greys:
             return "If the masks hold colours, set config.data.folder.masks_hold=colors."
+        if min(unknown) < 0 or max(unknown) > 255:
+            return "Values must be 0 to 255: change the others, and save 8 bits per pixel."
         if self.encoding == "binary":
             return "Fix the mask, or set config.data.ignore_label to a value that does not count."
         ignored = f"={min(unknown)} if it does not count." if len(unknown) == 1 else "."
@@ -212,13 +223,18 @@ def read_ids(path: pathlib.Path) -> Integer[np.ndarray, "h w"]:
             raise ColorsError(
                 f"{path}: holds colours, not class ids. Save the ids as a grey or palette PNG."
             )
-        if alpha.size and alpha.min() != alpha.max():
-            raise UserError(
-                f"{path}: has transparent pixels, whose class is not clear. Save the ids as a grey "
-                "or palette PNG without alpha channel."
-            )
+        _require_constant(path, alpha)
         values = colors[..., 0]
     return _to_whole(path, values)
+
+
+def _require_constant(path: pathlib.Path, alpha: np.ndarray) -> None:
+    """Raises UserError if some pixels of a mask are more transparent than others."""
+    if alpha.size and alpha.min() != alpha.max():
+        raise UserError(
+            f"{path}: has transparent pixels, whose class is not clear. Save the mask without "
+            "alpha channel; if that channel is the mask, save it as a grey PNG."
+        )
 
 
 def _to_whole(path: pathlib.Path, values: np.ndarray) -> Int32[np.ndarray, "h w"]:
@@ -230,9 +246,10 @@ def _to_whole(path: pathlib.Path, values: np.ndarray) -> Int32[np.ndarray, "h w"
                 f"{path}: holds {fractions[0]:g}, but the values of a mask must be whole numbers. "
                 "Save them as integers, in a grey PNG."
             )
-        values = values.clip(-(2**30), 2**30)
     elif values.dtype.kind not in "biu":
         raise UserError(f"{path}: must hold integers, got {values.dtype}")
+    if not np.can_cast(values.dtype, np.int32):
+        values = values.astype(np.float64).clip(-(2**31), 2**31 - 1)
     return values.astype(np.int32)
 
 
