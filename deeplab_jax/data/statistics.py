@@ -17,7 +17,7 @@ from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.progress import parallel_map
 
 _Result = TypeVar("_Result")
-_SAMPLE_SIZE = 32  # examples, spread over the split
+_SAMPLE_SIZE = 16  # examples, spread over the split
 
 
 def map_examples(
@@ -70,7 +70,7 @@ class SampleSummary:
 
 
 def summarize_sample(dataset: Dataset, crop_shape: tuple[int, int] | None) -> SampleSummary:
-    """Reads up to 32 examples, spread over a split, and summarizes them.
+    """Reads up to 16 examples, spread over a split, and summarizes them.
 
     Args:
       dataset: the split.

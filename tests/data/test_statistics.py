@@ -55,7 +55,7 @@ def test_a_large_split_is_sampled_from_its_first_to_its_last_example():
     masks = np.zeros((1000, 1, 1), np.uint8)
     masks[-1] = 1
     _, summary = summarize(masks)
-    assert summary.pixels.tolist() == [31, 1]
+    assert summary.pixels.tolist() == [15, 1]
     assert summary.num_examples == 1000
 
 
