@@ -9,7 +9,7 @@ import pathlib
 
 import cv2
 import numpy as np
-from jaxtyping import Int16, Int32, Integer, UInt8
+from jaxtyping import Int16, Integer, UInt8
 
 from deeplab_jax.data.dataset import Pair, check_ids
 from deeplab_jax.data.io import images
@@ -237,8 +237,10 @@ def _require_constant(path: pathlib.Path, alpha: np.ndarray) -> None:
         )
 
 
-def _to_whole(path: pathlib.Path, values: np.ndarray) -> Int32[np.ndarray, "h w"]:
-    """Converts numbers to integers. Raises UserError if they are not whole numbers."""
+def _to_whole(path: pathlib.Path, values: np.ndarray) -> Integer[np.ndarray, "h w"]:
+    """Returns numbers as uint8 or int32. Raises UserError if they are not whole numbers."""
+    if values.dtype == np.uint8:  # most masks, which training reads at every step
+        return values
     if values.dtype.kind == "f":
         fractions = values[values != np.floor(values)]  # and NaN
         if fractions.size:
