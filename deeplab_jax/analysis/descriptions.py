@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 import re
 
 from deeplab_jax import config as config_lib
@@ -14,6 +13,7 @@ from deeplab_jax.config.rules import validate
 from deeplab_jax.data import DATASETS, labels
 from deeplab_jax.models.architecture import ARCHITECTURES, Architecture, architecture
 from deeplab_jax.utils.errors import UserError, did_you_mean
+from deeplab_jax.utils.paths import expand_home
 from deeplab_jax.weights import hub
 from deeplab_jax.weights.convert import read_model
 from deeplab_jax.weights.saved_model import SavedModel
@@ -116,7 +116,7 @@ def _data_classes(config: Config) -> int | None:
     from deeplab_jax.data.io import classes
 
     text = config.data.folder.classes or f"{config.data.root}/classes.txt"
-    path = pathlib.Path(os.path.expanduser(text))
+    path = expand_home(text)
     return classes.read(path).num_classes if path.is_file() else None
 
 

@@ -10,6 +10,7 @@ import typer
 
 from deeplab_jax.cli import options, outputs
 from deeplab_jax.config import Config
+from deeplab_jax.utils.errors import print_warning
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -169,7 +170,7 @@ def _draw(
     from deeplab_jax.utils.files import write_png
 
     if mask_format is None or not any(scan.readable for scan in scans):
-        outputs.print_warnings([f"{path} was not drawn: no pair of image and mask could be read"])
+        print_warning(f"{path} was not drawn: no pair of image and mask could be read")
         return
     picture = contact_sheet.draw(scans, mask_format, num_channels)
     write_png(pathlib.Path(path), picture)

@@ -11,7 +11,7 @@ import typer
 
 from deeplab_jax.cli import options, outputs
 from deeplab_jax.config import EvalConfig
-from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.errors import UserError, print_warning
 
 if TYPE_CHECKING:
     from deeplab_jax.evaluation.evaluator import Evaluation
@@ -123,7 +123,8 @@ def evaluate(
         figure = plots.confusion_plot(evaluation.matrix, evaluation.labels)
         plots.save(pathlib.Path(confusion), figure)
     outputs.write_json(json_file, facts | report.to_json(evaluation, interval))
-    outputs.print_warnings(ready.warnings + report.warnings(evaluation))
+    for warning in ready.warnings + report.warnings(evaluation):
+        print_warning(warning)
 
 
 def _percent(value: float) -> str:

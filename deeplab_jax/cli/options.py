@@ -27,7 +27,7 @@ def expand_path(context: typer.Context, option: typer.CallbackParam, value: Any)
     paths = [value] if isinstance(value, str) else value
     for path in paths:
         required_path(path, option.opts[0])
-    expanded = [os.path.expanduser(path) for path in paths]
+    expanded = [os.path.expanduser(path) for path in paths]  # patterns stay as written
     return expanded[0] if isinstance(value, str) else expanded
 
 

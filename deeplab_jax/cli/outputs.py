@@ -81,13 +81,6 @@ def console(json_path: str = "") -> Console:
     return chosen
 
 
-def print_warnings(messages: Iterable[str]) -> None:
-    """Prints warnings to stderr, one line each."""
-    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
-    for message in messages:
-        stderr.print(f"warning: {message}", markup=False)
-
-
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, num_text_columns: int = 1
 ) -> Table:

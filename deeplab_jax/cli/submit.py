@@ -9,7 +9,7 @@ import typer
 
 from deeplab_jax.cli import options, outputs
 from deeplab_jax.config import EvalConfig
-from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.errors import UserError, print_warning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,7 +84,8 @@ def submit(
         size=size,
         load_split=voc_server.load_split,
     )
-    outputs.print_warnings(ready.warnings)
+    for warning in ready.warnings:
+        print_warning(warning)
     with outputs.progress_bar("submit", ready.evaluator.num_batches) as advance:
         matrix = voc_server.write(
             *(pathlib.Path(out), ready.evaluator, ready.segmenter.variables, ready.dataset),

@@ -1,5 +1,6 @@
 """The config of a run: its fields (`schema`), their rules (`rules`), reading it (`io`)."""
 
+from deeplab_jax.config.schema import DATA_PATHS as DATA_PATHS
 from deeplab_jax.config.schema import IMAGE_LOSSES as IMAGE_LOSSES
 from deeplab_jax.config.schema import PIXEL_LOSSES as PIXEL_LOSSES
 from deeplab_jax.config.schema import PROTOCOLS as PROTOCOLS

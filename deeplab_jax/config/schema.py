@@ -225,6 +225,10 @@ RESUMABLE = frozenset(
 )
 
 
+# Fields that say where the data are. What a run computes depends on the data, not on their place.
+DATA_PATHS = frozenset({"data.root", "data.folder.classes"})
+
+
 def output_strides(cascade: int | None) -> tuple[int, ...]:
     """Returns the output strides of a model with `cascade` copies of its last stage.
 

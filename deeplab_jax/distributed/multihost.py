@@ -99,7 +99,7 @@ def check_equal(config: Config, inputs: Facts) -> None:
     facts: Facts = {
         f"config.{name}": value
         for name, value in config_lib.flatten(config).items()
-        if name not in ("data.root", "data.folder.classes")
+        if name not in config_lib.DATA_PATHS
     }
     facts["version of python"] = platform.python_version()
     for package in PACKAGES:

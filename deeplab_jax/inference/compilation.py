@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.ops.atrous_conv import atrous_conv
 from deeplab_jax.models.ops.convolution import ONEDNN
+from deeplab_jax.utils.paths import user_cache
 
 # Let XLA:CPU call oneDNN for each convolution with its bias, residual sum and relu. YNNPACK, which
 # has precedence, keeps only sums over maps. Older versions accept these options without effect.
@@ -61,5 +61,4 @@ def has_onednn() -> bool:
 def use_compilation_cache() -> None:
     """Caches compiled programs in the user's cache folder, unless JAX's cache is set already."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "deeplab_jax", "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "deeplab_jax" / "xla"))

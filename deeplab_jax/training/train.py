@@ -39,7 +39,7 @@ from deeplab_jax.training.workdir import (
     local_folder,
     lock_workdir,
 )
-from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.errors import UserError, print_warning
 from deeplab_jax.weights import initialize
 from deeplab_jax.weights.saved_model import describe
 
@@ -230,7 +230,7 @@ def summarize_splits(
         summaries[split] = statistics.summarize_sample(dataset, crop)
         for warning in statistics.check_valid_pixels(dataset, summaries[split], split):
             if not quiet:
-                print(f"warning: {warning}", file=sys.stderr)
+                print_warning(warning)
     return summaries
 
 

@@ -12,7 +12,6 @@ import os
 import pathlib
 import re
 import socket
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
@@ -21,18 +20,17 @@ from deeplab_jax import config as config_lib
 from deeplab_jax.config import Config
 from deeplab_jax.data.statistics import SampleSummary
 from deeplab_jax.utils.download import file_digest
-from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.errors import UserError, print_warning
 from deeplab_jax.utils.files import write_bytes
-from deeplab_jax.utils.paths import required_path
-from deeplab_jax.weights.saved_model import check_format, find_checkpoint
+from deeplab_jax.utils.paths import expand_home, required_path
+from deeplab_jax.weights.saved_model import check_format, find_checkpoint, step_folders
 
 # Files in a workdir.
 _LOCK = ".lock"
 _INPUTS = "inputs.json"
 
 _PIXELS = "pixels of images"
-# Fields that say where files are. A run may resume with other paths if the contents are the same.
-_DATA_PATHS = ("config.data.root", "config.data.folder.classes")
+# Fields that name weights. A run may resume with other paths if the contents are the same.
 _INIT_PATHS = ("config.init.path", "config.init.backbone")
 
 # The workdirs that this process has locked: a record lock never excludes its own process, and is
@@ -80,7 +78,7 @@ def check_workdir(folder: pathlib.Path, config: Config, inputs: Inputs) -> None:
     Raises:
       UserError: the folder holds another run; the message lists what differs.
     """
-    if not _has_checkpoint(folder):
+    if not step_folders(folder / "checkpoints"):
         return
     check_format(folder)
     path = folder / "config.json"
@@ -92,13 +90,14 @@ def check_workdir(folder: pathlib.Path, config: Config, inputs: Inputs) -> None:
         differing = {
             field: values
             for field, values in differing.items()
-            if field not in _DATA_PATHS and not _is_same_file(field, config, saved)
+            if field.removeprefix("config.") not in config_lib.DATA_PATHS
+            and not _is_same_file(field, config, saved)
         }
         for name, value in inputs.items():
             if value == saved.get(name):
                 continue
             if name.startswith(_PIXELS):
-                _warn(
+                print_warning(
                     f"{name}: not as at the start of this run. Either the images were changed, or "
                     "another OpenCV decodes them; the run will not end with the same bits"
                 )
@@ -123,7 +122,7 @@ def claim_workdir(folder: pathlib.Path, config: Config, inputs: Inputs) -> None:
       UserError: the folder cannot be written.
     """
     files = {"config.json": config_lib.to_json(_portable(config, folder))}
-    if not _has_checkpoint(folder):
+    if not step_folders(folder / "checkpoints"):
         digests = {field: _digest(_path_of(field, config)) for field in _INIT_PATHS}
         files[_INPUTS] = json.dumps(inputs | digests, indent=2) + "\n"
     try:
@@ -132,11 +131,6 @@ def claim_workdir(folder: pathlib.Path, config: Config, inputs: Inputs) -> None:
             write_bytes(folder / name, text.encode())
     except OSError as error:
         raise UserError(f"cannot write to --workdir {folder}: {error.strerror}") from error
-
-
-def _has_checkpoint(folder: pathlib.Path) -> bool:
-    checkpoints = folder / "checkpoints"
-    return checkpoints.is_dir() and any(child.name.isdigit() for child in checkpoints.iterdir())
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -171,7 +165,7 @@ def _is_same_file(field: str, config: Config, saved: Inputs) -> bool:
 
 def _digest(source: str) -> str | None:
     """A digest of a weights file, or of the model in a checkpoint; None if it is no path."""
-    path = pathlib.Path(os.path.expanduser(source))
+    path = expand_home(source)
     if not source or not path.exists():
         return None
     if path.is_file():
@@ -181,10 +175,6 @@ def _digest(source: str) -> str | None:
     for file in sorted(each for each in (folder / "model").rglob("*") if each.is_file()):
         digest.update(f"{file.relative_to(folder)} {file_digest(file, 'sha256')}".encode())
     return digest.hexdigest()[:16]
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -243,14 +233,14 @@ def _open_locked(folder: pathlib.Path) -> TextIO:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            unsupported = error.errno not in (errno.EACCES, errno.EAGAIN)
-            if not unsupported or _is_running(holder):
+            is_locked = error.errno in (errno.EACCES, errno.EAGAIN)
+            if is_locked or _is_running(holder):
                 file.close()
                 raise UserError(
                     f"--workdir {folder} is in use by process {holder['pid']} on host "
                     f"{holder['host']}: wait for it or stop it, or choose another --workdir"
                 ) from error
-            _warn(
+            print_warning(
                 f"{folder} is on a file system without locks ({error.strerror}): make sure that no "
                 "other run uses it"
             )
@@ -280,6 +270,6 @@ def _is_running(holder: dict[str, object]) -> bool:
         os.kill(int(str(holder["pid"])), 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it runs as another user
-        return True
+    except PermissionError:
+        pass  # it runs as another user
     return True

@@ -1,6 +1,7 @@
 """The exception for mistakes that users can fix, and helpers for error messages."""
 
 import difflib
+import sys
 from collections.abc import Iterable, Sequence
 
 MAX_LISTED_PROBLEMS = 10  # by `raise_problems`
@@ -12,6 +13,11 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+def print_warning(message: str) -> None:
+    """Prints a warning to stderr."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -8,6 +8,16 @@ import pathlib
 from deeplab_jax.utils.errors import UserError
 
 
+def expand_home(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns a path with a leading `~` or `~user` replaced by the home folder, if there is one."""
+    return pathlib.Path(os.path.expanduser(path))  # `Path.expanduser` raises for unknown users
+
+
+def user_cache() -> pathlib.Path:
+    """Returns the folder for caches of the user: `$XDG_CACHE_HOME`, or `~/.cache`."""
+    return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+
+
 def required_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
     """Returns a path with a leading `~` replaced by the home folder.
 
@@ -23,4 +33,4 @@ def required_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
         raise UserError(
             f"{name} is empty. If it comes from a shell variable, the variable is unset"
         )
-    return pathlib.Path(os.path.expanduser(text))
+    return expand_home(text)

@@ -9,7 +9,7 @@ import pathlib
 from deeplab_jax.utils.download import download_file, file_digest
 from deeplab_jax.utils.errors import UserError, did_you_mean
 from deeplab_jax.utils.files import require_writable
-from deeplab_jax.utils.paths import required_path
+from deeplab_jax.utils.paths import expand_home, required_path, user_cache
 
 BASE_URL = "https://download.pytorch.org/models/"
 
@@ -117,18 +117,14 @@ def fetch(name: str, *, base_url: str = BASE_URL) -> pathlib.Path:
 
 def cache_folder() -> pathlib.Path:
     """Returns the folder for downloads: `$XDG_CACHE_HOME/deeplab_jax/weights`."""
-    return _user_cache() / "deeplab_jax" / "weights"
+    return user_cache() / "deeplab_jax" / "weights"
 
 
 def torch_cache_folder() -> pathlib.Path:
     """Returns the folder of `torch.hub`'s downloads: `$TORCH_HOME/hub/checkpoints`."""
     home = os.environ.get("TORCH_HOME")
-    torch_home = pathlib.Path(home).expanduser() if home else _user_cache() / "torch"
+    torch_home = expand_home(home) if home else user_cache() / "torch"
     return torch_home / "hub" / "checkpoints"
-
-
-def _user_cache() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
 
 
 def _is_intact(path: pathlib.Path, digest: str) -> bool:

@@ -141,7 +141,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> pathlib.Path:
         return folder
     if (folder / "checkpoints").is_dir():
         folder = folder / "checkpoints"
-    if not folder.is_dir() or not any(child.name.isdigit() for child in folder.iterdir()):
+    if not step_folders(folder):
         raise UserError(
             f"no checkpoint at {path}: expected a workdir of train.py, its folder checkpoints/, or "
             "one step's folder in it"
@@ -153,6 +153,17 @@ def find_checkpoint(path: str | os.PathLike[str]) -> pathlib.Path:
     evaluated = [each for each in found if each.metrics]
     best = max(evaluated, key=lambda each: each.metrics[METRIC]) if evaluated else found[-1]
     return folder / str(best.step)
+
+
+def step_folders(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the checkpoints in a run's folder `checkpoints`, oldest first; none if it is absent.
+
+    Orbax's unfinished folders have other names than a number.
+    """
+    if not folder.is_dir():
+        return []
+    steps = (child for child in folder.iterdir() if child.name.isdigit())
+    return sorted(steps, key=lambda child: int(child.name))
 
 
 def read(path: str | os.PathLike[str]) -> SavedModel:
@@ -184,9 +195,7 @@ def check_format(workdir: pathlib.Path) -> None:
     Raises:
       UserError: The newest checkpoint has another format.
     """
-    folder = workdir / "checkpoints"
-    steps = [child for child in folder.iterdir() if child.name.isdigit()]
-    newest = max(steps, key=lambda child: int(child.name))
+    newest = step_folders(workdir / "checkpoints")[-1]
     try:
         with orbax_context(), quiet_orbax():
             info = ocp.load_checkpointables(newest, {"info": None})["info"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import pathlib
 import tarfile
 import zlib
@@ -15,6 +14,7 @@ from rich.console import Console
 
 from deeplab_jax.utils.download import download_file, file_digest
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.paths import expand_home
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def find_archives(archives: Iterable[Archive], root: str, hint: str) -> dict[Arc
     Raises:
       UserError: archives are missing. The message lists them and ends with the hint.
     """
-    folder = pathlib.Path(os.path.expanduser(root))
+    folder = expand_home(root)
     found = {archive: find_archive(archive, folder) if root else None for archive in archives}
     missing = [archive for archive, local in found.items() if local is None]
     if missing:

@@ -16,6 +16,7 @@ from deeplab_jax.data.io import lists
 from deeplab_jax.data.io.images import SUFFIXES
 from deeplab_jax.utils.errors import MAX_LISTED_PROBLEMS, UserError, did_you_mean
 from deeplab_jax.utils.files import find_files, is_hidden
+from deeplab_jax.utils.paths import expand_home
 
 SPLITS = ("train", "val", "test")
 
@@ -61,7 +62,7 @@ def detect_layout(config: DataConfig) -> FolderLayout:
             "config.data.root is empty: set it to the folder of your images and masks. It holds "
             f"one of\n{LAYOUTS}"
         )
-    root = pathlib.Path(os.path.expanduser(config.root))
+    root = expand_home(config.root)
     finder = _PairFinder(root, config.folder)
     if root.is_file():
         kind, splits = "csv", finder.from_csv()

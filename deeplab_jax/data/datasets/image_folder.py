@@ -6,7 +6,6 @@ Other damaged files raise an error when they are read. `deeplab-jax data check` 
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Sequence
 
@@ -20,6 +19,7 @@ from deeplab_jax.data.io import classes, masks
 from deeplab_jax.data.io.masks import MaskFormat
 from deeplab_jax.data.labels import LabelSet
 from deeplab_jax.utils.errors import UserError, raise_problems
+from deeplab_jax.utils.paths import expand_home
 
 _NUM_SAMPLED_MASKS = 8  # read if there is no file of classes, to say what it must name
 
@@ -82,9 +82,9 @@ def read_mask_format(config: DataConfig, pairs: Sequence[Pair]) -> MaskFormat:
       UserError: the file is missing or wrong.
     """
     encoding, ignore_label = config.folder.masks_hold, config.ignore_label
-    root = pathlib.Path(os.path.expanduser(config.root))
+    root = expand_home(config.root)
     default = (root if root.is_dir() else root.parent) / "classes.txt"
-    path = pathlib.Path(os.path.expanduser(config.folder.classes or default))
+    path = expand_home(config.folder.classes or default)
     if encoding == "binary" and not config.folder.classes and not path.is_file():
         return MaskFormat(encoding, masks.BINARY, ignore_label)
     if encoding != "binary" and not path.is_file():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import pathlib
 from collections.abc import Mapping
 
@@ -23,6 +22,7 @@ from deeplab_jax.data.io import masks
 from deeplab_jax.data.labels import LabelSet, check_ignore_label
 from deeplab_jax.utils.errors import UserError, raise_problems
 from deeplab_jax.utils.files import find_files
+from deeplab_jax.utils.paths import expand_home
 
 _UNKNOWN = -1  # the class of an id that the data set does not have
 
@@ -93,7 +93,7 @@ def find_root(raw: RawDataset, config: DataConfig) -> pathlib.Path:
     packed = [archive.file_name for archive, local in found.items() if not local.is_unpacked]
     if packed:
         raise UserError(f"config.data.root: unpack {' and '.join(packed)} in {config.root}")
-    return pathlib.Path(os.path.expanduser(config.root))
+    return expand_home(config.root)
 
 
 def _match_files(raw: RawDataset, root: pathlib.Path, split: str) -> list[Pair]:

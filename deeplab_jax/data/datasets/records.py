@@ -25,6 +25,7 @@ from deeplab_jax.data.dataset import Example
 from deeplab_jax.data.io import images, masks
 from deeplab_jax.utils import progress
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.paths import expand_home
 
 
 class RecordSource:
@@ -226,7 +227,7 @@ def data_dir() -> pathlib.Path:
     folder = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in folder:
         raise UserError(f"TFDS_DATA_DIR must be a folder of this machine, got {folder}")
-    return pathlib.Path(os.path.expanduser(folder)).absolute()
+    return expand_home(folder).absolute()
 
 
 @contextlib.contextmanager

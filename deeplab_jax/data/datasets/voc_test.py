@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import pathlib
 
 import numpy as np
@@ -14,6 +13,7 @@ from deeplab_jax.data.dataset import Dataset, Example
 from deeplab_jax.data.datasets import voc
 from deeplab_jax.data.io import images
 from deeplab_jax.utils.errors import UserError, raise_problems
+from deeplab_jax.utils.paths import expand_home
 
 SERVER = "http://host.robots.ox.ac.uk:8080/"
 _LIST = "ImageSets/Segmentation/test.txt"
@@ -28,7 +28,7 @@ def load(config: DataConfig) -> Dataset:
     Raises:
       UserError: the list of images, or an image in it, is missing.
     """
-    folder = pathlib.Path(os.path.expanduser(config.root)) / voc.VOC_ARCHIVE.folder
+    folder = expand_home(config.root) / voc.VOC_ARCHIVE.folder
     if not config.root or not (folder / _LIST).is_file():
         missing = f"{folder / _LIST} is missing" if config.root else "there is no root"
         raise UserError(
