@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 
 import hypothesis
 import jax
@@ -85,6 +86,22 @@ def shared_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"real test data is not at {folder}; set DEEPLAB_JAX_TEST_DATA to its parent")
     return folder
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """Runs `deeplab-jax` with arguments; its exit code, stdout and stderr."""
+    from deeplab_jax.cli.main import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["deeplab-jax", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capfd.readouterr()
+        return end.value.code or 0, out, err
+
+    return run
 
 
 @pytest.fixture

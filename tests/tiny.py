@@ -1,5 +1,10 @@
 """The smallest real run, shared by tests of training."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import numpy as np
 
@@ -21,6 +26,9 @@ from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.training.state import abstract_state, init_state, shardings_of
 from deeplab_jax.training.step import make_train_step
 from deeplab_jax.training.train import resolve_architecture
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, "train.py", "--config", "tests/tiny.py"]
 
 
 def get_config() -> Config:
@@ -111,3 +119,27 @@ def saved_state(workdir):
 
 def _number(path) -> int:
     return int(path.name)
+
+
+def start_command(workdir, *flags):
+    """Starts `train.py` with this file's config in another process."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    return subprocess.Popen(
+        [*COMMAND, "--workdir", str(workdir), *flags],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    """Waits for a process of `start_command`, which must succeed; its stdout and stderr."""
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return out, err

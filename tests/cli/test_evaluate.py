@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 
 import cv2
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 
 from deeplab_jax import config
 from deeplab_jax import data as data_lib
-from deeplab_jax.cli.main import main
 from deeplab_jax.config import (
     Config,
     DataConfig,
@@ -59,21 +57,6 @@ def run(network, tmp_path_factory):
     trained = Config(data=DATA, eval=EvalConfig(size=33), mesh=MeshConfig(data=64))
     (workdir / "config.json").write_text(config.to_json(trained))
     return workdir
-
-
-@pytest.fixture
-def command(monkeypatch, capfd):
-    """Runs a command; its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["deeplab-jax", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capfd.readouterr()
-        return end.value.code or 0, out, err
-
-    return run
 
 
 def test_it_scores_what_inference_predicts(run, network, command, tmp_path):

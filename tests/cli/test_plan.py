@@ -1,15 +1,14 @@
 """`deeplab-jax plan` as a user types it, run in this process, mostly with a fake compiler."""
 
 import dataclasses
+import functools
 import json
 import os
-import sys
 
 import jax
 import pytest
 
 from conftest import ROOT
-from deeplab_jax.cli.main import main
 from deeplab_jax.plan import plan
 from deeplab_jax.plan.collectives import Collective
 from deeplab_jax.plan.plan import Memory, Plan
@@ -20,19 +19,11 @@ GIB = 2**30
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
+def command(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plan, "prepare", lambda: None)
     monkeypatch.setattr(plan, "topology_devices", lambda topology: jax.devices())
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["deeplab-jax", "plan", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return run
+    return functools.partial(command, "plan")
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """`deeplab-jax predict`, run in this process as a user types it."""
 
+import functools
 import json
 import os
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +10,6 @@ from PIL import Image
 
 import deeplab_jax
 import small_checkpoint
-from deeplab_jax.cli.main import main
 from deeplab_jax.inference import files, segmenter
 from deeplab_jax.visualization import overlays
 
@@ -40,15 +39,8 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["deeplab-jax", "predict", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return run
+def command(command):
+    return functools.partial(command, "predict")
 
 
 def pixels_of(path):

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import sys
 import tarfile
 
 import jax
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deeplab_jax.cli.main import main
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data import labels
 from deeplab_jax.data.dataset import Dataset
@@ -72,21 +70,6 @@ def model(tmp_path_factory):
     variables.params["classifier.logits.bias"] = np.zeros(21, np.float32)
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
     return saved_model.write_model(folder, variables, info)
-
-
-@pytest.fixture
-def command(monkeypatch, capfd):
-    """Runs a command; its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["deeplab-jax", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capfd.readouterr()
-        return end.value.code or 0, out, err
-
-    return run
 
 
 def members(path):

@@ -1,7 +1,7 @@
 """`deeplab-jax summary`, run in this process as a user types it."""
 
+import functools
 import json
-import sys
 
 import pytest
 from PIL import Image
@@ -9,7 +9,6 @@ from PIL import Image
 import small_checkpoint
 from conftest import ROOT
 from deeplab_jax.analysis import descriptions, plots, receptive_field
-from deeplab_jax.cli.main import main
 from deeplab_jax.utils.errors import UserError
 
 
@@ -21,17 +20,9 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
+def command(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["deeplab-jax", "summary", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return run
+    return functools.partial(command, "summary")
 
 
 def cells(line):

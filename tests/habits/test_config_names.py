@@ -1,13 +1,11 @@
 """Configs of the package, by name, in every command that takes a config."""
 
 import json
-import sys
 
 import pytest
 
 import tiny
 from deeplab_jax import config as config_lib
-from deeplab_jax.cli.main import main
 from deeplab_jax.config import io as config_io
 from deeplab_jax.data import labels
 from deeplab_jax.evaluation import setup
@@ -21,17 +19,10 @@ from random_modules import random_variables
 
 
 @pytest.fixture
-def command(monkeypatch, capfd, tmp_path):
+def command(command, monkeypatch, tmp_path):
     """Runs a command in `tmp_path`; its exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["deeplab-jax", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code or 0, *capfd.readouterr()
-
-    return run
+    return command
 
 
 @pytest.mark.parametrize("name", ["voc_os16", "paper:table1_os8", "study:os8"])

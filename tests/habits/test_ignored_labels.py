@@ -1,7 +1,6 @@
 """Data sets in which all pixels, all pixels of a class, or most crops do not count."""
 
 import dataclasses
-import sys
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ from PIL import Image
 
 import small_checkpoint
 import tiny
-from deeplab_jax.cli.main import main
 from deeplab_jax.training import train as train_module
 from deeplab_jax.training.train import train
 from deeplab_jax.utils.errors import UserError
@@ -77,12 +75,10 @@ def test_mostly_empty_crops_are_reported(tmp_path, no_steps, capfd):
     assert "'val'" not in warnings
 
 
-def test_evaluation_without_a_valid_pixel_is_an_error(tmp_path, monkeypatch, capfd):
+def test_evaluation_without_a_valid_pixel_is_an_error(tmp_path, command):
     write_data(tmp_path / "data", mask_of())
     small_checkpoint.write(tmp_path / "model")
     options = ["--data=folder", f"--root={tmp_path / 'data'}", "--protocol=native"]
-    monkeypatch.setattr(sys, "argv", ["deeplab-jax", "evaluate", str(tmp_path / "model"), *options])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2
-    assert "there is nothing to score" in capfd.readouterr().err
+    code, _, err = command("evaluate", tmp_path / "model", *options)
+    assert code == 2
+    assert "there is nothing to score" in err

@@ -1,10 +1,6 @@
 """Files to write in folders that are absent, that are folders, or that cannot be written."""
 
-import sys
-
 import pytest
-
-from deeplab_jax.cli.main import main
 
 # Commands whose input does not exist: an output that cannot be written is reported before that.
 OUTPUTS = {
@@ -27,17 +23,14 @@ OUTPUTS = {
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capfd):
-    """Runs a command in `tmp_path`; its last line on stderr."""
+def command(command, tmp_path, monkeypatch):
+    """Runs a command in `tmp_path`, which must fail; its stderr."""
     monkeypatch.chdir(tmp_path)
 
     def run(arguments, output):
-        argv = [argument.format(output) for argument in arguments]
-        monkeypatch.setattr(sys, "argv", ["deeplab-jax", *argv])
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert end.value.code == 2
-        return capfd.readouterr().err.strip()
+        code, _, err = command(*(argument.format(output) for argument in arguments))
+        assert code == 2
+        return err.strip()
 
     return run
 

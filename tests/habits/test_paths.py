@@ -3,7 +3,6 @@
 import inspect
 import json
 import shutil
-import sys
 import typing
 
 import pytest
@@ -13,7 +12,7 @@ import deeplab_jax as dl
 import small_checkpoint
 from conftest import ROOT
 from deeplab_jax import data
-from deeplab_jax.cli.main import app, main
+from deeplab_jax.cli.main import app
 from deeplab_jax.config import Config, DataConfig
 from deeplab_jax.config import io as config_io
 from deeplab_jax.data.datasets import records
@@ -57,14 +56,12 @@ def home(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def command(monkeypatch, capfd):
+def command(command):
     """Runs a command; its exit code, and what it prints."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["deeplab-jax", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code or 0, "".join(capfd.readouterr())
+        code, out, err = command(*arguments)
+        return code, out + err
 
     return run
 

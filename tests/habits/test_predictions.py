@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 import small_checkpoint
-from deeplab_jax.cli.main import main
 from deeplab_jax.inference import files
 from own_data import Maker
 
@@ -37,18 +36,6 @@ def write(name):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 256, (8, 9, 3), np.uint8)
     Image.fromarray(pixels).save(path)
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["deeplab-jax", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -2,20 +2,17 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 import tiny
-from conftest import ROOT
 from deeplab_jax.config import SecondStageConfig, flatten
 from deeplab_jax.training.train import stage_configs, train
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import saved_model
+from tiny import finish
 
 STAGE = SecondStageConfig(steps=3, output_stride=8, split="val")
 CHANGED = {f"second_stage.{name}" for name in ("steps", "output_stride", "split")} | {
@@ -36,29 +33,9 @@ def logged(workdir, name):
 
 
 def start_command(workdir):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
     changed = {name: value for name, value in flatten(get_config()).items() if name in CHANGED}
-    return subprocess.Popen(
-        [
-            *[sys.executable, "train.py", "--config", "tests/tiny.py", "--workdir", str(workdir)],
-            *[f"--config.{name}={value}" for name, value in changed.items()],
-            "--config.train.log_every=1",
-        ],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
+    flags = [f"--config.{name}={value}" for name, value in changed.items()]
+    return tiny.start_command(workdir, *flags, "--config.train.log_every=1")
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,18 @@
 """Whole runs: repeated, killed, stopped, resumed, started from others; and bad input."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
 import tiny
-from conftest import ROOT
 from deeplab_jax.training.train import train
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import saved_model
+from tiny import finish, start_command
 
 
 def overridden(**fields):
@@ -42,31 +39,6 @@ def best_model(workdir):
     return {f"['model']['params']['{k}']": v for k, v in saved.params.items()} | {
         f"['model']['batch_stats']['{k}']": v for k, v in saved.batch_stats.items()
     }
-
-
-COMMAND = [sys.executable, "train.py", "--config", "tests/tiny.py"]
-
-
-def start_command(workdir, *flags):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
-    return subprocess.Popen(
-        [*COMMAND, "--workdir", str(workdir), *flags],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    return out, err
 
 
 @pytest.fixture(scope="module")
