@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
 import pathlib
 import shutil
 import signal
+import sys
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 from typing import Any, Generic, Protocol, TypeVar
@@ -18,11 +19,16 @@ import cv2
 import grain
 import numpy as np
 from absl import flags
+from grain._src.python.ipc.shared_memory_array import SharedMemoryArray
 
 from deeplab_jax.utils.errors import UserError
 
 _MAX_THREADS = 8
 _BATCHES_IN_FLIGHT = 4  # per worker at the same time: made, queued, fetched, copied
+_MAX_WAIT_FOR_DELETIONS = 10  # seconds; they take milliseconds unless the machine is overloaded
+# The process that frees shared memory at the end of the program starts with the first worker and
+# gets these options. Rarely, on a loaded machine, Grain leaves it a batch to free.
+_QUIET = "ignore:resource_tracker:UserWarning"
 _SHARED_MEMORY = pathlib.Path("/dev/shm")
 
 # Ctrl-C and SIGTERM often go to all processes of a group. Only the training process may react: it
@@ -59,6 +65,8 @@ class BatchIterator(Iterator[B], Generic[B]):
           start_step: index of the first batch.
           num_workers: number of processes; 0: one thread per CPU.
         """
+        if num_workers and _QUIET not in sys.warnoptions:
+            sys.warnoptions.append(_QUIET)
         if not flags.FLAGS.is_parsed():  # Grain reads its flags, even if absl runs no program
             flags.FLAGS.mark_as_parsed()
         num_threads = 1 if num_workers else min(len(os.sched_getaffinity(0)), _MAX_THREADS)
@@ -75,7 +83,7 @@ class BatchIterator(Iterator[B], Generic[B]):
                 dataset, grain.experimental.DatasetOptions(min_shm_size=2**62)
             )
         self._iterator: Any = iter(dataset)
-        self._close = weakref.finalize(self, _close, self._iterator)
+        self._close = weakref.finalize(self, _close, [self._iterator])
         self._iterator.get_state()  # creates all workers; otherwise closing may miss some
         # Processes and threads that start now keep the signals blocked. Python starts a process for
         # the first semaphore and then unblocks the signals, so the semaphores must exist already.
@@ -114,12 +122,16 @@ class BatchIterator(Iterator[B], Generic[B]):
         self.close()
 
 
-def _close(iterator: Any) -> None:
-    iterator.close()
-    # Grain leaves batches in shared memory, in reference cycles, and frees them in a thread. If the
-    # program ended earlier, Python would warn of a leak.
+def _close(iterators: list[Any]) -> None:
+    """Closes the iterator in a list, which holds the last reference to it."""
+    iterators.pop().close()
+    # Iterators leave batches in shared memory, in reference cycles, and Grain frees them in one
+    # thread, in order. If the program ended earlier, Python would warn of a leak.
     gc.collect()
-    time.sleep(0.05)
+    deletions = SharedMemoryArray._del_thread_pool
+    if deletions is not None:
+        with contextlib.suppress(ValueError):  # at the end of the program the thread may have ended
+            deletions.apply_async(int).wait(timeout=_MAX_WAIT_FOR_DELETIONS)
 
 
 def _fits_shared_memory(nbytes: int) -> bool:

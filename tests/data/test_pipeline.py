@@ -13,6 +13,7 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
+from grain._src.python.ipc.shared_memory_array import SharedMemoryArray
 
 from deeplab_jax import data
 from deeplab_jax.config import DataConfig, ShapesConfig
@@ -162,19 +163,18 @@ def test_workers_change_nothing(num_workers):
     assert_same(expected, first_batches(5, config, start_step=7))
 
 
-def test_workers_pass_batches_through_pipes_where_shared_memory_is_short(monkeypatch):
+@pytest.mark.parametrize(("free", "way"), [(0, np.ndarray), (2**30, SharedMemoryArray)])
+def test_workers_pass_batches_through_pipes_where_shared_memory_is_short(monkeypatch, free, way):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(64, 64, 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30 - free, free))
     config = shapes_config()
     config.num_workers = 1
-    before = set(os.listdir("/dev/shm"))
     with pipeline.train_batches(
         data.load(config, "train"), config, batch_size=4, seed=3, start_step=0
     ) as batches:
-        ours = [next(batches) for _ in range(3)]
-        time.sleep(0.3)  # further batches are queued by now
-        assert not {name for name in set(os.listdir("/dev/shm")) - before if "psm_" in name}
-    assert_same(ours, first_batches(3))
+        assert {type(array) for array in next(batches._iterator).values()} == {way}
+        ours = [next(batches) for _ in range(2)]
+    assert_same(ours, first_batches(3)[1:])
 
 
 # Evaluation.
@@ -327,6 +327,7 @@ def test_mean_pixel():
 
 SCRIPT = """
 import functools, multiprocessing, os, signal, sys, time
+from multiprocessing import shared_memory
 from deeplab_jax import data
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data import pipeline
@@ -376,6 +377,9 @@ def main(end):
     if end == "sleep":
         print("ready", flush=True)
         time.sleep(60)
+    if end == "leak":
+        memory = shared_memory.SharedMemory(create=True, size=8)
+        print(memory.name)
     batches.close()
     print("alive:", len(multiprocessing.active_children()), flush=True)
 
@@ -453,6 +457,14 @@ def test_a_damaged_file_ends_the_workers(start):
     message = "picture.jpg: the file is truncated\n"
     assert (process.returncode, out, err) == (0, message + "alive: 0\n", "")
     wait_until_empty(process)
+
+
+def test_shared_memory_that_is_left_is_freed_without_a_warning(start):
+    process = start("leak")
+    out, err = process.communicate(timeout=40)
+    name, alive = out.splitlines()
+    assert (process.returncode, alive, err) == (0, "alive: 0", "")
+    assert not (pathlib.Path("/dev/shm") / name).exists()
 
 
 def test_sigterm_to_all_leaves_the_workers_at_work(start):
