@@ -11,7 +11,6 @@ and classes.txt.
 from deeplab_jax.config import (
     Config,
     DataConfig,
-    EvalConfig,
     InitConfig,
     ModelConfig,
     OptimizerConfig,
@@ -34,5 +33,4 @@ def get_config() -> Config:
         # The head starts from random parameters, the backbone from ImageNet's.
         optimizer=OptimizerConfig(learning_rate=0.01, head_multiplier=5.0, warmup_steps=100),
         train=TrainConfig(steps=8000, batch_size=16, eval_every=500, save_every=500),
-        eval=EvalConfig(size=481),
     )

@@ -1,15 +1,14 @@
 """Fine-tuning torchvision's DeepLabv3, trained on COCO, on your own images and masks.
 
-Put the images into my_data/images, masks of the same names into my_data/masks, and the class names,
-one per line, into my_data/classes.txt; docs/own_data.md lists other layouts. Check the data, then
-train:
+Leave the images and masks in my_data as they are. Check them, do what the check says, then train;
+docs/own_data.md explains the layouts and encodings of masks:
 
     deeplab-jax data check my_data
     python train.py --config configs/folder.py --workdir runs/mine --config.data.root=my_data
 
-Set `data.ignore_label` and `data.folder.masks_hold` as the check says, `data.crop_size` to about
-the size of your images, and `train.batch_size` to what fits into memory; if that is 4 or less, set
-`train.freeze_bn=True`. `init.path` can also be a converted checkpoint or the workdir of a run.
+Set `data.crop_size` to about the size of your images, and `train.batch_size` to what fits into
+memory; if that is 4 or less, set `train.freeze_bn=True`. `init.path` can also be a converted
+checkpoint or the workdir of a run.
 """
 
 from deeplab_jax.config import (

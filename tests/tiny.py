@@ -1,9 +1,11 @@
 """The smallest real run, shared by tests of training."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -21,7 +23,9 @@ from deeplab_jax.config import (
 )
 from deeplab_jax.data import pipeline
 from deeplab_jax.distributed import mesh as mesh_lib
+from deeplab_jax.evaluation import binary
 from deeplab_jax.evaluation.evaluator import Evaluator
+from deeplab_jax.inference.positive import PositiveClass
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.training.state import abstract_state, init_state, shardings_of
 from deeplab_jax.training.step import make_train_step
@@ -84,17 +88,20 @@ class Run:
         return state, history
 
 
-def evaluate_windows():
+def evaluate_windows(window: int | None = 33, positive: PositiveClass | None = None):
     """Counts of an evaluation window by window, of a model that was not trained."""
     config = get_config()
     config.data.shapes.size = 40
-    config.eval.window = 33
+    config.eval.window, config.eval.protocol = window, "native"
     config.mesh.data = jax.process_count()
     run = Run(config)
     dataset = data_lib.load(config.data, config.data.eval_split)
-    evaluator = Evaluator(run.model, dataset, config, run.mesh)
-    evaluation = evaluator.evaluate(jax.jit(run.model.init)(jax.random.key(0)), per_image=True)
+    evaluator = Evaluator(run.model, dataset, config, run.mesh, positive)
+    with mock.patch.object(binary, "MAX_EXACT", 0):  # a histogram, as of several processes
+        evaluation = evaluator.evaluate(jax.jit(run.model.init)(jax.random.key(0)), per_image=True)
+    curves = evaluation.curves
     return {
+        "curves": [x.tolist() for x in dataclasses.astuple(curves)] if curves else None,
         "images": evaluation.num_images,
         "matrix": evaluation.matrix.tolist(),
         "matrices": evaluation.matrices.tolist(),

@@ -13,7 +13,6 @@ from deeplab_jax.config.rules import validate
 from deeplab_jax.data import DATASETS, labels
 from deeplab_jax.models.architecture import ARCHITECTURES, Architecture, architecture
 from deeplab_jax.utils.errors import UserError, did_you_mean
-from deeplab_jax.utils.paths import expand_home
 from deeplab_jax.weights import hub
 from deeplab_jax.weights.convert import read_model
 from deeplab_jax.weights.saved_model import SavedModel
@@ -113,11 +112,11 @@ def _data_classes(config: Config) -> int | None:
     """The number of classes of a config's data, if it is known without reading the images."""
     if config.data.name != "folder":
         return DATASETS[config.data.name].num_classes
+    from deeplab_jax.data.datasets.mask_format import class_file
     from deeplab_jax.data.io import classes
 
-    text = config.data.folder.classes or f"{config.data.root}/classes.txt"
-    path = expand_home(text)
-    return classes.read(path).num_classes if path.is_file() else None
+    path = class_file(config.data)[0]
+    return classes.read(path).labels.num_classes if path else None
 
 
 def _unknown(source: str) -> str:

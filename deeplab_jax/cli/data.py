@@ -1,7 +1,8 @@
-"""`deeplab-jax data check`."""
+"""`deeplab-jax data check` and `deeplab-jax data prepare`."""
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,68 +10,54 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deeplab_jax.cli import options, outputs
-from deeplab_jax.config import Config
-from deeplab_jax.utils.errors import print_warning
+from deeplab_jax.cli.data_settings import DataSettings, data_options
+from deeplab_jax.utils.errors import UserError, print_warning
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from deeplab_jax.config import DataConfig
     from deeplab_jax.data.io.masks import MaskFormat
     from deeplab_jax.data_check.check import DataReport
+    from deeplab_jax.data_check.findings import Finding
     from deeplab_jax.data_check.scan import Scan
 
 data = typer.Typer(no_args_is_help=True)
 
+Root = Annotated[
+    str,
+    typer.Argument(
+        help="Folder, CSV file or COCO JSON of the images and masks.", callback=options.expand_path
+    ),
+]
+Workers = Annotated[int, typer.Option(help="Number of threads; 0: one per CPU.", min=0)]
+
 
 @data.callback()
 def _commands() -> None:
-    """Check your own images and masks before a training.
+    """Check your own images and masks before a training, or write them as a plain data set.
 
     `deeplab-jax data check --help` explains the command and its options.
 
     Examples:
       deeplab-jax data check my_data
+      deeplab-jax data prepare my_data clean_data
     """
 
 
 @data.command()
+@data_options
 def check(
-    root: Annotated[
-        str,
-        typer.Argument(
-            help="Folder, or CSV file, of the images and masks.", callback=options.expand_path
-        ),
-    ],
-    config: Annotated[
-        str,
+    settings: DataSettings,
+    root: Root,
+    write_classes: Annotated[
+        bool,
         typer.Option(
-            help="Config file whose data settings to use, as configs/folder.py.",
-            callback=options.expand_path,
+            "--write-classes",
+            help="First write a file of classes as the masks suggest, classes.txt in the root or "
+            "the file of --classes. One that exists and does not fit is kept as *.orig.",
         ),
-    ] = "",
-    classes: Annotated[
-        str,
-        typer.Option(
-            help="File of class names. Default: classes.txt in the root.",
-            callback=options.expand_path,
-        ),
-    ] = "",
-    masks_hold: Annotated[
-        str, typer.Option(help="Pixel values of masks: ids, colors or binary. Default: ids.")
-    ] = "",
-    ignore_label: Annotated[
-        int | None, typer.Option(help="Id of the pixels that do not count. Default: 255.")
-    ] = None,
-    mask_name: Annotated[
-        str,
-        typer.Option(
-            help="File name of a mask without its suffix, such as {name}_mask; {name} stands for "
-            "that of its image. Default: {name}."
-        ),
-    ] = "",
-    channels: Annotated[
-        int | None, typer.Option(help="Channels of the images. Default: 3.")
-    ] = None,
+    ] = False,
     json_file: options.Json = "",
     sheet: Annotated[
         str,
@@ -78,54 +65,136 @@ def check(
             help="Draw images with their masks to this file, a PNG.", callback=options.expand_path
         ),
     ] = "",
-    workers: Annotated[int, typer.Option(help="Number of threads; 0: one per CPU.", min=0)] = 0,
+    workers: Workers = 0,
 ) -> None:
     """Read every image and mask of a data set; report what is wrong and how to fix it.
 
-    The exit code is 1 if there are errors, and 0 if there are only warnings.
+    The exit code is 1 if there are errors, and 0 if there are only warnings and advice.
 
     Examples:
       deeplab-jax data check my_data
+      deeplab-jax data check my_data --write-classes
       deeplab-jax data check camvid --ignore-label 11 --sheet camvid.png
       deeplab-jax data check pairs.csv --masks-hold colors --classes names.txt --json report.json
     """
-    from deeplab_jax.config.io import from_python, with_fields
-    from deeplab_jax.config.rules import validate
-    from deeplab_jax.data_check.check import check
-
-    for option, path in (("--json", json_file), ("--sheet", sheet)):
-        if path not in ("", outputs.STDOUT):
-            outputs.check(option, path)
-    values = {
-        "data.folder.classes": classes or None,
-        "data.folder.masks_hold": masks_hold or None,
-        "data.folder.mask_name": mask_name or None,
-        "data.folder.channels": channels,
-        "data.ignore_label": ignore_label,
-    }
-    fields: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-    if channels is not None:  # a check does not normalize, so any mean and std will do
-        fields |= {"data.mean": (0.5,) * channels, "data.std": (0.5,) * channels}
-    base = from_python(config) if config else Config()
-    changed = with_fields(base, {"data.name": "folder", "data.root": root} | fields)
-    validate(changed)
-    settings = changed.data
-    report, scans, mask_format = check(settings, num_threads=workers)
-    _print(report, json_file)
+    outputs.check("--json", json_file)
+    outputs.check("--sheet", sheet)
+    report, scans, mask_format = _check(settings, root, workers, json_file, write_classes)
     outputs.write_json(json_file, report.to_json())
     if sheet:
-        _draw(sheet, scans, mask_format, settings.folder.channels)
+        _draw(sheet, scans, mask_format, settings.config(root).data.folder.channels)
     if report.errors:
         raise typer.Exit(1)
+    outputs.console(json_file).print(f"To train: {settings.train_command(root)}", markup=False)
 
 
-def _print(report: DataReport, json_file: str) -> None:
+@data.command()
+@data_options
+def prepare(
+    settings: DataSettings,
+    root: Root,
+    out: Annotated[
+        str, typer.Argument(help="New folder for the data set.", callback=options.expand_path)
+    ],
+    copy: Annotated[
+        bool,
+        typer.Option(
+            "--copy",
+            help="Copy the images. Default: hard links, or symbolic links where those cannot be.",
+        ),
+    ] = False,
+    json_file: options.Json = "",
+    workers: Workers = 0,
+) -> None:
+    """Check a data set, and write it as images/SPLIT, masks/SPLIT and classes.txt.
+
+    Masks become palette PNGs of 8 bits: the value of a pixel is the id of its class, or 255 if it
+    does not count. Nothing is written if the check finds errors.
+
+    Examples:
+      deeplab-jax data prepare my_data clean_data
+      deeplab-jax data prepare pairs.csv clean_data --masks-hold colors --classes names.txt --copy
+    """
+    from deeplab_jax.data_check import prepare
+
+    folder = prepare.require_new_folder(out, root)
+    outputs.check("--json", json_file)
+    report, scans, mask_format = _check(settings, root, workers, json_file)
+    result: dict[str, Any] = {"out": "", "images": {}}
+    if mask_format is not None and not report.errors:
+        ways = prepare.write(folder, scans, mask_format, copy=copy, num_threads=workers)
+        result = {"out": str(folder), "images": dict(ways)}
+    outputs.write_json(json_file, report.to_json() | result)
     console = outputs.console(json_file)
+    if report.errors:
+        console.print(f"{out}: not written, because there are errors", markup=False)
+        raise typer.Exit(1)
+    linked = ", ".join(_count(number, way) for way, number in result["images"].items())
+    console.print(
+        f"{out}: written; images: {linked}; masks: ids in palette PNGs, 255 does not count",
+        f"To train: {settings.after_prepare().train_command(out)}",
+        sep="\n",
+        markup=False,
+    )
+
+
+def _check(
+    settings: DataSettings, root: str, workers: int, json_file: str, write_classes: bool = False
+) -> tuple[DataReport, list[Scan], MaskFormat | None]:
+    """Checks a data set and prints the report; errors end with the commands that mend them."""
+    from deeplab_jax.data_check.advice import advise
+    from deeplab_jax.data_check.check import check
+
+    config = settings.config(root)
+    try:
+        if write_classes:
+            _write_classes(config.data, workers, json_file)
+        report, scans, mask_format = check(config.data, num_threads=workers)
+    except UserError as error:
+        # The masks were not read yet: they may need a file of classes. One that fits is kept.
+        commands = settings.mending_commands(root, str(error), "--write-classes")
+        raise UserError("\n".join([str(error), *commands])) from None
+    splits = [report.splits[name] for name in ("train", *report.splits) if name in report.splits]
+    size = next((split.median_size for split in splits if split.median_size), None)
+    advice = tuple(advise(size, report.classes, config))
+    report = dataclasses.replace(report, findings=report.findings + advice)
+    _print(report, json_file, settings)
+    return report, scans, mask_format
+
+
+def _write_classes(config: DataConfig, workers: int, json_file: str) -> None:
+    """Writes a file of classes and shows it, unless there is one that fits the masks."""
+    from deeplab_jax.data.datasets.folder_layout import detect_layout
+    from deeplab_jax.data.io import polygons
+    from deeplab_jax.data_check import proposal
+    from deeplab_jax.data_check.check import check
+    from deeplab_jax.data_check.findings import MISREAD
+
+    console = outputs.console(json_file)
+    pairs = [pair for split in detect_layout(config).splits.values() for pair in split]
+    existing = proposal.existing_file(config) or next(
+        (pair.mask for pair in pairs if polygons.is_json(pair.mask)), None
+    )
+    if existing:
+        errors = check(config, num_threads=workers)[0].errors
+        if not {error.kind for error in errors} & set(MISREAD):
+            console.print(f"{existing}: fits the masks, so nothing is written", markup=False)
+            return
+    samples = proposal.survey_all([pair.mask for pair in pairs], workers)
+    path, old = proposal.write(config, proposal.propose(config, samples))
+    kept = f"; the one that was there is now {old.name}" if old else ""
+    console.print(f"{path}: written{kept}", path.read_text(), sep="\n", markup=False)
+
+
+def _print(report: DataReport, json_file: str, settings: DataSettings) -> None:
+    console = outputs.console(json_file)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False)
     console.print(_split_table(report))
     if report.classes:
         console.print("", _class_table(report), sep="\n")
     for finding in report.findings:
-        color = {"error": "red", "warning": "yellow"}[finding.level]
+        color = {"error": "red", "warning": "yellow", "advice": "cyan"}[finding.level]
         console.print(f"\n[bold {color}]{finding.level}[/]", end=" ")
         lines = [f"{finding.kind} ({finding.count}): {finding.message}"]
         lines += [f"  - {example}" for example in finding.examples]
@@ -133,9 +202,29 @@ def _print(report: DataReport, json_file: str) -> None:
             lines.append(f"  - and {finding.count - len(finding.examples)} more")
         if finding.mend:
             lines.append(f"  {finding.mend}")
+        if finding.level == "error":
+            lines += _mending_lines(finding, report, settings)
         console.print(*lines, sep="\n", markup=False)
     counts = [_count(len(report.errors), "error"), _count(len(report.warnings), "warning")]
     console.print(f"\n{report.root}: {', '.join(counts)}", markup=False)
+
+
+def _mending_lines(finding: Finding, report: DataReport, settings: DataSettings) -> list[str]:
+    """Returns the lines at the end of an error: the commands that mend it."""
+    from deeplab_jax.data_check.findings import ABOUT_CLASSES
+
+    text = "\n".join([finding.message, *finding.examples, finding.mend])
+    commands = settings.mending_commands(report.root, text)
+    is_proposed = report.proposal and finding.kind in ABOUT_CLASSES
+    if not is_proposed or (commands and finding.kind != "classes"):
+        return commands
+    return [
+        "  To write this file of classes, whose names you can then edit:",
+        *(f"    {line}" for line in report.proposal.splitlines()),
+        settings.check_command(report.root, "--write-classes"),
+        *(["  or"] if commands else []),
+        *commands,
+    ]
 
 
 def _split_table(report: DataReport) -> Table:
@@ -160,7 +249,8 @@ def _class_table(report: DataReport) -> Table:
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number or 'no'} {noun if number == 1 else plural}"
 
 
 def _draw(

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deeplab_jax.cli import options, outputs
-from deeplab_jax.config import EvalConfig
 from deeplab_jax.utils.errors import UserError, print_warning
 
 if TYPE_CHECKING:
-    from deeplab_jax.evaluation.evaluator import Evaluation
+    from deeplab_jax.evaluation.tally import Evaluation
 
 
 @options.evaluation_options
 def evaluate(
-    settings: EvalConfig,
+    settings: dict[str, Any],
     checkpoint: options.Checkpoint,
     data: Annotated[
         str,
@@ -36,11 +35,6 @@ def evaluate(
         ),
     ] = "",
     split: Annotated[str, typer.Option(help="Default: the config's eval_split, val.")] = "",
-    protocol: Annotated[
-        str,
-        typer.Option(help="paper, native or torchvision. Default: paper, or native with --window."),
-    ] = "",
-    size: options.Size = None,
     limit: Annotated[int, typer.Option(min=0, help="Only the first N images; 0: all.")] = 0,
     boundary: Annotated[
         bool, typer.Option("--boundary", help="Also compute the boundary IoU.")
@@ -57,29 +51,49 @@ def evaluate(
             callback=options.expand_path,
         ),
     ] = "",
+    positive: options.Positive = "",
+    threshold: options.Threshold = None,
+    curves: Annotated[
+        str,
+        typer.Option(
+            help="Draw the ROC and the precision-recall curve of the class --positive to this file "
+            "(.png, .svg or .pdf), or write their points (.json).",
+            callback=options.expand_path,
+        ),
+    ] = "",
 ) -> None:
     """Score a model on a data set: mIoU, the IoU of each class, and related metrics.
 
-    The data set and its settings are those of the training, unless the options say otherwise.
+    The data set and the settings are those with which the run was evaluated during its training,
+    unless the options say otherwise.
 
     Examples:
       deeplab-jax evaluate runs/voc
       deeplab-jax evaluate runs/voc --output-stride 8 --scales 0.5,0.75,1,1.25,1.5,1.75 --flip
       deeplab-jax evaluate deeplabv3_resnet50_coco-cd0a2569.pth --data voc --protocol torchvision
       deeplab-jax evaluate runs/mine --data configs/folder.py --bootstrap 1000 --confusion c.png
+      deeplab-jax evaluate runs/cracks --curves curves.png --threshold 0.35
     """
     from deeplab_jax.evaluation import report, setup
     from deeplab_jax.evaluation.confusion import bootstrap_miou
+    from deeplab_jax.inference.positive import missing
     from deeplab_jax.visualization import plots
 
-    outputs.check_json(json_file)
-    if confusion:
-        outputs.check("--confusion", confusion, *plots.SUFFIXES)
-    settings.protocol = protocol or settings.protocol
-    ready = setup.prepare(
-        checkpoint, data, settings, root=root, split=split, size=size, limit=limit
+    outputs.check("--json", json_file, ".json")
+    outputs.check("--confusion", confusion, *plots.SUFFIXES)
+    outputs.check("--curves", curves, *plots.SUFFIXES, ".json")
+    if curves and curves in (confusion, json_file):
+        raise UserError(f"--curves needs a file of its own, got {curves}")
+    config, segmenter, evaluator, warnings = setup.prepare(
+        *(checkpoint, data, settings),
+        root=root,
+        split=split,
+        limit=limit,
+        positive=positive,
+        threshold=threshold,
     )
-    config, segmenter, evaluator = ready.config, ready.segmenter, ready.evaluator
+    if curves and evaluator.positive is None:
+        raise missing("--curves", evaluator.dataset.labels)
 
     started = time.perf_counter()
     with outputs.progress_bar("evaluate", evaluator.num_batches) as advance:
@@ -108,7 +122,7 @@ def evaluate(
         "scales": list(config.eval.scales),
         "flip": config.eval.flip,
         "window": config.eval.window,
-        "overlap": config.eval.overlap if config.eval.window else None,
+        "overlap": None if config.eval.window == 0 else config.eval.overlap,
         "bootstrap": bootstrap,
         "seconds": round(seconds, 3),
         "images_per_second": round(evaluation.num_images / seconds, 3),
@@ -118,17 +132,28 @@ def evaluate(
     columns = _class_columns(evaluation)
     rows = zip(evaluation.labels.names, *columns.values(), strict=True)
     console.print(outputs.table(("class", *columns), rows))
-    console.print("", *_summary(evaluation, interval, facts), sep="\n", markup=False)
+    binary = report.binary(evaluation)
+    lines = _summary(evaluation, interval, facts)
+    if binary:
+        lines += ["", *_binary_summary(binary)]
+    console.print("", *lines, sep="\n", markup=False)
     if confusion:
         figure = plots.confusion_plot(evaluation.matrix, evaluation.labels)
         plots.save(pathlib.Path(confusion), figure)
+    if curves and evaluation.curves and binary:
+        if pathlib.Path(curves).suffix.lower() == ".json":
+            points = report.curve_points(evaluation.curves)
+            outputs.write_json(curves, facts | binary | {"points": points})
+        else:
+            figure = plots.binary_curves(evaluation.curves.points(), binary)
+            plots.save(pathlib.Path(curves), figure)
     outputs.write_json(json_file, facts | report.to_json(evaluation, interval))
-    for warning in ready.warnings + report.warnings(evaluation):
+    for warning in warnings + report.warnings(evaluation):
         print_warning(warning)
 
 
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.2f}"
+def _percent(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.2f}"
 
 
 def _class_columns(evaluation: Evaluation) -> dict[str, list[str]]:
@@ -166,14 +191,45 @@ def _summary(
     rows["images"] = f"{evaluation.num_images} of {facts['data']}, {facts['split']}"
     rows["protocol"] = facts["protocol"] + (f", padded to {facts['size']}" if facts["size"] else "")
     rows["model"] = f"{facts['checkpoint']}, output stride {facts['output_stride']}"
-    rows["scales"] = ", ".join(f"{scale:g}" for scale in facts["scales"]) + (
-        ", and mirrored" if facts["flip"] else ""
-    )
+    rows["scales"] = options.spell_views(facts["scales"], facts["flip"])
     if facts["window"]:
         rows["window"] = f"{facts['window']} pixels, overlap {facts['overlap']:g}"
+    elif facts["window"] is None:
+        rows["window"] = "1025 pixels for images of more than 4 million pixels, none for others"
     programs = facts["num_compilations"]
     rows["time"] = (
         f"{facts['seconds']:.1f} s, {facts['images_per_second']:.2f} images/s, "
         f"{programs} program{'' if programs == 1 else 's'} compiled in it"
     )
+    return [f"{name:<24}{value}" for name, value in rows.items()]
+
+
+def _binary_summary(binary: dict[str, Any]) -> list[str]:
+    """Returns the numbers of `report.binary`, one per line."""
+    import numpy as np
+
+    def area(name: str) -> str:
+        value, error = binary[name], binary[f"{name}_error"]
+        if value is None:
+            return "-"
+        return f"{value:.5f}  " + (f"± {error:.0e}" if error else "(exact)")
+
+    threshold, num_positives = binary["threshold"], binary["positive_pixels"]
+    share = num_positives / (num_positives + binary["negative_pixels"])
+    rule = (
+        "where it is most probable" if threshold is None else f"from probability {threshold:g} on"
+    )
+    rows = {
+        "positive class": f"{binary['positive']}, {_percent(share)} % of the pixels",
+        "predicted": rule,
+        "precision %": _percent(binary["precision"]),
+        "recall %": _percent(binary["recall"]),
+        "F1 (Dice) %": _percent(binary["f1"]),
+        "IoU %": _percent(binary["iou"]),
+        "AUROC": area("auroc"),
+        "average precision": area("average_precision"),
+        "best F1 %": _percent(binary["best_f1"]),
+    }
+    if binary["best_threshold"] is not None:
+        rows["best F1 %"] += f"  with --threshold {np.float32(binary['best_threshold'])!s}"
     return [f"{name:<24}{value}" for name, value in rows.items()]

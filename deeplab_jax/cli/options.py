@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
-from deeplab_jax.config import EvalConfig
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.paths import required_path
 
@@ -41,15 +40,47 @@ Checkpoint = Annotated[
 ]
 OutputStride = Annotated[
     int | None,
-    typer.Option(help="8, 16 or 32; more for a cascade. Default: that of the training."),
+    typer.Option(help="8, 16 or 32; more for a cascade. Default: the run's."),
 ]
+# The defaults of these are the settings of the run's own evaluation.
 Scales = Annotated[
-    str, typer.Option(help="Image scales to average over: 0.5,0.75,1,1.25,1.5,1.75.")
+    str | None,
+    typer.Option(
+        help="Image scales to average over: 0.5,0.75,1,1.25,1.5,1.75. Default: the run's, else 1."
+    ),
 ]
-Flip = Annotated[bool, typer.Option("--flip", help="Average over the mirrored image too.")]
-Size = Annotated[
+Flip = Annotated[
+    bool | None,
+    typer.Option(
+        "--flip/--no-flip", help="Average over the mirrored image too. Default: as the run."
+    ),
+]
+Window = Annotated[
     int | None,
-    typer.Option(help="Side that the protocol paper pads images to. Default: the config's, 513."),
+    typer.Option(
+        help="Side of a sliding window, pixels; 0: whole images. Default: the run's, else 1025 for "
+        "images of more than 4 million pixels, 0 for others."
+    ),
+]
+Overlap = Annotated[
+    float | None,
+    typer.Option(
+        help="Fraction of a window that the next window covers again. Default: the run's, else 0.5."
+    ),
+]
+Positive = Annotated[
+    str,
+    typer.Option(
+        help="Class (name or id) against the rest. Default: of two classes, the one that is not "
+        "background."
+    ),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        help="Probability, 0 to 1, from which on a pixel is of the class --positive. Default: it "
+        "is of its most probable class."
+    ),
 ]
 Json = Annotated[
     str,
@@ -61,58 +92,76 @@ Json = Annotated[
 ]
 
 
-def parse_scales(text: str) -> tuple[float, ...]:
-    """Returns the numbers of a text such as "0.5,1,1.5".
+def parse_scales(text: str | None) -> tuple[float, ...] | None:
+    """Returns the numbers of a text such as "0.5,1,1.5", and None for None.
 
     Raises:
       UserError: a part of the text is no number.
     """
+    if text is None:
+        return None
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"--scales must be numbers such as 0.5,1,1.5, got {text!r}") from None
 
 
-def _eval_config(
+def spell_views(scales: Sequence[float], flip: bool) -> str:
+    """Returns the views of an image as words: "0.5, 1, and mirrored"."""
+    return ", ".join(f"{scale:g}" for scale in scales) + (", and mirrored" if flip else "")
+
+
+def _eval_settings(
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="paper, native or torchvision. Default: the run's, else native for data of your "
+            "own and with --window, else paper."
+        ),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            help="Side that the protocol paper pads images to. Default: the config's, 513."
+        ),
+    ] = None,
     output_stride: OutputStride = None,
-    scales: Scales = "1",
-    flip: Flip = False,
-    window: Annotated[
-        int, typer.Option(help="Side of a sliding window, pixels; 0: whole images.")
-    ] = 0,
-    overlap: Annotated[
-        float, typer.Option(help="Fraction of a window that the next window covers again.")
-    ] = 0.5,
-    batch_size: Annotated[int, typer.Option(help="Images per batch, over all devices.")] = 8,
-) -> EvalConfig:
-    """Returns the settings of an evaluation; the protocol is native with windows, else paper."""
-    return EvalConfig(
-        batch_size=batch_size,
-        output_stride=output_stride,
-        num_pictures=0,
-        protocol="native" if window else "paper",
-        scales=parse_scales(scales),
-        flip=flip,
-        window=window,
-        overlap=overlap,
-    )
+    scales: Scales = None,
+    flip: Flip = None,
+    window: Window = None,
+    overlap: Overlap = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Images per batch, over all devices. Default: the run's, else 8."),
+    ] = None,
+) -> dict[str, Any]:
+    """Returns the fields of `EvalConfig` that the options set."""
+    values = locals() | {"scales": parse_scales(scales)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def evaluation_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds the options of `_eval_config` to a command.
+def add_options(build: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Returns a decorator that adds the options of a function to a command.
 
     Args:
-      command: takes the resulting `EvalConfig` as its first parameter, `settings`.
+      build: its parameters are the options. The command takes its result as the first parameter.
     """
-    _, *own = inspect.signature(command, eval_str=True).parameters.values()
-    shared = inspect.signature(_eval_config, eval_str=True).parameters
 
-    @functools.wraps(command)
-    def with_options(**values: Any) -> None:
-        settings = _eval_config(**{name: values.pop(name) for name in shared})
-        command(settings, **values)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        _, *own = inspect.signature(command, eval_str=True).parameters.values()
+        shared = inspect.signature(build, eval_str=True).parameters
 
-    parameters = [*own, *shared.values()]
-    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    with_options.__annotations__ = {each.name: each.annotation for each in parameters}
-    return with_options
+        @functools.wraps(command)
+        def with_options(**values: Any) -> None:
+            settings = build(**{name: values.pop(name) for name in shared})
+            command(settings, **values)
+
+        parameters = [*own, *shared.values()]
+        with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        with_options.__annotations__ = {each.name: each.annotation for each in parameters}
+        return with_options
+
+    return decorate
+
+
+evaluation_options = add_options(_eval_settings)

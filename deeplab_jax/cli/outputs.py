@@ -25,7 +25,7 @@ def check(option: str, path: str, *suffixes: str) -> None:
 
     Args:
       option: name of the option that holds the path, for the error.
-      path: of the file.
+      path: of the file. Nothing is checked if it is empty, or is `STDOUT` for --json.
       *suffixes: that it may have; none: any.
 
     Raises:
@@ -34,6 +34,8 @@ def check(option: str, path: str, *suffixes: str) -> None:
     """
     from deeplab_jax.utils.files import require_writable
 
+    if not path or (option, path) == ("--json", STDOUT):
+        return
     file = pathlib.Path(path).absolute()
     if suffixes and file.suffix.lower() not in suffixes:
         raise UserError(f"{option} must be a file that ends in {' or '.join(suffixes)}, got {path}")
@@ -42,12 +44,6 @@ def check(option: str, path: str, *suffixes: str) -> None:
     if file.name in RUN_FILES and (file.parent / "checkpoints").is_dir():
         raise UserError(f"{option}: {path} belongs to a run, which needs it to resume")
     require_writable(file.parent, f"{option}: the folder", create=True)
-
-
-def check_json(path: str) -> None:
-    """Checks the path of --json as `check` does, unless it is empty or `STDOUT`."""
-    if path and path != STDOUT:
-        check("--json", path, ".json")
 
 
 def write_json(path: str, value: Any) -> None:

@@ -60,7 +60,7 @@ def plan(
     from deeplab_jax.plan.plan import prepare
 
     prepare()
-    outputs.check_json(json_file)
+    outputs.check("--json", json_file, ".json")
     target = chips.parse(topology, slices)
     values = config_io.override(config_io.from_python(config), settings or ())
     architecture = descriptions.of_config(values, config, num_classes).architecture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -43,15 +43,12 @@ def predict(
         float, typer.Option(min=0, max=1, help="Opacity of the class colours over the image.")
     ] = 0.5,
     output_stride: options.OutputStride = None,
-    scales: options.Scales = "1",
-    flip: options.Flip = False,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            help="Side of a sliding window, pixels; 0: whole images. "
-            "Default: 1025 for images of more than 4 million pixels, else 0."
-        ),
-    ] = None,
+    scales: options.Scales = None,
+    flip: options.Flip = None,
+    window: options.Window = None,
+    overlap: options.Overlap = None,
+    positive: options.Positive = "",
+    threshold: options.Threshold = None,
     json_file: options.Json = "",
 ) -> None:
     """Segment images: class ids, overlays with a legend, and the area of each class.
@@ -59,14 +56,19 @@ def predict(
     For each image NAME, the folder OUT gets NAME_ids.png, a palette PNG whose pixel values are
     class ids, and NAME_overlay.png. Files that are not images are reported at the end, when all
     other files are done. Of folders and patterns, pictures that deeplab-jax wrote are left out.
+    Scales, mirrored images and windows are those with which the run was evaluated during its
+    training, unless the options say otherwise.
 
     Examples:
       deeplab-jax predict runs/voc photo.jpg --out predicted
       deeplab-jax predict runs/voc photos/ --out predicted --side-by-side --json areas.json
       deeplab-jax predict deeplabv3_resnet101 'photos/*.jpg' --out predicted --heatmap dog
+      deeplab-jax predict runs/cracks photos/ --out predicted --threshold 0.35
       deeplab-jax predict runs/voc huge.tif --out predicted --window 1025 --scales 0.75,1 --flip
     """
-    from deeplab_jax.inference import files, segmenter
+    from deeplab_jax.data.labels import class_id
+    from deeplab_jax.inference import files, predictor, segmenter
+    from deeplab_jax.inference.positive import resolve
     from deeplab_jax.utils.errors import UserError, raise_problems
     from deeplab_jax.utils.files import require_writable
     from deeplab_jax.utils.progress import track
@@ -74,15 +76,19 @@ def predict(
     folder = pathlib.Path(out)
     inputs, num_own = files.find_images(images, folder)
     require_writable(folder, "--out", create=True)
-    outputs.check_json(json_file)
+    outputs.check("--json", json_file, ".json")
     model = segmenter.load(
         checkpoint,
         output_stride=output_stride,
         scales=options.parse_scales(scales),
         flip=flip,
         window=window,
+        overlap=overlap,
     )
-    classes = dict.fromkeys(files.class_id(name, model.labels) for name in heatmap or ())
+    if positive and threshold is None:
+        raise UserError("--positive needs --threshold: without it, the most probable class counts")
+    chosen = None if threshold is None else resolve(model.labels, positive, threshold)
+    classes = dict.fromkeys(class_id(name, model.labels) for name in heatmap or ())
 
     results: list[ImageResult] = []
     problems: list[str] = []
@@ -93,6 +99,7 @@ def predict(
                 opacity=opacity,
                 heatmap_classes=tuple(classes),
                 side_by_side=side_by_side,
+                positive=chosen,
             )
             results.append(result)
         except UserError as error:
@@ -103,11 +110,17 @@ def predict(
     console = outputs.console(json_file)
     if num_own:
         console.print(f"left out: {num_own} of the pictures, which deeplab-jax wrote")
-    windowed = [one for one in results if window is None and model.window_of(*one.size)]
+    tta = model.tta
+    console.print(
+        f"output stride {model.architecture.output_stride}, scales "
+        + options.spell_views(tta.scales, tta.flip)
+        + (f", windows of {tta.window} pixels, overlap {tta.overlap:g}" if tta.window else "")
+    )
+    windowed = [one for one in results if tta.window is None and tta.window_of(*one.size)]
     if windowed:
         console.print(
-            f"{len(windowed)} of more than {segmenter.LARGE_IMAGE / 1e6:g} million pixels: "
-            f"segmented in windows of {segmenter.DEFAULT_WINDOW} (--window 0: as whole images)"
+            f"{len(windowed)} of more than {predictor.LARGE_IMAGE / 1e6:g} million pixels: "
+            f"segmented in windows of {predictor.DEFAULT_WINDOW} (--window 0: as whole images)"
         )
     if results:
         columns = ["class", "colour", "pixels", "share", "images"]
@@ -117,7 +130,11 @@ def predict(
         console.print(outputs.table(columns, rows, num_text_columns=2))
         noun = "image" if len(results) == 1 else "images"
         console.print(f"{len(results)} {noun} in {folder}", markup=False)
-    report = {"checkpoint": str(model.path)} | files.to_json(results, model.labels)
+    report: dict[str, Any] = {"checkpoint": str(model.path)}
+    if chosen:
+        report |= {"positive": model.labels.names[chosen.class_id], "threshold": threshold}
+        console.print(f"{report['positive']}: from probability {threshold:g} on", markup=False)
+    report |= files.to_json(results, model.labels)
     outputs.write_json(json_file, report | {"problems": problems})
     num_failed = len(inputs) - len(results)
     raise_problems(f"{num_failed} of {len(inputs)} images could not be predicted", problems)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pathlib
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deeplab_jax.cli import options, outputs
-from deeplab_jax.config import EvalConfig
 from deeplab_jax.utils.errors import UserError, print_warning
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 @options.evaluation_options
 def submit(
-    settings: EvalConfig,
+    settings: dict[str, Any],
     checkpoint: options.Checkpoint = "",
     out: Annotated[
         str, typer.Option(help="Archive to write (.tgz).", callback=options.expand_path)
@@ -45,14 +44,10 @@ def submit(
     competition: Annotated[
         str, typer.Option(help="comp5: trained only on VOC's images; comp6: on others too.")
     ] = "comp6",
-    protocol: Annotated[
-        str, typer.Option(help="paper or native. Default: paper, native with --window.")
-    ] = "",
-    size: options.Size = None,
 ) -> None:
     """Write and check the archive that PASCAL VOC's test server takes.
 
-    The predictions are those of `evaluate` with the same options.
+    The predictions are those of `evaluate` with the same options: without them, the run's.
 
     Examples:
       deeplab-jax submit runs/voc --root /data/voc --output-stride 8 --flip --out results.tgz
@@ -70,41 +65,31 @@ def submit(
         raise UserError(
             f"--competition must be {' or '.join(voc_server.COMPETITIONS)}, got {competition!r}"
         )
-    if protocol == "torchvision":
+    outputs.check("--out", out, ".tgz")
+    config, segmenter, evaluator, warnings = setup.prepare(
+        *(checkpoint, data, settings), root=root, split=split, load_split=voc_server.load_split
+    )
+    if config.eval.protocol == "torchvision":
         raise UserError(
             "--protocol must be paper or native: the server takes results of each image's own "
             "size, which torchvision's protocol does not keep"
         )
-    outputs.check("--out", out, ".tgz")
-    settings.protocol = protocol or settings.protocol
-    ready = setup.prepare(
-        *(checkpoint, data, settings),
-        root=root,
-        split=split,
-        size=size,
-        load_split=voc_server.load_split,
-    )
-    for warning in ready.warnings:
+    for warning in warnings:
         print_warning(warning)
-    with outputs.progress_bar("submit", ready.evaluator.num_batches) as advance:
+    with outputs.progress_bar("submit", evaluator.num_batches) as advance:
         matrix = voc_server.write(
-            *(pathlib.Path(out), ready.evaluator, ready.segmenter.variables, ready.dataset),
+            *(pathlib.Path(out), evaluator, segmenter.variables),
             competition=competition,
             split=split,
             progress=advance,
         )
-    _report(out, competition, split, len(ready.dataset.source), matrix)
+    _report(out, competition, split, len(evaluator.dataset.source), matrix)
 
 
 def _check(path: str, data: str, root: str) -> None:
-    from deeplab_jax.config import Config, DataConfig
-    from deeplab_jax.config import io as config_io
-    from deeplab_jax.evaluation import voc_server
+    from deeplab_jax.evaluation import setup, voc_server
 
-    named = Config(data=DataConfig(name=data))
-    config = (
-        config_io.from_python(data) if data != "voc" and config_io.is_config(data) else named
-    ).data
+    config = setup.base_config(data, path).data
     config.root = root or config.root
     results = voc_server.read(pathlib.Path(path))
     matrix = voc_server.check(results, voc_server.load_split(config, results.split))

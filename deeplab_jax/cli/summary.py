@@ -75,10 +75,9 @@ def summary(
     )
     from deeplab_jax.visualization import plots
 
-    outputs.check_json(json_file)
+    outputs.check("--json", json_file, ".json")
     for option, file in (("--plot", plot), ("--receptive-field", receptive_field)):
-        if file:
-            outputs.check(option, file, *plots.SUFFIXES)
+        outputs.check(option, file, *plots.SUFFIXES)
     if plot and plot == receptive_field:
         raise UserError(f"--plot and --receptive-field are the same file, {plot}")
     description = descriptions.read(model, num_classes=num_classes)

@@ -21,4 +21,5 @@ from deeplab_jax.config.schema import crop_shape as crop_shape
 from deeplab_jax.config.schema import differences as differences
 from deeplab_jax.config.schema import flatten as flatten
 from deeplab_jax.config.schema import output_strides as output_strides
+from deeplab_jax.config.schema import resolve_eval as resolve_eval
 from deeplab_jax.config.schema import to_json as to_json

@@ -120,10 +120,11 @@ def from_run(path: str | os.PathLike[str]) -> Config | None:
     Raises:
       UserError: the `config.json` is damaged or was written by another version.
     """
-    folder = pathlib.Path(path).absolute()
-    for workdir in (folder, *folder.parents[:2]):
-        if (workdir / "config.json").is_file() and (workdir / "checkpoints").is_dir():
-            return from_json(workdir / "config.json")
+    for folder in (pathlib.Path(path).absolute(), pathlib.Path(path).resolve()):
+        for checkpoints in (folder / "checkpoints", folder, folder.parent):
+            file = checkpoints.with_name("config.json")
+            if checkpoints.name == "checkpoints" and checkpoints.is_dir() and file.is_file():
+                return from_json(file)
     return None
 
 

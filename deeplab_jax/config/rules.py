@@ -17,6 +17,7 @@ from deeplab_jax.config.schema import (
     Config,
     flatten,
     output_strides,
+    resolve_eval,
 )
 from deeplab_jax.utils.errors import UserError, did_you_mean
 
@@ -192,7 +193,7 @@ def _rules(config: Config) -> Iterator[Rule]:
         yield f"model.{field}", expected, holds
     yield from _data_rules(config)
     yield from _loss_rules(config)
-    model, train, evaluation = config.model, config.train, config.eval
+    model, train, evaluation = config.model, config.train, resolve_eval(config)
     for field in ("eval.output_stride", "second_stage.output_stride"):
         yield _output_stride_rule(field, values[field], model.cascade)
     yield "model.num_classes", "at most 255", model.num_classes is None or model.num_classes <= 255
@@ -221,12 +222,12 @@ def _rules(config: Config) -> Iterator[Rule]:
     yield (
         "eval.window",
         "0 (whole images) or a side of 32 pixels or more",
-        evaluation.window == 0 or evaluation.window >= 32,
+        not evaluation.window or evaluation.window >= 32,
     )
     yield (
         "eval.window",
         "0 under eval.protocol = paper, which pads whole images; choose native",
-        evaluation.window <= 0 or evaluation.protocol != "paper",
+        (evaluation.window or 0) <= 0 or evaluation.protocol != "paper",
     )
 
 
@@ -263,13 +264,42 @@ def _data_rules(config: Config) -> Iterator[Rule]:
         f"--config.data.mean={neutral} --config.data.std={neutral}",
         data.name != "folder" or len(data.mean) == folder.channels,
     )
-    masks = ("ids", "colors", "binary")
+    masks = ("auto", "ids", "colors", "binary")
     yield "data.folder.masks_hold", spell_choices(masks), folder.masks_hold in masks
+    threshold = folder.threshold
+    yield "data.folder.threshold", "1 to 65535", threshold is None or 1 <= threshold <= 65535
+    yield (
+        "data.folder.threshold",
+        "None unless data.folder.masks_hold is auto or binary: only grey values have one",
+        threshold is None or folder.masks_hold in ("auto", "binary"),
+    )
     yield (
         "data.folder.mask_name",
         "a text that holds {name} once and no suffix, such as {name}_mask",
         folder.mask_name.count("{name}") == 1
         and not re.search(r"\.(png|jpe?g|tiff?|bmp|gif|npy)$", folder.mask_name, re.I),
+    )
+    patterns = {"image": folder.image_pattern, "mask": folder.mask_pattern}
+    for kind, pattern in patterns.items():
+        yield (
+            f"data.folder.{kind}_pattern",
+            "empty, or a path below data.root with {name} and a suffix (.* is any), such as "
+            f"{{split}}/{kind}s/{{name}}.png",
+            not pattern
+            or bool(
+                re.search(r"\{(name|number)\}.*\.(\w+|\*)$", pattern)
+                and not re.search(r"^/|\*(?!$)|\{(?!(name|number|split|folder)\})", pattern)
+            ),
+        )
+    yield (
+        "data.folder.mask_pattern",
+        "set with data.folder.image_pattern, and another one",
+        not any(patterns.values()) or (all(patterns.values()) and len(set(patterns.values())) == 2),
+    )
+    yield (
+        "data.folder.mask_name",
+        "{name}, because data.folder.mask_pattern says how masks are named",
+        not folder.mask_pattern or folder.mask_name == "{name}",
     )
 
 

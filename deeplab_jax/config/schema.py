@@ -55,9 +55,14 @@ class ShapesConfig:
 class FolderConfig:
     """The data set "folder": your own images and masks, laid out as docs/own_data.md says."""
 
-    masks_hold: str = "ids"  # pixel values of masks: "ids", "colors" or "binary" (0 and 255)
-    mask_name: str = "{name}"  # file name of a mask without its suffix; {name}: the image's
-    classes: str = ""  # text file of class names, one per line; empty: classes.txt in the root
+    # Pixel values of masks: "auto" finds out which of "ids", "colors" or "binary" (0 and 255).
+    masks_hold: str = "auto"
+    threshold: int | None = None  # of two classes: grey values from it on are the second one
+    # Paths of images and masks below the root, as "{split}/{name}_mask.png"; empty: found.
+    image_pattern: str = ""
+    mask_pattern: str = ""
+    mask_name: str = "{name}"  # file name in masks without its suffix; {name}: the image's
+    classes: str = ""  # file of classes; empty: classes.txt in the root, or another usual name
     val_fraction: float = 0.2  # of the images, for val; unused if folders or lists give a val split
     seed: int = 0  # of the choice of val images; independent of the seed of the run
     channels: int = 3  # channels of the images: 3 is RGB, 1 grey, 4 RGBA, or any other number
@@ -70,7 +75,7 @@ class DataConfig:
     # "voc", "coco", "cityscapes", "ade20k", "folder", "shapes" (docs/datasets.md), or a registered
     # name.
     name: str = "voc"
-    root: str = ""  # folder of the data, or CSV file for "folder"; empty: VOC is downloaded
+    root: str = ""  # folder of the data, CSV or COCO file for "folder"; empty: VOC is downloaded
     split: str = "trainaug"  # training split; VOC has train, trainaug, trainval and val
     eval_split: str = "val"  # evaluation split
     crop_size: tuple[int, ...] = (513,)  # of training crops, pixels: one side, or height,width
@@ -164,21 +169,25 @@ class SecondStageConfig:
     freeze_bn: bool = True  # as train.freeze_bn
 
 
-PROTOCOLS = ("paper", "native", "torchvision")
+PROTOCOLS = ("auto", "paper", "native", "torchvision")
 
 
 @dataclasses.dataclass
 class EvalConfig:
-    """Evaluation, during training and by `deeplab-jax evaluate`."""
+    """Evaluation, during training and by `deeplab-jax evaluate`; see `resolve_eval`."""
 
     batch_size: int = 8  # images per batch, over all devices and hosts
     output_stride: int | None = None  # of the evaluated model; None: the same as in training
     size: int = 513  # side that "paper" pads images to; larger ones to the next 256 k + 1
     num_pictures: int = 8  # number of predictions to draw at each evaluation
-    protocol: str = "paper"  # or "native", "torchvision"; see docs/evaluation.md
+    # "paper", "native" or "torchvision" (docs/evaluation.md); "auto": native for your own images
+    # (data.name = folder) and with windows, else paper.
+    protocol: str = "auto"
     scales: tuple[float, ...] = (1.0,)  # image scales to average the probabilities over
     flip: bool = False  # whether to average over the mirrored image too
-    window: int = 0  # side of a sliding window, pixels; 0: whole images
+    # Side of a sliding window, pixels; 0: whole images. None: 1025 under native for images of more
+    # than 4 million pixels, 0 for all others.
+    window: int | None = None
     overlap: float = 0.5  # fraction of a window that the next window covers again
 
 
@@ -235,6 +244,20 @@ def output_strides(cascade: int | None) -> tuple[int, ...]:
     Each copy can halve the resolution once more: 8, 16 and 32 without copies, up to 256 with three.
     """
     return tuple(8 * 2**halvings for halvings in range(3 + (cascade or 0)))
+
+
+def resolve_eval(config: Config) -> EvalConfig:
+    """Returns the section `eval` with the protocol and the window that its defaults stand for.
+
+    The protocol is never "auto". Only under "native" may the window be None.
+    """
+    settings = config.eval
+    protocol, window = settings.protocol, settings.window
+    if protocol == "auto":
+        protocol = "native" if window or config.data.name == "folder" else "paper"
+    if window is None and protocol != "native":
+        window = 0
+    return dataclasses.replace(settings, protocol=protocol, window=window)
 
 
 def crop_shape(data: DataConfig) -> tuple[int, int]:

@@ -43,11 +43,13 @@ class Dataset:
       source: the examples.
       labels: names and colours of the classes.
       num_channels: number of channels of the images.
+      notes: what the reader found by itself; training prints them when it starts.
     """
 
     source: Source
     labels: LabelSet
     num_channels: int = 3
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Pair:
     Attributes:
       name: name of the example.
       image: an image file, or a `.npy` file.
-      mask: a file of class ids or colours: an image, a `.npy` file, or a `.mat` file of SBD.
+      mask: a file of class ids or colours: an image or an array; LabelMe's file of shapes; or the
+        virtual path `annotations.json/ID` of an image of a COCO file.
       listed_in: the file or folder that names the example.
     """
 

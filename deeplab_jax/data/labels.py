@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 
-from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.errors import UserError, did_you_mean
 
 # The id, in labels, of pixels that count neither in the loss nor in a metric. Data sets map their
 # own ignore id to it. It is the id of VOC's "void" border.
@@ -40,6 +41,41 @@ class LabelSet:
         table = np.full((256, 3), 255, np.uint8)
         table[: len(self.colors)] = self.colors
         return table
+
+
+def is_background(name: str) -> bool:
+    """Whether a class's name means background, as `_background_`, `BG` and `back-ground` do."""
+    return re.sub(r"[\W_]", "", name.casefold()) in ("background", "bg")
+
+
+def class_id(text: str, labels: LabelSet, origin: str = "") -> int:
+    """Returns the id of a class that is given by its name, in any case, or by its id.
+
+    Args:
+      text: the name or id.
+      labels: the classes.
+      origin: begins the message of the error.
+
+    Raises:
+      UserError: there is no such class; the message suggests the nearest name.
+    """
+    lower = [name.lower() for name in labels.names]
+    if text.strip().lower() in lower:
+        return lower.index(text.strip().lower())
+    if text.strip().isdecimal() and int(text) < labels.num_classes:
+        return int(text)
+    raise UserError(
+        f"{origin}there is no class {text!r}{did_you_mean(text, labels.names)}. Give a name "
+        f"({', '.join(labels.names)}) or an id (0 to {labels.num_classes - 1})."
+    )
+
+
+def default_positive(labels: LabelSet) -> int | None:
+    """Returns, of two classes, the id of the one that is not background; None for other numbers."""
+    if labels.num_classes != 2:
+        return None
+    first, second = map(is_background, labels.names)
+    return 0 if second and not first else 1
 
 
 def check_ignore_label(title: str, ignore_label: int) -> None:

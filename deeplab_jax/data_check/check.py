@@ -11,15 +11,13 @@ import cv2
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data.dataset import Pair
 from deeplab_jax.data.datasets.folder_layout import detect_layout
-from deeplab_jax.data.datasets.image_folder import read_mask_format
+from deeplab_jax.data.datasets.mask_format import read_mask_format
 from deeplab_jax.data.io.masks import MaskFormat
-from deeplab_jax.data_check import findings
+from deeplab_jax.data_check import findings, proposal
 from deeplab_jax.data_check.findings import Finding
 from deeplab_jax.data_check.scan import ClassCount, Scan, count_classes, scan_pair
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.progress import parallel_map
-
-_MAX_UNKNOWN = 20  # values of no class that are listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,20 +50,25 @@ class DataReport:
     Attributes:
       root: as it was given.
       layout: what defines the splits: "folders", "lists", "fraction" or "csv".
+      notes: what the reader found by itself.
       masks_hold, ignore_label: the settings.
       splits: by name.
-      classes: in the order of ids.
+      classes: in the order of ids; those of the proposal, if the masks cannot be read without it.
       unknown: pixels by value that belongs to no class, the most frequent first.
-      findings: errors, which would stop training or make it useless, then warnings.
+      proposal: a file of classes with which the masks can be read; empty if they can be read, or
+        do not show what the classes are.
+      findings: errors, which would stop training or make it useless, then warnings, then advice.
     """
 
     root: str
     layout: str
+    notes: tuple[str, ...]
     masks_hold: str
     ignore_label: int
     splits: dict[str, SplitSummary]
     classes: tuple[ClassCount, ...]
     unknown: dict[str, int]
+    proposal: str
     findings: tuple[Finding, ...]
 
     @property
@@ -92,39 +95,52 @@ def check(
 
     Returns:
       The report, the scans of all pairs, and the format of the masks; no scans and None if the
-      classes are not known.
+      classes are not known, nor can be proposed.
 
     Raises:
       UserError: the root has no known layout.
     """
     layout = detect_layout(config)
+    notes = list(layout.notes)
     remarks = list(findings.check_layout(layout))
     found: list[Finding] = []
     scans: list[Scan] = []
     classes: tuple[ClassCount, ...] = ()
-    mask_format, unknown, fix = None, {}, ""
+    unknown, fix, proposed = {}, "", ""
+    pairs = [pair for split in layout.splits.values() for pair in split]
+    mask_format: MaskFormat | None
     try:
-        pairs = [pair for split in layout.splits.values() for pair in split]
         mask_format = read_mask_format(config, pairs)
+        notes += mask_format.notes
     except UserError as error:
-        remarks.append(("classes", str(error)))
-    else:
+        samples = proposal.survey_all([pair.mask for pair in pairs], num_threads)
+        remarks += findings.check_samples(samples)
+        proposed, mask_format = proposal.try_to_propose(config, pairs, samples)
+        reason = getattr(error, "reason", "") if proposed else ""
+        if pairs or not layout.problems:
+            remarks.append(("classes", reason or str(error)))
+    if mask_format is not None:
         scans = scan_all(layout.splits, mask_format, config.folder.channels, num_threads)
         classes = count_classes(scans, mask_format)
         remarks += findings.check_scans(scans, classes)
         found += findings.check_mask_settings(scans, classes, mask_format)
-        unknown = findings.unknown_pixels(scans, mask_format, _MAX_UNKNOWN)
+        unknown = findings.unknown_pixels(scans, mask_format)
         fix = findings.suggest_unknown_fix(scans, mask_format)
     found += findings.collect(remarks, fix)
+    if not proposed and any(finding.kind in findings.ABOUT_CLASSES for finding in found):
+        samples = proposal.survey_all([pair.mask for pair in pairs], num_threads)
+        proposed, _ = proposal.try_to_propose(config, pairs, samples)
     report = DataReport(
         root=config.root,
         layout=layout.kind,
+        notes=tuple(notes),
         masks_hold=config.folder.masks_hold,
         ignore_label=config.ignore_label,
         splits={name: _summarize(scans, name, len(p)) for name, p in layout.splits.items()},
         classes=classes,
         unknown=unknown,
-        findings=tuple(sorted(found, key=lambda finding: finding.level)),
+        proposal=proposed,
+        findings=tuple(sorted(found, key=lambda finding: findings.LEVELS.index(finding.level))),
     )
     return report, scans, mask_format
 
@@ -137,18 +153,15 @@ def scan_all(
 ) -> list[Scan]:
     """Scans every pair of every split, in threads."""
     tasks = [(split, pair) for split, pairs in splits.items() for pair in pairs]
+
+    def scan(task: tuple[str, Pair]) -> Scan:
+        return scan_pair(*task, mask_format, num_channels)
+
     verbosity = cv2.utils.logging.getLogLevel()
     # Otherwise OpenCV prints each broken file on stderr; the report has them too.
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
-        return list(
-            parallel_map(
-                lambda task: scan_pair(*task, mask_format, num_channels),
-                tasks,
-                "Checking",
-                num_threads=num_threads,
-            )
-        )
+        return list(parallel_map(scan, tasks, "Checking", num_threads=num_threads))
     finally:
         cv2.utils.logging.setLogLevel(verbosity)
 
@@ -161,13 +174,6 @@ def _summarize(scans: Sequence[Scan], split: str, num_pairs: int) -> SplitSummar
     unknown = sum(sum(scan.unknown.values()) for scan in scans)
     counted = sum(int(scan.counts.sum()) for scan in scans if scan.counts is not None)
     pixels = counted + ignored + unknown
-    return SplitSummary(
-        images=num_pairs,
-        min_size=sizes[0] if sizes else None,
-        median_size=sizes[len(sizes) // 2] if sizes else None,
-        max_size=sizes[-1] if sizes else None,
-        distinct_sizes=len(set(sizes)),
-        pixels=pixels,
-        ignored_share=ignored / max(pixels, 1),
-        unknown_share=unknown / max(pixels, 1),
-    )
+    least, median, largest = [sizes[i] for i in (0, len(sizes) // 2, -1)] if sizes else [None] * 3
+    shares = (ignored / max(pixels, 1), unknown / max(pixels, 1))
+    return SplitSummary(num_pairs, least, median, largest, len(set(sizes)), pixels, *shares)

@@ -9,11 +9,16 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from deeplab_jax.data.datasets.folder_layout import FolderLayout
+from deeplab_jax.data.io.mask_survey import MaskSample, describe
 from deeplab_jax.data.io.masks import MaskFormat
+from deeplab_jax.data.labels import IGNORE
 from deeplab_jax.data_check import duplicates
 from deeplab_jax.data_check.scan import ClassCount, Scan
+from deeplab_jax.utils.errors import listed
 
+LEVELS = ("error", "warning", "advice")
 MAX_EXAMPLES = 5  # listed for each finding
+_MAX_UNKNOWN = 20  # values of no class that are listed
 
 # A class is rare if it has less than this fraction of the valid pixels or is in fewer images. A
 # model then sees only a few crops of it in training.
@@ -35,8 +40,14 @@ _KINDS = {
     "colors": (
         "error",
         "masks hold colours, not class ids",
-        f"Set {_MASKS_HOLD}=colors (here: --masks-hold colors) and write the colours into "
+        f"Set {_MASKS_HOLD}=colors and write the colours into "
         "classes.txt, as in `car 64 0 128`; or save the ids as grey or palette PNGs.",
+    ),
+    "shapes": ("error", "shapes cannot be drawn", ""),
+    "mixed": (
+        "error",
+        "masks encode classes in another way than the other masks",
+        "Save all masks in one encoding, or give these values to classes too.",
     ),
     "unknown": ("error", "masks hold values that are neither a class nor ignored", ""),
     "duplicates across splits": (
@@ -59,6 +70,12 @@ _KINDS = {
         "warning",
         "masks are JPEGs or in another lossy format, which changes values near edges",
         "Save masks as PNG.",
+    ),
+    "not drawn": (
+        "warning",
+        "shapes are not drawn: they have too few points, or no pixel in their image",
+        "Delete them, or draw them again; if there are many, the file may be of images of another "
+        "size.",
     ),
     "all ignored": (
         "warning",
@@ -103,7 +120,16 @@ _KINDS = {
         "Add images that show them, merge them with others, or weight them: "
         "--config.loss.class_weights=auto.",
     ),
+    "overlaps": (
+        "advice",
+        "regions of several classes overlap: each pixel is of the smallest region there",
+        "",
+    ),
 }
+
+# Kinds of errors that another file of classes may mend.
+ABOUT_CLASSES = ("classes", "colors", "mixed", "unknown")
+MISREAD = (*ABOUT_CLASSES, "binary", "one class")  # kinds of errors of masks that are read wrong
 
 Remark = tuple[str, str]  # a kind of finding, and one example of it
 
@@ -113,7 +139,7 @@ class Finding:
     """A problem of a data set.
 
     Attributes:
-      level: "error" or "warning".
+      level: one of `LEVELS`.
       kind: a few words that name the kind of problem.
       message: what is wrong.
       mend: how to fix it; empty if the message or the examples say it.
@@ -142,9 +168,9 @@ def collect(remarks: Iterable[Remark], unknown_fix: str) -> list[Finding]:
     findings = []
     for kind in sorted(examples, key=list(_KINDS).index):
         level, message, fix = _KINDS[kind]
-        listed = tuple(examples[kind][:MAX_EXAMPLES])
         fix = unknown_fix if kind == "unknown" else fix
-        findings.append(Finding(level, kind, message, fix, len(examples[kind]), listed))
+        few = tuple(examples[kind][:MAX_EXAMPLES])
+        findings.append(Finding(level, kind, message, fix, len(examples[kind]), few))
     return findings
 
 
@@ -155,10 +181,24 @@ def check_layout(layout: FolderLayout) -> Iterator[Remark]:
     yield from (("empty splits", name) for name in ("train", "val") if not layout.splits.get(name))
 
 
+def check_samples(samples: Sequence[MaskSample]) -> Iterator[Remark]:
+    """Yields the masks that hold colours where most hold numbers, or the other way round."""
+    colored = [sample for sample in samples if sample.kind == "colors"]
+    # 0 and 255 may be the colours black and white.
+    others = [sample for sample in samples if sample.numbers and not sample.greys <= {0, 255}]
+    if colored and others:
+        for sample in min(colored, others, key=len):
+            what = "colours" if sample.kind == "colors" else "numbers"
+            yield "mixed", f"{sample.path}: holds {what} ({describe([sample], 6)})"
+
+
 def check_scans(scans: Sequence[Scan], classes: Sequence[ClassCount]) -> Iterator[Remark]:
     """Yields remarks on single pairs, duplicates, and absent and rare classes."""
-    for scan in scans:
-        yield from scan.remarks
+    remarks = [remark for scan in scans for remark in scan.remarks]
+    num_colors = sum(kind == "colors" for kind, _ in remarks)
+    is_mixed = 0 < num_colors < sum(scan.counts is not None for scan in scans) + num_colors
+    for kind, example in remarks:
+        yield "mixed" if kind == "colors" and is_mixed else kind, example
     yield from _exact_duplicates(scans)
     yield from _near_duplicates(scans)
     num_train = sum(scan.split == "train" for scan in scans)
@@ -204,16 +244,10 @@ def _near_duplicates(scans: Sequence[Scan]) -> Iterator[Remark]:
 
 
 def suggest_unknown_fix(scans: Sequence[Scan], mask_format: MaskFormat) -> str:
-    """Suggests the setting that gives all unknown values a meaning, if there is one."""
+    """Suggests the setting that gives all unknown values a meaning; empty if all have one."""
     unknown = {value for scan in scans for value in scan.unknown}
     values = set().union(*(scan.values for scan in scans))
-    num_classes = mask_format.labels.num_classes
-    if mask_format.encoding == "ids" and unknown == {num_classes} and 0 not in values:
-        return (
-            f"Ids are 1 to {num_classes}: write a first line for id 0, such as `background`, into "
-            "classes.txt, or subtract 1 from the ids."
-        )
-    return mask_format.suggest_fix(values, unknown)
+    return mask_format.suggest_fix(values, unknown) if unknown else ""
 
 
 def check_mask_settings(
@@ -222,29 +256,35 @@ def check_mask_settings(
     """Yields a finding if settings are wrong although they could be right for each single mask."""
     read = [scan for scan in scans if scan.counts is not None]
     values = set().union(*(scan.values for scan in read))
-    ignores_255 = mask_format.encoding == "ids" and mask_format.ignore_label == 255
     present = [one.name for one in classes if any(one.images.values())]
-    if ignores_255 and 255 in values <= {0, 255}:
+    ids = mask_format.to_ids(np.array([sorted(values)], int))[0]
+    ignored = [value for value, index in zip(sorted(values), ids, strict=True) if index == IGNORE]
+    if mask_format.encoding == "ids" and 255 in ignored and values <= {0, 255}:
         yield Finding(
             "error",
             "binary",
             "masks hold only 0 and 255, and 255 is ignored: no pixel of a second class counts",
-            f"Set {_MASKS_HOLD}=binary (here: --masks-hold binary).",
+            f"Set {_MASKS_HOLD}=binary.",
             len(read),
         )
-    elif len(present) == 1 < len(classes):
+    elif len(present) == 1:
+        others = listed([mask_format.describe_value(value) for value in ignored])
         yield Finding(
             "error",
             "one class",
-            f"all pixels that count are {present[0]}: there is nothing to learn",
-            f"Check that {_MASKS_HOLD} and config.data.ignore_label are right.",
+            f"all pixels that count are {present[0]}: there is nothing to learn"
+            + f"; {others} does not count" * bool(ignored),
+            "Set config.data.ignore_label=255, or another value that does not count."
+            if mask_format.ignore_label in set(ignored) - {255}
+            else f"Check that {_MASKS_HOLD} and config.data.ignore_label are right.",
             len(read),
         )
 
 
-def unknown_pixels(scans: Sequence[Scan], mask_format: MaskFormat, limit: int) -> dict[str, int]:
-    """Counts pixels by value for the `limit` most frequent values that belong to no class."""
+def unknown_pixels(scans: Sequence[Scan], mask_format: MaskFormat) -> dict[str, int]:
+    """Counts pixels by value for the most frequent values that belong to no class."""
     total: Counter[int] = Counter()
     for scan in scans:
         total.update(scan.unknown)
-    return {mask_format.describe_value(value): count for value, count in total.most_common(limit)}
+    most = total.most_common(_MAX_UNKNOWN)
+    return {mask_format.describe_value(value): count for value, count in most}

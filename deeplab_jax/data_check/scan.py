@@ -12,8 +12,9 @@ from jaxtyping import Int16, Int64, UInt8
 from PIL import UnidentifiedImageError
 
 from deeplab_jax.data.dataset import Pair
-from deeplab_jax.data.io import images, masks
-from deeplab_jax.data.io.masks import UNKNOWN, MaskFormat
+from deeplab_jax.data.io import images, masks, polygons
+from deeplab_jax.data.io.masks import UNKNOWN, UNSURE, MaskFormat
+from deeplab_jax.data.io.polygons import ShapeError
 from deeplab_jax.data.labels import IGNORE
 from deeplab_jax.data_check import duplicates
 from deeplab_jax.utils.errors import UserError
@@ -60,10 +61,9 @@ def scan_pair(split: str, pair: Pair, mask_format: MaskFormat, num_channels: int
     _scan_image(result, num_channels)
     try:
         _scan_mask(result, mask_format)
-    except masks.ColorsError as error:
-        result.remarks.append(("colors", str(error)))
     except UserError as error:
-        result.remarks.append(("unreadable", str(error)))
+        kinds = {ShapeError: "shapes", masks.ColorsError: "colors"}
+        result.remarks.append((kinds.get(type(error), "unreadable"), str(error)))
     return result
 
 
@@ -105,9 +105,10 @@ def _describe(path: pathlib.Path) -> tuple[bool, bool]:
 
 def _scan_mask(result: Scan, mask_format: MaskFormat) -> None:
     path = result.pair.mask
-    values = mask_format.read_values(path)
+    is_drawn = polygons.is_json(path)
+    values = mask_format.draw(path, result.remarks) if is_drawn else mask_format.read_values(path)
     ids = mask_format.to_ids(values)
-    if images.is_lossy(path):
+    if not is_drawn and images.is_lossy(path) and not mask_format.is_complete:
         result.remarks.append(("jpeg mask", str(path)))
     if result.size is not None and ids.shape != result.size:
         try:
@@ -123,6 +124,8 @@ def _scan_mask(result: Scan, mask_format: MaskFormat) -> None:
         found, times = np.unique(values[unknown], return_counts=True)
         result.unknown = dict(zip(found.tolist(), times.tolist(), strict=True))
         result.remarks.append(("unknown", mask_format.describe_unknown(path, values, unknown)))
+    elif mask_format.is_doubtful(values):
+        result.remarks.append(("mixed", f"{path}: {UNSURE}"))
     elif result.ignored == ids.size:
         result.remarks.append(("all ignored", str(path)))
 
@@ -171,13 +174,9 @@ def count_classes(scans: Sequence[Scan], mask_format: MaskFormat) -> tuple[Class
 def thumbnail(
     result: Scan, mask_format: MaskFormat, num_channels: int, box: tuple[int, int]
 ) -> tuple[UInt8[np.ndarray, "h w c"], UInt8[np.ndarray, "h w"]]:
-    """Reads an image and its label, resized to fit into a box; unknown pixels become ignored.
+    """Reads an image and its label, resized to fit into a box of height and width in pixels.
 
-    Args:
-      result: of a readable pair.
-      mask_format: of the mask.
-      num_channels: of the image.
-      box: height and width, pixels.
+    The pair must be readable. Unknown pixels become ignored.
     """
     assert result.size is not None, result.pair.name  # it is readable
     image = images.read_image(result.pair.image, num_channels)

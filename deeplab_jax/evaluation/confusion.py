@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,36 @@ def scores(matrix: Integer[np.ndarray, "classes classes"], background: int | Non
         mean_accuracy=nan_mean(recall),
         frequency_weighted_iou=float(weighted),
     )
+
+
+class ClassScores(NamedTuple):
+    """Scores of one class against the rest, 0..1; NaN where a denominator is 0.
+
+    Attributes:
+      precision: fraction of the pixels predicted as the class that are labelled as it.
+      recall: fraction of the pixels labelled as the class that are predicted as it.
+      f1: harmonic mean of both, which is also the Dice coefficient.
+      iou: see `Scores.per_class_iou`.
+    """
+
+    precision: float
+    recall: float
+    f1: float
+    iou: float
+
+
+def class_scores(matrix: Integer[np.ndarray, "classes classes"], index: int) -> ClassScores:
+    """Computes the scores of the class `index` against the rest; see `scores`."""
+    right = np.float64(matrix[index, index])
+    true, predicted = matrix[index].sum(), matrix[:, index].sum()
+    with np.errstate(invalid="ignore"):
+        fractions = (
+            right / predicted,
+            right / true,
+            2 * right / (true + predicted),
+            right / (true + predicted - right),
+        )
+    return ClassScores(*map(float, fractions))
 
 
 def nan_mean(values: np.ndarray) -> float:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from deeplab_jax.evaluation.evaluator import Evaluation
+from deeplab_jax.evaluation.binary import Curves
+from deeplab_jax.evaluation.tally import Evaluation
 
 _MAX_PREDICTED_SHARE = 0.99  # of one class; a warning above it
 
@@ -31,13 +32,41 @@ def to_json(evaluation: Evaluation, interval: tuple[float, float] | None = None)
             return dict(zip(evaluation.labels.names, map(convert, value), strict=True))
         if isinstance(value, tuple):
             return [convert(number) for number in value]
-        return None if value is None or math.isnan(value) else float(value)
+        return None if value is None else _finite(value)
 
     return {
         "images": evaluation.num_images,
         **{name: convert(value) for name, value in values.items()},
         "confusion_matrix": evaluation.matrix.tolist(),
+        "binary": binary(evaluation),
     }
+
+
+def binary(evaluation: Evaluation) -> dict[str, Any] | None:
+    """Returns the numbers of the positive class, if there is one; None in place of NaN."""
+    positive, curves, scores = evaluation.positive, evaluation.curves, evaluation.positive_scores
+    if positive is None or curves is None or scores is None:
+        return None
+    numbers: dict[str, float] = scores._asdict()
+    numbers["auroc"], numbers["auroc_error"] = curves.auroc
+    numbers["average_precision"], numbers["average_precision_error"] = curves.average_precision
+    numbers["best_f1"], numbers["best_threshold"], numbers["best_f1_error"] = curves.best_f1
+    return {
+        "positive": evaluation.labels.names[positive.class_id],
+        "threshold": positive.threshold,
+        "positive_pixels": curves.num_positives,
+        "negative_pixels": curves.num_negatives,
+        **{name: _finite(value) for name, value in numbers.items()},
+    }
+
+
+def curve_points(curves: Curves) -> dict[str, list[float | None]]:
+    """Returns `Curves.points` for JSON."""
+    return {name: list(map(_finite, values)) for name, values in curves.points().items()}
+
+
+def _finite(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
 
 
 def warnings(evaluation: Evaluation) -> list[str]:
@@ -60,4 +89,12 @@ def warnings(evaluation: Evaluation) -> list[str]:
         if selected.any():
             chosen = [name for name, flag in zip(names, selected, strict=True) if flag]
             messages.append(f"{message}: {', '.join(chosen)}")
+    curves, positive = evaluation.curves, evaluation.positive
+    if curves and positive and not (curves.num_positives and curves.num_negatives):
+        what = "AUROC, average precision" if not curves.num_positives else "AUROC"
+        which = "no" if not curves.num_positives else "every"
+        messages.append(
+            f"{what} and the ROC curve are undefined: {which} pixel of these images is labelled "
+            f"{names[positive.class_id]}"
+        )
     return messages

@@ -4,92 +4,101 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
 
 from deeplab_jax import data as data_lib
-from deeplab_jax.config import Config, DataConfig, EvalConfig, rules
+from deeplab_jax.config import Config, DataConfig, EvalConfig, resolve_eval, rules
 from deeplab_jax.config import io as config_io
 from deeplab_jax.data import DATASETS
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.data.labels import LabelSet
 from deeplab_jax.distributed.mesh import make_mesh
 from deeplab_jax.evaluation.evaluator import Evaluator
+from deeplab_jax.inference.positive import resolve as resolve_positive
 from deeplab_jax.inference.segmenter import Segmenter, load
 from deeplab_jax.utils.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """An evaluation that is ready to run.
-
-    Attributes:
-      config: of which `data` and `eval` are used.
-      segmenter: the model.
-      dataset: the split.
-      evaluator: of the model on the split.
-      warnings: from `check_compatible`.
-    """
-
-    config: Config
-    segmenter: Segmenter
-    dataset: Dataset
-    evaluator: Evaluator
-    warnings: list[str]
 
 
 def prepare(
     checkpoint: str,
     data: str,
-    settings: EvalConfig,
+    settings: Mapping[str, Any],
     *,
     root: str = "",
     split: str = "",
-    size: int | None = None,
     limit: int = 0,
+    positive: str = "",
+    threshold: float | None = None,
     load_split: Callable[[DataConfig, str], Dataset] = data_lib.load,
-) -> Setup:
-    """Loads the model and the split that a command's options name.
+) -> tuple[Config, Segmenter, Evaluator, list[str]]:
+    """Loads the model and the split that a command's options name; errors name the options.
 
     Args:
       checkpoint, data: see `base_config`.
-      settings: of the evaluation, except for `size`.
-      root, split, size: empty or None: as in `base_config`.
+      settings: fields of `EvalConfig` that differ from `eval_config`.
+      root, split: empty: as in `base_config`.
       limit: largest number of images; 0: all.
+      positive, threshold: see `inference.positive.resolve`.
       load_split: loads a split.
+
+    Returns:
+      The config, of which `data` and `eval` are used, the model, its evaluator on the split, and
+      the warnings of `check_compatible`.
 
     Raises:
       UserError: an option, the model or the data is wrong, or the model and the data differ in
         classes or channels.
     """
     base = base_config(data, checkpoint)
-    size = base.eval.size if size is None else size
-    config = Config(data=base.data, eval=dataclasses.replace(settings, size=size))
+    config = Config(data=base.data, eval=eval_config(checkpoint, base, settings))
     config.data.root = root or config.data.root
     config.data.eval_split = split or config.data.eval_split
     # Which output strides there are depends on the checkpoint's cascade: `load` checks it.
-    _validate(
-        dataclasses.replace(config, eval=dataclasses.replace(config.eval, output_stride=None))
-    )
+    stride, config.eval.output_stride = config.eval.output_stride, None
     try:
-        segmenter = load(checkpoint, output_stride=settings.output_stride)
+        rules.validate(config)
+        config.eval = dataclasses.replace(resolve_eval(config), output_stride=stride)
+        segmenter = load(checkpoint, output_stride=stride)
     except UserError as error:
-        option = re.sub(r"^architecture \w+: output_stride", "--output-stride", str(error))
-        raise UserError(option) from None
+        text = re.sub(r"^architecture \w+: output_stride", "--output-stride", str(error))
+        field = re.compile(r"(?:config\.)?eval\.(\w+)")
+        raise UserError(field.sub(lambda m: "--" + m[1].replace("_", "-"), text)) from None
     dataset = load_split(config.data, config.data.eval_split)
     if limit:
         first: Any = grain.MapDataset.source(dataset.source)[:limit]
         dataset = dataclasses.replace(dataset, source=first)
     warnings = check_compatible(segmenter.labels, segmenter.architecture.in_channels, dataset)
+    chosen = resolve_positive(dataset.labels, positive, threshold)
     config.data.mean, config.data.std = segmenter.mean, segmenter.std
-    evaluator = Evaluator(segmenter.model, dataset, config, make_mesh(config.mesh))
-    return Setup(config, segmenter, dataset, evaluator, warnings)
+    evaluator = Evaluator(segmenter.model, dataset, config, make_mesh(config.mesh), chosen)
+    return config, segmenter, evaluator, warnings
+
+
+def eval_config(checkpoint: str, base: Config, settings: Mapping[str, Any]) -> EvalConfig:
+    """Returns how a checkpoint's run was evaluated, with some fields set.
+
+    A window that is set and the protocol "paper" exclude each other: the one that is set replaces
+    the other.
+
+    Args:
+      checkpoint: if it belongs to no run, the result has the defaults and the size of `base`.
+      base: see `base_config`.
+      settings: the fields to set.
+    """
+    run = config_io.from_run(checkpoint)
+    result = EvalConfig(size=base.eval.size) if run is None else run.eval
+    if settings.get("window") and result.protocol == "paper":
+        result = dataclasses.replace(result, protocol="auto")
+    if settings.get("protocol") == "paper":
+        result = dataclasses.replace(result, window=None)
+    return dataclasses.replace(result, num_pictures=0, **settings)
 
 
 def base_config(data: str, checkpoint: str) -> Config:
-    """Returns the config whose data section and `eval.size` an evaluation uses.
+    """Returns the config whose data section an evaluation uses.
 
     Args:
       data: name of a data set, a config as `config.io.from_python` takes it, or empty for the data
@@ -102,7 +111,7 @@ def base_config(data: str, checkpoint: str) -> Config:
     if data not in DATASETS and config_io.is_config(data):
         return config_io.from_python(data)
     run = config_io.from_run(checkpoint)
-    # A run's own settings, such as its root and its size, apply to its data set.
+    # A run's own settings, such as its root, apply to its data set.
     if run is not None and data in ("", run.data.name):
         return run
     if not data:
@@ -113,23 +122,8 @@ def base_config(data: str, checkpoint: str) -> Config:
     return Config(data=DataConfig(name=data))
 
 
-def _validate(config: Config) -> None:
-    """Calls `rules.validate`; errors name the command's options instead of the fields."""
-    try:
-        rules.validate(config)
-    except UserError as error:
-        raise UserError(
-            re.sub(r"(?:config\.)?eval\.(\w+)", lambda m: "--" + m[1].replace("_", "-"), str(error))
-        ) from None
-
-
 def check_compatible(model: LabelSet, num_channels: int, dataset: Dataset) -> list[str]:
-    """Checks that a model and a data set have the same classes and channels.
-
-    Args:
-      model: classes of the model.
-      num_channels: of the images that the model takes.
-      dataset: to evaluate on.
+    """Checks that a model, of these classes and channels, and a data set belong together.
 
     Returns:
       Warnings: classes of the same id whose names differ, which may be a matter of spelling.

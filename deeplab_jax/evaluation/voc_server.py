@@ -26,10 +26,10 @@ from deeplab_jax.config import DataConfig
 from deeplab_jax.data import statistics
 from deeplab_jax.data.dataset import Dataset, Example
 from deeplab_jax.data.io import images
+from deeplab_jax.data.io.masks import write_ids
 from deeplab_jax.data.labels import VOC
 from deeplab_jax.evaluation.confusion import confusion_matrix
 from deeplab_jax.evaluation.evaluator import Evaluator
-from deeplab_jax.inference.files import write_ids
 from deeplab_jax.models.functional import Variables
 from deeplab_jax.utils.errors import UserError, raise_problems
 from deeplab_jax.utils.files import atomic_path
@@ -87,7 +87,6 @@ def write(
     path: pathlib.Path,
     evaluator: Evaluator,
     variables: Variables,
-    dataset: Dataset,
     *,
     competition: str,
     split: str,
@@ -99,7 +98,6 @@ def write(
       path: of the archive, `.tgz`; an existing file is replaced.
       evaluator: of the split, under a protocol that keeps images at their own size.
       variables: of its model.
-      dataset: the split.
       competition: a key of `COMPETITIONS`.
       split: name of the split.
       progress: called after each batch.
@@ -126,7 +124,7 @@ def write(
             )
             assert evaluation is not None  # without `should_stop` it is complete
             _pack(top, archive)
-            matrix = check(dataclasses.replace(read(archive), path=path), dataset)
+            matrix = check(dataclasses.replace(read(archive), path=path), evaluator.dataset)
             if not np.array_equal(matrix, evaluation.matrix):
                 raise RuntimeError(f"{path}: the files hold other ids than were evaluated")
     except OSError as error:

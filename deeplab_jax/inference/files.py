@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import functools
 import glob
-import io
 import os
 import pathlib
 import re
@@ -15,19 +14,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
-from PIL import Image
+from jaxtyping import Int
 
 from deeplab_jax.data.io.images import SUFFIXES
+from deeplab_jax.data.io.masks import write_ids
 from deeplab_jax.data.labels import LabelSet
+from deeplab_jax.inference.positive import PositiveClass, choose_ids
 from deeplab_jax.inference.segmenter import Segmenter
-from deeplab_jax.utils.errors import UserError, did_you_mean
+from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.files import (
-    add_origin,
     find_files,
     is_own_picture,
     match_files,
-    write_bytes,
     write_png,
 )
 from deeplab_jax.visualization import overlays
@@ -145,23 +143,6 @@ def _long_name(path: pathlib.Path, depth: int) -> str:
     return "_".join([*folders, path.stem, *filter(None, [path.suffix.lstrip(".")])])
 
 
-def class_id(text: str, labels: LabelSet) -> int:
-    """Returns the id of a class that is given by its name, in any case, or by its id.
-
-    Raises:
-      UserError: there is no such class; the message suggests the nearest name.
-    """
-    lower = [name.lower() for name in labels.names]
-    if text.strip().lower() in lower:
-        return lower.index(text.strip().lower())
-    if text.strip().isdecimal() and int(text) < labels.num_classes:
-        return int(text)
-    raise UserError(
-        f"there is no class {text!r}{did_you_mean(text, labels.names)}. Give a name "
-        f"({', '.join(labels.names)}) or an id (0 to {labels.num_classes - 1})."
-    )
-
-
 def predict_image(
     segmenter: Segmenter,
     path: pathlib.Path,
@@ -170,6 +151,7 @@ def predict_image(
     opacity: float = 0.5,
     heatmap_classes: Sequence[int] = (),
     side_by_side: bool = False,
+    positive: PositiveClass | None = None,
 ) -> ImageResult:
     """Predicts an image and writes its class ids, overlay and other pictures.
 
@@ -181,6 +163,7 @@ def predict_image(
       opacity: of class colours over the image, 0..1.
       heatmap_classes: ids of the classes whose probabilities are drawn.
       side_by_side: whether to draw the image and its overlay in a row too.
+      positive: class that a threshold predicts, if any.
 
     Raises:
       UserError: the file is not an image, it does not fit in memory, or an output cannot be
@@ -190,9 +173,10 @@ def predict_image(
     pixels, labels = segmenter.read(path), segmenter.labels
     if heatmap_classes:
         probabilities = segmenter.probabilities(pixels)
-        ids = probabilities.argmax(axis=-1).astype(np.uint8)
+        scores = None if positive is None else probabilities[..., positive.class_id]
+        ids = choose_ids(probabilities, scores, positive).astype(np.uint8)
     else:
-        ids = segmenter.predict(pixels).astype(np.uint8)
+        ids = segmenter.predict(pixels, positive).astype(np.uint8)
     # Drawn one after the other: pictures of large images take much memory.
     blended = {"overlay": overlays.overlay, "side_by_side": overlays.side_by_side}
     if not side_by_side:
@@ -218,15 +202,6 @@ def predict_image(
         raise UserError(message) from error
     counts = overlays.class_counts(ids, labels.num_classes)
     return ImageResult(path, (ids.shape[0], ids.shape[1]), counts, files)
-
-
-def write_ids(path: pathlib.Path, ids: UInt8[np.ndarray, "h w"], labels: LabelSet) -> None:
-    """Writes a palette PNG: its values are the ids, its colours those of the classes."""
-    image = Image.fromarray(ids)
-    image.putpalette(labels.palette().tobytes())  # converts mode L to mode P
-    encoded = io.BytesIO()
-    image.save(encoded, "PNG")
-    write_bytes(path, add_origin(encoded.getvalue()))
 
 
 def total_counts(results: Sequence[ImageResult], labels: LabelSet) -> Int[np.ndarray, " classes"]:

@@ -20,12 +20,15 @@ from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from deeplab_jax.inference import sliding_window
 from deeplab_jax.inference.compilation import jit_inference
+from deeplab_jax.inference.positive import PositiveClass, choose_ids
 from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
 from deeplab_jax.models.ops.resize import MAX_SIDE, resize_bilinear
 from deeplab_jax.utils.errors import UserError
 
 BUCKET = 128  # pixels between padded sides
 MIN_WINDOW = 32  # pixels: one feature at output stride 32
+LARGE_IMAGE = 4_000_000  # pixels; larger images are cut into windows by default
+DEFAULT_WINDOW = 1025  # side of those windows, pixels
 WINDOW_BATCH = 2  # windows at once: one of 513 pixels nearly fills a device by itself
 
 
@@ -36,8 +39,9 @@ class TestTimeAugmentation:
     Attributes:
       scales: of the views; their probabilities are averaged.
       flip: whether to average over each view's mirror image too.
-      window: side of the windows, pixels, each of which is predicted over all views; None: predict
-        the whole image at once.
+      window: side of the windows, pixels, each of which is predicted over all views; 0: predict
+        whole images at once. None: `DEFAULT_WINDOW` (1025) for images of more than `LARGE_IMAGE` (4
+        million) pixels, 0 for others.
       overlap: smallest fraction of a window that the next one covers too, in [0, 1).
 
     Raises:
@@ -53,10 +57,19 @@ class TestTimeAugmentation:
         object.__setattr__(self, "scales", tuple(self.scales))
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise UserError(f"scales must be one or more numbers above 0, got {self.scales}")
-        if self.window is not None and self.window < MIN_WINDOW:
-            raise UserError(f"window must be {MIN_WINDOW} pixels or more, got {self.window}")
+        if self.window and self.window < MIN_WINDOW:
+            raise UserError(
+                f"window must be {MIN_WINDOW} pixels or more, or 0 for whole images, got "
+                f"{self.window}"
+            )
         if not 0 <= self.overlap < 1:
             raise UserError(f"overlap must be 0 or more and below 1, got {self.overlap}")
+
+    def window_of(self, height: int, width: int) -> int:
+        """Returns the side of the windows for an image of this size; 0: it is not cut."""
+        if self.window is None:
+            return DEFAULT_WINDOW if height * width > LARGE_IMAGE else 0
+        return self.window
 
 
 def bucket(side: int) -> int:
@@ -131,20 +144,26 @@ def predict_ids(
     variables: Variables,
     images: Float[Array, "n h w c"],
     sizes: Int[Array, "n 2"] | None,
+    positive: PositiveClass | None = None,
     *,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
-) -> UInt8[Array, "n h w"]:
-    """Computes the most probable class of each pixel; arguments as of `predict_probabilities`.
+) -> tuple[UInt8[Array, "n h w"], Float32[Array, "n h w"] | None]:
+    """Computes the class of each pixel, and the probability of the positive class if there is one.
 
-    Without augmentation it is the class of the highest logit: softmax may round two logits to one
-    probability.
+    Without a threshold it is the most probable class; without augmentation, that of the highest
+    logit: softmax may round two logits to one probability. The values of `positive` may be traced;
+    the other arguments are as of `predict_probabilities`.
     """
-    if tuple(scales) == (1.0,) and not flip:
-        scores = model.apply(variables, images, sizes=sizes)[0]["out"]
+    scores = None
+    if is_plain := tuple(scales) == (1.0,) and not flip:
+        ranked = model.apply(variables, images, sizes=sizes)[0]["out"]
     else:
-        scores = predict_probabilities(model, variables, images, sizes, scales=scales, flip=flip)
-    return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
+        ranked = predict_probabilities(model, variables, images, sizes, scales=scales, flip=flip)
+    if positive is not None:
+        probabilities = jax.nn.softmax(ranked, axis=-1) if is_plain else ranked
+        scores = jnp.take(probabilities, positive.class_id, axis=-1).astype(jnp.float32)
+    return choose_ids(ranked, scores, positive).astype(jnp.uint8), scores
 
 
 def _scaled_sizes(
@@ -193,20 +212,22 @@ class Predictor:
         self._variables = jax.device_put(variables, jnp.zeros(()).device)
 
         def network(
-            predict: Callable[..., Array],
+            predict: Callable[..., Any],
             model: FunctionalModel,
             variables: Variables,
             images: UInt8[Array, "n h w c"],
             sizes: Int[Array, "n 2"],
-        ) -> Array:
+            *positive: PositiveClass | None,
+        ) -> Any:
             pixels = normalize(images, tuple(mean), tuple(std))
-            return predict(model, variables, pixels, sizes, scales=tta.scales, flip=tta.flip)
+            arguments = variables, pixels, sizes, *positive
+            return predict(model, *arguments, scales=tta.scales, flip=tta.flip)
 
         def windows(*arguments: Any) -> Float[Array, "n h w classes"]:
             *arguments_of_network, weights = arguments
             return network(predict_probabilities, *arguments_of_network) * weights[:, :, None]
 
-        networks: dict[str, Callable[..., Array]] = {
+        networks: dict[str, Callable[..., Any]] = {
             "ids": functools.partial(network, predict_ids),
             "probabilities": functools.partial(network, predict_probabilities),
             "windows": windows,
@@ -223,35 +244,55 @@ class Predictor:
         return len(self._programs)
 
     def ids(self, image: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w"]:
-        """Predicts the class of each pixel.
+        """Predicts the class of each pixel; raises as `ids_and_scores` does."""
+        return self.ids_and_scores(image, None)[0]
+
+    def ids_and_scores(
+        self, image: UInt8[np.ndarray, "h w c"], positive: PositiveClass | None
+    ) -> tuple[UInt8[np.ndarray, "h w"], Float32[np.ndarray, "h w"] | None]:
+        """Predicts class ids and, if there is a positive class, its probability at each pixel.
 
         Raises:
           UserError: the image has other channels than the model, or is too large for the device.
         """
         with self._checked(image) as window:
             if window is None:
-                return self._predict_at_once("ids", image)
+                return self._predict_at_once("ids", image, positive)
             height, width = image.shape[:2]
             ids = np.empty((height, width), np.uint8)
-            for rows, band in self._bands(image, window):
-                finished = np.asarray(self._run("band ids", band))
-                ids[rows] = finished[: rows.stop - rows.start, :width]
-        return ids
+            if positive is None:
+                for rows, band in self._bands(image, window):
+                    finished = np.asarray(self._run("band ids", band))
+                    ids[rows] = finished[: rows.stop - rows.start, :width]
+                return ids, None
+            scores = np.empty((height, width), np.float32)
+            for rows, sums, probabilities in self._finished(image, window):
+                scores[rows] = probabilities[..., positive.class_id]
+                ids[rows] = choose_ids(sums, scores[rows], positive)
+        return ids, scores
 
     def probabilities(
         self, image: UInt8[np.ndarray, "h w c"]
     ) -> Float32[np.ndarray, "h w classes"]:
-        """Predicts the probability of each class at each pixel; raises as `ids` does."""
+        """Predicts the probability of each class at each pixel; raises as `ids_and_scores` does."""
         with self._checked(image) as window:
             if window is None:
                 return self._predict_at_once("probabilities", image)
-            height, width = image.shape[:2]
-            down, across = (self._total_weights(side, window) for side in (height, width))
-            result = np.empty((height, width, self._architecture.num_classes), np.float32)
-            for rows, band in self._bands(image, window):
-                finished = jax.device_get(band)[: rows.stop - rows.start, :width]
-                np.divide(finished, down[rows, None, None] * across[:, None], out=result[rows])
+            shape = *image.shape[:2], self._architecture.num_classes
+            result = np.empty(shape, np.float32)
+            for rows, _, probabilities in self._finished(image, window):
+                result[rows] = probabilities
         return result
+
+    def _finished(
+        self, image: np.ndarray, window: int
+    ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Yields (rows of the image, weighted sums, probabilities), both `[rows, w, classes]`."""
+        height, width = image.shape[:2]
+        down, across = (self._total_weights(side, window) for side in (height, width))
+        for rows, band in self._bands(image, window):
+            sums = jax.device_get(band)[: rows.stop - rows.start, :width]
+            yield rows, sums, sums / (down[rows, None, None] * across[:, None])
 
     @contextlib.contextmanager
     def _checked(self, image: np.ndarray) -> Iterator[int | None]:
@@ -266,14 +307,14 @@ class Predictor:
             raise UserError(
                 f"image must be uint8 [h, w, {channels}], got {image.dtype} {list(image.shape)}"
             )
-        window, longest = self._tta.window, max(image.shape[:2])
-        if window is None and bucket(longest) * max(1, *self._tta.scales) > MAX_SIDE:
+        window, longest = self._tta.window_of(*image.shape[:2]), max(image.shape[:2])
+        if not window and bucket(longest) * max(1, *self._tta.scales) > MAX_SIDE:
             raise UserError(
                 f"an image of {image.shape[0]}x{image.shape[1]} pixels is too large to be "
                 "predicted at once: use windows"
             )
         try:
-            yield window if window is not None and window < longest else None
+            yield window if 0 < window < longest else None
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -282,16 +323,17 @@ class Predictor:
                 "device's memory: use windows, or smaller ones, and fewer scales"
             ) from error
 
-    def _predict_at_once(self, function: str, image: np.ndarray) -> np.ndarray:
+    def _predict_at_once(
+        self, function: str, image: np.ndarray, *positive: PositiveClass | None
+    ) -> Any:
         height, width = image.shape[:2]
-        window = self._tta.window
-        padded = np.zeros(
-            (1, window or bucket(height), window or bucket(width), image.shape[2]), np.uint8
-        )
+        window = self._tta.window_of(height, width)
+        shape = (window or bucket(height), window or bucket(width), image.shape[2])
+        padded = np.zeros((1, *shape), np.uint8)
         padded[0, :height, :width] = image
         sizes = np.asarray([(height, width)], np.int32)
-        result = self._run(function, self._variables, padded, sizes)
-        return np.asarray(result)[0, :height, :width].copy()
+        result = self._run(function, self._variables, padded, sizes, *positive)
+        return jax.tree.map(lambda x: np.asarray(x)[0, :height, :width].copy(), result)
 
     def _bands(
         self, image: np.ndarray, window: int
@@ -350,7 +392,8 @@ class Predictor:
         return total
 
     def _run(self, function: str, *arguments: Any) -> Array:
-        key = (function, *(np.shape(x) for x in arguments if not isinstance(x, Variables)))
+        shapes = (jax.tree.map(np.shape, x) for x in arguments if not isinstance(x, Variables))
+        key = (function, *shapes)
         if key not in self._programs:
             self._programs[key] = self._functions[function].lower(*arguments).compile()
         return self._programs[key](*arguments)

@@ -15,18 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
+from deeplab_jax.config import Config, resolve_eval
+from deeplab_jax.config import io as config_io
 from deeplab_jax.data.io.images import read_image
 from deeplab_jax.data.labels import LabelSet
 from deeplab_jax.inference.compilation import jit_inference, use_compilation_cache
+from deeplab_jax.inference.positive import PositiveClass
 from deeplab_jax.inference.predictor import Predictor, TestTimeAugmentation
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.paths import required_path
 from deeplab_jax.weights.convert import read_model
 from deeplab_jax.weights.saved_model import SavedModel
-
-LARGE_IMAGE = 4_000_000  # pixels; larger images are segmented in windows by default
-DEFAULT_WINDOW = 1025  # side of those windows, pixels
 
 ImageOrPath = UInt8[np.ndarray, "h w c"] | str | os.PathLike[str]
 
@@ -35,21 +35,25 @@ def load(
     path: str | os.PathLike[str],
     *,
     output_stride: int | None = None,
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
+    scales: Sequence[float] | None = None,
+    flip: bool | None = None,
     window: int | None = None,
+    overlap: float | None = None,
 ) -> Segmenter:
-    """Loads a trained model.
+    """Loads a trained model, to predict as its run was evaluated.
+
+    An argument that is None is that of the section `eval` of the run's config.json. Without a run,
+    as of a weights file or a checkpoint outside its workdir, it is the default of that section.
 
     Args:
       path: a workdir of training, whose best checkpoint is loaded; a checkpoint's folder; a `.pth`
         or `.safetensors` file of torchvision's; or the name of weights that torchvision publishes.
-      output_stride: 8 to 32 (256 with a cascade); None: that of training.
-      scales: of the image; probabilities are averaged over them.
-      flip: average over the mirror image too.
-      window: side, pixels, of the windows that larger images are cut into. 0: never cut an image.
-        None: `DEFAULT_WINDOW` (1025) for images of more than `LARGE_IMAGE` (4 million) pixels, and
-        no windows for others.
+      output_stride: 8 to 32 (256 with a cascade). Default: that of training.
+      scales: of the image; probabilities are averaged over them. Default: 1.
+      flip: average over the mirror image too. Default: False.
+      window: side, pixels, of the windows that larger images are cut into; 0: never cut an image.
+        Default: 1025 for images of more than 4 million pixels, 0 for others.
+      overlap: smallest fraction of a window that the next one covers too. Default: 0.5.
 
     Returns:
       The model with its classes and colours.
@@ -61,14 +65,25 @@ def load(
       >>> segmenter = deeplab_jax.load("runs/voc")  # doctest: +SKIP
       >>> ids = segmenter.predict("photo.jpg")  # int32 [h, w]  # doctest: +SKIP
     """
-    tta = TestTimeAugmentation(tuple(scales), flip, window or None)  # checks the arguments first
+    run = config_io.from_run(required_path(path, "the path of the weights")) or Config()
+    settings = resolve_eval(run)
+    if settings.protocol != "native":  # whole images, to which windows were no choice
+        settings.window = settings.window or None
+    if output_stride is None:
+        output_stride = settings.output_stride
+    tta = TestTimeAugmentation(  # checks the arguments before the model is read
+        tuple(settings.scales if scales is None else scales),
+        settings.flip if flip is None else flip,
+        settings.window if window is None else window,
+        settings.overlap if overlap is None else overlap,
+    )
     use_compilation_cache()
     saved = read_model(path)
     if output_stride is not None:
         architecture = saved.architecture.at_output_stride(output_stride)
         info = saved.info | {"architecture": dataclasses.asdict(architecture)}
         saved = dataclasses.replace(saved, info=info)
-    return Segmenter(saved, tta, large_window=DEFAULT_WINDOW if window is None else None)
+    return Segmenter(saved, tta)
 
 
 class Segmenter:
@@ -82,19 +97,11 @@ class Segmenter:
       model: pure functions with fused batch norm, see `FunctionalModel.fused`.
       variables: its arrays, on the default device.
       mean, std: of the channels, 0..1, for normalization.
+      tta: views and windows of each image.
     """
 
-    def __init__(
-        self, saved: SavedModel, tta: TestTimeAugmentation, *, large_window: int | None = None
-    ) -> None:
-        """Puts a model on the device.
-
-        Args:
-          saved: the model.
-          tta: views and windows of each image.
-          large_window: side of the windows for images of more than `LARGE_IMAGE` pixels; None:
-            that of `tta`.
-        """
+    def __init__(self, saved: SavedModel, tta: TestTimeAugmentation) -> None:
+        """Puts a model on the device."""
         self.path: pathlib.Path = saved.path
         self.info: dict[str, Any] = saved.info
         colors = (tuple(color) for color in saved.info["palette"])
@@ -105,9 +112,10 @@ class Segmenter:
         self.variables: Variables = jax.device_put(original.fuse(saved.variables))
         self.mean: tuple[float, ...] = tuple(saved.info["mean"])
         self.std: tuple[float, ...] = tuple(saved.info["std"])
-        self._tta = tta
-        self._large_window = large_window or tta.window
-        self._predictors: dict[int | None, Predictor] = {}
+        self.tta = tta
+        self._predictor = Predictor(
+            self.model, self.variables, mean=self.mean, std=self.std, tta=tta
+        )
         self._apply = jit_inference(_logits, self.model)
 
     @property
@@ -123,26 +131,27 @@ class Segmenter:
     @property
     def num_compilations(self) -> int:
         """Number of programs compiled for predictions so far."""
-        return sum(predictor.num_compilations for predictor in self._predictors.values())
+        return self._predictor.num_compilations
 
-    def predict(self, image: ImageOrPath) -> Int32[np.ndarray, "h w"]:
+    def predict(
+        self, image: ImageOrPath, positive: PositiveClass | None = None
+    ) -> Int32[np.ndarray, "h w"]:
         """Predicts the class id of each pixel, at the image's own size.
 
         Args:
           image: uint8 `[h, w, c]` of any size, RGB if the model has 3 channels; or the path of an
             image file, which is read as in training, and turned by its EXIF orientation.
+          positive: class that a threshold predicts, if any.
 
         Raises:
           UserError: the file is not an image.
           ValueError: the array has another dtype or shape.
         """
-        pixels = self.read(image)
-        return self._predictor(pixels).ids(pixels).astype(np.int32)
+        return self._predictor.ids_and_scores(self.read(image), positive)[0].astype(np.int32)
 
     def probabilities(self, image: ImageOrPath) -> Float32[np.ndarray, "h w classes"]:
         """Predicts the probability of each class at each pixel; see `predict`."""
-        pixels = self.read(image)
-        return self._predictor(pixels).probabilities(pixels)
+        return self._predictor.probabilities(self.read(image))
 
     def logits(self, images: Float[Array, "n h w c"]) -> Float32[Array, "n h w classes"]:
         """Applies the model to normalized images, without test-time augmentation.
@@ -175,22 +184,6 @@ class Segmenter:
         if pixels.size == 0:
             raise ValueError(f"image has no pixels: {list(pixels.shape)}")
         return pixels
-
-    def window_of(self, height: int, width: int) -> int | None:
-        """Returns the side of the windows for an image of this size; None: no windows."""
-        return self._large_window if height * width > LARGE_IMAGE else self._tta.window
-
-    def _predictor(self, pixels: np.ndarray) -> Predictor:
-        window = self.window_of(*pixels.shape[:2])
-        if window not in self._predictors:
-            self._predictors[window] = Predictor(
-                self.model,
-                self.variables,
-                mean=self.mean,
-                std=self.std,
-                tta=dataclasses.replace(self._tta, window=window),
-            )
-        return self._predictors[window]
 
 
 def _logits(model: FunctionalModel, variables: Variables, images: Array) -> Array:

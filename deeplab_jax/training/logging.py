@@ -19,7 +19,8 @@ import rich.progress
 from deeplab_jax.config import Config, TrainConfig, crop_shape
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.distributed.preemption import PreemptionHandler
-from deeplab_jax.evaluation.evaluator import Evaluation, Evaluator
+from deeplab_jax.evaluation.evaluator import Evaluator
+from deeplab_jax.evaluation.tally import Evaluation
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.training.step import Metrics
 from deeplab_jax.utils.errors import UserError
@@ -127,13 +128,16 @@ class Progress:
         ious = zip(evaluation.labels.names, scores.per_class_iou, strict=True)
         absent = [name for name, iou in ious if math.isnan(iou)]
         without = f" (without {', '.join(absent)}: absent)" if absent else ""
+        positive = evaluation.positive_scores
+        f1 = f"F1 {positive.f1:.4f}  " if positive else ""
         shown = ""
         if picture is not None:
             here = pathlib.Path.cwd()
             shown = f"  {picture.relative_to(here) if picture.is_relative_to(here) else picture}"
         self.message(
             f"step {step}/{self._steps}  mIoU {scores.miou:.4f}{without}  "
-            f"pixel accuracy {scores.pixel_accuracy:.4f}  on {evaluation.num_images} images{shown}"
+            f"{f1}pixel accuracy {scores.pixel_accuracy:.4f}  "
+            f"on {evaluation.num_images} images{shown}"
         )
 
 
@@ -183,6 +187,8 @@ class MetricWriter:
         """Writes the scores and a picture of predictions; returns the path of the picture."""
         scores, labels = evaluation.scores, evaluation.labels
         per_class = zip(labels.names, scores.per_class_iou, strict=True)
+        positive = evaluation.positive_scores
+        binary = positive._asdict() if positive else {}
         self.write_scalars(
             step,
             {
@@ -191,6 +197,7 @@ class MetricWriter:
                 "eval/mean_accuracy": scores.mean_accuracy,
                 "eval/images": evaluation.num_images,
             }
+            | {f"eval/{name}": binary[name] for name in ("precision", "recall", "f1") if binary}
             | {f"eval/iou/{name}": float(iou) for name, iou in per_class},
         )
         if not evaluation.predictions:

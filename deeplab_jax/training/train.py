@@ -198,6 +198,8 @@ def set_up(
         )
         train_set = data_lib.load(config.data, config.data.split)
         eval_set = data_lib.load(config.data, config.data.eval_split)
+        for note in dict.fromkeys((*train_set.notes, *eval_set.notes)):
+            _print(f"data: {note}")
         model = FunctionalModel(resolve_architecture(config, train_set))
         height, stride = config_lib.crop_shape(config.data)[0], model.architecture.output_stride
         mesh_lib.check_height("config.data.crop_size", height, stride, mesh)
@@ -228,9 +230,13 @@ def summarize_splits(
     for split, dataset in splits.items():
         crop = config_lib.crop_shape(config.data) if split == config.data.split else None
         summaries[split] = statistics.summarize_sample(dataset, crop)
-        for warning in statistics.check_valid_pixels(dataset, summaries[split], split):
-            if not quiet:
-                print_warning(warning)
+        warnings = statistics.check_valid_pixels(dataset, summaries[split], split)
+        pixels = summaries[split].pixels.tolist()
+        imbalance = statistics.describe_imbalance(dataset.labels.names, pixels, config.loss)
+        if imbalance and split == config.data.split:
+            warnings.append(f"{imbalance}. {statistics.MEND_IMBALANCE}")
+        for warning in () if quiet else warnings:
+            print_warning(warning)
     return summaries
 
 

@@ -131,6 +131,25 @@ def atomic_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary folder next to `path`, and renames it to `path` on success.
+
+    If the block raises, the temporary folder is deleted, and `path` stays as it was.
+
+    Args:
+      path: must not exist, or be an empty folder. Its parents are created.
+    """
+    path = pathlib.Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    affixes = f".{path.name[:40]}.", ".partial"
+    with tempfile.TemporaryDirectory(affixes[1], affixes[0], path.parent) as scratch:
+        partial = pathlib.Path(scratch) / path.name  # `scratch` is not readable to others
+        partial.mkdir()
+        yield partial
+        os.replace(partial, path)
+
+
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
     """Writes a file atomically."""
     with atomic_path(path) as partial:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from deeplab_jax.data.labels import IGNORE, LabelSet
+from deeplab_jax.data.labels import IGNORE, LabelSet, is_background
 
 Picture = UInt8[np.ndarray, "_ _ 3"]
 Color = tuple[int, int, int]
@@ -58,7 +58,7 @@ def blend(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Blends class colours over an image.
 
-    Ignored pixels stay clear, and so does class 0 if its name is "background".
+    Ignored pixels stay clear, and so does class 0 if its name means background.
 
     Args:
       image: of any number of channels.
@@ -167,7 +167,7 @@ def legend(
 
 
 def _is_clear(index: int, labels: LabelSet) -> bool:
-    return index == 0 and labels.names[0] == "background"
+    return index == 0 and is_background(labels.names[0])
 
 
 def _area_entries(ids: UInt8[np.ndarray, "h w"], labels: LabelSet) -> list[Entry]:

@@ -299,3 +299,61 @@ def confusion_plot(
     clean_axes(bar.ax, grid="")
     bar.outline.set_visible(False)
     return figure
+
+
+# --- ROC and precision-recall curves -----------------------------------------------------------
+
+
+def binary_curves(points: dict[str, np.ndarray], numbers: dict[str, Any]) -> Figure:
+    """Draws the ROC curve and the precision-recall curve of a class against the rest.
+
+    Grey lines show scores without information. Points show the prediction and the best F1.
+
+    Args:
+      points: equally long "recall", "false_positive_rate", "precision" and "threshold". A curve
+        whose points are NaN stays empty.
+      numbers: as of `evaluation.report.binary`.
+    """
+    figure = new_figure(900, 500, layout="constrained")
+    figure.suptitle(f"{numbers['positive']} against the rest", fontsize=11, color=INK)
+    roc, precision_recall = figure.subplots(1, 2)
+    positives, negatives = numbers["positive_pixels"], numbers["negative_pixels"]
+
+    def set_title(axes: Axes, name: str, value: float | None) -> None:
+        words = f"{name}: undefined" if value is None else f"{name} {value:.4f}"
+        axes.set_title(words, fontsize=10, color=INK)
+
+    line = {"color": BLUE, "linewidth": 1.6, "zorder": 3}
+    recalls, rates = (np.r_[0, points[name]] for name in ("recall", "false_positive_rate"))
+    roc.plot([0, 1], [0, 1], color=GREY, linewidth=0.9, linestyle=":")
+    roc.plot(rates, recalls, **line)
+    roc.set(xlabel="false positive rate", ylabel="recall (true positive rate)")
+    set_title(roc, "ROC, area", numbers["auroc"])
+    share = positives / max(positives + negatives, 1)
+    precision_recall.axhline(share, color=GREY, linewidth=0.9, linestyle=":")
+    # The precision of a point is that of the recall gained since the point before.
+    precisions = np.r_[points["precision"][:1], points["precision"]]
+    precision_recall.step(recalls, precisions, where="pre", **line)
+    precision_recall.set(xlabel="recall", ylabel="precision")
+    set_title(precision_recall, "Precision-recall, average precision", numbers["average_precision"])
+    marks: dict[str, tuple[Any, ...]] = {}
+    if (at := numbers["best_threshold"]) is not None:
+        best = int(np.argmin(np.abs(points["threshold"] - at)))
+        x, y, rate = (points[name][best] for name in ("recall", "precision", "false_positive_rate"))
+        marks[f"best F1 {numbers['best_f1']:.3f}, threshold {at:.3g}"] = GREEN, "D", x, y, rate
+    recall, precision, threshold = (numbers[x] for x in ("recall", "precision", "threshold"))
+    if recall is not None and precision is not None:
+        false_positives = recall * positives * (1 / precision - 1) if precision else math.nan
+        rate = false_positives / negatives if negatives else math.nan
+        rule = "most probable class" if threshold is None else f"threshold {threshold:g}"
+        marks[f"F1 {numbers['f1']:.3f}, {rule}"] = VERMILLION, "o", recall, precision, rate
+    for label, (color, marker, x, y, rate) in marks.items():
+        style: dict[str, Any] = {"color": color, "marker": marker, "linestyle": "none", "zorder": 4}
+        roc.plot(rate, x, label=label, **style)
+        precision_recall.plot(x, y, **style)
+    for axes in (roc, precision_recall):
+        clean_axes(axes)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
+    if marks:
+        roc.legend(loc="lower right", fontsize=8, frameon=False)
+    return figure

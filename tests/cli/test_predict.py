@@ -10,7 +10,7 @@ from PIL import Image
 
 import deeplab_jax
 import small_checkpoint
-from deeplab_jax.inference import files, segmenter
+from deeplab_jax.inference import files, predictor, segmenter
 from deeplab_jax.visualization import overlays
 
 
@@ -192,19 +192,21 @@ def test_settings_reach_the_model(command, model, monkeypatch):
         def __init__(self, model, variables, *, tta, **rest):
             settings.append((model.architecture.output_stride, tta))
 
-        def ids(self, image):
-            return np.zeros(image.shape[:2], np.uint8)
+        def ids_and_scores(self, image, positive):
+            return np.zeros(image.shape[:2], np.uint8), None
 
     monkeypatch.setattr(segmenter, "Predictor", Watched)
     flags = ["--scales", "0.5,1", "--flip", "--window", "65", "--output-stride", "8"]
+    flags += ["--overlap", "0.25"]
     assert command(model, "photos/a.png", "--out", "out", *flags)[0] == 0
     ((output_stride, tta),) = settings
     assert (output_stride, tta.scales, tta.flip, tta.window) == (8, (0.5, 1.0), True, 65)
+    assert tta.overlap == 0.25
 
 
 def test_windows_for_large_images_are_reported(command, model, monkeypatch):
-    monkeypatch.setattr(segmenter, "LARGE_IMAGE", 41 * 57 - 1)
-    monkeypatch.setattr(segmenter, "DEFAULT_WINDOW", 129)
+    monkeypatch.setattr(predictor, "LARGE_IMAGE", 41 * 57 - 1)
+    monkeypatch.setattr(predictor, "DEFAULT_WINDOW", 129)
     _, out, _ = command(model, "photos/a.png", "photos/c.png", "--out", "out")
     assert "1 of more than" in out
     assert "windows of 129" in out

@@ -14,8 +14,8 @@ from deeplab_jax.config import DataConfig
 from deeplab_jax.data import labels
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.data.datasets import voc_test
+from deeplab_jax.data.io.masks import write_ids
 from deeplab_jax.evaluation import voc_server
-from deeplab_jax.inference.files import write_ids
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.utils.errors import UserError
@@ -147,6 +147,8 @@ def test_the_test_split_needs_no_labels(root, model, command, tmp_path, monkeypa
 
 def test_files_with_another_score_are_not_kept(tmp_path):
     class Evaluator:
+        dataset = SPLIT_SET
+
         def evaluate(self, variables, *, each, progress):
             for index, name in enumerate(SPLIT):
                 example = SPLIT_SET.source[index]
@@ -155,9 +157,7 @@ def test_files_with_another_score_are_not_kept(tmp_path):
             return type("Evaluation", (), {"matrix": np.eye(21, dtype=np.int64)})
 
     with pytest.raises(RuntimeError, match="hold other ids than were evaluated"):
-        voc_server.write(
-            *(tmp_path / "a.tgz", Evaluator(), None, SPLIT_SET), competition="comp6", split="val"
-        )
+        voc_server.write(*(tmp_path / "a.tgz", Evaluator(), None), competition="comp6", split="val")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,5 +1,6 @@
 """A user's own images and masks: every format gives the examples that were written."""
 
+import dataclasses
 import io
 import pickle
 import random
@@ -100,7 +101,7 @@ def test_binary_with_an_ignored_grey(maker):
     label = maker.load(masks_hold="binary", ignore_label=128).source[0]["label"]
     assert label.tolist() == [[0, 1, IGNORE]]
     with pytest.raises(
-        UserError, match=r"a\.png: value 128, first at pixel x 2, y 0, .*0 nor 255 "
+        UserError, match=r"a\.png: value 128, first at pixel x 2, y 0, .*\(0, 255\)"
     ):
         maker.load(masks_hold="binary")
 
@@ -236,7 +237,7 @@ def test_an_unknown_id_is_located_with_the_setting_that_fixes_it(flat):
     flat.save(flat.root / "masks/b.png", mask)
     with pytest.raises(
         UserError,
-        match=r"b\.png: id 11, first at pixel x 2, y 4, .*\(0 to 2\).*\(7 pixels\).*"
+        match=r"b\.png: id 11, first at pixel x 2, y 4, .*\(0-2, 255\).*\(7 pixels\).*"
         r"ignore_label=11",
     ):
         flat.load()
@@ -284,15 +285,19 @@ def test_no_file_of_classes(maker):
     with pytest.raises(UserError) as error:
         maker.load(ignore_label=9)
     assert re.search(
-        r"(?s)classes\.txt: there is no file of class names\. Write one class per line.*"
-        r"first 1 masks hold id 0, id 1, id 2, id 9\. 9 is ignored",
+        r"(?s)classes\.txt: there is no file of class names\. The masks hold 0, 1, 2, 9\. To "
+        r"write\n"
+        r"background 0\nclass_1 1\nclass_2 2\ninto classes\.txt, .*run\n"
+        r"  deeplab-jax data check '.*/my data' --write-classes",
         str(error.value),
     )
     (maker.root.parent / "names").write_text("\n".join(NAMES))
     dataset = maker.load(ignore_label=9, classes=str(maker.root.parent / "names"))
     assert dataset.labels.names == NAMES
     maker.pair("a", folder="train", encoding="colors")
-    with pytest.raises(UserError, match=r"with its colour.*\n.*\n(?s:.*)colour \(10, 20, 30\)"):
+    with pytest.raises(
+        UserError, match=r"no file of class names.*\nclass_0 #400080\nclass_1 #0a141e\n"
+    ):
         maker.load(masks_hold="colors")
 
 
@@ -413,7 +418,14 @@ def test_the_table_of_colors_is_exact():
     rng = np.random.default_rng(0)
     colors = tuple(map(tuple, rng.choice(256, (200, 3)).tolist()))
     mask_format = masks.MaskFormat(
-        "colors", labels.LabelSet(tuple(map(str, range(200))), colors), 1, colors[1]
+        "colors", labels.LabelSet(tuple(map(str, range(200))), colors), 1
+    )
+    assert mask_format.meanings == tuple(
+        (v, v, i) for i, v in enumerate(map(masks.from_rgb, colors))
+    )
+    ignored = (masks.from_rgb(colors[1]),) * 2
+    mask_format = dataclasses.replace(
+        mask_format, values=(*mask_format.meanings, (*ignored, IGNORE))
     )
     rgb = rng.choice(np.array([*colors, (0, 0, 1), (255, 255, 255)]), 5000)
     values = (rgb * (65536, 256, 1)).sum(-1).reshape(50, 100)
@@ -439,7 +451,7 @@ def test_the_table_of_colors_is_exact():
             r"mask_name must be a text that holds \{name\} once and no suffix",
         ),
         ("val_fraction", 1.5, r"val_fraction must be in \[0, 1\]"),
-        ("masks_hold", "id", r"masks_hold must be ids, colors or binary, got 'id'"),
+        ("masks_hold", "id", r"masks_hold must be auto, ids, colors or binary, got 'id'"),
     ],
 )
 def test_wrong_settings_are_named_before_any_file_is_read(field, value, message):

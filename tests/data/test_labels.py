@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from deeplab_jax.data import labels
+from deeplab_jax.utils.errors import UserError
 
 
 def test_voc_colours_are_the_published_ones():
@@ -45,3 +46,59 @@ def test_a_table_must_be_consistent():
         labels.LabelSet(("a", "b"), ((0, 0, 0),))
     with pytest.raises(ValueError, match="1 to 255 classes"):
         labels.LabelSet((), ())
+
+
+@pytest.mark.parametrize(
+    ("text", "index"), [("dog", 12), ("DOG", 12), ("12", 12), ("0", 0), (" person ", 15)]
+)
+def test_classes_by_name_and_id(text, index):
+    assert labels.class_id(text, labels.VOC) == index
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dgo", r"no class 'dgo' \(did you mean 'dog'"),
+        ("Persn", "did you mean 'person'"),
+        ("21", r"no class '21'.*an id \(0 to 20\)"),
+        ("-1", "no class '-1'"),
+        ("", "no class ''"),
+    ],
+)
+def test_an_unknown_class_names_the_nearest(text, message):
+    with pytest.raises(UserError, match=message):
+        labels.class_id(text, labels.VOC)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "background",
+        "Background",
+        "BACKGROUND ",
+        "_background_",
+        "__background__",
+        "bg",
+        "back ground",
+    ],
+)
+def test_background_in_others_spellings(name):
+    assert labels.is_background(name)
+    assert not any(
+        map(labels.is_background, ("backgrounds", "bgr", "foreground", "", "no background"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "index"),
+    [
+        (("background", "crack"), 1),
+        (("crack", "_background_"), 0),
+        (("cat", "dog"), 1),
+        (("background", "bg"), 1),
+        (("background",), None),
+        (("background", "cat", "dog"), None),
+    ],
+)
+def test_the_positive_class_of_two_is_not_background(names, index):
+    assert labels.default_positive(labels.named(*names)) == index

@@ -105,14 +105,14 @@ def test_sbd_masks(tmp_path, dtype):
 )
 def test_mat_without_ground_truth(tmp_path, variables):
     scipy.io.savemat(tmp_path / "a.mat", variables)
-    with pytest.raises(UserError, match=r"a\.mat: has no GTcls\.Segmentation.*dataset/cls"):
+    with pytest.raises(UserError, match=r"a\.mat: has no matrices .*; it holds .*dataset/cls"):
         masks.read_ids(tmp_path / "a.mat")
 
 
 @pytest.mark.parametrize("ids", [np.full((2, 2), 0.5), np.zeros((2, 2, 2))])
 def test_mat_without_whole_numbers(tmp_path, ids):
     scipy.io.savemat(tmp_path / "a.mat", {"GTcls": {"Segmentation": ids}})
-    with pytest.raises(UserError, match=r"a\.mat: GTcls\.Segmentation is not a matrix"):
+    with pytest.raises(UserError, match=r"a\.mat: has no matrices .* GTcls\.Segmentation \["):
         masks.read_ids(tmp_path / "a.mat")
 
 

@@ -379,7 +379,7 @@ def test_repaired_data_is_prepared(root):
 def test_a_mat_without_labels(root):
     path = root / "benchmark_RELEASE/dataset/cls/s1.mat"
     scipy.io.savemat(path, {"GTinst": 1})
-    assert f"- {path}: has no GTcls.Segmentation" in error_of(root, "trainaug")
+    assert f"- {path}: has no matrices of whole numbers" in error_of(root, "trainaug")
     assert len(load(root, "train")) == 4  # VOC's own data is sound
 
 

@@ -1,6 +1,7 @@
 """`data_check`: counts are right, and every problem is found with the setting that fixes it."""
 
 import json
+import re
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ from deeplab_jax.config import DataConfig
 from deeplab_jax.config import io as config_io
 from deeplab_jax.data.io import images
 from deeplab_jax.data_check import check, contact_sheet, duplicates, findings
+from deeplab_jax.data_check.advice import advise
 from deeplab_jax.utils.errors import UserError
 from own_data import NAMES, Maker
 
@@ -119,31 +121,134 @@ def test_ids_from_one(maker):
     for path in (maker.root / "masks").rglob("*.png"):
         ids = np.array(Image.open(path))
         maker.save(path, np.where(ids == 255, 255, ids + 1).astype(np.uint8))
-    found = only(report_of(maker), "error")
-    assert found.kind == "unknown"
-    assert "Ids are 1 to 3" in found.mend
+    report = report_of(maker)
+    found = only(report, "error")
+    assert found.kind == "classes"
+    assert "its classes do not fit the masks. The masks hold 1, 2, 3, 255" in found.examples[0]
+    assert report.proposal == "sky 1\ntraffic light 2\ncar 3\nignore 255\n"
+    pixels = np.concatenate([label.ravel() for label in maker.labels.values()])
+    assert [sum(one.pixels.values()) for one in report.classes] == np.bincount(pixels)[:3].tolist()
+
+
+def test_masks_of_another_encoding_are_named(maker):
+    """Colours beside ids: all files of the smaller group; with a setting, those that it misses."""
+    for name in ("t1", "t4"):
+        maker.pair(name, folder="train", shape=(24, 32), encoding="colors")
+    found = {one.kind: one for one in report_of(maker).errors}
+    assert found.keys() == {"classes", "mixed"}
+    assert [text.split(": ")[0].rpartition("/")[2] for text in found["mixed"].examples] == [
+        "t1.png",
+        "t4.png",
+    ]
+    assert (
+        "t1.png: holds colours (#0a141e, #400080, #e0e0c0, #faaa1e)" in found["mixed"].examples[0]
+    )
+    found = only(report_of(maker, masks_hold="ids"), "error")
+    assert (found.kind, found.count) == ("mixed", 2)
+    assert "t4.png: holds colours, not class ids" in found.examples[1]
 
 
 def test_colors_name_the_setting(maker):
-    for index in range(6):
-        maker.pair(f"t{index}", folder="train", shape=(24, 32), encoding="colors")
-    found = only(report_of(maker), "error")
-    assert (found.kind, found.count) == ("colors", 6)
+    for name in maker.labels:
+        folder = "train" if name[0] == "t" else "val"
+        maker.pair(name, folder=folder, shape=(24, 32), encoding="colors")
+    found = only(report_of(maker, masks_hold="ids"), "error")
+    assert (found.kind, found.count) == ("colors", 8)
     assert "masks_hold=colors" in found.mend
+    report = report_of(maker)
+    assert only(report, "error").kind == "classes"
+    lines = ["#0a141e", "#400080", "#e0e0c0", "#faaa1e"]
+    assert sorted(line.split()[-1] for line in report.proposal.splitlines()) == lines
+    assert [name for name in NAMES if name in report.proposal] == list(NAMES)
+
+
+def rewrite(maker, function):
+    """Replaces each mask by a function of its index and its ids, in which 255 is 0."""
+    for index, path in enumerate(sorted((maker.root / "masks").rglob("*.png"))):
+        ids = np.array(Image.open(path))
+        maker.save(path, function(index, np.where(ids == 255, 0, ids)).astype(np.uint8))
+
+
+def test_zero_and_one_beside_zero_and_255(maker):
+    """In a few masks 255 would be ignored, although it is the second class there."""
+    maker.text("classes.txt", "road", "crack")
+    rewrite(maker, lambda index, ids: (ids == 1) * (255 if index == 5 else 1))
+    report = report_of(maker)
+    assert only(report, "error").kind in ("classes", "mixed")
+    assert "t5.png" in only(report, "error").examples[0]
+    assert report.proposal == "road 0\ncrack 1 255\n"
+    maker.text("classes.txt", "road", "crack 1 255")
+    assert report_of(maker).errors == []
+
+
+def test_a_mask_that_the_samples_lack_is_refused_as_in_training(maker):
+    maker.text("classes.txt", "road", "crack")
+    for index in range(40):
+        maker.pair(f"m{index}", folder="train", shape=(24, 32))
+    rewrite(maker, lambda index, ids: (ids == 1) * (255 if index == 1 else 1))
+    report, scans, mask_format = check.check(maker.config())
+    found = only(report, "error")
+    assert (found.kind, found.count) == ("mixed", 1)
+    (path,) = (scan.pair.mask for scan in scans if scan.remarks)
+    assert str(path) in found.examples[0]
+    with pytest.raises(UserError, match="255 may be a class"):
+        mask_format.read_label(path)
+    assert report.proposal == "road 0\ncrack 1 255\n"
 
 
 def test_zero_and_255_name_the_setting(maker):
     maker.text("classes.txt", "road", "crack")
-    for path in (maker.root / "masks").rglob("*.png"):
-        ids = np.array(Image.open(path))
-        maker.save(path, np.where(ids == 1, 255, 0).astype(np.uint8))
-    found = only(report_of(maker), "error")
-    assert found.kind == "binary"
-    assert "masks_hold=binary" in found.mend
-    report = report_of(maker, masks_hold="binary")
-    assert report.findings == ()
+    rewrite(maker, lambda _, ids: np.where(ids == 1, 255, 0))
+    report = report_of(maker, masks_hold="ids")
+    found = only(report, "error")
+    assert found.kind == "classes"
+    assert "255 is ignored" in found.examples[0]
+    assert report.proposal == "road 0\ncrack 255\n"
     pixels = np.concatenate([label.ravel() for label in maker.labels.values()])
-    assert sum(report.classes[1].pixels.values()) == np.sum(pixels == 1)
+    for report in (report_of(maker), report_of(maker, masks_hold="binary")):
+        assert report.findings == ()
+        assert sum(report.classes[1].pixels.values()) == np.sum(pixels == 1)
+
+
+def test_a_second_value_that_is_ignored_is_an_error(maker):
+    """Also if the ignored class is then no class, so that only one is left."""
+    maker.text("classes.txt", "road", "crack")
+    rewrite(maker, lambda _, ids: ids == 1)
+    report = report_of(maker, ignore_label=1)
+    assert len(report.classes) == 1
+    found = only(report, "error")
+    assert (found.kind, found.count) == ("one class", 8)
+    assert "id 1 does not count" in found.message
+    assert "config.data.ignore_label=255" in found.mend
+    assert report_of(maker, ignore_label=255).errors == []
+
+
+def test_lossy_masks_are_fine_if_every_value_has_a_class(maker):
+    maker.text("classes.txt", "road", "crack")
+    for path in sorted((maker.root / "masks").rglob("*.png")):
+        mask = np.zeros((24, 32), np.uint8)
+        mask[8:16, 8:24] = 255
+        Image.fromarray(mask).save(path.with_suffix(".jpg"), quality=70)
+        path.unlink()
+    for path in (maker.root / "images").rglob("*.png"):
+        maker.save(path, maker.rng.integers(0, 256, (24, 32, 3), np.uint8))
+    assert report_of(maker, threshold=128).findings == ()
+    maker.text("classes.txt", "road 0-127", "crack 128-255")
+    assert report_of(maker).findings == ()
+    maker.text("classes.txt", "road", "crack")
+    assert "jpeg mask" in {one.kind for one in report_of(maker, masks_hold="ids").findings}
+
+
+def test_values_claimed_twice_and_a_threshold_for_ids_name_their_files(maker):
+    maker.text("classes.txt", "sky 0 1", "car 1")
+    found = only(report_of(maker), "error")
+    assert (found.kind, report_of(maker).proposal) == ("classes", "")
+    assert "the value 1 is claimed by sky (line 1) and car (line 2)" in found.examples[0]
+    maker.text("classes.txt", "sky", "car")
+    found = only(report_of(maker, threshold=128), "error")
+    assert re.search(
+        r"threshold=128 divides grey .*masks/\w+/\w+\.png holds ids", found.examples[0]
+    )
 
 
 @pytest.mark.parametrize(("encoding", "right"), [("binary", "ids"), ("colors", "ids")])
@@ -298,8 +403,10 @@ def test_unknown_classes_are_an_error_and_a_wrong_root_stops_the_check(maker, tm
     report = report_of(maker)
     found = only(report, "error")
     assert found.kind == "classes"
-    assert "hold id 0, id 1, id 2, id 255" in found.examples[0]
-    assert report.classes == ()
+    assert "The masks hold 0, 1, 2, 255" in found.examples[0]
+    assert report.proposal == "background 0\nclass_1 1\nclass_2 2\nignore 255\n"
+    assert [one.name for one in report.classes] == ["background", "class_1", "class_2"]
+    assert report.splits["train"].min_size == (32, 24)  # all else is checked too
     with pytest.raises(UserError, match="there is no folder"):
         check.check(DataConfig(name="folder", root=str(tmp_path / "none")))
 
@@ -353,15 +460,16 @@ def test_the_sheet_of_other_channels(maker, channels):
 
 
 def test_kinds_of_findings_have_a_level_and_a_message():
-    assert {level for level, _, _ in findings._KINDS.values()} == {"error", "warning"}
+    assert {level for level, _, _ in findings._KINDS.values()} == set(findings.LEVELS)
     assert all(message for _, message, _ in findings._KINDS.values())
 
 
 def test_camvid_is_clean_with_its_config(shared_data):
-    config = config_io.from_python(ROOT / "configs/camvid.py").data
-    config.root = str(shared_data / "camvid")
-    report, _, _ = check.check(config)
+    config = config_io.from_python(ROOT / "configs/camvid.py")
+    config.data.root = str(shared_data / "camvid")
+    report, _, _ = check.check(config.data)
     assert report.findings == ()
+    assert list(advise(report.splits["train"].median_size, report.classes, config)) == []
     assert report.splits["val"].images == 101
     ids = np.stack(
         [np.array(Image.open(p)) for p in sorted((shared_data / "camvid/masks/val").iterdir())]

@@ -19,6 +19,8 @@ from deeplab_jax import data as data_lib
 from deeplab_jax.data import statistics
 from deeplab_jax.distributed import launch, multihost
 from deeplab_jax.distributed.preemption import PreemptionHandler
+from deeplab_jax.inference import predictor
+from deeplab_jax.inference.positive import PositiveClass
 from deeplab_jax.inference.predictor import Predictor
 from deeplab_jax.training.workdir import collect_inputs
 from deeplab_jax.utils.errors import UserError
@@ -61,12 +63,15 @@ def raise_mistakes(mistakes):
             raise mistake
 
 
-def windows():
+def windows(window):
     """Evaluates window by window: the counts, and how many images this process saw."""
     seen = []
-    true_ids = Predictor.ids
-    Predictor.ids = lambda self, image: seen.append(1) or true_ids(self, image)
-    return tiny.evaluate_windows() | {"seen": len(seen)}
+    true_method = Predictor.ids_and_scores
+    Predictor.ids_and_scores = lambda *arguments: seen.append(1) or true_method(*arguments)
+    try:
+        return tiny.evaluate_windows(window) | {"seen": len(seen)}
+    finally:
+        Predictor.ids_and_scores = true_method
 
 
 def stops(number):
@@ -93,7 +98,11 @@ def agree(number, folder):
     report("both fail alike", lambda: raise_mistakes([UserError("no folder x")] * 2))
     report("one folder", lambda: multihost.check_shared(folder))
     report("two folders", lambda: multihost.check_shared(own))
-    report("windows", windows)
+    report("windows", lambda: windows(33))
+    positive = PositiveClass(1, 0.2)
+    report("scores", lambda: [tiny.evaluate_windows(side, positive) for side in (33, 0)])
+    predictor.LARGE_IMAGE, predictor.DEFAULT_WINDOW = 0, 33
+    report("large images", lambda: windows(None))
     report("stop", lambda: stops(number))
 
 

@@ -20,6 +20,7 @@ import tiny
 from conftest import ROOT
 from deeplab_jax.distributed import launch
 from deeplab_jax.distributed.multihost import describe_differences
+from deeplab_jax.inference.positive import PositiveClass
 from deeplab_jax.training.train import train
 from deeplab_jax.utils.errors import UserError
 
@@ -309,10 +310,22 @@ def test_the_check_for_a_shared_folder_leaves_nothing(agreed):
     assert [list((agreed[3] / number).iterdir()) for number in "01"] == [[], []]
 
 
-def test_each_process_evaluates_a_part_by_windows_and_all_get_the_sum(agreed):
-    one, other = (dict(outcomes["windows"]) for outcomes in agreed[0])
+@pytest.mark.parametrize("kind", ["windows", "large images"])
+def test_each_process_evaluates_a_part_by_windows_and_all_get_the_sum(agreed, kind):
+    one, other = (dict(outcomes[kind]) for outcomes in agreed[0])
     assert (one.pop("seen"), other.pop("seen")) == (3, 2)
     assert one == other == tiny.evaluate_windows()
+
+
+def test_scores_of_all_processes_are_counted_once(agreed):
+    """By windows, image by image, and by batches over the devices of both processes."""
+    one, other = (outcomes["scores"] for outcomes in agreed[0])
+    expected = [tiny.evaluate_windows(side, PositiveClass(1, 0.2)) for side in (33, 0)]
+    assert one == other == expected
+    for evaluation in expected:
+        thresholds, true_positives, *_ = evaluation["curves"]
+        assert len(thresholds) > 50
+        assert true_positives[-1] == sum(evaluation["matrix"][1]) > 0
 
 
 def test_all_processes_see_a_signal_to_one_at_the_same_call(agreed):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.metrics import confusion_matrix as reference
+from sklearn.metrics import roc_auc_score
 
 import torch_reference
 from deeplab_jax import config as config_lib
@@ -17,10 +18,12 @@ from deeplab_jax.config.rules import validate
 from deeplab_jax.data import pipeline
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.data.labels import IGNORE, named
+from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.distributed.mesh import make_mesh
 from deeplab_jax.evaluation import protocols
 from deeplab_jax.evaluation.boundary import count_boundary
 from deeplab_jax.evaluation.evaluator import Evaluator
+from deeplab_jax.inference.positive import PositiveClass
 from deeplab_jax.inference.predictor import Predictor, TestTimeAugmentation, bucket
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, normalize
@@ -99,7 +102,7 @@ def real_network():
     return network, random_variables(network, seed=1)
 
 
-def evaluator(model, data, *, devices=1, **fields):
+def evaluator(model, data, *, devices=1, positive=None, **fields):
     settings = {"size": 65, "batch_size": 3, "num_pictures": 0} | fields
     config = Config(
         data=DataConfig(name="shapes"),
@@ -107,7 +110,7 @@ def evaluator(model, data, *, devices=1, **fields):
         mesh=MeshConfig(data=devices),
     )
     validate(config)
-    return Evaluator(model, data, config, make_mesh(config.mesh))
+    return Evaluator(model, data, config, make_mesh(config.mesh), positive)
 
 
 def count(label, ids):
@@ -210,6 +213,53 @@ def test_boundaries_and_predictions_are_of_the_images_without_their_padding():
         np.testing.assert_array_equal(prediction.ids, ids)
 
 
+class Labels:
+    """Images whose label holds the classes of one entry each, in stripes."""
+
+    def __init__(self, classes):
+        self._classes = classes
+
+    def __len__(self):
+        return len(self._classes)
+
+    def __getitem__(self, index):
+        label = np.resize(np.array(self._classes[index], np.uint8), (40, 50))
+        image = np.full((40, 50, 3), index, np.uint8)
+        return {"image": image, "label": label, "name": str(index)}
+
+
+@pytest.mark.parametrize(
+    ("num_pictures", "expected"),
+    [(1, [20]), (3, [10, 20, 31]), (6, [11, 20, 21, 22, 23, 31]), (33, range(33))],
+)
+@pytest.mark.parametrize("fields", [{}, {"protocol": "native", "window": 33}], ids=str)
+def test_pictures_show_different_classes(num_pictures, expected, fields):
+    """Ten images of one class come first; class 3 only occurs in one image near the end."""
+    classes = [[0]] * 10 + [[1, IGNORE]] * 10 + [[0, 1]] * 11 + [[3]] + [[0]]
+    data = Dataset(Labels(classes), named("background", "a", "b", "c"))
+    ours = evaluator(PIXELS, data, num_pictures=num_pictures, **fields)
+    first, again = (ours.evaluate(None).predictions for _ in range(2))
+    assert [prediction.name for prediction in first] == [str(index) for index in expected]
+    for one, other in zip(first, again, strict=True):
+        assert (one.image == int(one.name)).all()
+        np.testing.assert_array_equal(one.label, data.source[int(one.name)]["label"])
+        jax.tree.map(np.testing.assert_array_equal, one[1:], other[1:])
+        assert one.ids.base is None  # no view, which would keep the batch in memory
+
+
+def test_ids_are_fetched_for_few_images_only(monkeypatch):
+    """Of a long split, each image of which would do for a picture."""
+    fetched, rows = [], mesh_lib.addressable_rows
+    monkeypatch.setattr(mesh_lib, "addressable_rows", lambda x: fetched.append(1) or rows(x))
+    classes = [[index % 3, 3] for index in range(60)]
+    data = Dataset(Labels(classes), named("background", "a", "b", "c"))
+    evaluation = evaluator(PIXELS, data, batch_size=1, num_pictures=6).evaluate(None)
+    assert sorted(prediction.label[0, 0] for prediction in evaluation.predictions) == [
+        *(0, 0, 1, 1, 2, 2)
+    ]
+    assert len(fetched) == 6
+
+
 @pytest.mark.parametrize(
     ("protocol", "window", "overlap"),
     [("paper", 0, 0.5), ("native", 0, 0.5), ("native", 48, 0.75)],
@@ -301,7 +351,7 @@ def test_torchvisions_protocol_resizes_as_torchvision_does(size, channels):
 
 
 def test_the_config_knows_each_protocol():
-    assert tuple(protocols.PROTOCOLS) == config_lib.PROTOCOLS
+    assert ("auto", *protocols.PROTOCOLS) == config_lib.PROTOCOLS
 
 
 @pytest.mark.parametrize(
@@ -311,10 +361,79 @@ def test_the_config_knows_each_protocol():
         ({"scales": ()}, "eval.scales must be one or more numbers above 0"),
         ({"scales": (1.0, 0.0)}, "eval.scales must be one or more numbers above 0"),
         ({"window": 31, "protocol": "native"}, r"eval.window must be 0 .* 32 pixels or more"),
-        ({"window": 64}, "eval.window must be 0 under eval.protocol = paper"),
+        ({"window": 64, "protocol": "paper"}, "eval.window must be 0 under eval.protocol = paper"),
         ({"overlap": 1.0}, r"eval.overlap must be in \[0, 1\)"),
     ],
 )
 def test_impossible_settings(fields, message):
     with pytest.raises(UserError, match=message):
         validate(Config(eval=EvalConfig(**fields)))
+
+
+@pytest.mark.parametrize("threshold", [None, 0.3])
+@pytest.mark.parametrize(
+    ("devices", "fields"),
+    [
+        (2, {"protocol": "paper"}),
+        (8, {"protocol": "native"}),
+        (1, {"protocol": "native", "scales": (0.5, 1.5), "flip": True}),
+        (1, {"protocol": "native", "window": 48}),
+    ],
+    ids=str,
+)
+def test_curves_of_a_class_are_those_of_its_probabilities(devices, fields, threshold):
+    """Against scikit-learn, from `Predictor.probabilities` of each image."""
+    model, data, positive = Smooth(), dataset(SIZES[:6]), PositiveClass(2, threshold)
+    ours = evaluator(model, data, devices=devices, positive=positive, **fields)
+    evaluation = ours.evaluate(None, per_image=True)
+    tta = TestTimeAugmentation(
+        fields.get("scales", (1.0,)), fields.get("flip", False), fields.get("window", 0)
+    )
+    inference = Predictor(model, None, mean=DataConfig().mean, std=DataConfig().std, tta=tta)
+    labels, scores, matrices = [], [], []
+    for image, label in images_by_hand(data, fields["protocol"]):
+        probabilities = inference.probabilities(image)[: label.shape[0], : label.shape[1]]
+        ids = probabilities.argmax(-1)
+        if threshold is not None:
+            others = np.delete(probabilities, 2, axis=-1).argmax(-1)
+            ids = np.where(probabilities[..., 2] >= threshold, 2, np.array([0, 1, 3])[others])
+        matrices.append(count(label, ids))
+        valid = label != IGNORE
+        labels.append(label[valid] == 2)
+        scores.append(probabilities[..., 2][valid])
+    labels, scores = map(np.concatenate, (labels, scores))
+    value, error = evaluation.curves.auroc
+    assert error == 0
+    assert value == pytest.approx(roc_auc_score(labels, scores), abs=1e-5)
+    assert 0.2 < value < 0.8  # neither labels nor scores are constant
+    assert evaluation.curves.num_positives == labels.sum()
+    assert evaluation.curves.num_negatives == (~labels).sum()
+    assert np.abs(evaluation.matrices - matrices).sum() <= len(labels) / 1000  # rounding
+    plain = evaluator(model, data, devices=devices, **fields).evaluate(None)
+    assert plain.curves is plain.positive_scores is None
+    if threshold is None:
+        np.testing.assert_array_equal(evaluation.matrix, plain.matrix)
+    else:
+        assert np.abs(evaluation.matrix - plain.matrix).sum() > len(labels) / 20
+
+
+def test_without_a_positive_class_no_probabilities_are_computed():
+    """Of two classes, too, as in training."""
+    network = FunctionalModel(architecture("paper_resnet18", num_classes=2, width=0.125))
+    variables = random_variables(network, seed=1)
+    ours = evaluator(network, Dataset(DATA.source, named("background", "a")))
+    texts = []
+    for positive in (None, PositiveClass(1)):
+        ours.positive = positive
+        batch = {
+            "image": np.zeros((3, 65, 65, 3), np.uint8),
+            "label": np.zeros((3, 65, 65), np.uint8),
+            "index": np.zeros(3, np.int32),
+            "size": np.full((3, 2), 65, np.int32),
+        }
+        lowered = jax.jit(functools.partial(ours._evaluate_batch, network.fused, height=65)).lower(
+            network.fuse(variables), batch
+        )
+        texts.append(lowered.as_text())
+    assert "exponential" not in texts[0]
+    assert "exponential" in texts[1]

@@ -10,6 +10,7 @@ from PIL import Image
 from deeplab_jax.data import labels
 from deeplab_jax.data.datasets import cityscapes, raw, records
 from deeplab_jax.data.datasets.folder_layout import detect_layout
+from deeplab_jax.data.io.masks import write_ids
 from deeplab_jax.data.statistics import summarize_sample
 from deeplab_jax.data_check.check import check
 from deeplab_jax.inference import files
@@ -197,7 +198,7 @@ def test_own_pictures_are_not_images(tmp_path):
     write(photos / "x_ids.png")  # by somebody else
     write_png(photos / "x_overlay.png", np.zeros((5, 6, 3), np.uint8))
     write_png(photos / "sheet.png", np.zeros((5, 6, 3), np.uint8))
-    files.write_ids(photos / "y_ids.png", ids, labels.VOC)
+    write_ids(photos / "y_ids.png", ids, labels.VOC)
     for argument in (photos, photos / "*.png", photos / "**"):
         found, num_own = files.find_images([str(argument)], tmp_path / "elsewhere")
         assert sorted(path.name for path in found) == ["x.png", "x_ids.png"]
@@ -206,7 +207,7 @@ def test_own_pictures_are_not_images(tmp_path):
     assert [path.name for path in found] == ["y_ids.png"]  # as it is named
     assert num_own == 0
     (tmp_path / "only").mkdir()
-    files.write_ids(tmp_path / "only/a.png", ids, labels.VOC)
+    write_ids(tmp_path / "only/a.png", ids, labels.VOC)
     with pytest.raises(UserError, match=r"no image files but what deeplab-jax wrote \(1\)"):
         files.find_images([str(tmp_path / "only")], tmp_path)
 
@@ -254,16 +255,27 @@ def test_a_link_to_itself_is_one_unreadable_file(maker, tmp_path):
 @pytest.mark.parametrize(
     ("train", "val"), [("Train", "Val"), ("training", "validation"), ("train", "valid")]
 )
-def test_folders_with_other_names_of_splits_are_not_mixed(maker, train, val):
+def test_splits_have_other_names(maker, train, val):
     for folder in ("images", "masks"):
         for split in (train, val):
+            write(maker.root / folder / split / f"{split}.png")
+    layout = detect_layout(maker.config())
+    names = {split: [pair.name for pair in pairs] for split, pairs in layout.splits.items()}
+    assert (names, layout.problems) == ({"train": [train], "val": [val]}, [])
+
+
+def test_a_split_has_one_name(maker):
+    for folder in ("images", "masks"):
+        for split in ("train", "Training", "val"):
             write(maker.root / folder / split / "x.png")
     problems = detect_layout(maker.config()).problems
-    wrong = {train, val} - {"train", "val"}
-    assert [each.partition(":")[0] for each in problems[-len(wrong) :]] == [
-        str(maker.root / "images" / name) for name in sorted(wrong)
+    folders = [
+        [str(maker.root / kind / name) for name in ("Training", "train")]
+        for kind in ("images", "masks")
     ]
-    assert "Rename it val" in problems[-1]
+    assert [
+        f"{' and '.join(two)} both mean train. Merge them, or rename one" for two in folders
+    ] == problems
 
 
 def test_images_beside_the_folders_of_splits_are_reported(maker):
@@ -273,7 +285,7 @@ def test_images_beside_the_folders_of_splits_are_reported(maker):
     layout = detect_layout(maker.config())
     assert layout.problems == []
     names = [path.name for path in layout.skipped]
-    assert names == [*(f"{index}.png" for index in range(8)), "more"]
+    assert names == [*(f"{index}.png" for index in range(8)), "z.png"] * 2
 
 
 def test_pipes_are_no_files(tmp_path):

@@ -75,6 +75,18 @@ def test_mostly_empty_crops_are_reported(tmp_path, no_steps, capfd):
     assert "'val'" not in warnings
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_imbalance_is_reported_with_settings(tmp_path, no_steps, capfd, weighted):
+    write_data(tmp_path, np.eye(33, dtype=np.uint8))
+    config = get_config(tmp_path)
+    config.loss.class_weights = "auto" if weighted else None
+    with pytest.raises(no_steps):
+        train(config, tmp_path / "run")
+    warnings = capfd.readouterr().err
+    assert ("background has 96.97% of the pixels (red fox 3.03%)" in warnings) != weighted
+    assert warnings.count("--config.loss.class_weights=auto") == (not weighted)
+
+
 def test_evaluation_without_a_valid_pixel_is_an_error(tmp_path, command):
     write_data(tmp_path / "data", mask_of())
     small_checkpoint.write(tmp_path / "model")

@@ -34,7 +34,7 @@ def expect_train(maker, text, names):
 def test_encodings(maker, encoding, newline):
     expect_train(maker, newline.join(["a", "b.png", ""]).encode(encoding), "ab")
     (maker.root / "classes.txt").write_bytes(newline.join("xyz").encode(encoding))
-    assert classes.read(maker.root / "classes.txt").names == ("x", "y", "z")
+    assert classes.read(maker.root / "classes.txt").labels.names == ("x", "y", "z")
     path = maker.root / "pairs.csv"
     path.write_bytes(newline.join(["image,mask", "images/a.png,masks/a.png"]).encode(encoding))
     maker.root = path
@@ -154,23 +154,31 @@ def test_a_table_in_another_encoding(maker):
 
 @pytest.mark.parametrize("name", ["Train.txt", "TRAIN.TXT", "training.txt"])
 def test_lists_of_other_names_are_not_passed_over(maker, name):
-    (maker.root / "val.txt").unlink()
     (maker.root / name).write_text("a\n")
-    (problem,) = detect_layout(maker.config()).problems
-    assert problem == f"{maker.root / name}: is not used. Rename it train.txt"
+    maker.expect(maker.load("train"), "a")
+    if name.lower() != "train.txt":
+        maker.text("train.txt", "b")
+        (problem,) = detect_layout(maker.config()).problems
+        paths = f"{maker.root / 'train.txt'} and {maker.root / name}"
+        assert problem == f"{paths} both mean train. Merge them, or rename one"
 
 
-def test_another_form_of_unicode_is_named(maker):
+def test_another_form_of_unicode_is_found_or_named(maker):
     """As of archives that were made on macOS."""
     maker.pair("cafe\u0301")
-    maker.text("train.txt", "caf\u00e9")
+    for name in ("caf\u00e9", "cafe\u0301", "images/caf\u00e9.png masks/caf\u00e9.png"):
+        maker.text("train.txt", name)
+        layout = detect_layout(maker.config())
+        assert (layout.problems, len(layout.splits["train"])) == ([], 1)
+    maker.text("pairs.csv", "image,mask", "images/caf\u00e9.png,masks/cafe\u0301.png")
+    maker.root = maker.root / "pairs.csv"
     (problem,) = detect_layout(maker.config()).problems
     assert "another form of Unicode" in problem
 
 
 @pytest.mark.parametrize(
     "line",
-    ["car,64,0,128", "car;64;0;128", "car (64, 0, 128)", "car rgb(64,0,128)", "64 0 128 car"],
+    ["car (64, 0, 128)", "car rgb(64,0,128)", "64 0 128", "car 64;0;128", "car,64,0,128,1"],
 )
 def test_colours_in_other_forms_are_no_part_of_a_name(tmp_path, line):
     (tmp_path / "classes.txt").write_text(f"{line}\n")

@@ -170,7 +170,7 @@ def test_integers_do_not_wrap(tmp_path, value):
     ids = IDS.astype(np.int64)
     ids[2, 3] = value
     np.save(tmp_path / "a.npy", ids)
-    assert "Values must be 0 to 255" in refusal(tmp_path / "a.npy")
+    assert "Values must be 0 to 65535" in refusal(tmp_path / "a.npy")
 
 
 @pytest.mark.filterwarnings("error")
@@ -180,10 +180,10 @@ def test_half_precision(tmp_path):
 
 
 def test_ignored_values_of_16_bits_are_not_advised(tmp_path):
-    """No setting can ignore 65535, the value of pixels without data in maps."""
+    """No setting ignores 65535, the value of pixels without data in maps; classes.txt can."""
     path = save(tmp_path / "a.png", np.where(IDS == 2, np.uint16(65535), IDS))
     message = refusal(path)
-    assert "Values must be 0 to 255" in message
+    assert "`ignore 65535`" in message
     assert "ignore_label=" not in message
 
 

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from deeplab_jax.data import labels
+from deeplab_jax.data.io.masks import write_ids
 from deeplab_jax.inference import files
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.files import write_png
@@ -86,31 +87,9 @@ def test_arguments_without_images_are_reported(folder):
     assert names("a/none.jpg") == ["none"]  # told when it is its turn, so that others are done
 
 
-@pytest.mark.parametrize(
-    ("text", "index"), [("dog", 12), ("DOG", 12), ("12", 12), ("0", 0), (" person ", 15)]
-)
-def test_classes_by_name_and_id(text, index):
-    assert files.class_id(text, labels.VOC) == index
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("dgo", r"no class 'dgo' \(did you mean 'dog'"),
-        ("Persn", "did you mean 'person'"),
-        ("21", r"no class '21'.*an id \(0 to 20\)"),
-        ("-1", "no class '-1'"),
-        ("", "no class ''"),
-    ],
-)
-def test_an_unknown_class_names_the_nearest(text, message):
-    with pytest.raises(UserError, match=message):
-        files.class_id(text, labels.VOC)
-
-
 def test_ids_are_the_values_of_a_palette_png(tmp_path):
     ids = np.arange(21, dtype=np.uint8).reshape(3, 7)
-    files.write_ids(tmp_path / "a.png", ids, labels.VOC)
+    write_ids(tmp_path / "a.png", ids, labels.VOC)
     with Image.open(tmp_path / "a.png") as image:
         assert image.mode == "P"
         np.testing.assert_array_equal(np.asarray(image), ids)

@@ -119,7 +119,7 @@ def test_scales_and_mirror_images_equal_a_loop_over_single_predictions():
     def predict(variables, images, sizes):
         pixels = normalize(images, **PIXELS)
         arguments = (model_and_variables()[0], variables, pixels, sizes)
-        return predict_probabilities(*arguments, **options), predict_ids(*arguments, **options)
+        return predict_probabilities(*arguments, **options), predict_ids(*arguments, **options)[0]
 
     ours, ids = predict(model_and_variables()[1], jnp.asarray(images), sizes)
     expected = looped(image, ALL_VIEWS.scales, True)
@@ -320,7 +320,7 @@ def test_a_scaled_side_fits_into_the_scaled_bucket(side, scale):
         ({"scales": (1, 0)}, r"above 0, got \(1, 0\)"),
         ({"scales": (float("nan"),)}, "numbers above 0"),
         ({"scales": (float("inf"),)}, "numbers above 0"),
-        ({"window": 31}, "window must be 32 pixels or more, got 31"),
+        ({"window": 31}, "window must be 32 pixels or more, or 0 for whole images, got 31"),
         ({"window": 65, "overlap": 1.0}, "overlap must be 0 or more and below 1, got 1.0"),
         ({"overlap": -0.1}, "overlap"),
     ],

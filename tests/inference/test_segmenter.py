@@ -8,7 +8,7 @@ from PIL import Image
 
 import deeplab_jax
 import small_checkpoint
-from deeplab_jax.inference import segmenter
+from deeplab_jax.inference import predictor
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.training.checkpoint import Checkpoints
@@ -125,15 +125,15 @@ def test_impossible_settings_are_refused(saved, settings, message):
 
 
 def test_large_images_are_segmented_by_windows(saved, monkeypatch):
-    by_itself = deeplab_jax.load(saved[0])
-    assert by_itself.window_of(2000, 2000) is None
-    assert by_itself.window_of(2001, 2000) == segmenter.DEFAULT_WINDOW
-    assert deeplab_jax.load(saved[0], window=0).window_of(3000, 4000) is None
-    given = deeplab_jax.load(saved[0], window=65)
+    by_itself = deeplab_jax.load(saved[0]).tta
+    assert by_itself.window_of(2000, 2000) == 0
+    assert by_itself.window_of(2001, 2000) == predictor.DEFAULT_WINDOW
+    assert deeplab_jax.load(saved[0], window=0).tta.window_of(3000, 4000) == 0
+    given = deeplab_jax.load(saved[0], window=65).tta
     assert given.window_of(3000, 4000) == given.window_of(100, 100) == 65
 
-    monkeypatch.setattr(segmenter, "LARGE_IMAGE", 40 * 40)
-    monkeypatch.setattr(segmenter, "DEFAULT_WINDOW", 33)
+    monkeypatch.setattr(predictor, "LARGE_IMAGE", 40 * 40)
+    monkeypatch.setattr(predictor, "DEFAULT_WINDOW", 33)
     image = picture(41, 57)
     np.testing.assert_array_equal(
         deeplab_jax.load(saved[0]).probabilities(image),

@@ -4,7 +4,10 @@ import json
 
 import cv2
 import numpy as np
+import pytest
 
+from deeplab_jax.data.labels import named
+from deeplab_jax.evaluation.evaluator import Evaluation
 from deeplab_jax.training.logging import MetricWriter
 
 
@@ -50,3 +53,26 @@ def test_only_one_process_writes(tmp_path):
         writer.write_scalars(1, {"loss": 1.0})
         assert writer.write_image(1, "predictions", np.zeros((1, 1, 3), np.uint8)) is None
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "matrix", "expected"),
+    [
+        (("background", "crack"), [[5, 1], [2, 3]], {"precision": 3 / 4, "recall": 3 / 5}),
+        (("crack", "bg"), [[3, 2], [1, 5]], {"precision": 3 / 4, "recall": 3 / 5}),
+        (("background", "crack"), [[5, 0], [0, 0]], {"precision": None, "recall": None}),
+        (("a", "b", "c"), np.eye(3), None),
+    ],
+)
+def test_two_classes_have_precision_recall_and_f1(tmp_path, names, matrix, expected):
+    evaluation = Evaluation(np.asarray(matrix, np.int64), 1, named(*names), [], None, None)
+    with MetricWriter(tmp_path, start_step=0, enabled=True) as writer:
+        writer.write_evaluation(7, evaluation)
+    (line,) = lines(tmp_path)
+    if expected is None:
+        assert not {"eval/precision", "eval/recall", "eval/f1"} & set(line)
+    else:
+        precision, recall = line["eval/precision"], line["eval/recall"]
+        assert {"precision": precision, "recall": recall} == expected
+        f1 = 2 * precision * recall / (precision + recall) if precision else None
+        assert line["eval/f1"] == pytest.approx(f1)

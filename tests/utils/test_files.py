@@ -45,6 +45,28 @@ def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_a_folder_appears_only_when_it_is_complete(tmp_path):
+    path = tmp_path / "new/data"
+
+    def fail():
+        with files.atomic_folder(path) as partial:
+            (partial / "sub").mkdir()
+            (partial / "sub/x").write_text("1")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert list((tmp_path / "new").iterdir()) == []
+    for _ in range(2):  # also onto an empty folder
+        with files.atomic_folder(path) as partial:
+            assert files.find_files(path.parent) == []
+            (partial / "x").write_text("1")
+        assert [child.name for child in path.iterdir()] == ["x"]
+        assert path.stat().st_mode & 0o777 == (tmp_path / "new").stat().st_mode & 0o777
+        (path / "x").unlink()
+    assert list((tmp_path / "new").iterdir()) == [path]
+
+
 def test_a_png_holds_the_pixels(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     files.write_png(tmp_path / "a.png", image)

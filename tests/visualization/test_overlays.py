@@ -42,8 +42,9 @@ def test_side_by_side_shows_the_image_and_the_overlay(channels):
     np.testing.assert_array_equal(picture[:400, -600:], alone[:400])
 
 
-def test_blend_mixes_class_colours_and_leaves_the_background_clear():
-    table = labels.named("background", "a")
+@pytest.mark.parametrize("name", ["background", "_background_", "BG"])
+def test_blend_mixes_class_colours_and_leaves_the_background_clear(name):
+    table = labels.named(name, "a")
     image = np.full((2, 3, 3), 100, np.uint8)
     ids = np.array([[0, 1, 255], [1, 0, 0]], np.uint8)
     mixed = overlays.blend(image, ids, table)

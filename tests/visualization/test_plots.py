@@ -97,3 +97,53 @@ def test_confusion_plot_cuts_long_names():
     table = labels.named("x" * 60, "y")
     written = texts(plots.confusion_plot(np.eye(2, dtype=np.int64), table))
     assert "x" * 23 + "…" in written
+
+
+POINTS = {
+    "threshold": np.array([0.9, 0.6, 0.2, 0.1]),
+    "recall": np.array([0.25, 0.5, 1, 1]),
+    "false_positive_rate": np.array([0, 0.25, 0.5, 1]),
+    "precision": np.array([1, 2 / 3, 2 / 3, 0.5]),
+}
+NUMBERS = {
+    "positive": "crack",
+    "threshold": None,
+    "positive_pixels": 4,
+    "negative_pixels": 4,
+    "precision": 2 / 3,
+    "recall": 0.5,
+    "f1": 4 / 7,
+    "auroc": 0.75,
+    "average_precision": 0.75,
+    "best_f1": 0.8,
+    "best_threshold": 0.2,
+}
+
+
+def test_binary_curves_are_the_points_and_mark_the_prediction_and_the_best():
+    figure = plots.binary_curves(POINTS, NUMBERS)
+    roc, precision_recall = figure.axes
+    _, curve, best, predicted = (line.get_xydata().tolist() for line in roc.lines)
+    assert curve == [[0, 0], [0, 0.25], [0.25, 0.5], [0.5, 1], [1, 1]]
+    assert (best, predicted) == ([[0.5, 1]], [[pytest.approx(0.25), 0.5]])
+    chance, curve, best, predicted = precision_recall.lines
+    assert set(chance.get_ydata()) == {0.5}
+    # Between two points, the precision is that of the larger recall: the area is the average's.
+    assert curve.get_drawstyle() == "steps-pre"
+    recall, precision = curve.get_data()
+    assert np.sum(np.diff(recall) * precision[1:]) == pytest.approx(0.75)
+    assert best.get_xydata().tolist() == [[1, 2 / 3]]
+    assert predicted.get_xydata().tolist() == [[0.5, 2 / 3]]
+    written = texts(figure)
+    assert "ROC, area 0.7500" in written
+    assert "best F1 0.800, threshold 0.2" in written
+    assert "F1 0.571, most probable class" in written
+    chosen = plots.binary_curves(POINTS, NUMBERS | {"threshold": 0.5})
+    assert "F1 0.571, threshold 0.5" in texts(chosen)
+
+
+def test_undefined_binary_curves_stay_empty():
+    points = POINTS | dict.fromkeys(("recall", "precision"), np.full(4, np.nan))
+    undefined = ("auroc", "average_precision", "recall", "f1", "best_f1", "best_threshold")
+    figure = plots.binary_curves(points, NUMBERS | dict.fromkeys(undefined))
+    assert {"ROC, area: undefined"} < set(texts(figure))

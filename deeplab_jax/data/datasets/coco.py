@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import pathlib
 import zipfile
@@ -34,12 +33,13 @@ import zlib
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import UInt8
 
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data import labels
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.data.datasets import archives, records
+from deeplab_jax.data.io import coco_json
 from deeplab_jax.data.io.images import decode_image
 from deeplab_jax.utils.errors import UserError
 
@@ -131,11 +131,7 @@ def _archives(split: str) -> tuple[archives.Archive, archives.Archive]:
 
 
 def _list_records(split: str, annotations: _Path, images: _Path) -> list[records.Record]:
-    if importlib.util.find_spec("pycocotools") is None:
-        raise UserError(
-            "COCO's annotations are decoded with pycocotools, which is not installed: "
-            "pip install 'deeplab-jax[coco]'. It is needed once, when the data set is prepared."
-        )
+    coco_json.require_pycocotools()
     annotated = read_annotations(annotations)
     if split == "train":
         annotated = [
@@ -208,34 +204,18 @@ def draw_label(image: AnnotatedImage) -> UInt8[np.ndarray, "h w"]:
     label = np.zeros((image.height, image.width), np.uint8)
     covered, overlap = np.zeros(label.shape, bool), np.zeros(label.shape, bool)
     for instance in image.instances:
-        inside = _decode(instance, image)
+        try:
+            inside = coco_json.decode(instance.segmentation, image.height, image.width)
+        except Exception as error:  # pycocotools raises various errors
+            raise UserError(
+                f"{image.file_name}: the segmentation of annotation {instance.id} cannot be "
+                f"decoded ({error})."
+            ) from None
         label[inside] = instance.class_id
         overlap |= covered & inside
         covered |= inside
     label[overlap] = labels.IGNORE
     return label
-
-
-def _decode(instance: Instance, image: AnnotatedImage) -> Bool[np.ndarray, "h w"]:
-    """Returns the mask of an instance. pycocotools decides on the pixels of a polygon's edge."""
-    from pycocotools import mask as coco_mask
-
-    size = [image.height, image.width]
-    segmentation = instance.segmentation
-    try:
-        if isinstance(segmentation, dict):
-            if list(segmentation["size"]) != size:
-                raise ValueError(f"its size is {segmentation['size']}, its image's {size}")
-            packed = isinstance(segmentation["counts"], str | bytes)
-            code = segmentation if packed else coco_mask.frPyObjects(segmentation, *size)
-        else:
-            code = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
-        return coco_mask.decode(code).astype(bool)
-    except Exception as error:  # pycocotools raises various errors
-        raise UserError(
-            f"{image.file_name}: the segmentation of annotation {instance.id} cannot be decoded "
-            f"({error})."
-        ) from None
 
 
 def _path_on_disk(local: archives.LocalArchive) -> pathlib.Path:

@@ -203,6 +203,8 @@ def is_deep(image: ImageFile.ImageFile) -> bool:
 def is_lossy(path: pathlib.Path) -> bool:
     """Whether the format of an image changes values, as JPEG does, whatever its suffix."""
     data = read_bytes(path)
+    if data.startswith(b"\x89PNG"):  # most masks, which Pillow need not open again
+        return False
     try:
         with open_image(io.BytesIO(data)) as image:
             lossy_webp = image.format == "WEBP" and b"VP8L" not in data[:4096]

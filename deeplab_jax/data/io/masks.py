@@ -6,22 +6,33 @@ import dataclasses
 import functools
 import io
 import pathlib
+from collections.abc import Iterable
 
 import cv2
 import numpy as np
 from jaxtyping import Int16, Integer, UInt8
+from PIL import Image
 
 from deeplab_jax.data.dataset import Pair, check_ids
-from deeplab_jax.data.io import images
+from deeplab_jax.data.io import arrays, coco_json, images, labelme_json, polygons
+from deeplab_jax.data.io.class_formats import MAX_CLASSES, assign_names, from_rgb, to_rgb
 from deeplab_jax.data.labels import IGNORE, LabelSet, named, voc_palette
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.files import add_origin, write_bytes
 
 BINARY = named("background", "foreground")
 
+# Why a mask of 0 and 255 is refused, and what makes it run.
+UNSURE = (
+    "holds only 0 and 255, where other masks hold class ids: 255 may be a class here, or not "
+    "count. If it does not count, write the line `ignore 255` into classes.txt; if it is a class, "
+    "add 255 to that class's line, as in `crack 1 255`."
+)
 UNKNOWN = -1  # the id of a pixel that is neither of a class nor ignored
 # The border in VOC's masks converted to RGB: entry 255 of its colour map.
-_VOC_BORDER = voc_palette(256)[255]
-_NUM_VALUES = {"ids": 256, "binary": 256, "colors": 2**24}
+VOC_BORDER = voc_palette(256)[255]
+# Lossy formats change red, green and blue of a grey pixel by less than this.
+_GREY_SPREAD = 48
 
 
 class ColorsError(UserError):
@@ -33,18 +44,43 @@ class MaskFormat:
     """How masks encode classes. Pickles, and hashes.
 
     Attributes:
-      encoding: "ids": class ids; "colors": the classes' colours; "binary": 0 and 255, two classes.
+      encoding: how values are read. "ids": whole numbers as stored, of a palette its indices;
+        "colors": red * 65536 + green * 256 + blue; "binary": grey values.
       labels: names and colours of the classes.
-      ignore_label: the value of pixels that do not count. An id, for "ids"; the line number, from
-        0, of their colour in the file of classes, for "colors"; a grey value other than 0 and 255,
-        for "binary".
-      ignored_color: the colour on that line.
+      ignore_label: the setting; the value of pixels that do not count, unless `values` say more.
+      values: the ids of values, see `ClassTable.values`; later ones count. Empty: the values of
+        "ids" are the ids, those of "colors" the classes' colours, those of "binary" 0 and 255.
+      is_unsure: whether no mask that was seen proves that 255 does not count. A mask that holds
+        only class 0 and 255 is then refused: 255 may be its second class.
+      notes: what was found out, not set, in words for the user.
     """
 
     encoding: str
     labels: LabelSet
     ignore_label: int
-    ignored_color: tuple[int, int, int] | None = None
+    values: tuple[tuple[int, int, int], ...] = ()
+    is_unsure: bool = False
+    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+    @property
+    def meanings(self) -> tuple[tuple[int, int, int], ...]:
+        """First and last of values, and their id, of all values that have one."""
+        if self.values:
+            return self.values
+        classes = range(self.labels.num_classes)
+        ignored = (self.ignore_label, self.ignore_label, IGNORE)
+        if self.encoding == "ids":
+            return (*((i, i, i) for i in classes), ignored)
+        if self.encoding == "binary":
+            return (ignored, (0, 0, 0), (255, 255, 1))
+        colors = map(from_rgb, self.labels.colors)
+        border = (from_rgb(VOC_BORDER),) * (self.ignore_label == IGNORE)
+        return (*((c, c, IGNORE) for c in border), *((c, c, i) for i, c in enumerate(colors)))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every grey value has a meaning, so that lossy formats do no harm."""
+        return self.encoding != "colors" and bool((_id_table(self)[:256] != UNKNOWN).all())
 
     def read_values(self, path: pathlib.Path) -> Integer[np.ndarray, "h w"]:
         """Reads a mask's pixels: ids, grey values, or colours as red * 65536 + green * 256 + blue.
@@ -52,10 +88,14 @@ class MaskFormat:
         Raises:
           UserError: the file cannot be read, or holds colours where ids are expected.
         """
-        if self.encoding == "ids" or path.suffix.lower() == ".npy":
+        if polygons.is_json(path):
+            return self.draw(path, [])
+        if self.encoding == "ids" or path.suffix.lower() in arrays.SUFFIXES:
             try:
                 return read_ids(path)
             except ColorsError as error:
+                if (grey := read_lossy_grey(path)) is not None:
+                    return grey
                 raise ColorsError(
                     f"{error} Or, if each class has a colour, set "
                     "config.data.folder.masks_hold=colors and write the colours into classes.txt."
@@ -78,6 +118,18 @@ class MaskFormat:
             )
         return np.asarray(mask.convert("L"))
 
+    def draw(self, path: pathlib.Path, remarks: list[tuple[str, str]]) -> UInt8[np.ndarray, "h w"]:
+        """Draws the shapes of a mask that is JSON. What the user should know is added to remarks.
+
+        Raises:
+          UserError: the file cannot be read.
+          ShapeError: a shape cannot be drawn.
+        """
+        classes = self.labels.names, self.ignore_label
+        if polygons.is_coco(path):
+            return coco_json.draw(path.parent, path.name, *classes, remarks)
+        return labelme_json.draw(path, *classes, remarks)
+
     def to_ids(self, values: Integer[np.ndarray, "h w"]) -> Int16[np.ndarray, "h w"]:
         """Converts values to class ids, `labels.IGNORE` and `UNKNOWN`."""
         table = _id_table(self)
@@ -97,10 +149,14 @@ class MaskFormat:
         if unknown.any():
             if images.is_lossy(path):
                 fix = "JPEG changes values, as all lossy formats do: save masks as PNG."
+                if self.labels.num_classes == 2:
+                    fix += " Or set config.data.folder.threshold=128."
             else:
                 found = set(np.unique(values).tolist())
                 fix = self.suggest_fix(found, set(np.unique(values[unknown]).tolist()))
             raise UserError(f"{self.describe_unknown(path, values, unknown)} {fix}")
+        if self.is_doubtful(values):
+            raise UserError(f"{path}: {UNSURE}")
         return ids.astype(np.uint8)
 
     def describe_unknown(self, path: pathlib.Path, values: np.ndarray, unknown: np.ndarray) -> str:
@@ -116,18 +172,15 @@ class MaskFormat:
         num_others = len(np.unique(values[unknown])) - 1
         others = f" and {num_others} others" if num_others else ""
         if self.encoding == "colors":
-            distances = np.square(np.subtract(self.labels.colors, _to_rgb(value))).sum(axis=1)
+            distances = np.square(np.subtract(self.labels.colors, to_rgb(value))).sum(axis=1)
             nearest = int(distances.argmin())
             expected = (
                 "the colour of a class nor ignored; nearest is "
                 f"{self.labels.names[nearest]} {self.labels.colors[nearest]}"
             )
-        elif self.encoding == "ids":
-            last = self.labels.num_classes - 1
-            expected = f"a class (0 to {last}) nor the ignore label {self.ignore_label}"
         else:
-            ignored = f" nor {self.ignore_label}" if 0 < self.ignore_label < 255 else ""
-            expected = f"0 nor 255{ignored}"
+            known = np.flatnonzero(_id_table(self)[:-1] != UNKNOWN)
+            expected = f"a class nor ignored ({spell_values(known.tolist())})"
         return (
             f"{path}: {self.describe_value(value)}{others}, first at pixel x {x}, y {y}, is "
             f"neither {expected} ({int(unknown.sum())} pixels)."
@@ -136,8 +189,13 @@ class MaskFormat:
     def describe_value(self, value: int) -> str:
         """Describes a value: "id 3", "value 128" or "colour (1, 2, 3)"."""
         if self.encoding == "colors":
-            return f"colour {_to_rgb(value)}"
+            return f"colour {to_rgb(value)}"
         return f"{'id' if self.encoding == 'ids' else 'value'} {value}"
+
+    def is_doubtful(self, values: Integer[np.ndarray, "h w"]) -> bool:
+        """Whether a mask of these values is refused, because 255 may be a class; see `UNSURE`."""
+        has_255 = self.is_unsure and bool((values == 255).any())
+        return has_255 and np.unique(values).tolist() == [0, 255]
 
     def suggest_fix(self, values: set[int], unknown: set[int]) -> str:
         """Suggests a fix for masks with pixels of no class.
@@ -146,72 +204,67 @@ class MaskFormat:
           values: all values in the masks.
           unknown: those of no class.
         """
-        numbers = values
-        if self.encoding == "colors":  # the numbers that look grey
-            numbers = {value & 255 for value in values if value == (value & 255) * 0x010101}
-        if len(numbers) == len(values):
-            if self.encoding != "binary" and numbers <= {0, 255}:
+        are_colors, are_ids = self.encoding == "colors", self.encoding == "ids"
+        greys = {v & 255 for v in values if v == (v & 255) * 0x010101} if are_colors else values
+        if len(greys) == len(values):
+            if self.encoding != "binary" and greys <= {0, 255}:
                 return "For masks of 0 and 255, set config.data.folder.masks_hold=binary."
-            if self.encoding != "ids" and max(numbers - {255}, default=0) < 64:  # 255: often void
+            is_set = are_colors or not self.notes  # not found by the values of other masks
+            if is_set and not are_ids and max(greys - {255}, default=0) < MAX_CLASSES:
                 return "If the masks hold class ids, set config.data.folder.masks_hold=ids."
-        if self.encoding == "colors":
+        if are_colors:
             return (
                 "Fix the mask, or add the colour to the file of classes; if it does not count, "
                 "set config.data.ignore_label to the number of its line, from 0."
             )
-        greys = {color[0] for color in self.labels.colors if len(set(color)) == 1}
-        if self.encoding == "ids" and unknown <= greys:
+        if are_ids and unknown <= {
+            red for red, *others in self.labels.colors if {red} == {*others}
+        }:
             return "If the masks hold colours, set config.data.folder.masks_hold=colors."
-        if min(unknown) < 0 or max(unknown) > 255:
-            return "Values must be 0 to 255: change the others, and save 8 bits per pixel."
-        if self.encoding == "binary":
-            return "Fix the mask, or set config.data.ignore_label to a value that does not count."
-        ignored = f"={min(unknown)} if it does not count." if len(unknown) == 1 else "."
-        return f"Fix the mask, name the class, or set config.data.ignore_label{ignored}"
+        if min(unknown) < 0 or max(unknown) > 65535:
+            return "Values must be 0 to 65535: change the others."
+        if are_ids and not self.values:
+            if lines := assign_names(self.labels.names, values - {self.ignore_label}):
+                return f"If that is their order, write into classes.txt:\n{lines}"
+            if max(unknown) <= 255:
+                ignored = f"={min(unknown)} if it does not count" * (len(unknown) == 1)
+                return f"Fix the mask, name the class, or set config.data.ignore_label{ignored}."
+        return (
+            "Fix the mask, or give the value to a class in classes.txt, as in `crack 3 4 255`, "
+            f"or, if it does not count, to `ignore {min(unknown)}`."
+        )
 
 
 # 32 MB for colours: made at first use in each process, and not pickled.
 @functools.lru_cache(maxsize=4)
 def _id_table(mask_format: MaskFormat) -> Int16[np.ndarray, " values"]:
     """The id of each value; the last entry is for all other values."""
-    table = np.full(_NUM_VALUES[mask_format.encoding] + 1, UNKNOWN, np.int16)
-    classes = np.arange(mask_format.labels.num_classes)
-    ignore_label = mask_format.ignore_label
-    if mask_format.encoding == "ids":
-        table[classes] = classes
-        table[ignore_label] = IGNORE
-    elif mask_format.encoding == "binary":
-        table[ignore_label] = IGNORE
-        table[[0, 255]] = 0, 1
-    else:
-        if ignore_label == IGNORE:
-            table[_from_rgb(_VOC_BORDER)] = IGNORE
-        table[[_from_rgb(color) for color in mask_format.labels.colors]] = classes
-        if mask_format.ignored_color is not None:
-            table[_from_rgb(mask_format.ignored_color)] = IGNORE
+    meanings = mask_format.meanings
+    largest = max(255, *(high for _, high, _ in meanings))
+    size = 2**24 if mask_format.encoding == "colors" else largest + 1
+    table = np.full(size + 1, UNKNOWN, np.int16)
+    for low, high, index in meanings:
+        table[low : high + 1] = index
     return table
 
 
-def _from_rgb(color: tuple[int, int, int]) -> int:
-    return color[0] << 16 | color[1] << 8 | color[2]
-
-
-def _to_rgb(value: int) -> tuple[int, int, int]:
-    return value >> 16, value >> 8 & 255, value & 255
+def spell_values(values: Iterable[int]) -> str:
+    """Spells values: "0, 3-4, 255"."""
+    numbers = sorted(set(values))
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+    return ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def read_ids(path: pathlib.Path) -> Integer[np.ndarray, "h w"]:
-    """Reads the class ids in a grey or palette image, a `.npy` file, or a `.mat` file of SBD.
+    """Reads the class ids in a grey or palette image, or a `.npy`, `.npz` or `.mat` file.
 
     Equal red, green and blue count as grey, and a constant alpha channel has no effect.
 
     Raises:
       UserError: the file is missing, damaged, or holds colours, transparent pixels or fractions.
     """
-    if path.suffix == ".mat":
-        return _read_sbd_ids(path)
-    is_array = path.suffix.lower() == ".npy"
-    values = images.read_array(path) if is_array else images.read_values(path)
+    is_array = path.suffix.lower() in arrays.SUFFIXES
+    values = arrays.read_array(path) if is_array else images.read_values(path)
     if is_array and (values.ndim not in (2, 3) or values.shape[2:] not in ((), (1,))):
         raise UserError(
             f"{path}: must hold integers [height, width], got {values.dtype} {list(values.shape)}"
@@ -226,6 +279,15 @@ def read_ids(path: pathlib.Path) -> Integer[np.ndarray, "h w"]:
         _require_constant(path, alpha)
         values = colors[..., 0]
     return _to_whole(path, values)
+
+
+def read_lossy_grey(path: pathlib.Path) -> UInt8[np.ndarray, "h w"] | None:
+    """Reads grey values that a lossy format has coloured a little; None: other colours."""
+    if not images.is_lossy(path):
+        return None
+    mask = images.decode_8_bits(images.read_bytes(path), path)
+    rgb = np.asarray(mask.convert("RGB"))
+    return np.asarray(mask.convert("L")) if np.ptp(rgb, axis=2).max() < _GREY_SPREAD else None
 
 
 def _require_constant(path: pathlib.Path, alpha: np.ndarray) -> None:
@@ -253,30 +315,6 @@ def _to_whole(path: pathlib.Path, values: np.ndarray) -> Integer[np.ndarray, "h 
     if not np.can_cast(values.dtype, np.int32):
         values = values.astype(np.float64).clip(-(2**31), 2**31 - 1)
     return values.astype(np.int32)
-
-
-def _read_sbd_ids(path: pathlib.Path) -> np.ndarray:
-    """Reads `GTcls.Segmentation` of a file in `benchmark_RELEASE/dataset/cls`."""
-    import scipy.io  # takes 0.25 s, and other data sets do not need it
-
-    data = images.read_bytes(path)
-    try:
-        variables = scipy.io.loadmat(io.BytesIO(data), variable_names=["GTcls"])
-    except Exception as error:  # SciPy's parser raises errors of many types
-        raise UserError(
-            f"{path}: truncated, or not a MATLAB file ({error}). Replace the file."
-        ) from None
-    ground_truth = variables.get("GTcls")
-    fields = getattr(getattr(ground_truth, "dtype", None), "names", None) or ()
-    if ground_truth is None or "Segmentation" not in fields:
-        raise UserError(
-            f"{path}: has no GTcls.Segmentation. SBD's class masks are in benchmark_RELEASE/"
-            "dataset/cls; those in dataset/inst hold instances."
-        )
-    ids = ground_truth["Segmentation"].flat[0]
-    if ids.ndim != 2 or not np.array_equal(ids, ids.astype(np.int32)):
-        raise UserError(f"{path}: GTcls.Segmentation is not a matrix of class ids")
-    return ids.astype(np.int32)
 
 
 def read_label(pair: Pair, labels: LabelSet) -> UInt8[np.ndarray, "h w"]:
@@ -312,6 +350,15 @@ def check_size(
 def encode_label(label: UInt8[np.ndarray, "h w"]) -> bytes:
     """Encodes ids as a grey 8-bit PNG."""
     return cv2.imencode(".png", label)[1].tobytes()
+
+
+def write_ids(path: pathlib.Path, ids: UInt8[np.ndarray, "h w"], labels: LabelSet) -> None:
+    """Writes a palette PNG: its values are the ids, its colours those of the classes."""
+    image = Image.fromarray(ids)
+    image.putpalette(labels.palette().tobytes())  # converts mode L to mode P
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    write_bytes(path, add_origin(encoded.getvalue()))
 
 
 def decode_label(data: bytes) -> UInt8[np.ndarray, "h w"]:

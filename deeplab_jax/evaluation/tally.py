@@ -1,0 +1,204 @@
+"""Adds up the results of the batches of an evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from deeplab_jax.data import pipeline
+from deeplab_jax.data.dataset import Dataset
+from deeplab_jax.data.labels import LabelSet, default_positive, is_background
+from deeplab_jax.distributed import multihost
+from deeplab_jax.evaluation.binary import Curves, ScoreCounts
+from deeplab_jax.evaluation.boundary import boundary_iou, count_boundary
+from deeplab_jax.evaluation.confusion import ClassScores, Scores, class_scores, nan_mean, scores
+from deeplab_jax.inference.positive import PositiveClass
+
+
+class Prediction(NamedTuple):
+    """An image of a split with its label and prediction, at the size at which it is scored."""
+
+    name: str
+    image: np.ndarray  # uint8 [h, w, c]
+    label: np.ndarray  # uint8 [h, w]
+    ids: np.ndarray  # uint8 [h, w]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation.
+
+    Attributes:
+      matrix: int64 `[classes, classes]`, pixels by true and predicted class, over all images.
+      num_images: number of images.
+      labels: names and colours of the classes.
+      predictions: of `config.eval.num_pictures` images of each host, which show different classes.
+      matrices: int32 `[images, classes, classes]`, the matrix of each image, in order; None unless
+        requested.
+      boundary_counts: int64 `[classes, 2]`, pixels in the intersection and union of boundaries,
+        see `count_boundary`; None unless requested.
+      positive: of the evaluator.
+      curves: of the positive class; None without one.
+    """
+
+    matrix: np.ndarray
+    num_images: int
+    labels: LabelSet
+    predictions: list[Prediction]
+    matrices: np.ndarray | None
+    boundary_counts: np.ndarray | None
+    positive: PositiveClass | None = None
+    curves: Curves | None = None
+
+    @functools.cached_property
+    def scores(self) -> Scores:
+        has_background = is_background(self.labels.names[0])
+        return scores(self.matrix, background=0 if has_background else None)
+
+    @property
+    def positive_scores(self) -> ClassScores | None:
+        """Scores of the positive class, by default that of two classes; None without one."""
+        index = self.positive.class_id if self.positive else default_positive(self.labels)
+        return None if index is None else class_scores(self.matrix, index)
+
+    @property
+    def per_class_boundary_iou(self) -> np.ndarray | None:
+        return None if self.boundary_counts is None else boundary_iou(self.boundary_counts)
+
+    @property
+    def boundary_miou(self) -> float | None:
+        values = self.per_class_boundary_iou
+        return None if values is None else nan_mean(values)
+
+
+class BatchResult(NamedTuple):
+    """The result of one batch.
+
+    Attributes:
+      indices: int32 `[b]`, of the examples of all hosts; -1 for rows without one.
+      matrices: int32 `[b, classes, classes]`, of the same rows.
+      fetch: returns the ids, uint8 `[rows, h, w]`, of this host's rows, which stay on the devices
+        until it is called; and, with a positive class, its probabilities, float32 `[rows, h, w]`.
+    """
+
+    indices: np.ndarray
+    matrices: np.ndarray
+    fetch: Callable[[], Sequence[np.ndarray]]
+
+
+class Tally:
+    """Adds up the results of batches and checks that each image is counted exactly once."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        num_classes: int,
+        rows: Sequence[int],
+        *,
+        num_pictures: int,
+        per_image: bool,
+        boundary: bool,
+        positive: PositiveClass | None,
+        each: Callable[[Prediction], None] | None,
+    ) -> None:
+        num_images = len(dataset.source)
+        self._dataset = dataset
+        self._num_pictures = num_pictures
+        self._each = each
+        # By the images' indices; the classes are those in their labels, bool `[classes]`.
+        self._pictures: dict[int, Prediction] = {}
+        self._classes: dict[int, np.ndarray] = {}
+        self._matrix = np.zeros((num_classes, num_classes), np.int64)
+        self._times_counted = np.zeros(num_images, np.int64)
+        self._matrices = self._boundary = None
+        if per_image:
+            self._matrices = np.zeros((num_images, num_classes, num_classes), np.int32)
+        self._positive, self._scores = positive, None
+        if positive is not None:
+            self._scores = ScoreCounts()
+            # Hosts along the height of images have the same rows: the first one counts them.
+            hosts = multihost.allgather(list(rows))
+            process = jax.process_index()
+            self._is_counted = [all(row not in host for host in hosts[:process]) for row in rows]
+        if boundary:
+            self._boundary = np.zeros((num_images, num_classes, 2), np.int32)
+
+    def add(self, batch: pipeline.EvalBatch, result: BatchResult) -> None:
+        counted = result.indices >= 0
+        indices, matrices = result.indices[counted], result.matrices[counted]
+        np.add.at(self._times_counted, indices, 1)
+        self._matrix += matrices.sum(axis=0, dtype=np.int64)
+        if self._matrices is not None:
+            self._matrices[indices] = matrices
+        classes = dict(zip(indices.tolist(), list(matrices.sum(axis=2) > 0), strict=True))
+        fetch = functools.cache(result.fetch)
+        # The rows of this process that hold an example, without their padding.
+        for row in np.flatnonzero(batch["index"] >= 0):
+            index, (height, width) = int(batch["index"][row]), batch["size"][row]
+            is_picture = self._choose_picture(index, classes[index])
+            inside = (row, slice(height), slice(width))
+            image, label = batch["image"][inside], batch["label"][inside]
+            if self._positive and self._scores and self._is_counted[row]:
+                valid = label < len(self._matrix)
+                is_positive = label[valid] == self._positive.class_id
+                self._scores.add(fetch()[1][inside][valid], is_positive)
+            if self._boundary is not None:
+                ids = fetch()[0][inside]
+                self._boundary[index] = count_boundary(label, ids, len(self._matrix))
+            if is_picture or self._each:
+                name, ids = self._dataset.source[index]["name"], fetch()[0][inside]
+                if is_picture:  # copies, so that the batch does not stay in memory
+                    self._pictures[index] = Prediction(name, image.copy(), label.copy(), ids.copy())
+                if self._each:
+                    self._each(Prediction(name, image, label, ids))
+
+    def _choose_picture(self, index: int, classes: np.ndarray) -> bool:
+        """Decides whether an image becomes a picture, possibly in place of an earlier one.
+
+        A set of pictures is worth `num_classes` for each class that it shows, and 1/n for the n-th
+        picture of a class. The first images are pictures; a later one replaces the picture that
+        adds the least, if the set is then worth 1 / `num_pictures` more: few images do.
+        """
+        if len(self._classes) >= self._num_pictures:
+            if not self._classes:
+                return False
+            shown = np.sum(list(self._classes.values()), axis=0)
+            worth = np.array([0, len(classes), *(1 / np.arange(2, self._num_pictures + 2))])
+            gains = {
+                other: worth[shown + 1] @ (classes & ~old) - worth[shown] @ (old & ~classes)
+                for other, old in self._classes.items()
+            }
+            worst = max(gains, key=gains.__getitem__)
+            if gains[worst] <= 1 / self._num_pictures:
+                return False
+            del self._classes[worst], self._pictures[worst]
+        self._classes[index] = classes
+        return True
+
+    def evaluation(self) -> Evaluation:
+        if np.any(self._times_counted != 1):
+            raise RuntimeError(
+                f"images {np.flatnonzero(self._times_counted != 1).tolist()} of "
+                f"{len(self._times_counted)} were not counted exactly once"
+            )
+        boundary_counts = None
+        if self._boundary is not None:
+            # Each host counted its own rows, and left zeros in the others.
+            boundary = multihost_utils.process_allgather(self._boundary)
+            boundary_counts = boundary.max(axis=0).sum(axis=0, dtype=np.int64)
+        return Evaluation(
+            matrix=self._matrix,
+            num_images=len(self._times_counted),
+            labels=self._dataset.labels,
+            predictions=[self._pictures[index] for index in sorted(self._pictures)],
+            matrices=self._matrices,
+            boundary_counts=boundary_counts,
+            positive=self._positive,
+            curves=self._scores.curves() if self._scores else None,
+        )
