@@ -83,7 +83,7 @@ class BatchIterator(Iterator[B], Generic[B]):
                 dataset, grain.experimental.DatasetOptions(min_shm_size=2**62)
             )
         self._iterator: Any = iter(dataset)
-        self._close = weakref.finalize(self, _close, [self._iterator])
+        self._close = weakref.finalize(self, _close, [self._iterator], num_workers)
         self._iterator.get_state()  # creates all workers; otherwise closing may miss some
         # Processes and threads that start now keep the signals blocked. Python starts a process for
         # the first semaphore and then unblocks the signals, so the semaphores must exist already.
@@ -122,9 +122,11 @@ class BatchIterator(Iterator[B], Generic[B]):
         self.close()
 
 
-def _close(iterators: list[Any]) -> None:
+def _close(iterators: list[Any], num_workers: int) -> None:
     """Closes the iterator in a list, which holds the last reference to it."""
     iterators.pop().close()
+    if not num_workers:
+        return
     # Iterators leave batches in shared memory, in reference cycles, and Grain frees them in one
     # thread, in order. If the program ended earlier, Python would warn of a leak.
     gc.collect()

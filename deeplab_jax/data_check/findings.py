@@ -264,7 +264,9 @@ def check_mask_settings(
             "error",
             "binary",
             "masks hold only 0 and 255, and 255 is ignored: no pixel of a second class counts",
-            f"Set {_MASKS_HOLD}=binary.",
+            "The file of classes says so. Give 255 to a class there."
+            if (255, 255, IGNORE) in mask_format.values[1:]
+            else f"Set {_MASKS_HOLD}=binary.",
             len(read),
         )
     elif len(present) == 1:

@@ -100,6 +100,7 @@ def test_colors_of_classes(tmp_path, text, colors):
         ("names:\n- a\n- b\n", r"line 1: 'names:' is not a class(?s:.*)line 2: '- a' is not"),
         ("file, x, y\na, 1, b\n", "line 1: 'file, x, y' is not a class"),
         ("a: road\nb: car\n", "line 1: 'a: road' is not a class"),
+        ("a\r\n\x1a", r"line 2: '\\x1a' is not a class"),  # the end of a file in DOS
         ("nc = 2\n[names]\n", r"line 2: '\[names\]' is not a class"),
         ("label|count\nroad|many\n", r"line 1: 'label\|count' is not a class"),
         ("name, group\ncat, animal\ncar, vehicle\n", "line 1: 'name, group' is not a class"),
@@ -269,6 +270,20 @@ def test_usual_names_of_files_are_found_in_a_stated_order(tmp_path):
     assert classes.find(tmp_path) == found
 
 
+def test_one_value_more_than_names_has_two_readings():
+    """CamVid's 11 classes in masks of 0 to 11: the names must not be shifted without a word."""
+    names, ids = labels.CAMVID.names, range(12)
+    text = class_formats.two_readings(names, ids)
+    shifted = "\n".join(f"{name} {i}" for i, name in enumerate(names, start=1))
+    kept = "\n".join(f"{name} {i}" for i, name in enumerate(names))
+    assert f"\nbackground 0\n{shifted}\n" in text
+    assert f"\n{kept}\nignore 11\n" in text
+    assert "\nignore 11 255\n" in class_formats.two_readings(names, [*ids, 255])
+    for others in (range(1, 12), range(11), range(13), [*range(10), 12], [*range(11), 255]):
+        assert class_formats.two_readings(names, others) == ""
+    assert class_formats.two_readings(["background", *names], range(13)) == ""
+
+
 @pytest.mark.parametrize(
     ("names", "values", "lines"),
     [
@@ -276,13 +291,14 @@ def test_usual_names_of_files_are_found_in_a_stated_order(tmp_path):
         ("abc", {1, 2, 3}, "a 1|b 2|c 3"),
         ("abc", {0, 127, 255}, "a 0|b 127|c 255"),
         ("abc", {1, 2, 3, 255}, "a 1|b 2|c 3|ignore 255"),
-        ("ab", {0, 1, 2}, "background 0|a 1|b 2"),
+        ("ab", {0, 1, 2}, ""),  # 0 or 2 has no name
+        ("a", {0, 1}, "background 0|a 1"),
         ("a", {0, 255}, "background 0|a 255"),
         (["class 7", "b"], {5, 9}, "class 7 = 5|b 9"),
         ("abc", {7, 24}, ""),
         ("abc", {0, 1, 11}, ""),  # 11 is a mistake, not c
         ("ab", {-1, 3}, ""),
-        ("abc", {0, 1, 2, 3, 255}, "background 0|a 1|b 2|c 3|ignore 255"),
+        ("abc", {0, 1, 2, 3, 255}, ""),  # 0 or 3 has no name
         ("ab", {0, 127, 255}, "background 0|a 127|b 255"),
         (["background", "a"], {0, 1, 2}, ""),  # 2 may be void, or 0 without data
     ],

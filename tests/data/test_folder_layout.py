@@ -169,6 +169,17 @@ def test_two_files_of_one_name(maker):
         maker.load()
 
 
+def test_of_two_masks_the_suffix_of_most_is_advised(maker):
+    for name in ("a", "b", "c"):
+        maker.pair(name)
+    maker.save(maker.root / "masks/a.bmp", np.zeros((7, 9), np.uint8))
+    with pytest.raises(UserError, match=r"a\.bmp have the same .*mask_pattern='masks/{name}\.png'"):
+        maker.load()
+    patterns = {"image_pattern": "images/{name}.*", "mask_pattern": "masks/{name}.png"}
+    maker.text("classes.txt", "a", "b", "c")
+    assert maker.load(**patterns).source
+
+
 def test_lists_must_name_existing_images_and_not_overlap(maker):
     for name in ("aaa", "bbb", "ccc"):
         maker.pair(name)

@@ -94,7 +94,7 @@ def test_what_was_found_is_noted(decide):
         ([[[0, 3, 4, *[255] * 5]]], None, "background 0|foreground 3 4 255"),
         ([[[0, 1]], [[0, 255]]], None, "background 0|foreground 1 255"),
         ([[[1, 2, 3]]], "a|b|c", "a 1|b 2|c 3"),
-        ([[[0, 1, 2]]], "a|b", "background 0|a 1|b 2"),
+        ([[[0, 1]]], "a", "background 0|a 1"),
         ([[[7, 24, 26]]], "a|b|c", "a 7|b 24|c 26"),
         ([[[0, 127, 255]]], "a|b|c", "a 0|b 127|c 255"),
         ([[[0, 255]]], "crack", "background 0|crack 255"),
@@ -207,6 +207,8 @@ def test_a_threshold_divides_at_its_value(decide):
         (palette_mask([[0, 200]], FOX), {}, "holds indices of a palette"),
         (COLORED, {}, "holds colours"),
         ([[0, 99]], {}, r"threshold=128 is above all values of the masks \(0, 99\)"),
+        ([[0, 1, 1, 255]], {}, r"threshold=128 divides grey values, but .* ids \(0, 1, 255\)"),
+        ([[0, 255]], {"classes": "a|b|ignore 255"}, "states values, and so does .*threshold=128"),
         ([[0, 255]], {"classes": "a|b|c"}, "names 3 classes, but .*threshold=128 has two"),
         ([[0, 255]], {"classes": "a 0|b 255"}, "states values, and so does .*threshold=128"),
     ],
@@ -292,3 +294,51 @@ def test_files_of_classes_in_split_folders(decide, maker):
 def test_a_missing_file_of_classes(maker):
     with pytest.raises(UserError, match=r"none\.txt: there is no file of class names"):
         read_mask_format(maker.config(classes=str(maker.root / "none.txt")), [])
+
+
+def test_two_readings_of_names_are_both_told(decide):
+    """Of CamVid's masks, 11 is void; of other sets, 0 is a background without name."""
+    with pytest.raises(
+        UserError, match=r"m0 0\nm1 1\nignore 2\n.*config\.data\.ignore_label=2"
+    ) as error:
+        decide([[0, 1, 2]], classes="m0|m1")
+    assert not isinstance(error.value, UnknownClassesError)  # which has a file to write
+    assert "\nbackground 0\nm0 1\nm1 2\n" in str(error.value)
+    with pytest.raises(UserError, match=r"background 0\nm0 1\n(?s:.*)m0 0\nm1 1\nignore 2\n"):
+        decide([[0, 1, 2]], classes="m0|m1", masks_hold="ids")
+    assert decide([[0, 1, 2]], classes="m0|m1", ignore_label=2)[1] == [[[0, 1, IGNORE]]]
+
+
+def test_an_ignored_255_is_no_class(decide):
+    masks, classes = ([[0, 255]], [[0, 0]]), "a|b|ignore 255"
+    with pytest.raises(UserError, match=r"and 255 is ignored\..* are 0-1, 255\."):
+        decide(*masks, classes=classes)
+    _, labels = decide(*masks, [[0, 1]], classes=classes)
+    assert labels == [[[0, IGNORE]], [[0, 0]], [[0, 1]]]
+    assert decide(*masks, classes=classes, masks_hold="binary")[1] == labels[:2]
+
+
+@pytest.mark.parametrize("masks_hold", ["auto", "binary"])
+def test_0_of_binary_masks_cannot_be_ignored(decide, masks_hold):
+    with pytest.raises(UserError, match="ignore_label is 0, but in masks of 0 and 255, 0 is the"):
+        decide([[0, 255]], masks_hold=masks_hold, ignore_label=0)
+
+
+def test_a_threshold_for_masks_of_two_encodings(decide):
+    with pytest.raises(
+        UserError, match=r"threshold=128: \S+.*m1.png holds only 0 and 1, others more"
+    ):
+        decide([[0, 255]], [[0, 1]], threshold=128)
+    assert decide([[0, 255]], [[0, 1]], threshold=1)[1] == [[[0, 1]], [[0, 1]]]
+
+
+def test_a_class_keeps_the_colour_that_an_ignored_one_has_too(decide):
+    """As Cityscapes' pole and polegroup; in classes.txt, it is a mistake."""
+    table = "name,id,trainId,color|fox,3,0,200 0 0|group,4,255,200 0 0|cat,5,1,0 0 0"
+    mask_format, labels = decide(COLORED, classes=table)
+    assert labels == [[[1, 0]]]
+    assert (
+        "fox and ignore have one colour, (200, 0, 0): these pixels are fox" in mask_format.notes[-1]
+    )
+    with pytest.raises(UserError, match=r"fox and ignore have one colour, \(200, 0, 0\)"):
+        decide(COLORED, classes="cat #000000|fox #c80000|ignore #c80000")

@@ -85,7 +85,6 @@ def test_encodings_without_names(tmp_path, masks, text):
         ([row(0, 1, 2, 9)], "abcd", "a 0|b 1|c 2|d 3|class_9 9"),
         ([row(1, 2, 3)], "ab", "a 1|b 2|class_3 3"),
         ([row(1, 2, 3)], ["background", "a"], "background 0|a 1|class_2 2|class_3 3"),
-        ([row(*range(4), 255)], "abc", "background 0|a 1|b 2|c 3|ignore 255"),
         (
             [row(*range(9))],
             "abc",
@@ -98,6 +97,20 @@ def test_encodings_without_names(tmp_path, masks, text):
 def test_names_keep_their_order(tmp_path, masks, names, text):
     samples = write(tmp_path, *masks)
     assert mask_survey.propose_classes(samples, named(*names)) == text.replace("|", "\n") + "\n"
+
+
+def test_two_readings_of_names_are_no_proposal(tmp_path):
+    with pytest.raises(UserError, match=r"4 names(?s:.*)d 4\nIf a is 0(?s:.*)d 3\nignore 4\n"):
+        mask_survey.propose_classes(write(tmp_path, row(*range(5))), named(*"abcd"))
+
+
+def test_names_of_one_colour_are_no_proposal(tmp_path):
+    samples = write(tmp_path, np.uint8([[(0, 0, 0), (200, 0, 0), (0, 200, 0)]]))
+    fox, group = ((0xC80000, 0xC80000, index) for index in (1, labels.IGNORE))
+    table = named("cat", "fox", colors=[(0, 0, 0), fox, group])
+    assert "fox #c80000\n" in mask_survey.propose_classes(samples, table)
+    with pytest.raises(UserError, match="classes have one colour"):
+        mask_survey.propose_classes(samples, named("a", "b", colors=[fox, (0xC80000, 0xC80000, 0)]))
 
 
 def test_values_of_other_files_are_kept(tmp_path):

@@ -14,7 +14,7 @@ from deeplab_jax.config import DataConfig
 from deeplab_jax.data.dataset import Pair
 from deeplab_jax.data.datasets import polygon_folder
 from deeplab_jax.data.io import classes, mask_survey, masks, polygons
-from deeplab_jax.data.io.class_formats import MAX_CLASSES, assign_names, to_rgb
+from deeplab_jax.data.io.class_formats import MAX_CLASSES, assign_names, to_rgb, two_readings
 from deeplab_jax.data.io.classes import ClassTable, Meaning
 from deeplab_jax.data.io.mask_survey import MaskSample, colors_in, describe, numbers_in
 from deeplab_jax.data.io.masks import MaskFormat
@@ -157,11 +157,20 @@ class _Decision:
 
     def _binary(self) -> MaskFormat:
         labels = self._two_classes("config.data.folder.masks_hold=binary")
+        self._require_zero()
         is_stated = self.table and self.table.states_values
         values = (self._ignored, *self.table.values) if self.table and is_stated else ()
         return MaskFormat("binary", labels, self.config.ignore_label, values)
 
+    def _require_zero(self) -> None:
+        if self.config.ignore_label == 0:
+            raise UserError(
+                "config.data.ignore_label is 0, but in masks of 0 and 255, 0 is the first class. "
+                "Remove that setting, or write values into classes.txt, as in `crack 255`"
+            )
+
     def _found_binary(self, labels: LabelSet) -> MaskFormat:
+        self._require_zero()
         first, second = labels.names
         if is_background(second) and not is_background(first):
             raise UserError(
@@ -190,6 +199,12 @@ class _Decision:
         largest = max((max(sample.greys, default=0) for sample in samples), default=0)
         if 0 < largest < threshold and not any(sample.is_lossy for sample in samples):
             raise UserError(f"{setting} is above all values of the masks ({held}). Lower it")
+        ids = next((sample for sample in samples if sample.greys == {0, 1}), None)
+        if ids and threshold > 1:
+            raise UserError(
+                f"{setting}: {ids.path} holds only 0 and 1, others more ({held}), so "
+                "that all of it would be the first class. Save all masks in one encoding"
+            )
         ignored = [self._ignored] * (self.config.ignore_label != IGNORE)
         values = ((0, threshold - 1, 0), (threshold, 65535, 1), *ignored)
         return MaskFormat("binary", labels, self.config.ignore_label, values)
@@ -219,19 +234,24 @@ class _Decision:
         ignore_label, names = self.config.ignore_label, table.labels.names
         default = MaskFormat("colors", table.labels, ignore_label)
         owners: dict[int, int] = {}
+        notes = []
         for color, _, index in table.colors:
             owner = owners.setdefault(color, index)
-            if owner != index and max(owner, index) < IGNORE:
-                raise UserError(
-                    f"{table.path}: {names[owner]} and {names[index]} have one colour, "
-                    f"{to_rgb(color)}"
-                )
+            one, two = (names[i] if i < IGNORE else "ignore" for i in (owner, index))
+            shared = f"{one} and {two} have one colour, {to_rgb(color)}"
+            if owner != index and (max(owner, index) < IGNORE or not table.kind):
+                raise UserError(f"{table.path}: {shared}")
+            if owner != index:  # as pole and Cityscapes' polegroup, which does not count
+                notes.append(f"{table.path.name}: {shared}: these pixels are {one}")
         border = [each for each in default.meanings if each[2] == IGNORE]
+        # The last one counts. Ignored ones are the first, and so is the border.
+        meanings = sorted(table.colors or default.meanings, key=lambda each: each[2] < IGNORE)
         values = tuple(
             (color, color, IGNORE if index == ignore_label else index)
-            for color, _, index in [*border, *(table.colors or default.meanings)]
+            for color, _, index in [*border, *meanings]
         )
-        return MaskFormat("colors", self._without_last(table.labels), ignore_label, values)
+        labels = self._without_last(table.labels)
+        return MaskFormat("colors", labels, ignore_label, values, notes=tuple(notes))
 
     def _auto(self, table: ClassTable) -> MaskFormat:
         samples = self._look(_have_two_values)
@@ -242,7 +262,7 @@ class _Decision:
         odd = [s for s in samples if not (colors and s.colors and _knows(colors, s.colors))]
         if colors and not odd and not all(_agree(ids, colors, sample) for sample in samples):
             note = f"masks hold the colours of the classes in {table.path.name}"
-            return dataclasses.replace(colors, notes=(note,))
+            return dataclasses.replace(colors, notes=(note, *colors.notes))
         if has_colors:
             if mixture := mask_survey.describe_mixture([*odd, *samples]):
                 raise UserError(f"{table.path}: {mixture}")
@@ -256,7 +276,9 @@ class _Decision:
         if all(known):
             return self._checked_ids(ids, samples)
         values = set().union(*(sample.greys for sample in samples))
-        fit_otherwise = not table.states_values and assign_names(names, values)
+        fit_otherwise = not table.states_values and (
+            two_readings(names, values) or assign_names(names, values)
+        )
         if any(known) and not fit_otherwise and not any(sample.is_lossy for sample in samples):
             return ids  # with mistakes, which are named when they are read
         raise self._failure("its classes do not fit the masks")
@@ -281,9 +303,9 @@ class _Decision:
     def _checked_ids(self, ids: MaskFormat, samples: Sequence[MaskSample]) -> MaskFormat:
         """Returns the format of ids unless 255, which it ignores, looks like a class."""
         is_stated = any(low <= 255 <= high for low, high, _ in ids.values[1:])
+        samples = self._require_class(ids, samples)
         if ids.ignore_label != IGNORE or is_stated:
             return ids
-        samples = self._require_class(ids, samples)
         others = [sample for sample in samples if sample.numbers.keys() - {0, 255}]
         if any(255 in sample.numbers for sample in others):
             return ids
@@ -377,10 +399,11 @@ def _have_two_values(samples: Sequence[MaskSample]) -> bool:
 
 
 def _holds_ids(sample: MaskSample) -> bool:
-    """Whether a mask holds several small numbers, and 255 in few pixels."""
+    """Whether a mask holds several small numbers, or 1 and void, and 255 in few pixels."""
     objects = sample.numbers.keys() - {0, 255}
     void, others = sample.numbers.get(255, 0), sum(sample.numbers[value] for value in objects)
-    return not sample.is_lossy and len(objects) > 1 and max(objects) < MAX_CLASSES and void < others
+    are_ids = len(objects) > 1 or (objects == {1} and void > 0)
+    return not sample.is_lossy and are_ids and max(objects) < MAX_CLASSES and void < others
 
 
 def _agree(ids: MaskFormat, colors: MaskFormat, sample: MaskSample) -> bool:

@@ -93,6 +93,7 @@ class PairFinder:
         self.problems: list[str] = []
         self.skipped: list[pathlib.Path] = []
         self.notes: list[str] = []
+        self.suffixes: dict[str, collections.Counter[str]] = {}  # of images and masks, if needed
 
     def find(self) -> FolderLayout:
         images = self._select("image", self.image_pattern, self.pairing.images)
@@ -153,7 +154,12 @@ class PairFinder:
     ) -> None:
         """Adds the problem that two images, or two masks, have one name."""
         texts = {"image": self.image_pattern.text, "mask": self.mask_pattern.text}
-        texts[kind] = re.sub(r"\.\*$", other.suffix, texts[kind])
+        found = self.pairing.images if kind == "image" else self.pairing.masks
+        self.suffixes[kind] = self.suffixes.get(kind) or collections.Counter(
+            pathlib.PurePosixPath(file.path).suffix for file in itertools.chain(*found.values())
+        )
+        suffix = max((other.suffix, path.suffix), key=lambda each: self.suffixes[kind][each])
+        texts[kind] = re.sub(r"\.\*$", suffix, texts[kind])
         if not self.pairing.by_split:
             texts[kind] = texts[kind].replace("{split}", spelling)
         is_named = self.config.mask_name != "{name}"

@@ -83,7 +83,7 @@ _STATED = re.compile(rf"(?P<name>[^=]*[^=\s])\s*=\s*(?P<tokens>{_TOKEN}(?:[\s,]+
 # Tables, directives, settings, files, boxes, and colours in other forms, which are no names.
 _NO_NAME = re.compile(
     r"\s#\S|\d\s*[,;\s]\s*\d+\s*[,;\s]\s*\d|[\t;|={}<>]|,\S|:(\s|$)|^([\[%]|- |//)|^#?include\b"
-    r"|\.(jpe?g|png)$|\d\s+\d*\.\d"
+    r"|\.(jpe?g|png)$|\d\s+\d*\.\d|[\x00-\x1f\x7f]"
 )
 # A number after these is a part of the name.
 _NUMBERED = ("class", "label", "category", "type", "object", "zone", "part", "level", "stage")
@@ -287,15 +287,39 @@ def spell_class(name: str, values: Iterable[str]) -> str:
     return f"{name} {'= ' if ends_in_value else ''}{' '.join(values)}"
 
 
+def two_readings(names: Sequence[str], values: Iterable[int]) -> str:
+    """Returns the lines of both readings of ids 0 to the number of names; "": others fit.
+
+    One value more than names, none of which is the background, is 0 without a name, or void at the
+    end, as 11 is beside CamVid's classes: the names of one reading are shifted in the other.
+    """
+    last, numbers = len(names), {*values}
+    if last < 2 or numbers - {255} != {*range(last + 1)} or any(map(is_background, names)):
+        return ""
+    first, second = (
+        "\n".join(spell_class(name, [f"{i}"]) for i, name in enumerate(names, start=start))
+        for start in (1, 0)
+    )
+    void = " 255" * (255 in numbers)
+    border = f"\nignore{void}" * bool(void)
+    return (
+        f"there is one value more than the {last} names, which has two readings. Write the right "
+        f"one into classes.txt. If 0 is the background, and {names[0]} is 1:\nbackground 0\n{first}"
+        f"{border}\nIf {names[0]} is 0, and {last} does not count:\n{second}\nignore {last}{void}"
+        f"\nThe second is also config.data.ignore_label={last}"
+    )
+
+
 def assign_names(names: Sequence[str], values: Iterable[int]) -> str:
     """Returns lines of classes.txt that give values to names in their order.
 
     255 may be left out as ignored, and 0 as a background without name. Returns "" if the numbers of
-    names and values do not match, or most values are ids already, and the others are mistakes.
+    names and values do not match, or most values are ids already, and the others are mistakes, or
+    there are two readings.
     """
     numbers = sorted(values)
     num_ids = sum(0 <= number < len(names) for number in numbers)
-    if not numbers or numbers[0] < 0 or numbers[-1] > 65535:
+    if not numbers or numbers[0] < 0 or numbers[-1] > 65535 or two_readings(names, numbers):
         return ""
     if 2 * num_ids > len(names) and np.ptp([n for n in numbers if n != 255]) >= len(numbers):
         return ""

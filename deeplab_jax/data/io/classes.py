@@ -37,7 +37,8 @@ class ClassTable:
       labels: names of the classes, and their colours in pictures.
       values: the ids of whole numbers in masks; many may have one id, and `labels.IGNORE` is that
         of pixels that do not count.
-      states_values: whether the file states values; else they are 0, 1, ... in its order.
+      states_values: whether the file states values, if only ignored ones; else they are 0, 1, ...
+        in its order.
       colors: the ids of colours, as red * 65536 + green * 256 + blue; those of CamVid's,
         Cityscapes' and VOC's classes if the file has none, else empty.
       train_values: as `values`, of masks that hold training ids (Cityscapes).
@@ -132,7 +133,7 @@ def read(path: pathlib.Path) -> ClassTable:
         kind=kind,
         labels=LabelSet(names, known or labels.voc_palette(len(names))),
         values=tuple(claim[:3] for claim in claims),
-        states_values=any(entry.values for entry in named),
+        states_values=any(entry.values for entry in entries),
         colors=tuple(colors),
         train_values=tuple((*v, index) for index, entry in ids for v in entry.train_values),
     )

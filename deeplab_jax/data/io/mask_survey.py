@@ -12,7 +12,13 @@ import numpy as np
 
 from deeplab_jax.data import labels
 from deeplab_jax.data.io import images, masks
-from deeplab_jax.data.io.class_formats import MAX_CLASSES, assign_names, from_rgb, spell_class
+from deeplab_jax.data.io.class_formats import (
+    MAX_CLASSES,
+    assign_names,
+    from_rgb,
+    spell_class,
+    two_readings,
+)
 from deeplab_jax.data.io.classes import ClassTable
 from deeplab_jax.data.labels import IGNORE, is_background
 from deeplab_jax.utils.errors import UserError
@@ -22,6 +28,7 @@ _LOSSY = (
     "JPEG changes values, as all lossy formats do, so that these classes cannot be told apart: "
     "save masks as PNG"
 )
+_GUESS = "# which colour is of which name is a guess: compare images and masks\n"
 _MAX_COLORS = 4096  # of a mask that are kept
 _PEAK = 0.02  # fraction of the pixels of a grey level that is a class, in a lossy format
 _FAR = 24  # grey levels between two of them
@@ -115,12 +122,17 @@ def propose_classes(
       ignore_label: a value that needs no line, if it is not 255.
 
     Raises:
-      UserError: the masks are of two kinds, or hold too many values or values that a lossy format
-        has changed.
+      UserError: the masks are of two kinds, hold too many values or values that a lossy format has
+        changed, or the names have two readings.
     """
     names = table.labels.names if table and not table.states_values else ()
     if any(sample.kind == "colors" for sample in samples):
-        known = table.names_of(table.colors) if table else {}
+        owned = [color for color, _, i in table.colors if i < IGNORE] if table else []
+        if table and len({*owned}) < len(owned):  # one of the names would be lost
+            raise UserError(f"{table.path}: classes have one colour")
+        known = (
+            table.names_of(sorted(table.colors, key=lambda each: each[2] < IGNORE)) if table else {}
+        )
         return _propose_colors(samples, names, known)
     counts: Counter[int] = Counter()
     for sample in samples:
@@ -131,6 +143,8 @@ def propose_classes(
     if any(sample.is_lossy for sample in samples):
         return _propose_lossy(counts, samples, names)
     binary = _second_class(values, samples)
+    if readings := two_readings(names, values):
+        raise UserError(readings)
     assigned = assign_names(names, values) if names else ""
     if assigned and not (binary and 255 in values):
         return f"{assigned}\n"
@@ -256,14 +270,17 @@ def _propose_colors(
     order = sorted(colors - {border}, key=lambda color: (usual.get(color, 255), color))
     if len(order) == len(names) + 1 and order[0] == 0 and not any(map(is_background, names)):
         names = (_BINARY[0], *names)
-    if len(names) == len(order) and not known:
+    is_ordered = len(names) == len(order) and not known
+    if is_ordered:
         known = dict(zip(order, names, strict=True))
     known = known or {color: _BINARY[0] for color in order if color == 0}
     for color in order:
         known.setdefault(color, f"class_{len({*known.values()} - {'ignore'})}")
     if border in colors:
         known.setdefault(border, "ignore")
-    return _spell(known, lambda colors: " ".join(f"#{color:06x}" for color in colors))
+    is_guess = is_ordered and [usual.get(color) for color in order] != [*range(len(order))]
+    lines = _spell(known, lambda colors: " ".join(f"#{color:06x}" for color in colors))
+    return _GUESS * (is_guess and len({*order} - {0}) > 1) + lines
 
 
 def describe_mixture(samples: Sequence[MaskSample]) -> str:

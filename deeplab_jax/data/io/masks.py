@@ -15,7 +15,13 @@ from PIL import Image
 
 from deeplab_jax.data.dataset import Pair, check_ids
 from deeplab_jax.data.io import arrays, coco_json, images, labelme_json, polygons
-from deeplab_jax.data.io.class_formats import MAX_CLASSES, assign_names, from_rgb, to_rgb
+from deeplab_jax.data.io.class_formats import (
+    MAX_CLASSES,
+    assign_names,
+    from_rgb,
+    to_rgb,
+    two_readings,
+)
 from deeplab_jax.data.labels import IGNORE, LabelSet, named, voc_palette
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.files import add_origin, write_bytes
@@ -224,7 +230,10 @@ class MaskFormat:
         if min(unknown) < 0 or max(unknown) > 65535:
             return "Values must be 0 to 65535: change the others."
         if are_ids and not self.values:
-            if lines := assign_names(self.labels.names, values - {self.ignore_label}):
+            names, counted = self.labels.names, values - {self.ignore_label}
+            if readings := two_readings(names, counted):
+                return f"In the masks {readings}"
+            if lines := assign_names(names, counted):
                 return f"If that is their order, write into classes.txt:\n{lines}"
             if max(unknown) <= 255:
                 ignored = f"={min(unknown)} if it does not count" * (len(unknown) == 1)
