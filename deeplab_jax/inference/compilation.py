@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
+import os
+import threading
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.models.ops.atrous_conv import atrous_conv
 from deeplab_jax.models.ops.convolution import ONEDNN
 from deeplab_jax.utils.paths import user_cache
@@ -62,3 +67,67 @@ def use_compilation_cache() -> None:
     """Caches compiled programs in the user's cache folder, unless JAX's cache is set already."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "deeplab_jax" / "xla"))
+
+
+class Programs:
+    """The compiled programs of jitted functions, one for each function and shapes of arguments.
+
+    Programs that are announced by `prepare` are compiled in threads, several at the same time.
+    Calling a function waits for its program, or compiles it.
+    """
+
+    def __init__(self, functions: Mapping[str, Any]) -> None:
+        """Takes jitted functions by name; compiles nothing yet."""
+        self._functions = functions
+        self._programs: dict[tuple[Any, ...], concurrent.futures.Future[Any]] = {}
+        self._lock = threading.Lock()
+        self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "compile")
+        # Otherwise, the end of Python would wait for programs that nothing has begun to compile.
+        weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+
+    def __len__(self) -> int:
+        """Number of programs that are compiled or being compiled."""
+        return len(self._programs)
+
+    def prepare(self, function: str, *arguments: Any, **static: Any) -> None:
+        """Compiles the program for these arguments in a thread, unless there is one.
+
+        JAX's settings by context, such as `jax.enable_x64`, are those of new threads.
+
+        Args:
+          function: its name.
+          arguments: arrays, or `jax.ShapeDtypeStruct` with their shapes, dtypes and shardings.
+          static: arguments by name that are static.
+        """
+        program, is_new = self._find(function, arguments, static)
+        if is_new:
+            self._pool.submit(self._compile, program, function, arguments, static)
+
+    def __call__(self, function: str, *arguments: Any, **static: Any) -> Any:
+        """Calls a function on arrays; raises what compiling it raised."""
+        program, is_new = self._find(function, arguments, static)
+        if is_new:
+            self._compile(program, function, arguments, static)
+        return program.result()(*arguments)
+
+    def _find(
+        self, function: str, arguments: tuple[Any, ...], static: dict[str, Any]
+    ) -> tuple[concurrent.futures.Future[Any], bool]:
+        """Returns the program, which may not be compiled yet, and whether nothing compiles it."""
+        leaves, structure = jax.tree.flatten([x for x in arguments if not isinstance(x, Variables)])
+        key = (function, structure, *map(np.shape, leaves), *sorted(static.items()))
+        with self._lock:
+            is_new = key not in self._programs
+            return self._programs.setdefault(key, concurrent.futures.Future()), is_new
+
+    def _compile(
+        self,
+        program: concurrent.futures.Future[Any],
+        function: str,
+        arguments: tuple[Any, ...],
+        static: dict[str, Any],
+    ) -> None:
+        try:
+            program.set_result(self._functions[function].lower(*arguments, **static).compile())
+        except BaseException as error:
+            program.set_exception(error)

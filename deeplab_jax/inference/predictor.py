@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from deeplab_jax.inference import sliding_window
-from deeplab_jax.inference.compilation import jit_inference
+from deeplab_jax.inference.compilation import Programs, jit_inference
 from deeplab_jax.inference.positive import PositiveClass, choose_ids
 from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
 from deeplab_jax.models.ops.resize import MAX_SIDE, resize_bilinear
@@ -232,11 +232,11 @@ class Predictor:
             "probabilities": functools.partial(network, predict_probabilities),
             "windows": windows,
         }
-        self._functions = {name: jit_inference(f, model) for name, f in networks.items()}
-        self._functions["add"] = jax.jit(sliding_window.add_windows, donate_argnums=0)
-        self._functions["shift"] = jax.jit(sliding_window.shift_up, donate_argnums=0)
-        self._functions["band ids"] = jax.jit(sliding_window.band_ids)
-        self._programs: dict[tuple[Any, ...], Any] = {}
+        functions = {name: jit_inference(f, model) for name, f in networks.items()}
+        functions["add"] = jax.jit(sliding_window.add_windows, donate_argnums=0)
+        functions["shift"] = jax.jit(sliding_window.shift_up, donate_argnums=0)
+        functions["band ids"] = jax.jit(sliding_window.band_ids)
+        self._programs = Programs(functions)
 
     @property
     def num_compilations(self) -> int:
@@ -391,9 +391,5 @@ class Predictor:
             total[start : start + len(weights)] += weights
         return total
 
-    def _run(self, function: str, *arguments: Any) -> Array:
-        shapes = (jax.tree.map(np.shape, x) for x in arguments if not isinstance(x, Variables))
-        key = (function, *shapes)
-        if key not in self._programs:
-            self._programs[key] = self._functions[function].lower(*arguments).compile()
-        return self._programs[key](*arguments)
+    def _run(self, function: str, *arguments: Any) -> Any:
+        return self._programs(function, *arguments)
