@@ -1,5 +1,7 @@
 """Settings of the whole suite: fake devices, cached compilation, exact matrix products."""
 
+import dataclasses
+import gc
 import os
 import pathlib
 import sys
@@ -8,6 +10,9 @@ import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
+
+# Garbage collection visits all imported modules each time, which takes a tenth of the suite's time.
+gc.disable()  # until `pytest_collection_finish`
 
 # Programs of tests are small: compiling them costs more than running them, and much of that are
 # LLVM's optimizations. Read when the first program is compiled, also by commands that tests start.
@@ -73,6 +78,13 @@ CORE = (
 )
 
 
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    gc.enable()
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.nodeid.removeprefix("tests/").startswith(CORE):
@@ -102,6 +114,31 @@ def command(monkeypatch, capfd):
         return end.value.code or 0, out, err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def shared_steps():
+    """Runs that differ only in data, initial weights or evaluation share one training step.
+
+    It is traced and compiled once.
+    """
+    from deeplab_jax.config import DataConfig, EvalConfig, InitConfig
+    from deeplab_jax.training import train
+
+    compile_step, steps = train.compile_step, {}
+
+    def compile_once(config, model, mesh):
+        crop, mean, std = config.data.crop_size, config.data.mean, config.data.std
+        data = DataConfig(crop_size=crop, mean=mean, std=std)
+        alike = dataclasses.replace(config, data=data, init=InitConfig(), eval=EvalConfig())
+        key = repr((model.architecture, alike, mesh))
+        if key not in steps:
+            steps[key] = compile_step(config, model, mesh)
+        return steps[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "compile_step", compile_once)
+        yield
 
 
 @pytest.fixture

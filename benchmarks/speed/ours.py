@@ -17,6 +17,7 @@ from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.training.state import init_state
 from deeplab_jax.training.step import make_train_step
+from deeplab_jax.weights.initialize import on_host
 
 from .cases import (
     AUX_WEIGHT,
@@ -49,7 +50,8 @@ def model_of(case: Case) -> FunctionalModel:
 def _build_forward(case: Case) -> Built:
     model = model_of(case)
     begun = time.perf_counter()
-    variables = jax.jit(lambda key: model.fuse(model.init(key)))(jax.random.key(0))
+    variables = on_host(lambda key: model.fuse(model.init(key)), lambda: jax.random.key(0))
+    variables = jax.device_put(variables, jax.devices()[0])
     images = _images(case)
 
     def forward(model: FunctionalModel, variables: Any, images: Any) -> Any:
@@ -81,7 +83,8 @@ def _build_train(case: Case) -> Built:
         mesh=MeshConfig(data=1),
     )
     mesh = mesh_lib.make_mesh(config.mesh)
-    state = mesh_lib.replicate(init_state(config, model.init(jax.random.key(0))), mesh)
+    state = on_host(lambda key: init_state(config, model.init(key)), lambda: jax.random.key(0))
+    state = mesh_lib.replicate(state, mesh)
     batch = mesh_lib.to_global(_batch(case), mesh, case.batch)
     step: Any = make_train_step(model, config, mesh)
     compiled = step.lower(state, batch).compile()

@@ -193,7 +193,8 @@ def to_global(batch: Mapping[str, Any], mesh: Mesh, batch_size: int) -> dict[str
         if rows.ndim >= 3:
             sharding = image_sharding(mesh)
             padding = padded_height(rows.shape[1], mesh) - rows.shape[1]
-            rows = np.pad(rows, ((0, 0), (0, padding), *((0, 0),) * (rows.ndim - 2)))
+            if padding:  # `np.pad` always copies
+                rows = np.pad(rows, ((0, 0), (0, padding), *((0, 0),) * (rows.ndim - 2)))
         shape = (batch_size, *rows.shape[1:])
         return jax.make_array_from_process_local_data(sharding, rows, shape)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -22,8 +23,11 @@ from deeplab_jax.evaluation.tally import BatchResult, Evaluation, Prediction, Ta
 from deeplab_jax.inference import predictor
 from deeplab_jax.inference.compilation import jit_inference
 from deeplab_jax.inference.positive import PositiveClass
-from deeplab_jax.inference.predictor import Predictor, TestTimeAugmentation, predict_ids
+from deeplab_jax.inference.predictor import Predictor, TestTimeAugmentation
+from deeplab_jax.inference.views import predict_ids
 from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
+
+_Item = TypeVar("_Item")
 
 
 class Evaluator:
@@ -161,10 +165,10 @@ class Evaluator:
             num_workers=0,  # threads: an evaluation ends before processes would pay off
             transform=self._protocol.prepare,
         ) as batches:
-            for batch in batches:
+            for batch, result in _one_behind((batch, run(batch)) for batch in batches):
                 if should_stop():
                     return None
-                tally.add(batch, run(batch))
+                tally.add(batch, result)
                 progress()
         return tally.evaluation()
 
@@ -185,11 +189,8 @@ class Evaluator:
             mesh_lib.check_height("evaluation", height, stride, self._mesh)
             placed = mesh_lib.to_global(batch, self._mesh, self._batch_size)
             index, matrices, predicted = self._step(variables, placed, height=height)
-            # Fetching waits for the device, which also bounds the number of batches in memory.
             return BatchResult(
-                jax.device_get(index),
-                jax.device_get(matrices),
-                lambda: list(map(mesh_lib.addressable_rows, predicted)),
+                index, matrices, lambda: list(map(mesh_lib.addressable_rows, predicted))
             )
 
         return run
@@ -235,3 +236,13 @@ class Evaluator:
             return BatchResult(indices[first], matrices[first], lambda: maps)
 
         return run
+
+
+def _one_behind(items: Iterable[_Item]) -> Iterator[_Item]:
+    """Yields each item once the next one is made: the devices compute it meanwhile."""
+    made: list[_Item] = []
+    for item in items:
+        made.append(item)
+        if len(made) > 1:
+            yield made.pop(0)
+    yield from made

@@ -81,14 +81,15 @@ class BatchResult(NamedTuple):
     """The result of one batch.
 
     Attributes:
-      indices: int32 `[b]`, of the examples of all hosts; -1 for rows without one.
+      indices: int32 `[b]`, of the examples of all hosts; -1 for rows without one. It may still be
+        computed on the devices, as `matrices` may.
       matrices: int32 `[b, classes, classes]`, of the same rows.
       fetch: returns the ids, uint8 `[rows, h, w]`, of this host's rows, which stay on the devices
         until it is called; and, with a positive class, its probabilities, float32 `[rows, h, w]`.
     """
 
-    indices: np.ndarray
-    matrices: np.ndarray
+    indices: np.ndarray | jax.Array
+    matrices: np.ndarray | jax.Array
     fetch: Callable[[], Sequence[np.ndarray]]
 
 
@@ -130,8 +131,9 @@ class Tally:
             self._boundary = np.zeros((num_images, num_classes, 2), np.int32)
 
     def add(self, batch: pipeline.EvalBatch, result: BatchResult) -> None:
-        counted = result.indices >= 0
-        indices, matrices = result.indices[counted], result.matrices[counted]
+        """Adds a batch; waits until its result is computed."""
+        indices, matrices = jax.device_get((result.indices, result.matrices))
+        indices, matrices = indices[indices >= 0], matrices[indices >= 0]
         np.add.at(self._times_counted, indices, 1)
         self._matrix += matrices.sum(axis=0, dtype=np.int64)
         if self._matrices is not None:

@@ -69,6 +69,11 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
 
+    @property
+    def newest_step(self) -> int | None:
+        """Step of the newest checkpoint, which may be damaged; None if there is none."""
+        return max((found.step for found in self._checkpointer.checkpoints), default=None)
+
     def restore(self, abstract: TrainState) -> Restored | None:
         """Returns the newest intact checkpoint, or None if there are no checkpoints.
 

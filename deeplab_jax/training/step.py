@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from deeplab_jax.config import Config, crop_shape
 from deeplab_jax.distributed import mesh as mesh_lib
+from deeplab_jax.inference.compilation import ONE_GPU_OPTIONS
 from deeplab_jax.models.functional import Arrays, FunctionalModel, Variables, normalize
 from deeplab_jax.training import losses
 from deeplab_jax.training.optimizer import poly_schedule
@@ -61,11 +62,13 @@ def make_train_step(model: FunctionalModel, config: Config, mesh: Mesh) -> Train
         return new_state, metrics
 
     state_shardings = shardings_of(abstract_state(config, model, mesh))
+    on_one_gpu = mesh.size == 1 and jax.default_backend() == "gpu"
     return jax.jit(
         step,
         in_shardings=(state_shardings, mesh_lib.image_sharding(mesh)),
         out_shardings=(state_shardings, mesh_lib.replicated(mesh)),
         donate_argnums=0,
+        compiler_options=ONE_GPU_OPTIONS if on_one_gpu else None,
     )
 
 

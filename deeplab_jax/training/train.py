@@ -5,14 +5,18 @@ A run has one stage, or two: the second starts from the parameters with which th
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from deeplab_jax import config as config_lib
@@ -24,14 +28,14 @@ from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.distributed import multihost
 from deeplab_jax.distributed.preemption import PreemptionHandler
 from deeplab_jax.evaluation.evaluator import Evaluator
-from deeplab_jax.inference.compilation import use_compilation_cache
+from deeplab_jax.inference.compilation import compile_lowered, use_compilation_cache
 from deeplab_jax.models.architecture import Architecture, architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.training import class_weights
 from deeplab_jax.training.checkpoint import Checkpoints
 from deeplab_jax.training.logging import PREDICTIONS, MetricWriter, Progress, StepLog
 from deeplab_jax.training.state import TrainState, abstract_state, init_state, shardings_of
-from deeplab_jax.training.step import make_train_step
+from deeplab_jax.training.step import TrainStep, make_train_step
 from deeplab_jax.training.workdir import (
     check_workdir,
     claim_workdir,
@@ -118,7 +122,7 @@ def train_stage(config: Config, folder: pathlib.Path) -> Result:
     one that was not.
     """
     config, model, train_set, eval_set, mesh = set_up(config, folder)
-    train_step = make_train_step(model, config, mesh)
+    compiled_step = functools.cache(lambda: compile_step(config, model, mesh))
     evaluator = Evaluator(model, eval_set, config, mesh)
     info = describe(
         model.architecture,
@@ -135,6 +139,8 @@ def train_stage(config: Config, folder: pathlib.Path) -> Result:
             folder / "checkpoints", keep=config.train.keep, log=progress.message
         )
         stack.callback(checkpoints.close)  # waits for a save in progress, however the run ends
+        if checkpoints.newest_step != config.train.steps:
+            compiled_step()  # while the state is made and workers start
         state, step, miou = restore_or_init(config, model, mesh, checkpoints, progress)
         progress.describe(config, model, train_set, eval_set, mesh, step)
         writer = stack.enter_context(MetricWriter(folder, start_step=step, enabled=is_writer))
@@ -165,7 +171,7 @@ def train_stage(config: Config, folder: pathlib.Path) -> Result:
             with log.waiting_for_data():
                 batch = mesh_lib.to_global(next(batches), mesh, config.train.batch_size)
             with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, batch)
+                state, metrics = compiled_step().result()(state, batch)
             step, miou = step + 1, None
             log.add(step, metrics)
         stopped = stopping and step < config.train.steps
@@ -253,10 +259,27 @@ def restore_or_init(
     if restored is not None:
         return restored.state, restored.step, restored.miou
     variables = initialize.init_variables(config, model, log=progress.message)
-    # Created with its sharding, so that the step compiles once for the first and all later steps.
-    shardings = shardings_of(abstract)
-    init = jax.jit(lambda v: init_state(config, v), out_shardings=shardings)
-    return init(mesh_lib.device_put(variables, shardings.variables)), 0, None
+    state = initialize.on_host(functools.partial(init_state, config), lambda: variables)
+    return mesh_lib.device_put(state, shardings_of(abstract)), 0, None
+
+
+def compile_step(
+    config: Config, model: FunctionalModel, mesh: Mesh
+) -> concurrent.futures.Future[TrainStep]:
+    """Starts to compile the training step in a thread."""
+    step: Any = make_train_step(model, config, mesh)
+    height, width = config_lib.crop_shape(config.data)
+    shape = config.train.batch_size, mesh_lib.padded_height(height, mesh), width
+    batch = {
+        "image": jax.ShapeDtypeStruct((*shape, model.architecture.in_channels), jnp.uint8),
+        "label": jax.ShapeDtypeStruct(shape, jnp.uint8),
+    }
+    # Lowered here, because a thread would not see JAX's settings by context.
+    lowered = step.lower(abstract_state(config, model, mesh), batch)
+    pool = concurrent.futures.ThreadPoolExecutor(1, "compile")
+    compiled = pool.submit(compile_lowered, lowered)
+    pool.shutdown(wait=False)
+    return compiled
 
 
 def train_batches(

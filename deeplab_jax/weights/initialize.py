@@ -33,7 +33,7 @@ def init_variables(config: Config, model: FunctionalModel, log: Callable[[str], 
     Raises:
       UserError: A file cannot be read, its arrays do not fit the model, or are not finite.
     """
-    fresh = jax.jit(model.init)(jax.random.key(config.seed))
+    fresh = on_host(model.init, lambda: jax.random.key(config.seed))
     source = config.init.path or config.init.backbone
     if not source:
         return fresh
@@ -63,6 +63,21 @@ def init_variables(config: Config, model: FunctionalModel, log: Callable[[str], 
     if report.missing:
         log(f"missing as allowed: {', '.join(report.missing)} stay random")
     return Variables(fresh.params | converted.params, fresh.batch_stats | converted.batch_stats)
+
+
+def on_host(function: Callable[..., Any], make_argument: Callable[[], Any]) -> Any:
+    """Jits and calls a function on the host's CPU, where its many small parts compile fast.
+
+    An accelerator that is JAX's only platform computes it otherwise.
+    """
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.jit(function)(make_argument())
+    # The same bits as with the default level, 2, which takes twice as long to compile.
+    options = {"xla_backend_optimization_level": 1}
+    with jax.default_device(host):
+        return jax.jit(function, compiler_options=options)(make_argument())
 
 
 def from_checkpoint(

@@ -1,6 +1,9 @@
 """Compilation of inference: with oneDNN if XLA supports it, with the same results everywhere."""
 
+import concurrent.futures
 import functools
+import threading
+import time
 import warnings
 
 import jax
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 
 from deeplab_jax.inference import compilation
+from deeplab_jax.inference.compilation import Programs
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.ops.atrous_conv import atrous_conv
@@ -118,3 +122,67 @@ def test_a_program_that_cannot_be_cached_gives_no_warning(onednn):
     finally:
         jax.config.update(option, before)
     assert [str(warning.message) for warning in said] == []
+
+
+# --- Programs ----------------------------------------------------------------------------------
+
+
+def counting_function():
+    traced = []
+
+    def double(x, *, times=2):
+        traced.append((x.shape, times, threading.current_thread()))
+        return times * x
+
+    return traced, Programs({"double": jax.jit(double, static_argnames="times")})
+
+
+def test_a_prepared_program_is_compiled_once_in_a_thread_and_shared():
+    traced, programs = counting_function()
+    shape = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    programs.prepare("double", shape)
+    programs.prepare("double", shape)
+    result = programs("double", jnp.ones((2, 3)))
+    np.testing.assert_array_equal(result, np.full((2, 3), 2.0))
+    assert len(programs) == len(traced) == 1
+    assert traced[0][2] is not threading.current_thread()
+
+
+def test_programs_differ_by_shapes_and_static_arguments():
+    traced, programs = counting_function()
+    for shape in ((2,), (3,), (2,)):
+        assert programs("double", jnp.ones(shape)).shape == shape
+    np.testing.assert_array_equal(programs("double", jnp.ones(2), times=3), [3, 3])
+    assert [(shape, times) for shape, times, _ in traced] == [((2,), 2), ((3,), 2), ((2,), 3)]
+    assert all(thread is threading.current_thread() for *_, thread in traced)
+
+
+def test_an_error_of_a_thread_is_raised_where_the_program_is_called():
+    def fail(x):
+        raise ValueError("no such program")
+
+    programs = Programs({"fail": jax.jit(fail)})
+    programs.prepare("fail", jax.ShapeDtypeStruct((), jnp.float32))
+    with pytest.raises(ValueError, match="no such program"):
+        programs("fail", jnp.zeros(()))
+
+
+def test_on_gpu_one_program_is_compiled_at_a_time(monkeypatch):
+    running, most = [], []
+
+    class Lowered:
+        def compile(self):
+            running.append(self)
+            most.append(len(running))
+            time.sleep(0.02)
+            running.remove(self)
+
+    def most_at_once(backend):
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        most.clear()
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            list(pool.map(compilation.compile_lowered, [Lowered() for _ in range(3)]))
+        return max(most)
+
+    assert most_at_once("gpu") == 1
+    assert most_at_once("cpu") > 1

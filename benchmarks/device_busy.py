@@ -1,0 +1,85 @@
+"""Measures the share of an evaluation during which the device computes, and the images per second.
+
+    python -m benchmarks.device_busy runs/voc --data voc --root VOC_ROOT
+
+The evaluation runs twice; the second time, whose programs are compiled, is measured. The device is
+busy while any of its kernels runs, by JAX's profiler; on CPU the profiler shows no device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+
+from deeplab_jax.evaluation import setup
+from deeplab_jax.utils.errors import UserError
+
+
+def busy_seconds(folder: pathlib.Path) -> float:
+    """Returns the seconds in which at least one kernel of a profile ran on the device."""
+    spans: list[tuple[int, int]] = []
+    for path in folder.glob("**/*.xplane.pb"):
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            if not plane.name.startswith("/device"):
+                continue
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    spans += [(int(e.start_ns), int(e.end_ns)) for e in line.events]
+    total, end = 0, 0
+    for start, stop in sorted(spans):
+        total += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return total / 1e9
+
+
+def measure(checkpoint: str, data: str, root: str, settings: dict[str, Any]) -> dict[str, Any]:
+    _, segmenter, evaluator, _ = setup.prepare(checkpoint, data, settings, root=root)
+    evaluator.evaluate(segmenter.variables)
+    with tempfile.TemporaryDirectory() as folder:
+        options = jax.profiler.ProfileOptions()
+        options.host_tracer_level = options.python_tracer_level = 0
+        with jax.profiler.trace(folder, profiler_options=options):
+            begun = time.perf_counter()
+            evaluation = evaluator.evaluate(segmenter.variables)
+            seconds = time.perf_counter() - begun
+        busy = busy_seconds(pathlib.Path(folder))
+    assert evaluation is not None
+    return {
+        "device": jax.devices()[0].device_kind,
+        "images": evaluation.num_images,
+        "seconds": seconds,
+        "images_per_second": evaluation.num_images / seconds,
+        "busy_share": busy / seconds,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.device_busy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint")
+    parser.add_argument("--data", default="voc")
+    parser.add_argument("--root", default="")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--flip", action="store_true")
+    args = parser.parse_args()
+    settings = {"scales": tuple(args.scales), "flip": args.flip}
+    print(json.dumps(measure(args.checkpoint, args.data, args.root, settings)))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
