@@ -2,11 +2,13 @@
 
 Each image is decoded from JPEG (its mask from PNG), scaled, cropped to 513 x 513, flipped, and
 stacked into batches of 16, as in `configs/voc_os16.py`. torchvision's reference transforms process
-the same files in PyTorch's DataLoader, alternating with this package.
+the same files in PyTorch's DataLoader, alternating with this package. Of this package it also
+measures the CPU time that a batch costs the main process, and the share of time that a training
+loop waits for data whose steps take --step-ms on a device.
 
     python benchmarks/input_pipeline.py                      # on generated images of VOC's size
     python benchmarks/input_pipeline.py --root ~/data/voc    # on VOC 2012 itself
-    python benchmarks/input_pipeline.py --alone              # without torchvision
+    python benchmarks/input_pipeline.py --alone --workers 1 4 8 12 14    # without torchvision
 
 Needs the `test` extra, or torch and torchvision, except with --alone.
 """
@@ -41,7 +43,7 @@ from deeplab_jax.data.datasets import shapes
 _SIZE = (375, 500)  # height and width of most images of VOC, pixels
 _SHAPES = ShapesConfig(size=_SIZE[1])
 _NUM_IMAGES = 64
-_PACKAGES = ("grain", "numpy", "opencv-python-headless", "torch", "torchvision", "pillow")
+_PACKAGES = ("numpy", "opencv-python-headless", "pillow")
 _JPEG_QUALITY = 92  # makes files of about 100 kB, as VOC's
 
 
@@ -125,14 +127,25 @@ def their_milliseconds(files: Any) -> float:
     return 1e3 * median_cpu_seconds(lambda index: files[index], _NUM_IMAGES)
 
 
-def throughput(batches: Iterator[object], warmup: int, batch_size: int, steps: int) -> float:
-    """Returns images per second, after batches that were buffered before."""
+def measure(
+    batches: Iterator[object], warmup: int, batch_size: int, steps: int, step_seconds: float = 0
+) -> tuple[float, float, float]:
+    """Measures batches that come after those that were buffered before.
+
+    Returns:
+      Images per second, this process's CPU time per batch in ms, and the share of time that it
+      waits for data.
+    """
     for _ in range(warmup):
         next(batches)
-    start = time.perf_counter()
+    waiting, cpu, start = 0.0, time.process_time(), time.perf_counter()
     for _ in range(steps):
+        before = time.perf_counter()
         next(batches)
-    return batch_size * steps / (time.perf_counter() - start)
+        waiting += time.perf_counter() - before
+        time.sleep(step_seconds)
+    cpu, seconds = time.process_time() - cpu, time.perf_counter() - start
+    return batch_size * steps / seconds, 1e3 * cpu / steps, waiting / seconds
 
 
 def turns(
@@ -140,23 +153,27 @@ def turns(
 ) -> dict[str, Any]:
     """Measures both packages alternately; returns medians and the range of the ratio."""
     config = dataclasses.replace(config, num_workers=num_workers)
-    warmup, size = 4 * max(num_workers, 1) + 1, args.batch_size
+    warmup, size = 4 * max(num_workers, 1) + 5, args.batch_size
+    steps, step_seconds = args.steps * max(num_workers, 1), args.step_ms / 1e3
     ours, theirs = [], []
     for _ in range(args.turns):
         with pipeline.train_batches(
             dataset, config, batch_size=size, seed=0, start_step=0
         ) as batches:
-            ours.append(throughput(batches, warmup, size, args.steps))
+            ours.append(measure(batches, warmup, size, steps, step_seconds))
         if files is not None:
             from torchvision_input import batches as their_batches
 
             loader = their_batches(files, num_workers, size)
-            theirs.append(throughput(loader, warmup, size, args.steps))
+            theirs.append(measure(loader, warmup, size, steps, step_seconds)[0])
             del loader  # stops its processes
-    ratios = [one / other for one, other in zip(ours, theirs, strict=False)]
+    ratios = [row[0] / other for row, other in zip(ours, theirs, strict=False)]
+    throughput, cpu, waiting = map(statistics.median, zip(*ours, strict=True))
     return {
         "workers": num_workers,
-        "images_per_second": statistics.median(ours),
+        "images_per_second": throughput,
+        "main_cpu_milliseconds_a_batch": cpu,
+        "wait_share": waiting,
         "theirs_images_per_second": statistics.median(theirs) if theirs else None,
         "ratio": statistics.median(ratios) if ratios else None,
         "ratio_low": min(ratios, default=None),
@@ -173,7 +190,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument(
-        "--steps", type=int, default=20, help="number of batches to time (default: 20)"
+        "--steps", type=int, default=20, help="number of batches per worker (default: 20)"
+    )
+    parser.add_argument(
+        "--step-ms", type=float, default=0, help="time of a training step, ms (default: 0)"
     )
     parser.add_argument("--turns", type=int, default=3, help="runs of each package (default: 3)")
     parser.add_argument("--alone", action="store_true", help="without torchvision")
@@ -210,20 +230,23 @@ def main() -> None:
     if theirs is not None:
         table.add_row("torchvision, all", f"{theirs:.2f}")
     console.print(table)
-    table = Table("workers", "images/s", "torchvision's", "ratio", "least", "largest")
+    titles = ("workers", "images/s", "main ms", "waits", "theirs", "ratio", "least", "largest")
+    table = Table(*titles)
     for row in rows:
         table.add_row(*("-" if value is None else f"{value:.4g}" for value in row.values()))
     console.print(table)
+    packages = _PACKAGES if args.alone else (*_PACKAGES, "torch", "torchvision")
     if args.json:
         result = {
             "date": time.strftime("%Y-%m-%d"),
             "machine": args.machine,
             "load_average_before": load_before,  # of other programs: they share the cores
             "versions": {"python": platform.python_version()}
-            | {package: importlib.metadata.version(package) for package in _PACKAGES},
+            | {package: importlib.metadata.version(package) for package in packages},
             "images": f"VOC {args.split}" if args.root else "generated, 500 x 375, JPEG",
             "crop": list(crop_shape(config)),
             "batch_size": args.batch_size,
+            "step_milliseconds": args.step_ms,
             "cpu_milliseconds_an_image": stages,
             "theirs_cpu_milliseconds_an_image": theirs,
             "rows": rows,

@@ -21,6 +21,7 @@ def augment(
     scale_range: tuple[float, float],
     flip: bool,
     fill: UInt8[np.ndarray, " c"],
+    out: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[UInt8[np.ndarray, "crop_h crop_w c"], UInt8[np.ndarray, "crop_h crop_w"]]:
     """Scales, crops, flips and pads an image and its label as in the paper, section 4.1.
 
@@ -36,6 +37,7 @@ def augment(
       scale_range: smallest and largest scale.
       flip: whether to mirror half of the images.
       fill: colour of the image's padding; the label's is `labels.IGNORE`.
+      out: arrays for the result; None: new ones.
     """
     draws = rng.random(4)
     scale = scale_range[0] + draws[0] * (scale_range[1] - scale_range[0])
@@ -44,7 +46,7 @@ def augment(
         for draw, side, crop_side in zip(draws[1:3], label.shape, crop, strict=True)
     )
     mirror = flip and draws[3] < 0.5
-    return warp(image, label, crop_matrix(scale, top, left, crop[1], mirror), crop, fill)
+    return warp(image, label, crop_matrix(scale, top, left, crop[1], mirror), crop, fill, out)
 
 
 def crop_matrix(
@@ -75,6 +77,7 @@ def warp(
     matrix: Float[np.ndarray, "2 3"],
     shape: tuple[int, int],
     fill: UInt8[np.ndarray, " c"],
+    out: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[UInt8[np.ndarray, "out_h out_w c"], UInt8[np.ndarray, "out_h out_w"]]:
     """Warps an image with bilinear interpolation and its label with the nearest pixel.
 
@@ -84,25 +87,21 @@ def warp(
       matrix: affine map of `(x, y, 1)` from the result to the image, in OpenCV's axes.
       shape: height and width of the result, pixels.
       fill: colour of the pixels outside the image.
+      out: contiguous arrays for the result; None: new ones.
     """
-    size = (shape[1], shape[0])
-    groups = [
-        cv2.warpAffine(
-            image[:, :, first : first + _MAX_WARP_CHANNELS],
-            matrix,
-            size,
-            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-            borderMode=cv2.BORDER_CONSTANT,
-            borderValue=fill[first : first + _MAX_WARP_CHANNELS].tolist(),
-        ).reshape(*shape, -1)
-        for first in range(0, image.shape[2], _MAX_WARP_CHANNELS)
-    ]
-    warped_label = cv2.warpAffine(
-        label,
-        matrix,
-        size,
-        flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_CONSTANT,
-        borderValue=IGNORE,
-    )
-    return groups[0] if len(groups) == 1 else np.concatenate(groups, axis=2), warped_label
+    num_channels = image.shape[2]
+    if out is None:
+        out = np.empty((*shape, num_channels), np.uint8), np.empty(shape, np.uint8)
+    warped, warped_label = out
+    size, border = (shape[1], shape[0]), cv2.BORDER_CONSTANT
+    linear = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    nearest = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
+    whole = warped if num_channels <= _MAX_WARP_CHANNELS else None
+    for first in range(0, num_channels, _MAX_WARP_CHANNELS):
+        part = (..., slice(first, first + _MAX_WARP_CHANNELS))
+        color = fill[part].tolist()
+        group = cv2.warpAffine(image[part], matrix, size, whole, linear, border, color)
+        if whole is None:
+            warped[part] = group.reshape(*shape, -1)
+    cv2.warpAffine(label, matrix, size, warped_label, nearest, border, IGNORE)
+    return out

@@ -7,7 +7,7 @@ import pathlib
 from typing import Protocol, TypedDict
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 from deeplab_jax.data.labels import IGNORE, LabelSet
 from deeplab_jax.utils.errors import UserError
@@ -33,6 +33,20 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class IndexedSource:
+    """The examples of a source at `indices`, which may repeat."""
+
+    source: Source
+    indices: Int[np.ndarray, " examples"]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[int(self.indices[index])]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
 from rich.console import Console
 
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data import statistics
-from deeplab_jax.data.dataset import Dataset, Example, Source
+from deeplab_jax.data.dataset import Dataset, IndexedSource
 from deeplab_jax.utils.errors import UserError, did_you_mean
 
 
@@ -48,7 +47,7 @@ def apply(config: DataConfig, dataset: Dataset, *, quiet: bool = False) -> Datas
             markup=False,
         )
     indices = np.repeat(np.arange(len(is_hard)), repeats)
-    return dataclasses.replace(dataset, source=_IndexedSource(dataset.source, indices))
+    return dataclasses.replace(dataset, source=IndexedSource(dataset.source, indices))
 
 
 def class_ids(classes: Sequence[str], names: Sequence[str]) -> list[int]:
@@ -76,17 +75,3 @@ def class_ids(classes: Sequence[str], names: Sequence[str]) -> list[int]:
                 f"The classes are {', '.join(names)}"
             )
     return sorted({names.index(name) for name in chosen})
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _IndexedSource:
-    """The examples of a source at `indices`, which may repeat."""
-
-    source: Source
-    indices: Int[np.ndarray, " examples"]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.source[int(self.indices[index])]

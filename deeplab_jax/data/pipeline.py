@@ -19,7 +19,7 @@ from deeplab_jax.data import randomness
 from deeplab_jax.data.augment import augment
 from deeplab_jax.data.dataset import Dataset, Example, read_example
 from deeplab_jax.data.labels import IGNORE
-from deeplab_jax.data.prefetch import BatchIterator
+from deeplab_jax.data.prefetch import BatchIterator, Empty
 from deeplab_jax.utils.errors import UserError
 
 _NUM_STEPS = 2**40  # the length of the endless sequence of training batches
@@ -182,18 +182,22 @@ class _TrainSource:
         """Bytes of a batch."""
         return len(self.rows) * math.prod(self.crop) * (self.dataset.num_channels + 1)
 
-    def __getitem__(self, step: int) -> Batch:
-        first = step * self.batch_size
-        images, labels = zip(*(self._crop(first + row) for row in self.rows), strict=True)
-        return {"image": np.stack(images), "label": np.stack(labels)}
+    def batch(self, step: int, empty: Empty) -> Batch:
+        shape = (len(self.rows), *self.crop)
+        batch = Batch(
+            image=empty((*shape, self.dataset.num_channels), np.uint8), label=empty(shape, np.uint8)
+        )
+        for image, label, row in zip(batch["image"], batch["label"], self.rows, strict=True):
+            self._crop(step * self.batch_size + row, image, label)
+        return batch
 
-    def _crop(self, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """Reads and augments the example at a position of the sequence of epochs."""
+    def _crop(self, position: int, image: np.ndarray, label: np.ndarray) -> None:
+        """Augments the example at a position of the sequence of epochs into `image`, `label`."""
         size = len(self.dataset.source)
         epoch, offset = divmod(position, size)
         index = int(randomness.permutation(size, self.seed, epoch)[offset])
         example = read_example(self.dataset, index)
-        return augment(
+        augment(
             example["image"],
             example["label"],
             randomness.generator(self.seed, randomness.AUGMENT, position),
@@ -201,6 +205,7 @@ class _TrainSource:
             scale_range=self.scale_range,
             flip=self.flip,
             fill=self.fill,
+            out=(image, label),
         )
 
 
@@ -224,7 +229,7 @@ class _EvalSource:
         height, width = self.shape(*self._read(0)["label"].shape)
         return len(self.rows) * height * width * (self.dataset.num_channels + 1)
 
-    def __getitem__(self, step: int) -> EvalBatch:
+    def batch(self, step: int, empty: Empty) -> EvalBatch:
         first = step * self.batch_size
         stop = min(first + self.batch_size, len(self.dataset.source))
         # Rows of other hosts are read too: their sizes determine the shape that all hosts share.
@@ -232,11 +237,11 @@ class _EvalSource:
         heights, widths = zip(*(example["label"].shape for example in examples), strict=True)
         shape = self.shape(max(heights), max(widths))
         num_rows = len(self.rows)
-        image = np.empty((num_rows, *shape, self.dataset.num_channels), np.uint8)
-        image[:] = self.fill
-        label = np.full((num_rows, *shape), IGNORE, np.uint8)
+        image = empty((num_rows, *shape, self.dataset.num_channels), np.uint8)
+        label = empty((num_rows, *shape), np.uint8)
         index = np.full(num_rows, -1, np.int32)
         size = np.full((num_rows, 2), shape, np.int32)
+        image[:], label[:] = self.fill, IGNORE
         for i, row in enumerate(self.rows):
             if row < len(examples):
                 height, width = size[i] = examples[row]["label"].shape

@@ -1,53 +1,65 @@
-"""Makes batches ahead of time, in worker processes or threads."""
+"""Makes batches ahead of time, in worker processes or threads.
+
+Worker processes write batches into slots of memory that they share with this process. A batch is
+handed out without a copy, and its slot is used again when no array refers to it any longer.
+"""
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import contextlib
-import gc
-import multiprocessing
+import itertools
+import math
+import mmap
 import os
-import pathlib
-import shutil
+import pickle
 import signal
+import struct
+import subprocess
 import sys
+import tempfile
 import threading
+import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, Generic, Protocol, TypeVar
 
+import cloudpickle
 import cv2
-import grain
 import numpy as np
-from absl import flags
-from grain._src.python.ipc.shared_memory_array import SharedMemoryArray
 
 from deeplab_jax.utils.errors import UserError
 
 _MAX_THREADS = 8
-_BATCHES_IN_FLIGHT = 4  # per worker at the same time: made, queued, fetched, copied
-_MAX_WAIT_FOR_DELETIONS = 10  # seconds; they take milliseconds unless the machine is overloaded
-# The process that frees shared memory at the end of the program starts with the first worker and
-# gets these options. Rarely, on a loaded machine, Grain leaves it a batch to free.
-_QUIET = "ignore:resource_tracker:UserWarning"
-_SHARED_MEMORY = pathlib.Path("/dev/shm")
+_MAX_HELD = 4  # slots that the consumer may hold; it gets further batches as copies
+_ALIGNMENT = 64  # bytes; JAX can then use host memory on CPU without a copy
+_SPARE_BYTES = 4096  # in each slot, for small arrays and alignment
+_TASK = struct.Struct("qq")  # a step and its slot
+# By default, memory of the size of an image returns to the system after each image, and the page
+# faults of the next one take 0.5 of the 3 ms that an image of VOC takes.
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**27)}
 
 # Ctrl-C and SIGTERM often go to all processes of a group. Only the training process may react: it
 # may want another batch, which dead workers, each with a traceback, could not make.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 B = TypeVar("B")
+Empty = Callable[[tuple[int, ...], Any], np.ndarray]
 
 
 class BatchSource(Protocol):
-    """Random access to batches, each a dict of arrays. Must pickle."""
+    """Random access to batches, each a dict of arrays. Must pickle, by cloudpickle."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, step: int) -> Any: ...
+    def batch(self, step: int, empty: Empty) -> Mapping[str, Any]:
+        """Returns a batch, in arrays that `empty(shape, dtype)` allocates."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a typical batch."""
+        """Bytes of a typical batch. Larger ones are passed on more slowly."""
 
 
 class BatchIterator(Iterator[B], Generic[B]):
@@ -65,54 +77,28 @@ class BatchIterator(Iterator[B], Generic[B]):
           start_step: index of the first batch.
           num_workers: number of processes; 0: one thread per CPU.
         """
-        if num_workers and _QUIET not in sys.warnoptions:
-            sys.warnoptions.append(_QUIET)
-        if not flags.FLAGS.is_parsed():  # Grain reads its flags, even if absl runs no program
-            flags.FLAGS.mark_as_parsed()
-        num_threads = 1 if num_workers else min(len(os.sched_getaffinity(0)), _MAX_THREADS)
-        dataset = (
-            grain.MapDataset.source(source)
-            .slice(slice(start_step, None))
-            .to_iter_dataset(
-                grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads)
-            )
-            .mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), _set_up_worker)
-        )
-        if num_workers and not _fits_shared_memory(source.nbytes * num_workers):
-            dataset = grain.experimental.WithOptionsIterDataset(
-                dataset, grain.experimental.DatasetOptions(min_shm_size=2**62)
-            )
-        self._iterator: Any = iter(dataset)
-        self._close = weakref.finalize(self, _close, [self._iterator], num_workers)
-        self._iterator.get_state()  # creates all workers; otherwise closing may miss some
-        # Processes and threads that start now keep the signals blocked. Python starts a process for
-        # the first semaphore and then unblocks the signals, so the semaphores must exist already.
+        steps = range(start_step, len(source))
+        # Processes and threads that start now keep the signals blocked.
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
-            self._iterator.start_prefetch()
+            batches = (
+                _Processes(source, steps, num_workers) if num_workers else _Threads(source, steps)
+            )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        self._batches: Iterator[Any] = batches
+        self._close = weakref.finalize(self, batches.close)
 
     def __next__(self) -> B:
-        if self._iterator is None:
-            raise StopIteration
         try:
-            batch: Any = next(self._iterator)
-        except (UserError, StopIteration) as error:
-            # The traceback refers to frames of Grain that hold a batch in shared memory.
-            end = error.with_traceback(None)
+            return next(self._batches)
         except BaseException:
             self.close()
             raise
-        else:
-            # Copies a worker's arrays, to free their shared memory.
-            return {name: np.array(array) for name, array in batch.items()}  # type: ignore
-        self.close()
-        raise end
 
     def close(self) -> None:
         """Ends the workers and waits for them. The iterator is then empty."""
-        self._iterator = None
+        self._batches = iter(())
         self._close()
 
     def __enter__(self) -> BatchIterator[B]:
@@ -122,40 +108,195 @@ class BatchIterator(Iterator[B], Generic[B]):
         self.close()
 
 
-def _close(iterators: list[Any], num_workers: int) -> None:
-    """Closes the iterator in a list, which holds the last reference to it."""
-    iterators.pop().close()
-    if not num_workers:
-        return
-    # Iterators leave batches in shared memory, in reference cycles, and Grain frees them in one
-    # thread, in order. If the program ended earlier, Python would warn of a leak.
-    gc.collect()
-    deletions = SharedMemoryArray._del_thread_pool
-    if deletions is not None:
-        with contextlib.suppress(ValueError):  # at the end of the program the thread may have ended
-            deletions.apply_async(int).wait(timeout=_MAX_WAIT_FOR_DELETIONS)
+class _Threads(Iterator[Any]):
+    """Batches from threads of this process."""
+
+    def __init__(self, source: BatchSource, steps: range) -> None:
+        self._num_threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._num_threads)
+        self._source, self._steps = source, iter(steps)
+        self._futures: collections.deque[concurrent.futures.Future] = collections.deque()
+        self._submit()
+
+    def __next__(self) -> Any:
+        if not self._futures:
+            raise StopIteration
+        batch = self._futures.popleft().result()
+        self._submit()
+        return batch
+
+    def _submit(self) -> None:
+        for step in itertools.islice(self._steps, self._num_threads - len(self._futures)):
+            self._futures.append(self._pool.submit(self._source.batch, step, np.empty))
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
-def _fits_shared_memory(nbytes: int) -> bool:
-    """Whether batches of `nbytes`, one per worker, may pass through shared memory.
+class _Processes(Iterator[Any]):
+    """Batches from worker processes, which take the steps in order, each when it is free."""
 
-    A container often has only 64 MiB of it, and SIGBUS kills a worker that writes more. Batches
-    then pass through pipes, which costs a copy.
+    def __init__(self, source: BatchSource, steps: range, num_workers: int) -> None:
+        self._min_ahead = 2 * num_workers  # number of steps that workers always have
+        num_slots = min(self._min_ahead + _MAX_HELD, len(steps))
+        self._slot_bytes = _aligned(source.nbytes) + _SPARE_BYTES
+        self._steps, self._free = iter(steps), collections.deque(range(num_slots))
+        self._slots: dict[int, int] = {}  # the slot of each step that workers have, in order
+        self._made: dict[int, Any] = {}  # what they sent for these steps
+        self._workers: dict[Any, subprocess.Popen] = {}
+        pickled, end = cloudpickle.dumps(source), num_slots * self._slot_bytes
+        file = _anonymous_file(end + len(pickled))
+        self._tasks = os.pipe()  # workers read from the same end
+        try:
+            self._memory = mmap.mmap(file, 0)
+            self._memory[end:] = pickled
+            for _ in range(num_workers):
+                self._start_worker(file, end)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.close(file)
+        self._assign()
+
+    def _start_worker(self, file: int, end: int) -> None:
+        ours, theirs = Pipe()
+        with theirs:
+            files = (file, self._tasks[0], theirs.fileno())
+            # multiprocessing would also import the program's main module and all that it imports.
+            code = (
+                f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import work; "
+                f"work{(*files, self._slot_bytes, end)}"
+            )
+            self._workers[ours] = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.DEVNULL,
+                pass_fds=files,
+                env=_KEEP_MEMORY | os.environ,
+            )
+
+    def __next__(self) -> Any:
+        self._assign()
+        if not self._slots:
+            raise StopIteration
+        step = next(iter(self._slots))
+        while True:
+            # Looks for dead workers even if the batch is there.
+            for connection in wait(list(self._workers), 0 if step in self._made else None):
+                self._receive(connection)
+            if step in self._made:
+                break
+        slot, made = self._slots.pop(step), self._made.pop(step)
+        if isinstance(made, Exception):
+            raise made
+        memory = np.frombuffer(self._memory, np.uint8, self._slot_bytes, slot * self._slot_bytes)
+        batch = {
+            name: np.ndarray(x[0], x[1], memory, x[2]) if isinstance(x, tuple) else x
+            for name, x in made.items()
+        }
+        if len(self._slots) >= self._min_ahead:  # `memory` lives as long as its views
+            weakref.finalize(memory, self._free.append, slot).atexit = False
+            return batch
+        self._free.append(slot)
+        return {name: array.copy() for name, array in batch.items()}
+
+    def _assign(self) -> None:
+        """Gives the next steps and the free slots to the workers."""
+        for step in itertools.islice(self._steps, len(self._free)):
+            self._slots[step] = self._free.popleft()
+            os.write(self._tasks[1], _TASK.pack(step, self._slots[step]))
+
+    def _receive(self, connection: Any) -> None:
+        try:
+            step, self._made[step] = connection.recv()
+        except (EOFError, OSError):
+            worker = self._workers[connection]
+            code = worker.wait()
+            cause = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"code {code}"
+            raise UserError(
+                f"one of {len(self._workers)} processes that prepare batches (pid {worker.pid}) "
+                f"ended with {cause}. Its own message, if any, is above. If memory ran out, set "
+                "config.data.num_workers or config.data.crop_size lower."
+            ) from None
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.kill()
+        for connection, worker in self._workers.items():
+            worker.wait()
+            connection.close()
+        for end in self._tasks:
+            os.close(end)
+
+
+def _anonymous_file(size: int) -> int:
+    """Returns the descriptor of a file without a name, which ends with its last user."""
+    try:
+        file = os.memfd_create("batches")
+        os.ftruncate(file, size)
+    except OSError:  # a sandbox forbids it
+        with tempfile.TemporaryFile() as unnamed:
+            os.posix_fallocate(unnamed.fileno(), 0, size)
+            file = os.dup(unnamed.fileno())
+    return file
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def work(file: int, tasks: int, connection: int, slot_bytes: int, end: int) -> None:
+    """Makes batches in a worker process, until the main process ends.
+
+    Args:
+      file, tasks, connection: descriptors of the shared memory, of the pipe from which all workers
+        take tasks, and of the connection to the main process.
+      slot_bytes: size of a slot.
+      end: end of the slots, where the pickled source begins.
     """
-    if not _SHARED_MEMORY.is_dir():
-        return True
-    return nbytes * _BATCHES_IN_FLIGHT < shutil.disk_usage(_SHARED_MEMORY).free
-
-
-def _set_up_worker(worker: int, num_workers: int) -> None:
-    del worker, num_workers
     cv2.setNumThreads(0)  # there is one process per core
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    main = Connection(connection)
+    threading.Thread(target=_exit_with_main, args=(main,), daemon=True).start()
+    memory = mmap.mmap(file, 0)
+    source = pickle.loads(memory[end:])
+    with contextlib.suppress(BrokenPipeError):  # the main process ended
+        while task := os.read(tasks, _TASK.size):  # a pipe gives each task to one worker
+            step, index = _TASK.unpack(task)
+            slot = np.frombuffer(memory, np.uint8, slot_bytes, index * slot_bytes)
+            try:
+                batch = source.batch(step, _allocator(slot))
+                made: Any = {name: _place(array, slot) for name, array in batch.items()}
+            except UserError as error:
+                made = error
+            except Exception:
+                made = RuntimeError(f"a process that prepares batches:\n{traceback.format_exc()}")
+            main.send((step, made))
 
 
-def _exit_with_parent() -> None:
-    """Ends this worker when the training process ends, even by SIGKILL."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+def _allocator(slot: np.ndarray) -> Empty:
+    """Returns a function that allocates arrays in a slot, or elsewhere if they are too large."""
+    used = 0
+
+    def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        nonlocal used
+        start, end = used, used + math.prod(shape) * np.dtype(dtype).itemsize
+        if end > slot.size:
+            return np.empty(shape, dtype)
+        used = _aligned(end)
+        return np.ndarray(shape, dtype, slot, start)
+
+    return empty
+
+
+def _place(array: np.ndarray, slot: np.ndarray) -> Any:
+    """Returns shape, dtype and offset of an array in a slot; another array as it is."""
+    if array.base is not slot or not array.flags.c_contiguous:
+        return array
+    return array.shape, array.dtype, array.ctypes.data - slot.ctypes.data
+
+
+def _exit_with_main(connection: Connection) -> None:
+    """Ends this worker when the main process ends, even by SIGKILL."""
+    with contextlib.suppress(EOFError, OSError):
+        connection.recv_bytes()  # the main process never sends
     os._exit(1)

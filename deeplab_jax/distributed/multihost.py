@@ -26,7 +26,7 @@ from deeplab_jax import config as config_lib
 from deeplab_jax.config import Config
 from deeplab_jax.utils.errors import UserError
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _SOURCE = pathlib.Path(__file__).parents[1]
 _MAX_LISTED = 8  # differences in one message
 _VISIBLE_SECONDS = 20.0  # for a file of one host to appear on the others of a shared file system

@@ -7,13 +7,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import grain
+import numpy as np
 
 from deeplab_jax import data as data_lib
 from deeplab_jax.config import Config, DataConfig, EvalConfig, resolve_eval, rules
 from deeplab_jax.config import io as config_io
 from deeplab_jax.data import DATASETS
-from deeplab_jax.data.dataset import Dataset
+from deeplab_jax.data.dataset import Dataset, IndexedSource
 from deeplab_jax.data.labels import LabelSet
 from deeplab_jax.distributed.mesh import make_mesh
 from deeplab_jax.evaluation.evaluator import Evaluator
@@ -68,8 +68,8 @@ def prepare(
         raise UserError(field.sub(lambda m: "--" + m[1].replace("_", "-"), text)) from None
     dataset = load_split(config.data, config.data.eval_split)
     if limit:
-        first: Any = grain.MapDataset.source(dataset.source)[:limit]
-        dataset = dataclasses.replace(dataset, source=first)
+        first = np.arange(min(limit, len(dataset.source)))
+        dataset = dataclasses.replace(dataset, source=IndexedSource(dataset.source, first))
     warnings = check_compatible(segmenter.labels, segmenter.architecture.in_channels, dataset)
     chosen = resolve_positive(dataset.labels, positive, threshold)
     config.data.mean, config.data.std = segmenter.mean, segmenter.std

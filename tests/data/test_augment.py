@@ -2,6 +2,7 @@
 
 import itertools
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -205,3 +206,37 @@ def test_a_crop_depends_only_on_the_generator():
     np.testing.assert_array_equal(one[0], two[0])
     np.testing.assert_array_equal(one[1], two[1])
     assert (one[0] != other[0]).any()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("shape", [(11, 17), (1, 1)])
+def test_warp_fills_rows_of_a_batch(shape, channels):
+    """The same bytes as OpenCV's own arrays, groups of channels joined, and nothing beside them."""
+    rng = np.random.default_rng(channels)
+    image, label = random_example(rng, shape, channels)
+    fill, matrix = rng.integers(0, 256, channels, np.uint8), crop_matrix(1.3, 2, 1, 9, True)
+    border = cv2.BORDER_CONSTANT
+    groups = [
+        cv2.warpAffine(
+            np.ascontiguousarray(image[:, :, first : first + 4]),
+            matrix,
+            (9, 7),
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=border,
+            borderValue=fill[first : first + 4].tolist(),
+        ).reshape(7, 9, -1)
+        for first in range(0, channels, 4)
+    ]
+    nearest = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
+    expected_label = cv2.warpAffine(
+        label, matrix, (9, 7), flags=nearest, borderMode=border, borderValue=IGNORE
+    )
+    images, labels = np.full((3, 7, 9, channels), 77, np.uint8), np.full((3, 7, 9), 77, np.uint8)
+    warp(image, label, matrix, (7, 9), fill, (images[1], labels[1]))
+    np.testing.assert_array_equal(images[1], np.concatenate(groups, axis=2))
+    np.testing.assert_array_equal(labels[1], expected_label)
+    assert (images[::2] == 77).all()
+    assert (labels[::2] == 77).all()
+    warped, warped_label = warp(image, label, matrix, (7, 9), fill)
+    np.testing.assert_array_equal(warped, images[1], strict=True)
+    np.testing.assert_array_equal(warped_label, labels[1], strict=True)

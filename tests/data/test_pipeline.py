@@ -1,19 +1,12 @@
-"""Batches are a function of (seed, step) on any number of workers; workers stop at the end."""
+"""Batches are a function of (seed, step) on any number of workers."""
 
 import functools
-import os
-import pathlib
 import pickle
-import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections import namedtuple
 
+import cloudpickle
 import numpy as np
 import pytest
-from grain._src.python.ipc.shared_memory_array import SharedMemoryArray
 
 from deeplab_jax import data
 from deeplab_jax.config import DataConfig, ShapesConfig
@@ -21,6 +14,9 @@ from deeplab_jax.data import pipeline, randomness
 from deeplab_jax.data.dataset import Dataset, read_example
 from deeplab_jax.data.labels import IGNORE, named
 from deeplab_jax.utils.errors import UserError
+
+# Workers cannot always import the modules of tests.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 FILL = np.array([124, 116, 104], np.uint8)
 
@@ -161,20 +157,6 @@ def test_workers_change_nothing(num_workers):
     config = shapes_config()
     config.num_workers = num_workers
     assert_same(expected, first_batches(5, config, start_step=7))
-
-
-@pytest.mark.parametrize(("free", "way"), [(0, np.ndarray), (2**30, SharedMemoryArray)])
-def test_workers_pass_batches_through_pipes_where_shared_memory_is_short(monkeypatch, free, way):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30 - free, free))
-    config = shapes_config()
-    config.num_workers = 1
-    with pipeline.train_batches(
-        data.load(config, "train"), config, batch_size=4, seed=3, start_step=0
-    ) as batches:
-        assert {type(array) for array in next(batches._iterator).values()} == {way}
-        ours = [next(batches) for _ in range(2)]
-    assert_same(ours, first_batches(3)[1:])
 
 
 # Evaluation.
@@ -321,179 +303,6 @@ def test_mean_pixel():
     assert pipeline.mean_pixel(DataConfig()).tolist() == [124, 116, 104]
     assert pipeline.mean_pixel(DataConfig(mean=(0.0, 1.0))).tolist() == [0, 255]
     assert pipeline.mean_pixel(DataConfig()).dtype == np.uint8
-
-
-# The life of workers, seen from another process.
-
-SCRIPT = """
-import functools, multiprocessing, os, signal, sys, time
-from multiprocessing import shared_memory
-from deeplab_jax import data
-from deeplab_jax.config import DataConfig
-from deeplab_jax.data import pipeline
-from deeplab_jax.data.dataset import Dataset
-from deeplab_jax.utils.errors import UserError
-
-class Damaged:
-    def __init__(self, source):
-        self.source = source
-
-    def __len__(self):
-        return 9
-
-    def __getitem__(self, index):
-        if index == 5:
-            raise UserError("picture.jpg: the file is truncated")
-        return self.source[index]
-
-def main(end):
-    # A shell's background jobs inherit that SIGINT is ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    config = DataConfig(name="shapes", crop_size=(32,), num_workers=2)
-    dataset = data.load(config, "train")
-    batches = pipeline.train_batches(dataset, config, batch_size=2, seed=0, start_step=0)
-    for _ in range({"start": 0, "first": 1}.get(end, 3)):
-        next(batches)
-    if end == "raise":
-        raise RuntimeError("the consumer failed")
-    if end == "damage":
-        damaged = Dataset(Damaged(dataset.source), dataset.labels)
-        fill = pipeline.mean_pixel(config)
-        try:
-            shape = functools.partial(pipeline.square_shape, size=96)
-            list(
-                pipeline.eval_batches(damaged, batch_size=1, shape=shape, fill=fill, num_workers=1)
-            )
-        except UserError as error:
-            print(error)
-    if end == "wait":
-        stopped = []
-        signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
-        print("ready", flush=True)
-        while not stopped:
-            time.sleep(0.05)
-        for _ in range(10):
-            next(batches)
-    if end == "sleep":
-        print("ready", flush=True)
-        time.sleep(60)
-    if end == "leak":
-        memory = shared_memory.SharedMemory(create=True, size=8)
-        print(memory.name)
-    batches.close()
-    print("alive:", len(multiprocessing.active_children()), flush=True)
-
-if __name__ == "__main__":
-    main(sys.argv[1])
-"""
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Starts the script in a process group of its own; what is left of the group ends with it."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    processes = []
-
-    def run(end):
-        process = subprocess.Popen(
-            [sys.executable, str(script), end],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            cwd=pathlib.Path(data.__file__).parents[2],
-            env=os.environ | {"PYTHONPATH": str(pathlib.Path(data.__file__).parents[2])},
-        )
-        processes.append(process)
-        return process
-
-    yield run
-    for process in processes:
-        if group(process):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def group(process):
-    """Ids of the processes in its group that live."""
-    ids = []
-    for folder in pathlib.Path("/proc").iterdir():
-        try:
-            fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
-        except (OSError, IndexError):  # not a process, or one that has just ended
-            continue
-        if folder.name.isdigit() and int(fields[2]) == process.pid and fields[0] != "Z":
-            ids.append(int(folder.name))
-    return ids
-
-
-def wait_until_empty(process, seconds=20):
-    deadline = time.monotonic() + seconds
-    while group(process):
-        assert time.monotonic() < deadline, f"processes left: {group(process)}"
-        time.sleep(0.05)
-
-
-@pytest.mark.parametrize("end", ["start", "first"])
-def test_close_ends_the_workers(start, end):
-    process = start(end)
-    out, err = process.communicate(timeout=40)
-    assert (process.returncode, out, err) == (0, "alive: 0\n", "")
-    wait_until_empty(process)
-
-
-def test_an_error_of_the_consumer_ends_the_workers(start):
-    process = start("raise")
-    _, err = process.communicate(timeout=40)
-    assert process.returncode == 1
-    assert err.count("Traceback") == 1
-    assert err.endswith("RuntimeError: the consumer failed\n")
-    wait_until_empty(process)
-
-
-def test_a_damaged_file_ends_the_workers(start):
-    process = start("damage")
-    out, err = process.communicate(timeout=40)
-    message = "picture.jpg: the file is truncated\n"
-    assert (process.returncode, out, err) == (0, message + "alive: 0\n", "")
-    wait_until_empty(process)
-
-
-def test_shared_memory_that_is_left_is_freed_without_a_warning(start):
-    process = start("leak")
-    out, err = process.communicate(timeout=40)
-    name, alive = out.splitlines()
-    assert (process.returncode, alive, err) == (0, "alive: 0", "")
-    assert not (pathlib.Path("/dev/shm") / name).exists()
-
-
-def test_sigterm_to_all_leaves_the_workers_at_work(start):
-    process = start("wait")
-    assert process.stdout.readline() == "ready\n"
-    assert len(group(process)) >= 3
-    os.killpg(process.pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=40)
-    assert (process.returncode, out, err) == (0, "alive: 0\n", "")
-    wait_until_empty(process)
-
-
-def test_control_c_gives_one_traceback(start):
-    process = start("sleep")
-    assert process.stdout.readline() == "ready\n"
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=40)
-    assert process.returncode == -signal.SIGINT
-    assert err.count("Traceback") == 1
-    assert err.endswith("KeyboardInterrupt\n")
-    wait_until_empty(process)
-
-
-def test_workers_end_when_their_process_is_killed(start):
-    process = start("sleep")
-    assert process.stdout.readline() == "ready\n"
-    process.kill()
-    process.wait()
-    wait_until_empty(process)
 
 
 def test_a_source_pickles():

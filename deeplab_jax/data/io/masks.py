@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import pathlib
 from collections.abc import Iterable
 
 import cv2
 import numpy as np
 from jaxtyping import Int16, Integer, UInt8
-from PIL import Image
 
 from deeplab_jax.data.dataset import Pair, check_ids
 from deeplab_jax.data.io import arrays, coco_json, images, labelme_json, polygons
@@ -24,7 +22,7 @@ from deeplab_jax.data.io.class_formats import (
 )
 from deeplab_jax.data.labels import IGNORE, LabelSet, named, voc_palette
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.utils.files import add_origin, write_bytes
+from deeplab_jax.utils.files import write_png
 
 BINARY = named("background", "foreground")
 
@@ -139,9 +137,9 @@ class MaskFormat:
     def to_ids(self, values: Integer[np.ndarray, "h w"]) -> Int16[np.ndarray, "h w"]:
         """Converts values to class ids, `labels.IGNORE` and `UNKNOWN`."""
         table = _id_table(self)
-        if values.dtype != np.uint8:
-            values = np.where((values < 0) | (values >= len(table) - 1), len(table) - 1, values)
-        return table[values]
+        if values.dtype == np.uint8:
+            return cv2.LUT(values, table[:256])
+        return table[np.where((values < 0) | (values >= len(table) - 1), len(table) - 1, values)]
 
     def read_label(self, path: pathlib.Path) -> UInt8[np.ndarray, "h w"]:
         """Reads a mask as class ids, with `labels.IGNORE` for pixels that do not count.
@@ -358,16 +356,13 @@ def check_size(
 
 def encode_label(label: UInt8[np.ndarray, "h w"]) -> bytes:
     """Encodes ids as a grey 8-bit PNG."""
-    return cv2.imencode(".png", label)[1].tobytes()
+    # OpenCV's default encodes faster, but its files take twice as long to decode.
+    return cv2.imencode(".png", label, [cv2.IMWRITE_PNG_COMPRESSION, 6])[1].tobytes()
 
 
 def write_ids(path: pathlib.Path, ids: UInt8[np.ndarray, "h w"], labels: LabelSet) -> None:
     """Writes a palette PNG: its values are the ids, its colours those of the classes."""
-    image = Image.fromarray(ids)
-    image.putpalette(labels.palette().tobytes())  # converts mode L to mode P
-    encoded = io.BytesIO()
-    image.save(encoded, "PNG")
-    write_bytes(path, add_origin(encoded.getvalue()))
+    write_png(path, ids, labels.palette())
 
 
 def decode_label(data: bytes) -> UInt8[np.ndarray, "h w"]:

@@ -1,0 +1,375 @@
+"""Batches pass through shared memory unharmed; workers end with their process, and are named."""
+
+import gc
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import cloudpickle
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from deeplab_jax import data
+from deeplab_jax.data import prefetch
+from deeplab_jax.data.prefetch import BatchIterator
+from deeplab_jax.utils.errors import UserError
+
+# Workers cannot always import the modules of tests.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+SHAPE = (2, 37, 41, 3)
+
+
+class Numbers:
+    """The batch at a step is a function of the step; `act` is called before it is made."""
+
+    def __init__(self, num_steps=2**40, shape=lambda step: SHAPE, act=lambda step: None):
+        self.num_steps, self.shape, self.act = num_steps, shape, act
+
+    def __len__(self):
+        return self.num_steps
+
+    @property
+    def nbytes(self):
+        return int(np.prod(SHAPE)) + 8
+
+    def batch(self, step, empty):
+        self.act(step)
+        image, index = empty(self.shape(step), np.uint8), empty((2,), np.int32)
+        image[:] = np.arange(image.size, dtype=np.uint8).reshape(image.shape) + np.uint8(step % 256)
+        index[:] = step
+        return {"image": image, "index": index}
+
+
+def batch_at(step, shape=SHAPE):
+    return Numbers(shape=lambda step: shape).batch(step, np.empty)
+
+
+def assert_is(batch, step, shape=SHAPE):
+    expected = batch_at(step, shape)
+    assert batch.keys() == expected.keys()
+    for name, array in batch.items():
+        assert type(array) is np.ndarray
+        np.testing.assert_array_equal(array, expected[name], strict=True)
+
+
+def start_of(batch):
+    return batch["image"].ctypes.data
+
+
+def processes(batches):
+    return list(batches._batches._workers.values())
+
+
+# The memory of batches.
+
+
+def test_slots_are_used_again_when_their_batches_are_gone():
+    with BatchIterator(Numbers(), 5, num_workers=2) as batches:
+        starts = set()
+        for step in range(5, 60):
+            batch = next(batches)
+            assert_is(batch, step)
+            starts.add(start_of(batch))
+            assert not batch["image"].flags.owndata
+            assert start_of(batch) % 64 == batch["index"].ctypes.data % 64 == 0
+        assert len(starts) == 2 * 2 + prefetch._MAX_HELD
+
+
+def test_batches_that_are_kept_stay_as_they_are():
+    """Also through views and other libraries' references; more than there are slots."""
+    with BatchIterator(Numbers(), 0, num_workers=1) as batches:
+        kept = [next(batches) for _ in range(20)]
+        owned = [batch["image"].flags.owndata for batch in kept]
+        assert owned == [False] * prefetch._MAX_HELD + [True] * (20 - prefetch._MAX_HELD)
+        row = kept[0]["image"][1:, ::2]
+        buffer = memoryview(kept[1]["index"])
+        expected = row.copy()
+        for step, batch in enumerate(kept):
+            assert_is(batch, step)
+        del kept, batch
+        gc.collect()
+        for step in range(20, 40):
+            assert_is(next(batches), step)
+        np.testing.assert_array_equal(row, expected)
+        assert list(buffer) == [1, 1]
+    np.testing.assert_array_equal(row, expected)  # after the end, too
+
+
+def test_arrays_of_jax_stay_as_they_are():
+    """On CPU they may share a batch's memory, also when the NumPy array is gone."""
+    sharding = NamedSharding(jax.make_mesh((1,), ("data",)), PartitionSpec())
+    with BatchIterator(Numbers(), 0, num_workers=1) as batches:
+        kept = [
+            jax.make_array_from_process_local_data(sharding, next(batches)["image"])
+            for _ in range(3)
+        ]
+        for step in range(3, 30):
+            assert_is(next(batches), step)
+        for step, array in enumerate(kept):
+            np.testing.assert_array_equal(array, batch_at(step)["image"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_batches_come_in_order_however_long_they_take(num_workers):
+    source = Numbers(30, act=lambda step: time.sleep(0.03 * (step % 4 == 0)))
+    steps = [int(batch["index"][0]) for batch in BatchIterator(source, 3, num_workers)]
+    assert steps == list(range(3, 30))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_larger_than_a_slot(num_workers):
+    def shape(step):
+        return (2, 37 * (1 + 99 * (step % 3 == 1)), 41, 3)
+
+    for step, batch in enumerate(BatchIterator(Numbers(12, shape), 0, num_workers)):
+        assert_is(batch, step, shape(step))
+    assert step == 11
+
+
+def test_memory_where_a_sandbox_forbids_anonymous_files(monkeypatch, tmp_path):
+    def forbidden(name):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "memfd_create", forbidden)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with BatchIterator(Numbers(), 0, num_workers=1) as batches:
+        for step in range(10):
+            assert_is(next(batches), step)
+        assert list(tmp_path.iterdir()) == []
+
+
+# What goes wrong.
+
+
+def test_close_waits_for_the_workers():
+    batches = BatchIterator(Numbers(), 0, num_workers=2)
+    workers = processes(batches)
+    assert [worker.poll() for worker in workers] == [None, None]
+    batches.close()
+    assert [worker.returncode for worker in workers] == [-signal.SIGKILL] * 2
+    batches.close()
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_an_iterator_without_references_ends_its_workers():
+    batches = BatchIterator(Numbers(), 0, num_workers=1)
+    (worker,) = processes(batches)
+    del batches
+    gc.collect()
+    assert worker.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("is_waiting", [False, True])
+def test_a_worker_that_the_system_kills_is_named(is_waiting):
+    source = Numbers(act=lambda step: time.sleep(60 * (step >= 8 and is_waiting)))
+    batches = BatchIterator(source, 0, num_workers=2)
+    assert_is(next(batches), 0)
+    workers = processes(batches)
+    workers[1].send_signal(signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(UserError) as error:
+        list(batches)
+    assert time.monotonic() - start < 2
+    assert f"(pid {workers[1].pid}) ended with signal 9 (Killed)" in str(error.value)
+    assert "config.data.num_workers" in str(error.value)
+    assert all(worker.returncode is not None for worker in workers)
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_a_worker_that_exits_is_named():
+    with pytest.raises(UserError, match=r"one of 1 processes .* ended with code 7"):
+        list(BatchIterator(Numbers(act=lambda step: os._exit(7)), 0, num_workers=1))
+
+
+def fail(step):
+    if step == 3:
+        raise KeyError("no such record")
+
+
+@pytest.mark.parametrize(("num_workers", "kind"), [(0, KeyError), (2, RuntimeError)])
+def test_an_error_comes_at_its_step(num_workers, kind):
+    batches = BatchIterator(Numbers(act=fail), 0, num_workers)
+    for step in range(3):
+        assert_is(next(batches), step)
+    with pytest.raises(kind, match="no such record"):
+        next(batches)
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_a_source_that_does_not_pickle_starts_no_worker():
+    source = Numbers()
+    source.lock = threading.Lock()
+    open_files = os.listdir("/proc/self/fd")
+    with pytest.raises(TypeError, match="pickle"):
+        BatchIterator(source, 0, num_workers=1)
+    assert os.listdir("/proc/self/fd") == open_files
+
+
+# The life of workers, seen from another process.
+
+SCRIPT = """
+import functools, signal, sys, time
+from deeplab_jax import data
+from deeplab_jax.config import DataConfig
+from deeplab_jax.data import pipeline
+from deeplab_jax.data.dataset import Dataset
+from deeplab_jax.utils.errors import UserError
+
+class Damaged:
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise UserError("picture.jpg: the file is truncated")
+        return self.source[index]
+
+def main(end):
+    # A shell's background jobs inherit that SIGINT is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    config = DataConfig(name="shapes", crop_size=(32,), num_workers=2)
+    dataset = data.load(config, "train")
+    batches = pipeline.train_batches(dataset, config, batch_size=2, seed=0, start_step=0)
+    for _ in range({"start": 0, "first": 1}.get(end, 3)):
+        next(batches)
+    if end == "raise":
+        raise RuntimeError("the consumer failed")
+    if end == "damage":
+        damaged = Dataset(Damaged(dataset.source), dataset.labels)
+        fill = pipeline.mean_pixel(config)
+        try:
+            shape = functools.partial(pipeline.square_shape, size=96)
+            list(
+                pipeline.eval_batches(damaged, batch_size=1, shape=shape, fill=fill, num_workers=1)
+            )
+        except UserError as error:
+            print(error)
+    if end == "wait":
+        stopped = []
+        signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+        print("ready", flush=True)
+        while not stopped:
+            time.sleep(0.05)
+        for _ in range(10):
+            next(batches)
+    if end == "sleep":
+        print("ready", flush=True)
+        time.sleep(60)
+    if end != "open":
+        batches.close()
+    print("done", flush=True)
+
+main(sys.argv[1])  # without a guard: workers do not import this file
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the script in a process group of its own; what is left of the group ends with it."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    processes = []
+
+    def run(end):
+        process = subprocess.Popen(
+            [sys.executable, str(script), end],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=os.environ | {"PYTHONPATH": str(pathlib.Path(data.__file__).parents[2])},
+        )
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        if group(process):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def group(process):
+    """Ids of the processes in its group that live."""
+    ids = []
+    for folder in pathlib.Path("/proc").iterdir():
+        try:
+            fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+        except (OSError, IndexError):  # not a process, or one that has just ended
+            continue
+        if folder.name.isdigit() and int(fields[2]) == process.pid and fields[0] != "Z":
+            ids.append(int(folder.name))
+    return ids
+
+
+def wait_until_empty(process, seconds=20):
+    deadline = time.monotonic() + seconds
+    while group(process):
+        assert time.monotonic() < deadline, f"processes left: {group(process)}"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("end", ["start", "first", "open"])
+def test_the_end_of_the_program_ends_the_workers(start, end):
+    process = start(end)
+    out, err = process.communicate(timeout=40)
+    assert (process.returncode, out, err) == (0, "done\n", "")
+    wait_until_empty(process)
+
+
+def test_an_error_of_the_consumer_ends_the_workers(start):
+    process = start("raise")
+    _, err = process.communicate(timeout=40)
+    assert process.returncode == 1
+    assert err.count("Traceback") == 1
+    assert err.endswith("RuntimeError: the consumer failed\n")
+    wait_until_empty(process)
+
+
+def test_a_damaged_file_ends_the_workers(start):
+    process = start("damage")
+    out, err = process.communicate(timeout=40)
+    message = "picture.jpg: the file is truncated\n"
+    assert (process.returncode, out, err) == (0, message + "done\n", "")
+    wait_until_empty(process)
+
+
+def test_sigterm_to_all_leaves_the_workers_at_work(start):
+    process = start("wait")
+    assert process.stdout.readline() == "ready\n"
+    assert len(group(process)) >= 3
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=40)
+    assert (process.returncode, out, err) == (0, "done\n", "")
+    wait_until_empty(process)
+
+
+def test_control_c_gives_one_traceback(start):
+    process = start("sleep")
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=40)
+    assert process.returncode == -signal.SIGINT
+    assert err.count("Traceback") == 1
+    assert err.endswith("KeyboardInterrupt\n")
+    wait_until_empty(process)
+
+
+def test_workers_end_when_their_process_is_killed(start):
+    process = start("sleep")
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    process.wait()
+    wait_until_empty(process)
