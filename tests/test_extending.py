@@ -69,6 +69,7 @@ PARTS = {
 }
 
 
+@pytest.mark.usefixtures("shared_steps")
 @pytest.mark.parametrize("name", PARTS)
 def test_a_part_trains_resumes_and_is_summarised_and_exported(name, convnext, tmp_path):
     module = importlib.import_module(name)

@@ -30,6 +30,7 @@ from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.training.state import abstract_state, init_state, shardings_of
 from deeplab_jax.training.step import make_train_step
 from deeplab_jax.training.train import resolve_architecture
+from random_modules import random_variables
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "train.py", "--config", "tests/tiny.py"]
@@ -98,7 +99,7 @@ def evaluate_windows(window: int | None = 33, positive: PositiveClass | None = N
     dataset = data_lib.load(config.data, config.data.eval_split)
     evaluator = Evaluator(run.model, dataset, config, run.mesh, positive)
     with mock.patch.object(binary, "MAX_EXACT", 0):  # a histogram, as of several processes
-        evaluation = evaluator.evaluate(jax.jit(run.model.init)(jax.random.key(0)), per_image=True)
+        evaluation = evaluator.evaluate(random_variables(run.model), per_image=True)
     curves = evaluation.curves
     return {
         "curves": [x.tolist() for x in dataclasses.astuple(curves)] if curves else None,

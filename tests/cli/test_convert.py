@@ -1,4 +1,4 @@
-"""The command line: `deeplab-jax convert`, as a user runs it."""
+"""The command line: `deeplab-jax convert`."""
 
 import json
 import os
@@ -17,21 +17,6 @@ from deeplab_jax.weights import saved_model, torch_file, torchvision
 from random_modules import random_variables
 
 
-def command(*arguments, block=(), cwd=None) -> subprocess.CompletedProcess:
-    code = (
-        f"import sys\nfor name in {list(block)!r}: sys.modules[name] = None\n"
-        "from deeplab_jax.cli.main import main\nmain()"
-    )
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=cwd,
-    )
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A file as torchvision's ResNet-18 DeepLabv3 with 21 classes would be, and its arrays."""
@@ -45,7 +30,16 @@ def weights(tmp_path_factory):
 
 def test_round_trip_is_bit_exact_and_needs_no_torch(weights, tmp_path):
     path, variables, arrays = weights
-    done = command("convert", path, tmp_path / "model", block=["torch", "torchvision"])
+    code = (
+        "import sys\nsys.modules |= {'torch': None, 'torchvision': None}\n"
+        "from deeplab_jax.cli.main import main\nmain()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "convert", path, tmp_path / "model"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"},
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert any(
@@ -72,26 +66,26 @@ def test_round_trip_is_bit_exact_and_needs_no_torch(weights, tmp_path):
         assert np.sort(ours[mine], axis=None)[0] == np.sort(theirs[their], axis=None)[0]
 
 
-def test_dropped_arrays_are_reported(weights, tmp_path):
+def test_dropped_arrays_are_reported(weights, command, tmp_path):
     arrays = {
         f"module.{name}": array.astype(np.float16) if array.dtype == np.float32 else array
         for name, array in weights[2].items()
     }
     torch_file.write(tmp_path / "half.pth", arrays)
-    done = command("convert", tmp_path / "half.pth", tmp_path / "model", "--quiet")
-    assert done.returncode == 0, done.stderr
-    assert 'All names began with "module."' in done.stdout
-    assert "arrays were float16 and became float32." in done.stdout
+    code, out, err = command("convert", tmp_path / "half.pth", tmp_path / "model", "--quiet")
+    assert code == 0, err
+    assert 'All names began with "module."' in out
+    assert "arrays were float16 and became float32." in out
     name = "backbone.stem.0.conv.kernel"
     half = weights[1].params[name].astype(np.float16).astype(np.float32)
     np.testing.assert_array_equal(saved_model.read(tmp_path / "model").variables.params[name], half)
 
 
-def test_quiet_prints_only_the_result(weights, tmp_path):
-    done = command("convert", weights[0], tmp_path / "model", "--quiet")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(tmp_path / "model")
-    assert len(done.stdout.splitlines()) == 2
+def test_quiet_prints_only_the_result(weights, command, tmp_path):
+    code, out, err = command("convert", weights[0], tmp_path / "model", "--quiet")
+    assert code == 0, err
+    assert out.splitlines()[-1] == str(tmp_path / "model")
+    assert len(out.splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -106,14 +100,17 @@ def test_quiet_prints_only_the_result(weights, tmp_path):
         ("garbage.pth", "model", "garbage.pth"),
     ],
 )
-def test_mistakes_exit_with_2_and_leave_nothing(weights, tmp_path, source, destination, message):
+def test_mistakes_exit_with_2_and_leave_nothing(
+    weights, command, monkeypatch, tmp_path, source, destination, message
+):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "garbage.pth").write_bytes(b"PK\x03\x04 not a zip")
     before = sorted(tmp_path.iterdir())
     source = weights[0] if source == "WEIGHTS" else source
-    done = command("convert", source, destination, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    code, _, err = command("convert", source, destination)
+    assert code == 2, err
+    assert message in err
+    assert "Traceback" not in err
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -129,7 +126,8 @@ def test_a_model_torchvision_does_not_have_is_refused(tmp_path):
     assert not (tmp_path / "out.pth").exists()
 
 
-def test_help_has_examples():
-    done = command("convert", "--help")
-    assert "deeplab-jax convert deeplabv3_resnet50_coco-cd0a2569.pth runs/coco" in done.stdout
-    assert "convert" in command("--help").stdout
+def test_help_has_examples(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    _, out, _ = command("convert", "--help")
+    assert "deeplab-jax convert deeplabv3_resnet50_coco-cd0a2569.pth runs/coco" in out
+    assert "convert" in command("--help")[1]

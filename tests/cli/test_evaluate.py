@@ -103,6 +103,7 @@ def test_it_scores_what_inference_predicts(run, network, command, tmp_path):
     assert summary["images"] == "6 of shapes, val"
     assert f"{100 * got['miou']:.2f}  ({100 * low:.2f} to {100 * high:.2f}" in summary["mIoU"]
     assert "1 program compiled" in out
+    assert "positive" not in out
     assert "\x1b" not in out
     assert cv2.imread(str(tmp_path / "confusion.png")).shape[0] > 5 * 72
 
@@ -120,8 +121,9 @@ def test_only_json_goes_to_stdout(run, command):
     source = data_lib.load(DATA, "val").source
     valid = sum(np.sum(source[index]["label"] != labels.IGNORE) for index in range(2))
     assert np.sum(got["confusion_matrix"]) == valid
-    assert got["miou_interval"] is None
+    assert got["miou_interval"] is got["binary"] is None
     assert "0.5, 1, and mirrored" in err
+    assert "positive" not in err
 
 
 def test_a_folder_of_ones_own_through_a_config_file(network, command, tmp_path):

@@ -63,13 +63,13 @@ def raise_mistakes(mistakes):
             raise mistake
 
 
-def windows(window):
+def windows(*arguments):
     """Evaluates window by window: the counts, and how many images this process saw."""
     seen = []
     true_method = Predictor.ids_and_scores
     Predictor.ids_and_scores = lambda *arguments: seen.append(1) or true_method(*arguments)
     try:
-        return tiny.evaluate_windows(window) | {"seen": len(seen)}
+        return tiny.evaluate_windows(*arguments) | {"seen": len(seen)}
     finally:
         Predictor.ids_and_scores = true_method
 
@@ -98,9 +98,9 @@ def agree(number, folder):
     report("both fail alike", lambda: raise_mistakes([UserError("no folder x")] * 2))
     report("one folder", lambda: multihost.check_shared(folder))
     report("two folders", lambda: multihost.check_shared(own))
-    report("windows", lambda: windows(33))
     positive = PositiveClass(1, 0.2)
-    report("scores", lambda: [tiny.evaluate_windows(side, positive) for side in (33, 0)])
+    report("windows", lambda: windows(33, positive))
+    report("batches", lambda: tiny.evaluate_windows(0, positive))
     predictor.LARGE_IMAGE, predictor.DEFAULT_WINDOW = 0, 33
     report("large images", lambda: windows(None))
     report("stop", lambda: stops(number))

@@ -310,22 +310,24 @@ def test_the_check_for_a_shared_folder_leaves_nothing(agreed):
     assert [list((agreed[3] / number).iterdir()) for number in "01"] == [[], []]
 
 
-@pytest.mark.parametrize("kind", ["windows", "large images"])
-def test_each_process_evaluates_a_part_by_windows_and_all_get_the_sum(agreed, kind):
+@pytest.mark.parametrize(
+    ("kind", "window", "positive"),
+    [
+        ("windows", 33, PositiveClass(1, 0.2)),
+        ("large images", 33, None),
+        ("batches", 0, PositiveClass(1, 0.2)),  # over the devices of both processes
+    ],
+)
+def test_each_process_evaluates_a_part_and_all_get_the_sum(agreed, kind, window, positive):
     one, other = (dict(outcomes[kind]) for outcomes in agreed[0])
-    assert (one.pop("seen"), other.pop("seen")) == (3, 2)
-    assert one == other == tiny.evaluate_windows()
-
-
-def test_scores_of_all_processes_are_counted_once(agreed):
-    """By windows, image by image, and by batches over the devices of both processes."""
-    one, other = (outcomes["scores"] for outcomes in agreed[0])
-    expected = [tiny.evaluate_windows(side, PositiveClass(1, 0.2)) for side in (33, 0)]
+    if window:
+        assert (one.pop("seen"), other.pop("seen")) == (3, 2)
+    expected = tiny.evaluate_windows(window, positive)
     assert one == other == expected
-    for evaluation in expected:
-        thresholds, true_positives, *_ = evaluation["curves"]
+    if positive is not None:
+        thresholds, true_positives, *_ = expected["curves"]
         assert len(thresholds) > 50
-        assert true_positives[-1] == sum(evaluation["matrix"][1]) > 0
+        assert true_positives[-1] == sum(expected["matrix"][1]) > 0
 
 
 def test_all_processes_see_a_signal_to_one_at_the_same_call(agreed):

@@ -71,6 +71,7 @@ def matrix_of_predictions(data, folder):
 EVERYTHING = {"scales": (0.5, 1.0), "flip": True, "window": 33, "overlap": 0.25}
 
 
+@pytest.mark.usefixtures("shared_steps")
 @pytest.mark.parametrize(
     ("settings", "large"),
     [

@@ -15,6 +15,8 @@ from deeplab_jax.training.train import train
 from deeplab_jax.utils.errors import UserError
 from own_data import Maker
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 
 def get_config():
     config = tiny.get_config()

@@ -116,6 +116,14 @@ def torchvision_model():
     return torch_reference.segmentation_model("deeplabv3_mobilenet_v3_large", aux=True).double()
 
 
+@functools.cache
+def converted_model(dtype):
+    """(graph, parameters, running statistics) of our model with the arrays of torchvision's."""
+    ours = architecture(NAME, num_classes=21, dtype=dtype)
+    variables = variables_of(torchvision_model(), ours)
+    return filled(lambda: build_model(ours, rngs=nnx.Rngs(0)), variables)
+
+
 def stage_by_stage(backbone, x):
     """Returns the features of torchvision's modules by our names."""
     numbers, modules = zip(*backbone.named_children(), strict=True)
@@ -144,10 +152,8 @@ def run(graph, params, stats, images):
 )
 def test_equals_torchvision_stage_by_stage(x64, dtype, tolerance, size):
     theirs = torchvision_model()
-    ours = architecture(NAME, num_classes=21, dtype=dtype)
-    model = filled(lambda: build_model(ours, rngs=nnx.Rngs(0)), variables_of(theirs, ours))
     images = np.random.default_rng(0).normal(size=(*size, 3))
-    features, outputs = run(*model, jnp.asarray(images, dtype))
+    features, outputs = run(*converted_model(dtype), jnp.asarray(images, dtype))
     with torch.no_grad():
         expected = stage_by_stage(theirs.backbone, to_torch(images))
         logits = theirs(to_torch(images))
@@ -327,13 +333,12 @@ def test_features_have_the_output_stride_for_any_size_and_width(output_stride):
     model = abstract_module(lambda: build_model(ours, rngs=nnx.Rngs(0)))
     for height, width in ((1, 1), (33, 64), (129, 50)):
         images = jax.ShapeDtypeStruct((2, height, width, 5), jnp.float32)
-        features = nnx.eval_shape(lambda x: MobileNetV3(ours, rngs=nnx.Rngs(0))(x), images)
+        features, logits = nnx.eval_shape(lambda m, x: (m.backbone(x), m(x)), model, images)
         for name, stride in (
             (MobileNetV3.out_feature, output_stride),
             (MobileNetV3.aux_feature, 8),
         ):
             assert features[name].shape[:3] == (2, -(-height // stride), -(-width // stride))
-        logits = nnx.eval_shape(lambda model, x: model(x), model, images)
         assert {head: x.shape for head, x in logits.items()} == {
             "out": (2, height, width, 2),
             "aux": (2, height, width, 2),
