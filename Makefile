@@ -3,13 +3,14 @@
 # make test-newest  the same for a core of the tests, with the newest other Python on this machine
 # make bench        compare the speed with torchvision on this machine: two cases
 # make bench-gpu    the two GPU cases, with this machine's own jax, flax, optax and torch
+# make bench-start  compare start, prediction, evaluation and input with the commit before
 # make lint         create the environment, check format, style, types and imports
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-core test-newest bench bench-gpu lint format clean
+.PHONY: quickstart test test-core test-newest bench bench-gpu bench-start lint format clean
 
 quickstart: $(VENV)/.package
 	$(BIN)/python train.py --config configs/shapes.py --workdir runs/quickstart
@@ -29,6 +30,9 @@ bench: $(VENV)/.test
 
 bench-gpu:
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m benchmarks.speed --quick --json bench_gpu.json
+
+bench-start: $(VENV)/.test
+	$(BIN)/python -m benchmarks.against
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

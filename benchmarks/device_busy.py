@@ -39,13 +39,16 @@ def busy_seconds(folder: pathlib.Path) -> float:
     return total / 1e9
 
 
-def measure(checkpoint: str, data: str, root: str, settings: dict[str, Any]) -> dict[str, Any]:
-    _, segmenter, evaluator, _ = setup.prepare(checkpoint, data, settings, root=root)
+def measure(
+    checkpoint: str, data: str, settings: dict[str, Any], options: dict[str, str]
+) -> dict[str, Any]:
+    """Returns the measurements as JSON; `options` are the root and split of the data."""
+    _, segmenter, evaluator, _ = setup.prepare(checkpoint, data, settings, **options)
     evaluator.evaluate(segmenter.variables)
     with tempfile.TemporaryDirectory() as folder:
-        options = jax.profiler.ProfileOptions()
-        options.host_tracer_level = options.python_tracer_level = 0
-        with jax.profiler.trace(folder, profiler_options=options):
+        tracing = jax.profiler.ProfileOptions()
+        tracing.host_tracer_level = tracing.python_tracer_level = 0
+        with jax.profiler.trace(folder, profiler_options=tracing):
             begun = time.perf_counter()
             evaluation = evaluator.evaluate(segmenter.variables)
             seconds = time.perf_counter() - begun
@@ -69,11 +72,13 @@ def main() -> int:
     parser.add_argument("checkpoint")
     parser.add_argument("--data", default="voc")
     parser.add_argument("--root", default="")
+    parser.add_argument("--split", default="val")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0])
     parser.add_argument("--flip", action="store_true")
     args = parser.parse_args()
     settings = {"scales": tuple(args.scales), "flip": args.flip}
-    print(json.dumps(measure(args.checkpoint, args.data, args.root, settings)))
+    options = {"root": args.root, "split": args.split}
+    print(json.dumps(measure(args.checkpoint, args.data, settings, options)))
     return 0
 
 

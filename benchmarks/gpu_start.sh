@@ -6,7 +6,8 @@
 # CAMVID: CamVid in the layout of docs/own_data.md; VOC: a folder that holds VOCdevkit/; PHOTOS: any
 # photos; OUT: folder for the results, start.jsonl among them. ROWs (default: all): camvid photos
 # evaluate input resnet18 many busy. Each row starts with an empty cache of compiled programs,
-# except "many" and "busy", which measure images per second. Needs torchvision, for a weights file.
+# except "many" and "busy", which measure images per second. SPLIT (default: val) of VOC is evaluated.
+# Needs torchvision, for a weights file.
 set -u
 camvid=$(realpath "$1") voc=$(realpath "$2") photos=$(realpath "$3") out=$(realpath -m "$4")
 shift 4
@@ -54,7 +55,7 @@ for name in $rows; do
     evaluate)
       make_weights  # a first evaluation prepares the data
       JAX_PLATFORMS=cpu $deeplab evaluate "$weights" --data voc --root "$voc" --limit 1 >/dev/null 2>&1
-      row evaluate 80 $deeplab evaluate "$weights" --data voc --root "$voc" \
+      row evaluate 80 $deeplab evaluate "$weights" --data voc --root "$voc" --split "${SPLIT:-val}" \
         --scales 0.75,1,1.25 --flip ;;
     input)
       row input 60 python3 benchmarks/input_pipeline.py --alone --workers 1 12 15 \
@@ -62,7 +63,7 @@ for name in $rows; do
     resnet18)
       row resnet18 90 python3 train.py --config configs/voc_os16.py --workdir "$scratch/resnet18" \
         --config.model.architecture=paper_resnet18 --config.init.backbone= \
-        --config.data.root="$voc" --config.data.split=val --config.data.num_workers=12 \
+        --config.data.root="$voc" --config.data.split=train --config.data.num_workers=12 \
         --config.train.steps=600 --config.train.log_every=100 --config.train.eval_every=0 \
         --config.train.save_every=0
       cp "$scratch/resnet18/metrics.jsonl" "$out/resnet18.jsonl" ;;
@@ -83,7 +84,7 @@ for name in $rows; do
     busy)
       make_weights
       fresh evaluate
-      row busy 60 python3 -m benchmarks.device_busy "$weights" --root "$voc" ;;
+      row busy 60 python3 -m benchmarks.device_busy "$weights" --root "$voc" --split "${SPLIT:-val}" ;;
     *) echo "unknown row $name" >&2; exit 2 ;;
   esac
 done

@@ -64,11 +64,12 @@ def read(source: str, *, num_classes: int | None = None) -> Description:
     if num_classes is not None:
         raise UserError(f"--num-classes: {source} is a trained model, which has its own")
     saved = read_model(source)
+    _ = saved.variables  # which may raise
     height, width = saved.info["input_size"]
     return Description(saved.architecture, (height, width), saved)
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
     """Parses "513" or "360x480" as height and width, pixels.
 
     Raises:
@@ -78,8 +79,8 @@ def parse_size(text: str) -> tuple[int, int]:
     sides = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if min(sides) < 1:
         raise UserError(
-            "--size must be a side such as 513, or height x width such as 360x480, of 1 pixel or "
-            f"more; got {text!r}"
+            f"{option} must be a side such as 513, or height x width such as 360x480, of 1 pixel "
+            f"or more; got {text!r}"
         )
     return sides
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import importlib
 import io
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -46,6 +47,16 @@ def exit_on_user_error() -> Iterator[None]:
             raise
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Raises SystemExit in the body at the signal SIGTERM, so that it cleans up as at Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _platform_problem() -> str:

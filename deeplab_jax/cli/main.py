@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import importlib
 import os
 import sys
@@ -20,6 +22,7 @@ from deeplab_jax.cli.plan import plan
 from deeplab_jax.cli.predict import predict
 from deeplab_jax.cli.submit import submit
 from deeplab_jax.cli.summary import summary
+from deeplab_jax.cli.warm import warm
 from deeplab_jax.utils.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -64,6 +67,7 @@ def train(context: typer.Context) -> None:
 
 app.command()(evaluate)
 app.command()(predict)
+app.command()(warm)
 app.command()(convert)
 app.command()(export)
 app.command()(summary)
@@ -74,6 +78,7 @@ app.add_typer(data, name="data")
 
 def main() -> None:
     """Runs a command; a user's mistake is one message and exit code 2."""
+    atexit.register(gc.freeze)  # Python's last collection only takes time
     with exit_on_user_error():
         # --import may also follow the command, where Typer knows only the command's own options.
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

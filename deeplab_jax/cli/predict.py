@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,8 @@ import typer
 from rich.text import Text
 
 from deeplab_jax.cli import options, outputs
+from deeplab_jax.cli.errors import exit_on_sigterm
+from deeplab_jax.cli.startup import paused_collector, resume_collector
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from deeplab_jax.inference.files import ImageResult
 
 
+@paused_collector()
 def predict(
     checkpoint: options.Checkpoint,
     images: Annotated[
@@ -67,7 +71,7 @@ def predict(
       deeplab-jax predict runs/voc huge.tif --out predicted --window 1025 --scales 0.75,1 --flip
     """
     from deeplab_jax.data.labels import class_id
-    from deeplab_jax.inference import files, predictor, segmenter
+    from deeplab_jax.inference import files, pipeline, predictor, segmenter
     from deeplab_jax.inference.positive import resolve
     from deeplab_jax.utils.errors import UserError, raise_problems
     from deeplab_jax.utils.files import require_writable
@@ -84,6 +88,7 @@ def predict(
         flip=flip,
         window=window,
         overlap=overlap,
+        wait=False,
     )
     if positive and threshold is None:
         raise UserError("--positive needs --threshold: without it, the most probable class counts")
@@ -92,20 +97,21 @@ def predict(
 
     results: list[ImageResult] = []
     problems: list[str] = []
-    for path, name in track(inputs.items(), "predict", len(inputs)):
-        try:
-            result = files.predict_image(
-                *(model, path, folder / name),
-                opacity=opacity,
-                heatmap_classes=tuple(classes),
-                side_by_side=side_by_side,
-                positive=chosen,
-            )
-            results.append(result)
-        except UserError as error:
-            problems.append(str(error))
-            if isinstance(error, files.OutputError):
-                break
+    predictions = pipeline.predict_images(
+        model,
+        {path: folder / name for path, name in inputs.items()},
+        opacity=opacity,
+        heatmap_classes=tuple(classes),
+        side_by_side=side_by_side,
+        positive=chosen,
+    )
+    with exit_on_sigterm(), contextlib.closing(predictions):
+        for result in track(predictions, "predict", len(inputs)):
+            resume_collector()
+            if isinstance(result, UserError):
+                problems.append(str(result))
+            else:
+                results.append(result)
 
     console = outputs.console(json_file)
     if num_own:

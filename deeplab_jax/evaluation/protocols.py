@@ -16,7 +16,7 @@ from PIL import Image
 from deeplab_jax.config import EvalConfig
 from deeplab_jax.data import pipeline
 from deeplab_jax.data.dataset import Example
-from deeplab_jax.inference.predictor import bucket
+from deeplab_jax.inference.padding import bucket
 
 TORCHVISION_SIDE = 520  # the shorter side in torchvision's `references/segmentation`, pixels
 

@@ -128,6 +128,13 @@ class Programs:
             self._compile(program, function, arguments, static)
         return program.result()(*arguments)
 
+    def cancel(self) -> None:
+        """Forgets the programs that nothing has begun to compile."""
+        with self._lock:
+            for key, program in list(self._programs.items()):
+                if program.cancel():
+                    del self._programs[key]
+
     def _find(
         self, function: str, arguments: tuple[Any, ...], static: dict[str, Any]
     ) -> tuple[concurrent.futures.Future[Any], bool]:
@@ -145,6 +152,8 @@ class Programs:
         arguments: tuple[Any, ...],
         static: dict[str, Any],
     ) -> None:
+        if not program.set_running_or_notify_cancel():
+            return
         try:
             lowered = self._functions[function].lower(*arguments, **static)
             program.set_result(compile_lowered(lowered))

@@ -1,10 +1,9 @@
-"""Predicts image files and writes class ids, overlays and heat maps: `deeplab-jax predict`."""
+"""Names of image files and of their predictions, and what `deeplab-jax predict` reports."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import errno
 import functools
 import glob
 import os
@@ -17,18 +16,9 @@ import numpy as np
 from jaxtyping import Int
 
 from deeplab_jax.data.io.images import SUFFIXES
-from deeplab_jax.data.io.masks import write_ids
 from deeplab_jax.data.labels import LabelSet
-from deeplab_jax.inference.positive import PositiveClass, choose_ids
-from deeplab_jax.inference.segmenter import Segmenter
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.utils.files import (
-    find_files,
-    is_own_picture,
-    match_files,
-    write_png,
-)
-from deeplab_jax.visualization import overlays
+from deeplab_jax.utils.files import find_files, is_own_picture, match_files
 
 _OUTPUT = re.compile(r"(_ids|_overlay|_side_by_side|_heatmap_.+)\.png$")
 
@@ -141,67 +131,6 @@ def _unique_names(
 def _long_name(path: pathlib.Path, depth: int) -> str:
     folders = path.parts[1:-1][-depth:] if depth else ()
     return "_".join([*folders, path.stem, *filter(None, [path.suffix.lstrip(".")])])
-
-
-def predict_image(
-    segmenter: Segmenter,
-    path: pathlib.Path,
-    base: pathlib.Path,
-    *,
-    opacity: float = 0.5,
-    heatmap_classes: Sequence[int] = (),
-    side_by_side: bool = False,
-    positive: PositiveClass | None = None,
-) -> ImageResult:
-    """Predicts an image and writes its class ids, overlay and other pictures.
-
-    Args:
-      segmenter: the model.
-      path: of the image.
-      base: beginning of the paths to write, to which "_ids.png" and others are appended; existing
-        files are replaced.
-      opacity: of class colours over the image, 0..1.
-      heatmap_classes: ids of the classes whose probabilities are drawn.
-      side_by_side: whether to draw the image and its overlay in a row too.
-      positive: class that a threshold predicts, if any.
-
-    Raises:
-      UserError: the file is not an image, it does not fit in memory, or an output cannot be
-        written.
-      OutputError: the disk is full or read-only.
-    """
-    pixels, labels = segmenter.read(path), segmenter.labels
-    if heatmap_classes:
-        probabilities = segmenter.probabilities(pixels)
-        scores = None if positive is None else probabilities[..., positive.class_id]
-        ids = choose_ids(probabilities, scores, positive).astype(np.uint8)
-    else:
-        ids = segmenter.predict(pixels, positive).astype(np.uint8)
-    # Drawn one after the other: pictures of large images take much memory.
-    blended = {"overlay": overlays.overlay, "side_by_side": overlays.side_by_side}
-    if not side_by_side:
-        del blended["side_by_side"]
-    files = {kind: base.with_name(f"{base.name}_{kind}.png") for kind in ("ids", *blended)}
-    try:
-        base.parent.mkdir(parents=True, exist_ok=True)
-        write_ids(files["ids"], ids, labels)
-        for kind, draw in blended.items():
-            write_png(files[kind], draw(pixels, ids, labels, opacity=opacity))
-        for index in heatmap_classes:
-            name = labels.names[index]
-            plain = re.sub(r"[^\w-]+", "_", name)
-            suffix = plain if plain == name else f"{plain}_{index}"
-            file = files[f"heatmap {name}"] = base.with_name(f"{base.name}_heatmap_{suffix}.png")
-            write_png(file, overlays.heatmap(pixels, probabilities[..., index], name))
-    except OSError as error:
-        target = str(error.filename2 or error.filename or ".partial")
-        target = f"{base}_*.png" if target.endswith(".partial") else target
-        message = f"{path}: cannot write to {target}: {error.strerror or error}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise OutputError(message) from error
-        raise UserError(message) from error
-    counts = overlays.class_counts(ids, labels.num_classes)
-    return ImageResult(path, (ids.shape[0], ids.shape[1]), counts, files)
 
 
 def total_counts(results: Sequence[ImageResult], labels: LabelSet) -> Int[np.ndarray, " classes"]:

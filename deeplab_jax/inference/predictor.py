@@ -6,12 +6,11 @@ padding (see `models.ops.masking`): it does not change the result.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +19,26 @@ from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from deeplab_jax.inference import sliding_window
 from deeplab_jax.inference.compilation import Programs, jit_inference
+from deeplab_jax.inference.padding import BUCKET, PaddedShape, bucket, plan_shapes
 from deeplab_jax.inference.positive import PositiveClass, choose_ids
+from deeplab_jax.inference.views import predict_ids, predict_probabilities
 from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
-from deeplab_jax.models.ops.resize import MAX_SIDE, resize_bilinear
-from deeplab_jax.utils.errors import UserError
+from deeplab_jax.models.ops.resize import MAX_SIDE
+from deeplab_jax.utils.errors import UserError, print_warning
 
-BUCKET = 128  # pixels between padded sides
 MIN_WINDOW = 32  # pixels: one feature at output stride 32
 LARGE_IMAGE = 4_000_000  # pixels; larger images are cut into windows by default
 DEFAULT_WINDOW = 1025  # side of those windows, pixels
 WINDOW_BATCH = 2  # windows at once: one of 513 pixels nearly fills a device by itself
+MAX_BATCH = 8  # images at once on accelerators; a CPU is as fast with one
+
+# Pixels whose prediction takes as long as compiling one of several programs. On two cores, a
+# program takes 4 s of them and a pixel 7.5 us (ResNet-50, output stride 8), or 1.3 s and 0.4 us
+# (a quarter of its channels). On a GPU, a program takes 3 s beside others, and a pixel 8 ns.
+CPU_PROGRAM_PIXELS = 700_000
+ACCELERATOR_PROGRAM_PIXELS = 400_000_000
+
+Function = Literal["ids", "probabilities"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,144 +81,45 @@ class TestTimeAugmentation:
         return self.window
 
 
-def bucket(side: int) -> int:
-    """Rounds a side up to the next of 129, 257, 385, ... pixels.
-
-    Images of sides up to S need at most ceil((S - 1) / 128)^2 programs: 16 for VOC's 500 pixels.
-    """
-    return BUCKET * max(1, -(-(side - 1) // BUCKET)) + 1
-
-
-def scaled_side(side: int, scale: float) -> int:
-    """Scales a side and rounds it to the nearest pixel, at least 1."""
-    return max(1, math.floor(side * scale + 0.5))
-
-
-def predict_probabilities(
-    model: FunctionalModel,
-    variables: Variables,
-    images: Float[Array, "n h w c"],
-    sizes: Int[Array, "n 2"] | None,
-    *,
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
-) -> Float[Array, "n h w classes"]:
-    """Computes the probability of each class at each pixel, averaged over views.
-
-    Each view is the image resized to its `scaled_side` (bilinear, half-pixel centres, no
-    antialiasing; unchanged at scale 1). The softmax of the model's logits, at the view's size, is
-    resized back and averaged, as in arXiv 1706.05587, section 4.1, and its authors' code.
-
-    Must be called under `jax.jit`: one program then contains the network once per scale.
-
-    Args:
-      model: the functions of an architecture.
-      variables: its arrays.
-      images: normalized pixels; those outside an image's size have no effect.
-      sizes: height and width of each image, pixels; None: there is no padding.
-      scales: of the views, relative to the image.
-      flip: whether to average over mirror images too; each is mirrored within its own width.
-
-    Returns:
-      Probabilities; undefined outside an image's size.
-    """
-    height, width = images.shape[1:3]
-    largest = jnp.asarray([height, width])
-    sizes = jnp.tile(largest, (len(images), 1)) if sizes is None else jnp.clip(sizes, 1, largest)
-    views = []
-    for scale in scales:
-        view, view_sizes = images, sizes
-        if scale != 1:
-            view_sizes = _scaled_sizes(sizes, (height, width), scale)
-            padded = scaled_side(height, scale), scaled_side(width, scale)
-            view = resize_bilinear(images, *padded, in_sizes=sizes, out_sizes=view_sizes)
-        directions = [view, _mirror(view, view_sizes)] if flip else [view]
-        outputs, _ = model.apply(
-            variables,
-            jnp.concatenate(directions),
-            sizes=jnp.concatenate([view_sizes] * len(directions)),
-        )
-        result = jax.nn.softmax(outputs["out"], axis=-1)
-        if flip:
-            straight, mirrored = jnp.split(result, 2)
-            result = (straight + _mirror(mirrored, view_sizes)) / 2
-        if scale != 1:
-            result = resize_bilinear(result, height, width, in_sizes=view_sizes, out_sizes=sizes)
-        views.append(result)
-    return functools.reduce(jnp.add, views) / len(scales)
-
-
-def predict_ids(
-    model: FunctionalModel,
-    variables: Variables,
-    images: Float[Array, "n h w c"],
-    sizes: Int[Array, "n 2"] | None,
-    positive: PositiveClass | None = None,
-    *,
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
-) -> tuple[UInt8[Array, "n h w"], Float32[Array, "n h w"] | None]:
-    """Computes the class of each pixel, and the probability of the positive class if there is one.
-
-    Without a threshold it is the most probable class; without augmentation, that of the highest
-    logit: softmax may round two logits to one probability. The values of `positive` may be traced;
-    the other arguments are as of `predict_probabilities`.
-    """
-    scores = None
-    if is_plain := tuple(scales) == (1.0,) and not flip:
-        ranked = model.apply(variables, images, sizes=sizes)[0]["out"]
-    else:
-        ranked = predict_probabilities(model, variables, images, sizes, scales=scales, flip=flip)
-    if positive is not None:
-        probabilities = jax.nn.softmax(ranked, axis=-1) if is_plain else ranked
-        scores = jnp.take(probabilities, positive.class_id, axis=-1).astype(jnp.float32)
-    return choose_ids(ranked, scores, positive).astype(jnp.uint8), scores
-
-
-def _scaled_sizes(
-    sizes: Int[Array, "n 2"], padded: tuple[int, int], scale: float
-) -> Int[Array, "n 2"]:
-    """Looks `scaled_side` up in a table, which is rounded as on the host and not in float32."""
-    tables = (jnp.asarray([scaled_side(i, scale) for i in range(side + 1)]) for side in padded)
-    return jnp.stack([table[sizes[:, axis]] for axis, table in enumerate(tables)], axis=1)
-
-
-def _mirror(x: Float[Array, "n h w c"], sizes: Int[Array, "n 2"]) -> Float[Array, "n h w c"]:
-    """Mirrors each image left to right within its own width."""
-    columns = jnp.maximum(sizes[:, 1:] - 1 - jnp.arange(x.shape[2]), 0)
-    return jnp.take_along_axis(x, columns[:, None, :, None], axis=2)
-
-
 class Predictor:
-    """Predicts images of any size, one at a time, on JAX's default device.
+    """Predicts images of any size on JAX's default device.
 
     Images are padded to a `bucket` of sizes, or to the window's size, and one program is compiled
-    for each padded size. With windows, the network is compiled once for images that fit into one
-    window and once for all others; in addition there are two or three small programs for each
-    `bucket` of widths. The device holds the probabilities of two batches of windows and two arrays
-    `[window, w, classes]`, however high the image is.
+    for each padded size. If sizes are known in advance, `plan` chooses fewer padded sizes, and how
+    many images are predicted at once. With windows, the network is compiled once for images that
+    fit into one window and once for all others; in addition there are two or three small programs
+    for each `bucket` of widths. The device holds the probabilities of two batches of windows and
+    two arrays `[window, w, classes]`, however high the image is.
+
+    Attributes:
+      max_batch: largest number of images at once; halved when the device's memory is full.
     """
 
     def __init__(
         self,
         model: FunctionalModel,
-        variables: Variables,
+        variables: Variables | Callable[[], Variables],
         *,
         mean: Sequence[float],
         std: Sequence[float],
         tta: TestTimeAugmentation = TestTimeAugmentation(),
     ) -> None:
-        """Puts the variables on the device.
+        """Compiles nothing yet.
 
         Args:
           model: the functions of an architecture; faster with fused batch norm.
-          variables: its arrays.
+          variables: its arrays, or a function that the first prediction calls to get them.
           mean, std: of the channels, 0..1, for normalization.
           tta: views and windows.
         """
         self._architecture = model.architecture
+        self._model = model
         self._tta = tta
-        self._variables = jax.device_put(variables, jnp.zeros(()).device)
+        self._is_cpu = jax.default_backend() == "cpu"
+        self.max_batch = 1 if self._is_cpu else MAX_BATCH
+        self._planned: dict[tuple[int, int], PaddedShape] = {}
+        self._get_variables = variables if callable(variables) else lambda: variables
+        self._device = jax.device_put(np.float32(0)).device  # the default in this thread
 
         def network(
             predict: Callable[..., Any],
@@ -238,6 +148,10 @@ class Predictor:
         functions["band ids"] = jax.jit(sliding_window.band_ids)
         self._programs = Programs(functions)
 
+    @functools.cached_property
+    def _variables(self) -> Variables:
+        return jax.device_put(self._get_variables(), self._device)
+
     @property
     def num_compilations(self) -> int:
         """Number of programs compiled so far."""
@@ -255,51 +169,68 @@ class Predictor:
         Raises:
           UserError: the image has other channels than the model, or is too large for the device.
         """
-        with self._checked(image) as window:
-            if window is None:
-                return self._predict_at_once("ids", image, positive)
-            height, width = image.shape[:2]
-            ids = np.empty((height, width), np.uint8)
-            if positive is None:
-                for rows, band in self._bands(image, window):
-                    finished = np.asarray(self._run("band ids", band))
-                    ids[rows] = finished[: rows.stop - rows.start, :width]
-                return ids, None
-            scores = np.empty((height, width), np.float32)
-            for rows, sums, probabilities in self._finished(image, window):
-                scores[rows] = probabilities[..., positive.class_id]
-                ids[rows] = choose_ids(sums, scores[rows], positive)
-        return ids, scores
+        return self._predict("ids", image, positive)
 
     def probabilities(
         self, image: UInt8[np.ndarray, "h w c"]
     ) -> Float32[np.ndarray, "h w classes"]:
         """Predicts the probability of each class at each pixel; raises as `ids_and_scores` does."""
-        with self._checked(image) as window:
-            if window is None:
-                return self._predict_at_once("probabilities", image)
-            shape = *image.shape[:2], self._architecture.num_classes
-            result = np.empty(shape, np.float32)
-            for rows, _, probabilities in self._finished(image, window):
-                result[rows] = probabilities
+        return self._predict("probabilities", image)
+
+    def _predict(
+        self, function: Function, image: np.ndarray, *positive: PositiveClass | None
+    ) -> Any:
+        (result,) = self.start(function, [image], *positive)()
+        if isinstance(result, UserError):
+            raise result
         return result
 
-    def _finished(
-        self, image: np.ndarray, window: int
-    ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """Yields (rows of the image, weighted sums, probabilities), both `[rows, w, classes]`."""
-        height, width = image.shape[:2]
-        down, across = (self._total_weights(side, window) for side in (height, width))
-        for rows, band in self._bands(image, window):
-            sums = jax.device_get(band)[: rows.stop - rows.start, :width]
-            yield rows, sums, sums / (down[rows, None, None] * across[:, None])
+    def plan(
+        self,
+        sizes: Iterable[tuple[int, int]],
+        function: Function,
+        *positive: PositiveClass | None,
+    ) -> None:
+        """Chooses padded shapes for images of these sizes, and compiles for them in threads.
 
-    @contextlib.contextmanager
-    def _checked(self, image: np.ndarray) -> Iterator[int | None]:
-        """Checks an image, and converts the error of a full device within the context.
+        On a CPU, padded sides are multiples of 8 pixels: most programs are for one size of images,
+        and padding would cost time. On accelerators they are those of `bucket`, which other runs
+        find in the cache.
 
-        Yields:
-          Side of the windows to cut the image into; None: one prediction is enough.
+        Args:
+          sizes: height and width of each image, in the order of prediction.
+          function: what will be predicted.
+          positive: for "ids", the argument of `ids_and_scores`.
+        """
+        window, tta = self._tta.window, self._tta
+        keys = [self._key(*size) for size in sizes if self._is_whole(*size)]
+        program_pixels = CPU_PROGRAM_PIXELS if self._is_cpu else ACCELERATOR_PROGRAM_PIXELS
+        self._planned = plan_shapes(
+            keys,
+            multiple=1 if window else 8 if self._is_cpu else BUCKET,
+            program_pixels=program_pixels / (sum(s * s for s in tta.scales) * (1 + tta.flip)),
+            max_images=self.max_batch,
+            max_pixels=LARGE_IMAGE,
+        )
+        device = jax.sharding.SingleDeviceSharding(self._device)
+        for shape in dict.fromkeys(map(self._planned.__getitem__, keys)):
+            arrays = (
+                jax.ShapeDtypeStruct(
+                    (*shape, self._architecture.in_channels), np.uint8, sharding=device
+                ),
+                jax.ShapeDtypeStruct((shape.num_images, 2), np.int32, sharding=device),
+            )
+            self._programs.prepare(function, self._model.abstract, *arrays, *positive)
+
+    def cancel(self) -> None:
+        """Forgets the programs of `plan` that nothing has begun to compile."""
+        self._programs.cancel()
+
+    def padded_shape(self, image: np.ndarray) -> PaddedShape | None:
+        """Returns the shape of the program for an image; None: the image is cut into windows.
+
+        Raises:
+          UserError: the image is not valid, or too large to be predicted at once.
         """
         channels = self._architecture.in_channels
         valid = image.ndim == 3 and image.shape[2] == channels and image.size > 0
@@ -307,43 +238,134 @@ class Predictor:
             raise UserError(
                 f"image must be uint8 [h, w, {channels}], got {image.dtype} {list(image.shape)}"
             )
-        window, longest = self._tta.window_of(*image.shape[:2]), max(image.shape[:2])
-        if not window and bucket(longest) * max(1, *self._tta.scales) > MAX_SIDE:
+        height, width = image.shape[:2]
+        if 0 < self._tta.window_of(height, width) < max(height, width):
+            return None
+        if not self._is_whole(height, width):
             raise UserError(
-                f"an image of {image.shape[0]}x{image.shape[1]} pixels is too large to be "
-                "predicted at once: use windows"
+                f"an image of {height}x{width} pixels is too large to be predicted at once: use "
+                "windows"
             )
-        try:
-            yield window if 0 < window < longest else None
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise UserError(
-                f"an image of {image.shape[0]}x{image.shape[1]} pixels does not fit in the "
-                "device's memory: use windows, or smaller ones, and fewer scales"
-            ) from error
+        window = self._tta.window
+        default = PaddedShape(1, window or bucket(height), window or bucket(width))
+        shape = self._planned.get(self._key(height, width), default)
+        return shape._replace(num_images=min(shape.num_images, self.max_batch))
 
-    def _predict_at_once(
-        self, function: str, image: np.ndarray, *positive: PositiveClass | None
+    def _is_whole(self, height: int, width: int) -> bool:
+        """Whether an image of this size can be predicted at once, and is to be."""
+        longest = max(height, width)
+        if window := self._tta.window_of(height, width):
+            return longest <= window
+        return bucket(longest) * max(1, *self._tta.scales) <= MAX_SIDE
+
+    def _key(self, height: int, width: int) -> tuple[int, int]:
+        """The size for which a shape is planned: the window's, for all images that fit into one."""
+        window = self._tta.window
+        return (window, window) if window else (height, width)
+
+    def start(
+        self,
+        function: Function,
+        images: Sequence[UInt8[np.ndarray, "h w c"]],
+        *positive: PositiveClass | None,
+    ) -> Callable[[], list[Any]]:
+        """Begins to predict images, and does not wait for the device.
+
+        Args:
+          function: what to predict.
+          images: images that have the same `padded_shape`.
+          positive: for "ids", the argument of `ids_and_scores`.
+
+        Returns:
+          A function that waits for the predictions and returns that of each image: what
+          `ids_and_scores` or `probabilities` returns, or the UserError of a full device. Before it
+          gives up, it predicts fewer images at once, and so do all later calls.
+        """
+        shape = self.padded_shape(images[0])
+        if shape is None:
+            return lambda: [
+                self._predict_in_windows(function, image, *positive) for image in images
+            ]
+        if len(images) > (number := shape.num_images):
+            parts = [images[i : i + number] for i in range(0, len(images), number)]
+            started = [self.start(function, part, *positive) for part in parts]
+            return lambda: [result for finish in started for result in finish()]
+        padded = np.zeros((*shape, images[0].shape[2]), np.uint8)
+        sizes = np.zeros((number, 2), np.int32)
+        for row, image in enumerate(images):
+            sizes[row] = image.shape[:2]
+            padded[row, : image.shape[0], : image.shape[1]] = image
+        result: Any = None
+        try:
+            result = self._run(function, self._variables, padded, sizes, *positive)
+        except jax.errors.JaxRuntimeError as error:
+            result = error
+
+        def finish() -> list[Any]:
+            try:
+                if isinstance(result, Exception):
+                    raise result
+                arrays = jax.device_get(result)
+            except jax.errors.JaxRuntimeError as error:
+                full = _memory_error(images[0], error)
+                if number == 1:
+                    return [full]
+                if self.max_batch >= number:
+                    self.max_batch = number // 2
+                    print_warning(
+                        f"the device's memory is full: from here on, {self.max_batch} of these "
+                        "images at once"
+                    )
+                return self.start(function, images, *positive)()
+            return [
+                jax.tree.map(lambda x, i=i, h=h, w=w: x[i, :h, :w].copy(), arrays)
+                for i, (h, w) in enumerate(sizes[: len(images)])
+            ]
+
+        return finish
+
+    def _predict_in_windows(
+        self, function: Function, image: np.ndarray, positive: PositiveClass | None = None
     ) -> Any:
+        """Predicts an image window by window; returns what `start` says."""
+        height, width = image.shape[:2]
+        ids, scores = np.empty((height, width), np.uint8), None
+        try:
+            if function == "probabilities":
+                result = np.empty((height, width, self._architecture.num_classes), np.float32)
+                for rows, _, probabilities in self._finished(image):
+                    result[rows] = probabilities
+                return result
+            if positive is None:
+                for rows, band in self._bands(image):
+                    finished = np.asarray(self._run("band ids", band))
+                    ids[rows] = finished[: rows.stop - rows.start, :width]
+            else:
+                scores = np.empty((height, width), np.float32)
+                for rows, sums, probabilities in self._finished(image):
+                    scores[rows] = probabilities[..., positive.class_id]
+                    ids[rows] = choose_ids(sums, scores[rows], positive)
+        except jax.errors.JaxRuntimeError as error:
+            return _memory_error(image, error)
+        return ids, scores
+
+    def _finished(self, image: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Yields (rows of the image, weighted sums, probabilities), both `[rows, w, classes]`."""
         height, width = image.shape[:2]
         window = self._tta.window_of(height, width)
-        shape = (window or bucket(height), window or bucket(width), image.shape[2])
-        padded = np.zeros((1, *shape), np.uint8)
-        padded[0, :height, :width] = image
-        sizes = np.asarray([(height, width)], np.int32)
-        result = self._run(function, self._variables, padded, sizes, *positive)
-        return jax.tree.map(lambda x: np.asarray(x)[0, :height, :width].copy(), result)
+        down, across = (self._total_weights(side, window) for side in (height, width))
+        for rows, band in self._bands(image):
+            sums = jax.device_get(band)[: rows.stop - rows.start, :width]
+            yield rows, sums, sums / (down[rows, None, None] * across[:, None])
 
-    def _bands(
-        self, image: np.ndarray, window: int
-    ) -> Iterator[tuple[slice, Float[Array, "window w classes"]]]:
+    def _bands(self, image: np.ndarray) -> Iterator[tuple[slice, Float[Array, "window w classes"]]]:
         """Yields (finished rows of the image, band that begins with them), from top to bottom.
 
         A band holds weighted sums of the windows' probabilities. It is on the device, and its
         memory is reused for the next band.
         """
         height, width = image.shape[:2]
+        window = self._tta.window_of(height, width)
         padded_width = max(bucket(width), window)
         band = jnp.zeros((window, padded_width, self._architecture.num_classes))
         first = 0
@@ -393,3 +415,13 @@ class Predictor:
 
     def _run(self, function: str, *arguments: Any) -> Any:
         return self._programs(function, *arguments)
+
+
+def _memory_error(image: np.ndarray, error: jax.errors.JaxRuntimeError) -> UserError:
+    """Returns the error of an image that does not fit on a device; raises any other error."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return UserError(
+        f"an image of {image.shape[0]}x{image.shape[1]} pixels does not fit in the device's "
+        "memory: use windows, or smaller ones, and fewer scales"
+    )

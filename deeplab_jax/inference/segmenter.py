@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import os
@@ -39,6 +40,7 @@ def load(
     flip: bool | None = None,
     window: int | None = None,
     overlap: float | None = None,
+    wait: bool = True,
 ) -> Segmenter:
     """Loads a trained model, to predict as its run was evaluated.
 
@@ -54,6 +56,8 @@ def load(
       window: side, pixels, of the windows that larger images are cut into; 0: never cut an image.
         Default: 1025 for images of more than 4 million pixels, 0 for others.
       overlap: smallest fraction of a window that the next one covers too. Default: 0.5.
+      wait: whether to wait for the arrays. If not, they are read in a thread, so that programs can
+        be compiled meanwhile, and `Segmenter.variables` raises what reading them raised.
 
     Returns:
       The model with its classes and colours.
@@ -83,7 +87,10 @@ def load(
         architecture = saved.architecture.at_output_stride(output_stride)
         info = saved.info | {"architecture": dataclasses.asdict(architecture)}
         saved = dataclasses.replace(saved, info=info)
-    return Segmenter(saved, tta)
+    segmenter = Segmenter(saved, tta)
+    if wait:
+        _ = segmenter.variables
+    return segmenter
 
 
 class Segmenter:
@@ -95,28 +102,41 @@ class Segmenter:
       labels: names and colours of the classes.
       architecture: of the model, at the output stride in use.
       model: pure functions with fused batch norm, see `FunctionalModel.fused`.
-      variables: its arrays, on the default device.
       mean, std: of the channels, 0..1, for normalization.
       tta: views and windows of each image.
+      predictor: its programs.
     """
 
     def __init__(self, saved: SavedModel, tta: TestTimeAugmentation) -> None:
-        """Puts a model on the device."""
+        """Reads the arrays in a thread, and puts them on the default device."""
         self.path: pathlib.Path = saved.path
         self.info: dict[str, Any] = saved.info
         colors = (tuple(color) for color in saved.info["palette"])
         self.labels = LabelSet(tuple(saved.info["classes"]), tuple(colors))
         self.architecture: Architecture = saved.architecture
-        original = FunctionalModel(self.architecture)
+        original = FunctionalModel.of(self.architecture)
+        device = jax.device_put(np.float32(0)).device  # that of this thread's context
+
+        def variables() -> Variables:
+            with jax.default_device(device):
+                return jax.device_put(original.fuse(saved.variables))
+
+        pool = concurrent.futures.ThreadPoolExecutor(1, "read")
+        self._variables = pool.submit(variables)
+        pool.shutdown(wait=False)
         self.model = original.fused
-        self.variables: Variables = jax.device_put(original.fuse(saved.variables))
         self.mean: tuple[float, ...] = tuple(saved.info["mean"])
         self.std: tuple[float, ...] = tuple(saved.info["std"])
         self.tta = tta
-        self._predictor = Predictor(
-            self.model, self.variables, mean=self.mean, std=self.std, tta=tta
+        self.predictor = Predictor(
+            self.model, self._variables.result, mean=self.mean, std=self.std, tta=tta
         )
         self._apply = jit_inference(_logits, self.model)
+
+    @property
+    def variables(self) -> Variables:
+        """Arrays of the model, on the default device; raises UserError if they are not valid."""
+        return self._variables.result()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -131,7 +151,7 @@ class Segmenter:
     @property
     def num_compilations(self) -> int:
         """Number of programs compiled for predictions so far."""
-        return self._predictor.num_compilations
+        return self.predictor.num_compilations
 
     def predict(
         self, image: ImageOrPath, positive: PositiveClass | None = None
@@ -147,11 +167,11 @@ class Segmenter:
           UserError: the file is not an image.
           ValueError: the array has another dtype or shape.
         """
-        return self._predictor.ids_and_scores(self.read(image), positive)[0].astype(np.int32)
+        return self.predictor.ids_and_scores(self.read(image), positive)[0].astype(np.int32)
 
     def probabilities(self, image: ImageOrPath) -> Float32[np.ndarray, "h w classes"]:
         """Predicts the probability of each class at each pixel; see `predict`."""
-        return self._predictor.probabilities(self.read(image))
+        return self.predictor.probabilities(self.read(image))
 
     def logits(self, images: Float[Array, "n h w c"]) -> Float32[Array, "n h w classes"]:
         """Applies the model to normalized images, without test-time augmentation.

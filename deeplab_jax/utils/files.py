@@ -156,22 +156,46 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
-def write_png(path: pathlib.Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
-    """Writes an RGB image atomically as a PNG that names its origin."""
-    import cv2  # here, because importing it takes longer than writing text needs
+def write_png(
+    path: pathlib.Path,
+    image: UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "h w"],
+    palette: UInt8[np.ndarray, "256 3"] | None = None,
+) -> None:
+    """Writes a PNG atomically, in which a text chunk names its origin: see `is_own_picture`.
 
-    # Half the size of OpenCV's default compression, in twice its time: 40 ms for a megapixel.
-    options = [cv2.IMWRITE_PNG_COMPRESSION, 3]
-    encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)[1]
-    write_bytes(path, add_origin(encoded.tobytes()))
+    NumPy and zlib do all the work, so that threads can write several at the same time.
+
+    Args:
+      path: of the file.
+      image: RGB, or indices of a palette.
+      palette: RGB of each index.
+    """
+    # Each row begins with the number of its filter. "Up" stores the difference from the row above:
+    # for pictures it is as small as the filter that libpng chooses for each row, in half the time.
+    height, width = image.shape[:2]
+    pixels = image.reshape(height, -1)
+    rows = np.zeros((height, 1 + pixels.shape[1]), np.uint8)
+    rows[:, 1:] = pixels
+    if palette is None:
+        np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])
+        rows[:, 0], color_type, strategy, table = 2, 2, zlib.Z_DEFAULT_STRATEGY, b""
+    else:  # ids form runs
+        color_type, strategy, table = 3, zlib.Z_RLE, _chunk(b"PLTE", palette.tobytes())
+    deflate = zlib.compressobj(level=1, strategy=strategy)
+    parts = (
+        b"\x89PNG\r\n\x1a\n",
+        _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)),
+        _chunk(b"tEXt", _ORIGIN) + table,
+        _chunk(b"IDAT", deflate.compress(rows.data) + deflate.flush()),
+        _chunk(b"IEND", b""),
+    )
+    write_bytes(path, b"".join(parts))
 
 
-def add_origin(png: bytes) -> bytes:
-    """Adds a text chunk to an encoded PNG, by which `is_own_picture` recognizes it."""
-    chunk = b"tEXt" + _ORIGIN
-    length, checksum = (struct.pack(">I", number) for number in (len(_ORIGIN), zlib.crc32(chunk)))
-    # The signature and the header chunk, which must be the first, take 8 and 25 bytes.
-    return png[:33] + length + chunk + checksum + png[33:]
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    """Returns a chunk of a PNG."""
+    checksum = zlib.crc32(content, zlib.crc32(kind))
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
 
 
 def is_own_picture(path: pathlib.Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,6 +42,42 @@ def parallel_map(
     with concurrent.futures.ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
         results = pool.map(function, items)
         yield from results if quiet else track(results, title, len(items))
+
+
+def bounded_map(
+    pool: concurrent.futures.Executor,
+    function: Callable[[_Item], _Result],
+    items: Iterable[_Item],
+    *,
+    max_items: int,
+    max_weight: float,
+    weight: Callable[[_Item], float],
+) -> Iterator[_Result]:
+    """Yields `function(item)` for each item in order, computed in a pool a few items ahead.
+
+    Args:
+      pool: of threads.
+      function: called in the pool.
+      items: the arguments of `function`; the next one is taken when there is room for it.
+      max_items: how many results may be computed, or wait to be yielded, at the same time.
+      max_weight: of these items together; an item that is heavier is computed by itself.
+      weight: of an item.
+    """
+    pending = collections.deque[tuple[concurrent.futures.Future[_Result], float]]()
+    total = 0.0
+    for item in items:
+        own = weight(item)
+        while pending and (
+            len(pending) >= max_items or total + own > max_weight or pending[0][0].done()
+        ):
+            future, done = pending.popleft()
+            total -= done
+            yield future.result()
+        pending.append((pool.submit(function, item), own))
+        total += own
+        del item  # which only the pool needs
+    while pending:
+        yield pending.popleft()[0].result()
 
 
 def check_all(

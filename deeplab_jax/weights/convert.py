@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 from deeplab_jax.data import labels
 from deeplab_jax.models.architecture import Architecture
-from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.files import require_writable
 from deeplab_jax.utils.paths import required_path
 from deeplab_jax.weights import hub, saved_model, torch_file, torchvision
-from deeplab_jax.weights.matching import ConversionReport, require_finite
+from deeplab_jax.weights.matching import Converted, require_finite
 from deeplab_jax.weights.saved_model import SavedModel
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -65,7 +68,7 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str])
 
 
 def read_model(source: str | os.PathLike[str]) -> SavedModel:
-    """Reads a trained model.
+    """Reads a trained model; its arrays at the first use of `variables`, which may raise too.
 
     Args:
       source: A workdir, whose best checkpoint is read; a checkpoint's folder; a `.pth` or
@@ -79,19 +82,25 @@ def read_model(source: str | os.PathLike[str]) -> SavedModel:
     if not path.is_dir():
         return _read_weights(path)[0]
     saved = saved_model.read(path)
-    require_finite(saved.variables.params | saved.variables.batch_stats, str(saved.path))
-    return saved
+    return dataclasses.replace(saved, read_variables=functools.partial(_read_finite, saved))
 
 
-def _read_weights(path: pathlib.Path) -> tuple[SavedModel, ConversionReport]:
-    """Reads a torchvision DeepLabv3; the classes get VOC's names if there are 21, else numbers."""
+def _read_finite(saved: SavedModel) -> Variables:
+    variables = saved.read_variables()
+    require_finite(variables.params | variables.batch_stats, str(saved.path))
+    return variables
+
+
+def _read_weights(path: pathlib.Path) -> tuple[SavedModel, Callable[[], Converted]]:
+    """Reads a torchvision DeepLabv3, and returns a function that converts its arrays too.
+
+    The classes get VOC's names if there are 21, else numbers.
+    """
     file = torch_file.read_file(path)
-    try:
-        architecture = torchvision.architecture_of(file.arrays, file.notes)
-        model = FunctionalModel(architecture)
-        variables, report = torchvision.to_model(file.arrays, model, notes=file.notes)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    architecture = _naming(path, torchvision.architecture_of, file.arrays, file.notes)
+    model = FunctionalModel.of(architecture)
+    to_model = functools.partial(torchvision.to_model, file.arrays, model, notes=file.notes)
+    convert = functools.partial(_naming, path, to_model)
     num_classes = architecture.num_classes
     numbered = labels.named(*(f"class {index}" for index in range(num_classes)))
     info = saved_model.describe(
@@ -102,14 +111,23 @@ def _read_weights(path: pathlib.Path) -> tuple[SavedModel, ConversionReport]:
         resize=_RESIZE,
         size=_SIZE,
     )
-    return SavedModel(path, variables, info), report
+    return SavedModel(path, info, lambda: convert().variables), convert
+
+
+def _naming(path: pathlib.Path, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function, and names the file in its UserError."""
+    try:
+        return function(*arguments)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _to_folder(path: pathlib.Path, target: pathlib.Path) -> Conversion:
     if target.suffix in SUFFIXES:
         raise UserError(f"{path} is a weights file: it is converted to a folder, not {target}")
-    model, report = _read_weights(path)
-    folder = saved_model.write_model(target, model.variables, model.info)
+    model, convert = _read_weights(path)
+    variables, report = convert()
+    folder = saved_model.write_model(target, variables, model.info)
     return Conversion(path, folder, model.architecture, report.used, report.dropped, report.notes)
 
 

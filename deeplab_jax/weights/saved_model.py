@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from deeplab_jax.data.labels import LabelSet
 from deeplab_jax.models.architecture import BACKBONES, HEADS, Architecture
@@ -34,13 +34,18 @@ class SavedModel:
 
     Attributes:
       path: The checkpoint's folder or the file.
-      variables: Arrays on the host; the averaged parameters if the run kept them.
       info: See `describe`.
+      read_variables: Reads `variables`; raises UserError.
     """
 
     path: pathlib.Path
-    variables: Variables
     info: dict[str, Any]
+    read_variables: Callable[[], Variables]
+
+    @functools.cached_property
+    def variables(self) -> Variables:
+        """Arrays on the host, read at first use; the averaged parameters if the run kept them."""
+        return self.read_variables()
 
     @property
     def architecture(self) -> Architecture:
@@ -115,6 +120,8 @@ def write_model(
     Raises:
       UserError: The path exists or cannot be written.
     """
+    from orbax.checkpoint import v1 as ocp
+
     folder = pathlib.Path(path).absolute()
     if folder.exists():
         raise UserError(f"{path} exists already; choose another path, or remove it first")
@@ -146,6 +153,8 @@ def find_checkpoint(path: str | os.PathLike[str]) -> pathlib.Path:
             f"no checkpoint at {path}: expected a workdir of train.py, its folder checkpoints/, or "
             "one step's folder in it"
         )
+    from orbax.checkpoint import v1 as ocp
+
     with ocp.training.Checkpointer(folder, context=orbax_context()) as checkpointer:
         found = checkpointer.checkpoints
     if not found:
@@ -170,21 +179,28 @@ def read(path: str | os.PathLike[str]) -> SavedModel:
     """Reads the model from a checkpoint; see `find_checkpoint` for the path.
 
     Raises:
-      UserError: There is no checkpoint, or it cannot be read.
+      UserError: There is no checkpoint, or it cannot be read. So may the use of `variables`.
     """
     folder = find_checkpoint(path)
     jax.devices()  # so that a wrong JAX_PLATFORMS does not look like a damaged checkpoint
+    info = _read_part(folder, "info")
+    _require_format(folder, info)
+    return SavedModel(folder, info, lambda: Variables(**_read_part(folder, "model")))
+
+
+def _read_part(folder: pathlib.Path, name: str) -> Any:
+    """Reads the checkpointable "info", or "model" as NumPy arrays, whatever devices wrote it."""
+    from orbax.checkpoint import v1 as ocp
+
     try:
         with orbax_context():
-            metadata = ocp.checkpointables_metadata(folder).metadata["model"]
-            # Into NumPy arrays, on whatever devices the checkpoint was written.
-            target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), metadata)
-            trees = ocp.load_checkpointables(folder, {"model": target, "info": None})
+            target = None
+            if name == "model":
+                metadata = ocp.checkpointables_metadata(folder).metadata[name]
+                target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), metadata)
+            return ocp.load_checkpointables(folder, {name: target})[name]
     except Exception as error:
         raise UserError(f"{folder} cannot be read: {first_line(error)}") from error
-    _require_format(folder, trees["info"])
-    model = trees["model"]
-    return SavedModel(folder, Variables(model["params"], model["batch_stats"]), trees["info"])
 
 
 def check_format(workdir: pathlib.Path) -> None:
@@ -197,9 +213,9 @@ def check_format(workdir: pathlib.Path) -> None:
     """
     newest = step_folders(workdir / "checkpoints")[-1]
     try:
-        with orbax_context(), quiet_orbax():
-            info = ocp.load_checkpointables(newest, {"info": None})["info"]
-    except Exception:  # whatever a damaged file makes the reader raise
+        with quiet_orbax():
+            info = _read_part(newest, "info")
+    except UserError:
         return
     _require_format(newest, info)
 
@@ -214,8 +230,10 @@ def _require_format(path: pathlib.Path, info: dict[str, Any]) -> None:
         )
 
 
-def orbax_context() -> ocp.Context:
-    """Returns the settings with which all checkpoints are written and read."""
+def orbax_context() -> Any:
+    """Returns the `ocp.Context` with which all checkpoints are written and read."""
+    from orbax.checkpoint import v1 as ocp  # takes 0.2 s, which weights files do not need
+
     registry = ocp.handlers.local_registry()
     # Without an explicit handler, a dictionary of numbers would be stored as arrays.
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="info")

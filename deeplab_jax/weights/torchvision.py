@@ -103,6 +103,7 @@ _CLASSIFIER_BACKBONE = "features."
 _CLASSIFIER_HEADS = ("fc.", "classifier.")  # of ResNets and MobileNets
 
 _AUX = "aux_classifier."
+_BLOCK_CONV = re.compile(r"backbone\.layer\d\.\d+\.conv\d\.weight")
 _ASPP = "classifier.0.convs."
 _LOGITS = ("classifier.4.", "aux_classifier.4.")  # the last layers: one output per class
 
@@ -200,8 +201,12 @@ def nearest_architecture(
 
     found = relevant({n: array.shape for n, array in named.items() if _last(n) in _TORCH_LEAVES})
     best, best_ratio = "", -1.0
+    # The number in a ResNet's name counts the stem, these convolutions and the classifier.
+    num_convs = len([name for name in named if _BLOCK_CONV.fullmatch(name)])
+    likely = f"torchvision_resnet{num_convs + 2}" if num_convs else "torchvision_mobilenet_v3_large"
     # torchvision's own come first: families tie if only the backbone counts.
-    for name in sorted(ARCHITECTURES, key=lambda name: not name.startswith("torchvision")):
+    order = {name: (name != likely, not name.startswith("torchvision")) for name in ARCHITECTURES}
+    for name in sorted(order, key=lambda name: order[name]):
         known = relevant(_known_shapes(name))
         ratio = len(found & known) / len(found | known)
         if ratio > best_ratio:
@@ -298,7 +303,7 @@ def _slots(model: FunctionalModel, backbone_only: bool) -> dict[str, Slot]:
 
 @functools.cache
 def _known_shapes(architecture: str) -> dict[str, tuple[int, ...]]:
-    slots = _slots(FunctionalModel(ARCHITECTURES[architecture]), backbone_only=False)
+    slots = _slots(FunctionalModel.of(ARCHITECTURES[architecture]), backbone_only=False)
     return {name: slot.shape for name, slot in slots.items()}
 
 

@@ -269,3 +269,43 @@ def test_truncated_jpeg_is_noticed(fraction, monkeypatch):
 def test_small_images_are_sound(tmp_path, size):
     (tmp_path / "a.jpg").write_bytes(jpeg(Image.fromarray(smooth_image(*size))))
     assert images.read_image(tmp_path / "a.jpg").shape == (*size, 3)
+
+
+# --- Sizes from headers ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tif", "bmp", "npy"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_in_a_header_is_that_of_the_upright_image(tmp_path, colours, kind, orientation):
+    path = tmp_path / f"a.{kind}"
+    if kind == "npy":
+        np.save(path, colours)
+    else:
+        exif = Image.Exif()
+        exif[EXIF_ORIENTATION] = orientation
+        Image.fromarray(colours).save(path, **({} if kind == "bmp" else {"exif": exif}))
+    assert images.read_size(path) == read_photo(path).shape[:2]
+
+
+def test_a_png_names_its_orientation_before_or_behind_its_pixels(tmp_path, colours):
+    path = tmp_path / "a.png"
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    Image.fromarray(colours).save(path, exif=exif)
+    data = path.read_bytes()
+    start = data.index(b"eXIf") - 4
+    length = 12 + int.from_bytes(data[start : start + 4], "big")
+    chunk, rest = data[start : start + length], data[:start] + data[start + length :]
+    for moved in (data, rest[:-12] + chunk + rest[-12:]):  # before the last chunk, IEND
+        path.write_bytes(moved)
+        assert images.read_size(path) == (20, 12)
+        assert read_photo(path).shape == (20, 12, 3)
+    path.write_bytes(rest)
+    assert images.read_size(path) == (12, 20)
+
+
+def test_a_file_that_is_no_image_has_no_size(tmp_path):
+    (tmp_path / "a.jpg").write_text("no image")
+    (tmp_path / "a.npy").write_text("no array")
+    for name in ("a.jpg", "a.npy", "none.png", "."):
+        assert images.read_size(tmp_path / name) is None

@@ -23,8 +23,9 @@ from deeplab_jax.distributed.mesh import make_mesh
 from deeplab_jax.evaluation import protocols
 from deeplab_jax.evaluation.boundary import count_boundary
 from deeplab_jax.evaluation.evaluator import Evaluator
+from deeplab_jax.inference.padding import bucket
 from deeplab_jax.inference.positive import PositiveClass
-from deeplab_jax.inference.predictor import Predictor, TestTimeAugmentation, bucket
+from deeplab_jax.inference.predictor import Predictor, TestTimeAugmentation
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, normalize
 from deeplab_jax.utils.errors import UserError

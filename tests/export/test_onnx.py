@@ -43,7 +43,7 @@ class Exported:
             arch, labels.named(*"abcde"), mean=self.mean, std=self.std, resize="", size=(1, 1)
         )
         info |= {"mean": self.mean.tolist(), "std": self.std.tolist()}
-        saved = saved_model.SavedModel(pathlib.Path(), self.variables, info)
+        saved = saved_model.SavedModel(pathlib.Path(), info, lambda: self.variables)
         self.graph = onnx_export.to_onnx(Program(saved, output, sizes), layout)
         session = onnxruntime.InferenceSession(self.graph.SerializeToString())
         self.run = lambda images: session.run(None, {"images": images})[0]

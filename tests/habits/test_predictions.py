@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import small_checkpoint
-from deeplab_jax.inference import files
+from deeplab_jax.inference import pipeline
 from own_data import Maker
 
 
@@ -112,14 +112,14 @@ def test_an_argument_of_a_length_that_no_file_has_fails_alone(command, model):
 
 
 def test_a_full_disk_ends_the_command_with_what_was_done(predict, monkeypatch):
-    write_png = files.write_png
+    write_png = pipeline.write_png
 
     def fill(path, image):
         if path.name.startswith("b"):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         write_png(path, image)
 
-    monkeypatch.setattr(files, "write_png", fill)
+    monkeypatch.setattr(pipeline, "write_png", fill)
     code, out, err, report = predict()
     assert code == 2
     assert names_in(report) == ["a.png"]

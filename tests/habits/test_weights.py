@@ -75,7 +75,8 @@ def test_a_file_with_numbers_that_are_no_weights_is_refused(tmp_path, kind):
     values, message = BAD[kind]
     path = tmp_path / "model.pth"
     torch_file.write(path, spoiled(**values))
-    for use in (read_model, functools.partial(deeplab_jax.convert, destination=tmp_path / "out")):
+    convert = functools.partial(deeplab_jax.convert, destination=tmp_path / "out")
+    for use in (lambda path: read_model(path).variables, convert):
         with pytest.raises(UserError, match=rf"(?s)model\.pth: .*{message}"):
             use(path)
     with pytest.raises(UserError, match=rf"(?s){message}"):
@@ -97,7 +98,7 @@ def test_a_number_too_large_for_float32_is_refused(tmp_path):
     arrays[CONV].flat[0] = 1e300
     torch_file.write(tmp_path / "double.pth", arrays)
     with pytest.raises(UserError, match=r"NaN or infinite: .*\(1 of 73728 float32 values\)"):
-        read_model(tmp_path / "double.pth")
+        read_model(tmp_path / "double.pth").read_variables()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -106,7 +107,7 @@ def test_short_types_are_checked(tmp_path, dtype):
     tensors = {n: t.to(getattr(torch, dtype)) if t.ndim else t for n, t in tensors.items()}
     torch.save(tensors, tmp_path / "half.pth")
     with pytest.raises(UserError, match=r"NaN or infinite: .*\(1 of 73728 float32 values\)"):
-        read_model(tmp_path / "half.pth")
+        read_model(tmp_path / "half.pth").read_variables()
 
 
 def test_arrays_that_are_not_used_may_hold_anything(tmp_path):

@@ -13,15 +13,10 @@ from hypothesis import strategies as st
 
 from deeplab_jax.config import MeshConfig
 from deeplab_jax.distributed.mesh import make_mesh, replicated
-from deeplab_jax.inference.predictor import (
-    Predictor,
-    TestTimeAugmentation,
-    bucket,
-    predict_ids,
-    predict_probabilities,
-    scaled_side,
-)
+from deeplab_jax.inference.padding import bucket
+from deeplab_jax.inference.predictor import Predictor, TestTimeAugmentation
 from deeplab_jax.inference.sliding_window import window_starts, window_weights
+from deeplab_jax.inference.views import predict_ids, predict_probabilities, scaled_side
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, normalize
 from deeplab_jax.utils.errors import UserError

@@ -2,6 +2,7 @@
 
 import os
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -67,11 +68,19 @@ def test_a_folder_appears_only_when_it_is_complete(tmp_path):
     assert list((tmp_path / "new").iterdir()) == [path]
 
 
-def test_a_png_holds_the_pixels(tmp_path):
-    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-    files.write_png(tmp_path / "a.png", image)
-    with Image.open(tmp_path / "a.png") as opened:
+@pytest.mark.parametrize("shape", [(5, 7, 3), (1, 1, 3), (300, 1, 3), (1, 500), (200, 300)])
+def test_a_png_holds_the_pixels_and_its_origin(tmp_path, shape):
+    rng = np.random.default_rng(0)
+    image, palette = rng.integers(0, 256, shape, np.uint8), rng.integers(0, 256, (256, 3), np.uint8)
+    colors = image if len(shape) == 3 else palette[image]
+    path = tmp_path / "a.png"
+    files.write_png(path, image, None if len(shape) == 3 else palette)
+    with Image.open(path) as opened:
         np.testing.assert_array_equal(np.asarray(opened), image)
+        np.testing.assert_array_equal(np.asarray(opened.convert("RGB")), colors)
+        assert opened.info["Software"] == "deeplab_jax"
+    np.testing.assert_array_equal(cv2.imread(str(path))[..., ::-1], colors)
+    assert files.is_own_picture(path)
 
 
 def test_require_writable(tmp_path):

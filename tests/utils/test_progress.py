@@ -1,5 +1,8 @@
 """Loops in threads: the order of results, and problems that are listed together."""
 
+import concurrent.futures
+import threading
+
 import pytest
 
 from deeplab_jax.utils import progress
@@ -14,6 +17,34 @@ def test_parallel_map_keeps_the_order_and_shows_progress_on_stderr(capsys):
     mapped = progress.parallel_map(lambda i: i * i, range(50), "Squares", num_threads=2, quiet=True)
     assert list(mapped) == squares
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("max_items", "max_weight", "expected"), [(3, 100, 3), (9, 4, 4), (9, 0, 1), (1, 100, 1)]
+)
+def test_bounded_map_keeps_the_order_and_its_limits(max_items, max_weight, expected):
+    taken, done = [], threading.Event()
+
+    def items():
+        for item in range(20):
+            taken.append(item)
+            yield item
+
+    def square(item: int) -> int:
+        done.wait()
+        return item * item
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        mapped = progress.bounded_map(
+            *(pool, square, items()),
+            max_items=max_items,
+            max_weight=max_weight,
+            weight=lambda _: 1,
+        )
+        threading.Timer(0.1, done.set).start()
+        assert next(mapped) == 0
+        assert len(taken) == expected + 1  # the last one waits for its turn
+        assert list(mapped) == [i * i for i in range(1, 20)]
 
 
 def test_check_all_keeps_the_order_and_lists_all_problems(capsys):

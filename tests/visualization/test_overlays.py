@@ -52,6 +52,25 @@ def test_blend_mixes_class_colours_and_leaves_the_background_clear(name):
     np.testing.assert_array_equal(mixed[ids != 1], np.full((4, 3), 100))
 
 
+@pytest.mark.parametrize("weight", [0, 1, 77, 128, 200, 255, 256])
+def test_blend_rounds_down(weight):
+    """For all values of pixels and many colours, compared with integers."""
+    colors = ((0, 0, 0), *((3 * i, 255 - 2 * i, 85 + i) for i in range(84)))
+    table = labels.LabelSet(tuple(f"class {i}" for i in range(85)), colors)
+    image = np.arange(256, dtype=np.uint8)[None, :, None].repeat(85, 0).repeat(3, 2)
+    ids = np.arange(85, dtype=np.uint8)[:, None].repeat(256, 1)
+    expected = (image.astype(int) * (256 - weight) + np.array(colors)[ids] * weight) >> 8
+    np.testing.assert_array_equal(overlays.blend(image, ids, table, weight / 256), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+def test_counts_of_classes(dtype):
+    ids = np.array([[0, 2, 2], [2, 255, 0]], np.uint8).astype(dtype)
+    counts = overlays.class_counts(ids, 4)
+    assert counts.dtype == np.int64
+    np.testing.assert_array_equal(counts, [2, 0, 3, 0])
+
+
 def test_blend_colours_class_0_if_it_is_not_the_background():
     ids = np.zeros((1, 1), np.uint8)
     mixed = overlays.blend(np.zeros((1, 1, 3), np.uint8), ids, labels.CAMVID)

@@ -241,10 +241,42 @@ def orientation(file: pathlib.Path | io.BytesIO) -> int:
     """
     try:
         with open_image(file) as image:
-            exif = {} if image.format == "TIFF" else image.getexif()
-            return int(exif.get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a format that Pillow lacks, or that has no EXIF
+            return _orientation(image)
+    except Exception:  # a format that Pillow lacks
         return 1
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    try:
+        if (
+            image.format == "PNG" and image.fp
+        ):  # Pillow would decode it to look for EXIF behind the pixels
+            start = image.fp.tell()
+            image.fp.seek(0)
+            data = image.fp.read()
+            image.fp.seek(start)
+            if not any(word in data for word in (b"eXIf", b"type exif", b"adobe.xmp")):
+                return 1
+        exif = {} if image.format == "TIFF" else image.getexif()
+        return int(exif.get(ExifTags.Base.Orientation, 1))
+    except Exception:  # no valid EXIF
+        return 1
+
+
+def read_size(path: pathlib.Path) -> tuple[int, int] | None:
+    """Reads the height and width that `read_image` gives an upright image, without decoding it.
+
+    None: the file cannot be read, or the header does not say it.
+    """
+    try:
+        if path.suffix.lower() == ".npy":
+            height, width, _ = np.load(path, mmap_mode="r", allow_pickle=False).shape
+            return height, width
+        with open_image(path) as image:
+            width, height = image.size
+            return (width, height) if _orientation(image) > 4 else (height, width)
+    except Exception:  # no image, or of a format that Pillow lacks
+        return None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,240 @@
+"""Predicts image files and writes class ids, overlays and heat maps: `deeplab-jax predict`.
+
+Threads read the next images and write the last ones while the device predicts.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import errno
+import math
+import os
+import pathlib
+import re
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from deeplab_jax.data.io.images import read_image, read_size
+from deeplab_jax.data.io.masks import write_ids
+from deeplab_jax.data.labels import LabelSet
+from deeplab_jax.inference.files import ImageResult, OutputError
+from deeplab_jax.inference.padding import PaddedShape
+from deeplab_jax.inference.positive import PositiveClass, choose_ids
+from deeplab_jax.inference.predictor import Function, Predictor
+from deeplab_jax.inference.segmenter import Segmenter
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.files import write_png
+from deeplab_jax.utils.progress import bounded_map
+from deeplab_jax.visualization import overlays
+
+# Limits of the images that are read ahead, of those that wait for others of their padded shape, and
+# of those that are being written: each a few batches, or two photos of 12 million pixels.
+MAX_IMAGES = 16
+MAX_PIXELS = 24_000_000
+
+
+@dataclasses.dataclass
+class _Image:
+    """An image in the pipeline.
+
+    Attributes:
+      index: of the image among all.
+      path: of the image.
+      base: beginning of the paths to write.
+      pixels: of the image; empty until it is read.
+      shape: see `Predictor.padded_shape`.
+      predicted: see `Predictor.start`; or the error of an earlier stage.
+    """
+
+    index: int
+    path: pathlib.Path
+    base: pathlib.Path
+    pixels: UInt8[np.ndarray, "h w c"] = dataclasses.field(
+        default_factory=lambda: np.empty((0, 0, 3), np.uint8)
+    )
+    shape: PaddedShape | None = None
+    predicted: Any = None
+
+
+def predict_images(
+    segmenter: Segmenter,
+    inputs: Mapping[pathlib.Path, pathlib.Path],
+    *,
+    opacity: float = 0.5,
+    heatmap_classes: Sequence[int] = (),
+    side_by_side: bool = False,
+    positive: PositiveClass | None = None,
+) -> Generator[ImageResult | UserError, None, None]:
+    """Predicts images and writes their class ids, overlays and other pictures.
+
+    To close the iterator, or to raise an error in it, cancels what is not yet being written.
+
+    Args:
+      segmenter: the model.
+      inputs: beginning of the paths to write, to which "_ids.png" and others are appended, by the
+        path of each image; existing files are replaced.
+      opacity: of class colours over the image, 0..1.
+      heatmap_classes: ids of the classes whose probabilities are drawn.
+      side_by_side: whether to draw the image and its overlay in a row too.
+      positive: class that a threshold predicts, if any.
+
+    Yields:
+      The result of each image, in order, or its error: the file is not an image, it does not fit
+      in memory, or an output cannot be written. An `OutputError` is the last item.
+
+    Raises:
+      UserError: the model cannot be read.
+    """
+    predictor, labels = segmenter.predictor, segmenter.labels
+    function: Function = "probabilities" if heatmap_classes else "ids"
+    arguments = () if heatmap_classes else (positive,)
+    num_values = labels.num_classes if heatmap_classes else 1  # of a pixel's prediction
+
+    def read(image: _Image) -> _Image:
+        try:
+            channels = segmenter.architecture.in_channels
+            image.pixels = read_image(image.path, channels, upright=True)
+            image.shape = predictor.padded_shape(image.pixels)
+        except UserError as error:
+            image.predicted = error
+        return image
+
+    def write(image: _Image) -> tuple[int, ImageResult | UserError]:
+        if isinstance(image.predicted, UserError):
+            return image.index, image.predicted
+        heat = {}
+        if heatmap_classes:
+            heat = {index: image.predicted[..., index] for index in heatmap_classes}
+            scores = None if positive is None else image.predicted[..., positive.class_id]
+            ids = choose_ids(image.predicted, scores, positive).astype(np.uint8)
+        else:
+            ids = image.predicted[0]
+        try:
+            files = _write(image, ids, heat, labels, opacity, side_by_side)
+        except UserError as error:
+            return image.index, error
+        counts = overlays.class_counts(ids, labels.num_classes)
+        return image.index, ImageResult(image.path, (ids.shape[0], ids.shape[1]), counts, files)
+
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "images")
+    try:
+        with warnings.catch_warnings():  # not in the threads, which share the filters
+            warnings.simplefilter("ignore")  # about odd but harmless metadata
+            sizes = list(pool.map(read_size, inputs))
+            predictor.plan([size for size in sizes if size], function, *arguments)
+            read_ahead = bounded_map(
+                *(pool, read, (_Image(i, *paths) for i, paths in enumerate(inputs.items()))),
+                max_items=MAX_IMAGES,
+                max_weight=MAX_PIXELS,
+                weight=lambda image: math.prod(sizes[image.index] or (MAX_PIXELS,)),
+            )
+            _ = segmenter.variables  # raises what is wrong with the model
+            written = bounded_map(
+                *(pool, write, _predict(predictor, read_ahead, function, *arguments)),
+                max_items=MAX_IMAGES,
+                max_weight=MAX_PIXELS / num_values,
+                weight=lambda image: math.prod(image.pixels.shape[:2]),
+            )
+            yield from _in_order(written)
+    finally:
+        predictor.cancel()
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(
+    results: Iterable[tuple[int, ImageResult | UserError]],
+) -> Iterator[ImageResult | UserError]:
+    """Yields the results by index; ends with an `OutputError`, after what is done."""
+    waiting: dict[int, ImageResult | UserError] = {}
+    following = 0
+    for index, result in results:
+        waiting[index] = result
+        if isinstance(result, OutputError):
+            yield from (waiting[i] for i in sorted(waiting, key=lambda i: (i == index, i)))
+            return
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
+
+
+def _predict(
+    predictor: Predictor, images: Iterable[_Image], function: Function, *arguments: Any
+) -> Iterator[_Image]:
+    """Predicts images in batches of one padded shape; yields a batch when the next is started."""
+    groups: dict[PaddedShape | None, list[_Image]] = {}
+    started = collections.deque[tuple[list[_Image], Callable[[], list[Any]]]]()
+    # On a CPU, whose processors one batch keeps busy, a second one would only need memory.
+    max_started = 0 if predictor.max_batch == 1 else 1
+
+    def finish(max_started: int) -> Iterator[_Image]:
+        while len(started) > max_started:
+            group, get_predictions = started.popleft()
+            for one, predicted in zip(group, get_predictions(), strict=True):
+                one.predicted = predicted
+                yield one
+
+    def start(group: list[_Image]) -> Iterator[_Image]:
+        pixels = [image.pixels for image in group]
+        started.append((group, predictor.start(function, pixels, *arguments)))
+        yield from finish(max_started)
+
+    for image in images:
+        if image.predicted is not None:  # an error
+            yield image
+            continue
+        groups.setdefault(image.shape, []).append(image)
+        waiting = [one for group in groups.values() for one in group]
+        if len(groups[image.shape]) >= (image.shape.num_images if image.shape else 1):
+            yield from start(groups.pop(image.shape))
+        elif len(waiting) >= MAX_IMAGES or sum(one.pixels.size for one in waiting) > 3 * MAX_PIXELS:
+            yield from start(groups.pop(waiting[0].shape))
+    for group in groups.values():
+        yield from start(group)
+    yield from finish(0)
+
+
+def _write(
+    image: _Image,
+    ids: UInt8[np.ndarray, "h w"],
+    heat: Mapping[int, np.ndarray],
+    labels: LabelSet,
+    opacity: float,
+    side_by_side: bool,
+) -> dict[str, pathlib.Path]:
+    """Draws and writes the pictures of an image; returns their paths by kind.
+
+    Raises:
+      UserError: a picture cannot be written.
+      OutputError: the disk is full or read-only.
+    """
+    # Drawn one after the other: pictures of large images take much memory.
+    blended = {"overlay": overlays.overlay, "side_by_side": overlays.side_by_side}
+    if not side_by_side:
+        del blended["side_by_side"]
+    base = image.base
+    files = {kind: base.with_name(f"{base.name}_{kind}.png") for kind in ("ids", *blended)}
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        write_ids(files["ids"], ids, labels)
+        for kind, draw in blended.items():
+            write_png(files[kind], draw(image.pixels, ids, labels, opacity=opacity))
+        for index, probability in heat.items():
+            name = labels.names[index]
+            plain = re.sub(r"[^\w-]+", "_", name)
+            suffix = plain if plain == name else f"{plain}_{index}"
+            file = files[f"heatmap {name}"] = base.with_name(f"{base.name}_heatmap_{suffix}.png")
+            write_png(file, overlays.heatmap(image.pixels, probability, name))
+    except OSError as error:
+        target = str(error.filename2 or error.filename or ".partial")
+        target = f"{base}_*.png" if target.endswith(".partial") else target
+        message = f"{image.path}: cannot write to {target}: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise OutputError(message) from error
+        raise UserError(message) from error
+    return files
