@@ -46,7 +46,7 @@ for name in $rows; do
   fresh "$name"
   case $name in
     camvid)
-      row camvid 140 python3 benchmarks/camvid.py --root "$camvid" --alone --steps 600 \
+      row camvid 110 python3 benchmarks/camvid.py --root "$camvid" --alone --steps 600 \
         --json "$out/camvid.json" ;;
     photos)
       make_weights

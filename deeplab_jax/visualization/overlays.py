@@ -7,6 +7,7 @@ grows with large ones.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import cv2
@@ -148,23 +149,41 @@ def legend(
     """
     letters = font(font_size)
     swatch, gap, line = font_size, font_size // 2, round(1.6 * font_size)
-    placed: list[tuple[int, int, Color | None, str]] = []  # x, row, colour, text
+    placed: list[tuple[int, int, Color | None, str, str]] = []  # x, row, colour, name, note
     x, row = gap, 0
     for color, name, note in entries:
         note = f" {note}" if note else ""
-        words = shorten(name, letters, width - swatch - 3 * gap - letters.getlength(note)) + note
-        length = swatch + gap + round(letters.getlength(words))
+        name = shorten(name, letters, width - swatch - 3 * gap - _length(letters, note))
+        length = swatch + gap + round(_length(letters, name + note))
         if x + length + gap > width and x > gap:
             x, row = gap, row + 1
-        placed.append((x, row, color, words))
+        placed.append((x, row, color, name, note))
         x += length + 2 * gap
-    canvas = Image.fromarray(blank((row + 1) * line + gap, width))
-    draw = ImageDraw.Draw(canvas)
-    for x, row, color, words in placed:
+    pixels = blank((row + 1) * line + gap, width)
+    frame = max(1, font_size // 16)
+    for x, row, color, name, note in placed:
         top = row * line + gap
-        square = (x, top, x + swatch - 1, top + swatch - 1)
-        draw.rectangle(square, fill=color, outline=INK, width=max(1, font_size // 16))
-        draw.text((x + swatch + gap, top + swatch / 2), words, INK, letters, anchor="lm")
+        pixels[top : top + swatch, x : x + swatch] = INK
+        inside = slice(top + frame, top + swatch - frame), slice(x + frame, x + swatch - frame)
+        pixels[inside] = (255, 255, 255) if color is None else color
+        left = x + swatch + gap
+        for words, start in ((name, 0.0), (note, _length(letters, name))):
+            drawn = _draw_text(words, font_size, start % 1)
+            first = left + int(start) - font_size
+            part = pixels[top : top + line, max(first, 0) : first + drawn.shape[1]]
+            np.minimum(part, drawn[: len(part), max(-first, 0) :][:, : part.shape[1]], out=part)
+    return pixels
+
+
+# Drawing text takes Python's lock, for longer than all other work on a picture. Names and areas
+# repeat from picture to picture.
+@functools.lru_cache(4096)
+def _draw_text(words: str, font_size: int, start: float) -> Picture:
+    """Draws a line of text, `font_size + start` pixels from the left; its middle is that of ink."""
+    letters, line = font(font_size), round(1.6 * font_size)
+    canvas = Image.fromarray(blank(line, math.ceil(letters.getlength(words)) + 2 * font_size))
+    where = font_size + start, font_size / 2
+    ImageDraw.Draw(canvas).text(where, words, INK, letters, anchor="lm")
     return np.asarray(canvas)
 
 
@@ -222,11 +241,16 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)  # type: ignore[return-value]
 
 
+@functools.lru_cache(4096)
+def _length(letters: ImageFont.FreeTypeFont, words: str) -> float:
+    return letters.getlength(words)
+
+
 def shorten(words: str, letters: ImageFont.FreeTypeFont, max_width: float) -> str:
     """Cuts text to a width in pixels; "..." marks the cut."""
-    if letters.getlength(words) <= max_width:
+    if _length(letters, words) <= max_width:
         return words
-    while words and letters.getlength(words + "...") > max_width:
+    while words and _length(letters, words + "...") > max_width:
         words = words[:-1]
     return words + "..."
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 from deeplab_jax.data import labels
 from deeplab_jax.visualization import overlays
@@ -102,6 +103,26 @@ def test_the_legend_shows_each_colour_and_breaks_lines():
     assert narrow.shape[0] > wide.shape[0]
     assert set(labels.VOC.colors[1:]) <= colours(narrow)
     assert narrow.shape[1] == 200
+
+
+@pytest.mark.parametrize("font_size", [8, 14, 15, 33])
+def test_the_legend_draws_what_pillow_draws(font_size):
+    notes = ("", "45.7 %", "< 0.1 %", "100.0 %")
+    names = ("j", "AVTo fy", "traffic light (red)", "Wäy gQ", "f")
+    entries = [((9 * i, 0, 99), name, notes[i % 4]) for i, name in enumerate(names)]
+    letters, gap = overlays.font(font_size), font_size // 2
+    drawn = overlays.legend(entries, 3000, font_size)
+    canvas = Image.fromarray(blank(*drawn.shape[:2], value=255))
+    pillow, x = ImageDraw.Draw(canvas), gap
+    for color, name, note in entries:
+        words = f"{name} {note}" if note else name
+        square = (x, gap, x + font_size - 1, gap + font_size - 1)
+        pillow.rectangle(square, color, overlays.INK, width=max(1, font_size // 16))
+        at = x + font_size + gap, gap + font_size / 2
+        pillow.text(at, words, overlays.INK, letters, anchor="lm")
+        x += font_size + 3 * gap + round(letters.getlength(words))
+    np.testing.assert_array_equal(drawn, np.asarray(canvas))
+    np.testing.assert_array_equal(drawn, overlays.legend(entries, 3000, font_size))  # from cache
 
 
 @pytest.mark.parametrize(
