@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from jaxtyping import UInt8
 
@@ -122,6 +123,8 @@ def predict_images(
         counts = overlays.class_counts(ids, labels.num_classes)
         return image.index, ImageResult(image.path, (ids.shape[0], ids.shape[1]), counts, files)
 
+    num_threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # there is a thread per CPU already
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "images")
     try:
         with warnings.catch_warnings():  # not in the threads, which share the filters
@@ -145,6 +148,7 @@ def predict_images(
     finally:
         predictor.cancel()
         pool.shutdown(cancel_futures=True)
+        cv2.setNumThreads(num_threads)
 
 
 def _in_order(
