@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,8 +27,6 @@ from deeplab_jax.inference.positive import PositiveClass
 from deeplab_jax.inference.predictor import Predictor, TestTimeAugmentation
 from deeplab_jax.inference.views import predict_ids
 from deeplab_jax.models.functional import FunctionalModel, Variables, normalize
-
-_Item = TypeVar("_Item")
 
 
 class Evaluator:
@@ -74,7 +73,6 @@ class Evaluator:
             self._batch_size = jax.process_count()
         self._num_compilations = 0
         replicated = mesh_lib.replicated(mesh)
-        self._fuse = jax.jit(self._model.fuse)
         self._step = jit_inference(
             self._evaluate_batch,
             self._model.fused,
@@ -96,6 +94,7 @@ class Evaluator:
         model: FunctionalModel,
         variables: Variables,
         batch: dict[str, Array],
+        positive: PositiveClass | None,
         *,
         height: int,
     ) -> tuple[Array, Array, tuple[Array, ...]]:
@@ -109,7 +108,7 @@ class Evaluator:
             variables,
             normalize(images, data.mean, data.std),
             None if self._protocol.padding_is_image else batch["size"],
-            self.positive,
+            positive,
             scales=settings.scales,
             flip=settings.flip,
         )
@@ -162,15 +161,20 @@ class Evaluator:
             shape=self._protocol.shape(self._settings),
             rows=rows,
             fill=pipeline.mean_pixel(self._config.data),
-            num_workers=0,  # threads: an evaluation ends before processes would pay off
             transform=self._protocol.prepare,
         ) as batches:
-            for batch, result in _one_behind((batch, run(batch)) for batch in batches):
+            started: Iterator[Any] = ((batch, run(batch)) for batch in batches)
+            # A result is added once the next batch is started: the devices compute it meanwhile.
+            for (batch, result), _ in itertools.pairwise(itertools.chain(started, [None])):
                 if should_stop():
                     return None
                 tally.add(batch, result)
                 progress()
         return tally.evaluation()
+
+    def _fused(self, variables: Variables) -> Variables:
+        """Returns the variables for the model with fused batch norm, computed by NumPy."""
+        return self._model.fuse(jax.device_get(mesh_lib.replicate(variables, self._mesh)))
 
     def _by_batch(self, variables: Variables) -> Callable[[pipeline.EvalBatch], BatchResult]:
         """Returns the function that evaluates a batch of images on all devices.
@@ -179,7 +183,7 @@ class Evaluator:
         as `_by_image` does.
         """
         by_image = self._by_image(variables)
-        variables = self._fuse(mesh_lib.replicate(variables, self._mesh))
+        fused = mesh_lib.replicate(self._fused(variables), self._mesh)
 
         def run(batch: pipeline.EvalBatch) -> BatchResult:
             padded = math.prod(batch["label"].shape[1:])  # on all hosts the same
@@ -188,7 +192,7 @@ class Evaluator:
             height, stride = batch["label"].shape[1], self._model.architecture.output_stride
             mesh_lib.check_height("evaluation", height, stride, self._mesh)
             placed = mesh_lib.to_global(batch, self._mesh, self._batch_size)
-            index, matrices, predicted = self._step(variables, placed, height=height)
+            index, matrices, predicted = self._step(fused, placed, self.positive, height=height)
             return BatchResult(
                 index, matrices, lambda: list(map(mesh_lib.addressable_rows, predicted))
             )
@@ -206,7 +210,7 @@ class Evaluator:
         def predict() -> Predictor:
             return Predictor(
                 self._model.fused,
-                self._model.fuse(jax.device_get(mesh_lib.replicate(variables, self._mesh))),
+                self._fused(variables),
                 mean=self._config.data.mean,
                 std=self._config.data.std,
                 tta=TestTimeAugmentation(
@@ -236,13 +240,3 @@ class Evaluator:
             return BatchResult(indices[first], matrices[first], lambda: maps)
 
         return run
-
-
-def _one_behind(items: Iterable[_Item]) -> Iterator[_Item]:
-    """Yields each item once the next one is made: the devices compute it meanwhile."""
-    made: list[_Item] = []
-    for item in items:
-        made.append(item)
-        if len(made) > 1:
-            yield made.pop(0)
-    yield from made

@@ -425,7 +425,6 @@ def test_without_a_positive_class_no_probabilities_are_computed():
     ours = evaluator(network, Dataset(DATA.source, named("background", "a")))
     texts = []
     for positive in (None, PositiveClass(1)):
-        ours.positive = positive
         batch = {
             "image": np.zeros((3, 65, 65, 3), np.uint8),
             "label": np.zeros((3, 65, 65), np.uint8),
@@ -433,8 +432,22 @@ def test_without_a_positive_class_no_probabilities_are_computed():
             "size": np.full((3, 2), 65, np.int32),
         }
         lowered = jax.jit(functools.partial(ours._evaluate_batch, network.fused, height=65)).lower(
-            network.fuse(variables), batch
+            network.fuse(variables), batch, positive
         )
         texts.append(lowered.as_text())
     assert "exponential" not in texts[0]
     assert "exponential" in texts[1]
+
+
+def test_thresholds_share_a_program():
+    num_classes = DATA.labels.num_classes
+    network = FunctionalModel(architecture("paper_resnet18", num_classes=num_classes, width=0.125))
+    variables = random_variables(network, seed=1)
+    ours = evaluator(network, DATA)
+    found, programs = set(), []
+    for threshold in (0.0, 0.3, 1.0):
+        ours.positive = PositiveClass(1, threshold)
+        found.add(int(ours.evaluate(variables).matrix[:, 1].sum()))
+        programs.append(ours.num_compilations)
+    assert len(found) > 1
+    assert programs == [1, 1, 1]
