@@ -100,6 +100,16 @@ def shared_data() -> pathlib.Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_exit_at_once():
+    """Commands in this process would end pytest, if a thread still compiles."""
+    from deeplab_jax.cli import errors
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(errors, "_exit_at_once", lambda code: None)
+        yield
+
+
 @pytest.fixture
 def command(monkeypatch, capfd):
     """Runs `deeplab-jax` with arguments; its exit code, stdout and stderr."""

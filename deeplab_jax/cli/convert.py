@@ -12,11 +12,7 @@ from deeplab_jax.cli import options, outputs
 def convert(
     source: options.Checkpoint,
     destination: Annotated[
-        str,
-        typer.Argument(
-            help="New folder for a checkpoint, or .pth or .safetensors file.",
-            callback=options.expand_path,
-        ),
+        str, options.path_argument("New folder for a checkpoint, or .pth or .safetensors file.")
     ],
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no table of arrays.")] = False,
 ) -> None:

@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 data = typer.Typer(no_args_is_help=True)
 
 Root = Annotated[
-    str,
-    typer.Argument(
-        help="Folder, CSV file or COCO JSON of the images and masks.", callback=options.expand_path
-    ),
+    str, options.path_argument("Folder, CSV file or COCO JSON of the images and masks.")
 ]
 Workers = Annotated[int, typer.Option(help="Number of threads; 0: one per CPU.", min=0)]
 
@@ -60,10 +57,7 @@ def check(
     ] = False,
     json_file: options.Json = "",
     sheet: Annotated[
-        str,
-        typer.Option(
-            help="Draw images with their masks to this file, a PNG.", callback=options.expand_path
-        ),
+        str, options.path_option("Draw images with their masks to this file, a PNG.")
     ] = "",
     workers: Workers = 0,
 ) -> None:
@@ -93,9 +87,7 @@ def check(
 def prepare(
     settings: DataSettings,
     root: Root,
-    out: Annotated[
-        str, typer.Argument(help="New folder for the data set.", callback=options.expand_path)
-    ],
+    out: Annotated[str, options.path_argument("New folder for the data set.")],
     copy: Annotated[
         bool,
         typer.Option(

@@ -117,18 +117,10 @@ class DataSettings:
 
 def _data_settings(
     config: Annotated[
-        str,
-        typer.Option(
-            help="Config file whose data settings to use, as configs/folder.py.",
-            callback=options.expand_path,
-        ),
+        str, options.path_option("Config file whose data settings to use, as configs/folder.py.")
     ] = "",
     classes: Annotated[
-        str,
-        typer.Option(
-            help="File of class names. Default: classes.txt in the root.",
-            callback=options.expand_path,
-        ),
+        str, options.path_option("File of class names. Default: classes.txt in the root.")
     ] = "",
     masks_hold: Annotated[
         str,

@@ -6,9 +6,12 @@ import contextlib
 import errno
 import importlib
 import io
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 from deeplab_jax.utils.errors import UserError, first_line
@@ -27,10 +30,15 @@ def escape_unprintable() -> None:
 def exit_on_user_error() -> Iterator[None]:
     """Ends the program without a traceback if the body raises a `UserError`, fills the disk, may
     not use a path, or finds no platform that JAX_PLATFORMS names.
+
+    A program that ends so, or by SystemExit, does not wait for threads that compile.
     """
     try:
         yield
         return
+    except SystemExit as end:
+        _exit_at_once(end.code)
+        raise
     except UserError as error:
         message = str(error)
     except OSError as error:
@@ -46,13 +54,42 @@ def exit_on_user_error() -> Iterator[None]:
         if not message:
             raise
     print(f"error: {message}", file=sys.stderr)
+    _exit_at_once(2)
     sys.exit(2)
+
+
+def _exit_at_once(code: Any) -> None:
+    """Ends the process at once after a signal, and if a thread compiles, which Python waits for.
+
+    JAX may crash if Python ends while a device computes.
+    """
+    compilation: Any = sys.modules.get("deeplab_jax.inference.compilation")
+    is_compiling = any(program.running() for program in getattr(compilation, "STARTED", ()))
+    if isinstance(code, str) or not (is_compiling or (code or 0) > 128):
+        return
+    for thread in threading.enumerate():
+        if thread.name.startswith("images"):  # may still write, after a second Ctrl-C
+            thread.join(timeout=5)
+    sys.stdout.flush()
+    os._exit(code or 0)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Handles a signal: raises KeyboardInterrupt for Ctrl-C, and SystemExit for others."""
+    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
+        # Python calls this function of JAX after a garbage collection, and ignores its errors.
+        main = threading.main_thread().ident
+        threading.Timer(0.01, signal.pthread_kill, (main, number)).start()
+    elif number == signal.SIGINT:
+        raise KeyboardInterrupt
+    else:
+        sys.exit(128 + number)
 
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
     """Raises SystemExit in the body at the signal SIGTERM, so that it cleans up as at Ctrl-C."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:

@@ -22,18 +22,12 @@ def evaluate(
     checkpoint: options.Checkpoint,
     data: Annotated[
         str,
-        typer.Option(
-            help="Data set (voc, coco, cityscapes, ade20k, folder, shapes), or config file whose "
-            "data section to use. Default: the data set of the training.",
-            callback=options.expand_path,
+        options.path_option(
+            "Data set (voc, coco, cityscapes, ade20k, folder, shapes), or config file whose "
+            "data section to use. Default: the data set of the training."
         ),
     ] = "",
-    root: Annotated[
-        str,
-        typer.Option(
-            help="Folder of the data. Default: the config's.", callback=options.expand_path
-        ),
-    ] = "",
+    root: Annotated[str, options.path_option("Folder of the data. Default: the config's.")] = "",
     split: Annotated[str, typer.Option(help="Default: the config's eval_split, val.")] = "",
     limit: Annotated[int, typer.Option(min=0, help="Only the first N images; 0: all.")] = 0,
     boundary: Annotated[
@@ -45,20 +39,15 @@ def evaluate(
     ] = 0,
     json_file: options.Json = "",
     confusion: Annotated[
-        str,
-        typer.Option(
-            help="Draw the confusion matrix to this file (.png, .svg or .pdf).",
-            callback=options.expand_path,
-        ),
+        str, options.path_option("Draw the confusion matrix to this file (.png, .svg or .pdf).")
     ] = "",
     positive: options.Positive = "",
     threshold: options.Threshold = None,
     curves: Annotated[
         str,
-        typer.Option(
-            help="Draw the ROC and the precision-recall curve of the class --positive to this file "
-            "(.png, .svg or .pdf), or write their points (.json).",
-            callback=options.expand_path,
+        options.path_option(
+            "Draw the ROC and the precision-recall curve of the class --positive to this file "
+            "(.png, .svg or .pdf), or write their points (.json)."
         ),
     ] = "",
 ) -> None:

@@ -14,12 +14,7 @@ ANY = "symbolic"
 
 def export(
     checkpoint: options.Checkpoint,
-    destination: Annotated[
-        str,
-        typer.Argument(
-            help="File to write: OUT.stablehlo or OUT.onnx.", callback=options.expand_path
-        ),
-    ],
+    destination: Annotated[str, options.path_argument("File to write: OUT.stablehlo or OUT.onnx.")],
     height: Annotated[str, typer.Option(help="Height of images, pixels; symbolic: any.")] = ANY,
     width: Annotated[str, typer.Option(help="Width of images, pixels; symbolic: any.")] = ANY,
     batch: Annotated[str, typer.Option(help="Number of images; symbolic: any.")] = ANY,

@@ -7,6 +7,7 @@ import atexit
 import gc
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -15,7 +16,7 @@ import typer
 
 from deeplab_jax.cli.convert import convert
 from deeplab_jax.cli.data import data
-from deeplab_jax.cli.errors import escape_unprintable, exit_on_user_error
+from deeplab_jax.cli.errors import escape_unprintable, exit_on_user_error, interrupt
 from deeplab_jax.cli.evaluate import evaluate
 from deeplab_jax.cli.export import export
 from deeplab_jax.cli.plan import plan
@@ -65,20 +66,16 @@ def train(context: typer.Context) -> None:
     command(context.args)
 
 
-app.command()(evaluate)
-app.command()(predict)
-app.command()(warm)
-app.command()(convert)
-app.command()(export)
-app.command()(summary)
-app.command()(plan)
-app.command()(submit)
+for command in (evaluate, predict, warm, convert, export, summary, plan, submit):
+    app.command()(command)
 app.add_typer(data, name="data")
 
 
 def main() -> None:
     """Runs a command; a user's mistake is one message and exit code 2."""
     atexit.register(gc.freeze)  # Python's last collection only takes time
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored
+        signal.signal(signal.SIGINT, interrupt)
     with exit_on_user_error():
         # --import may also follow the command, where Typer knows only the command's own options.
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

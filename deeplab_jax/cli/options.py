@@ -15,7 +15,7 @@ from deeplab_jax.utils.paths import required_path
 
 
 def expand_path(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
-    """Replaces `~` in the paths of an option; the callback of all options that hold paths.
+    """Replaces `~` in the paths of an option; see `path_option`.
 
     Raises:
       UserError: a path is empty, as `--json=$VARIABLE` makes it if the variable is unset.
@@ -30,12 +30,21 @@ def expand_path(context: typer.Context, option: typer.CallbackParam, value: Any)
     return expanded[0] if isinstance(value, str) else expanded
 
 
+def path_option(words: str, *names: str) -> Any:
+    """Returns an option, with this help, that holds paths."""
+    return typer.Option(*names, help=words, callback=expand_path)
+
+
+def path_argument(words: str) -> Any:
+    """Returns an argument, with this help, that holds paths."""
+    return typer.Argument(help=words, callback=expand_path)
+
+
 Checkpoint = Annotated[
     str,
-    typer.Argument(
-        help="Workdir, checkpoint, weights file (.pth, .safetensors), or name of weights that "
-        "torchvision publishes.",
-        callback=expand_path,
+    path_argument(
+        "Workdir, checkpoint, weights file (.pth, .safetensors), or name of weights that "
+        "torchvision publishes."
     ),
 ]
 OutputStride = Annotated[
@@ -83,12 +92,7 @@ Threshold = Annotated[
     ),
 ]
 Json = Annotated[
-    str,
-    typer.Option(
-        "--json",
-        help="Write the results to this file (.json); -: print only JSON.",
-        callback=expand_path,
-    ),
+    str, path_option("Write the results to this file (.json); -: print only JSON.", "--json")
 ]
 
 
@@ -109,6 +113,17 @@ def parse_scales(text: str | None) -> tuple[float, ...] | None:
 def spell_views(scales: Sequence[float], flip: bool) -> str:
     """Returns the views of an image as words: "0.5, 1, and mirrored"."""
     return ", ".join(f"{scale:g}" for scale in scales) + (", and mirrored" if flip else "")
+
+
+def _view_settings(
+    output_stride: OutputStride = None,
+    scales: Scales = None,
+    flip: Flip = None,
+    window: Window = None,
+    overlap: Overlap = None,
+) -> dict[str, Any]:
+    """Returns the arguments of `inference.segmenter.load` that the options set."""
+    return locals() | {"scales": parse_scales(scales)}
 
 
 def _eval_settings(
@@ -164,4 +179,5 @@ def add_options(build: Callable[..., Any]) -> Callable[[Callable[..., None]], Ca
     return decorate
 
 
+view_options = add_options(_view_settings)
 evaluation_options = add_options(_eval_settings)

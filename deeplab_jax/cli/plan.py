@@ -21,11 +21,7 @@ _MAX_IMAGES_PER_CHIP = 1024  # that --find-batch tries
 
 def plan(
     config: Annotated[
-        str,
-        typer.Argument(
-            help="Config file, or name of a config, as train takes it.",
-            callback=options.expand_path,
-        ),
+        str, options.path_argument("Config file, or name of a config, as train takes it.")
     ],
     topology: Annotated[
         str, typer.Option(help="Chip and shape of a slice: v5e:4x4, v6e:16x16, v5p:4x4x4, v4:2x2x1")

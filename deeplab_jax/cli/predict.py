@@ -20,22 +20,15 @@ if TYPE_CHECKING:
     from deeplab_jax.inference.files import ImageResult
 
 
+@options.view_options
 @paused_collector()
 def predict(
+    settings: dict[str, Any],
     checkpoint: options.Checkpoint,
     images: Annotated[
-        list[str],
-        typer.Argument(
-            help="Image files, folders (searched recursively) or patterns.",
-            callback=options.expand_path,
-        ),
+        list[str], options.path_argument("Image files, folders (searched recursively) or patterns.")
     ],
-    out: Annotated[
-        str,
-        typer.Option(
-            help="Folder for the results; created if it is missing.", callback=options.expand_path
-        ),
-    ],
+    out: Annotated[str, options.path_option("Folder for the results; created if it is missing.")],
     heatmap: Annotated[
         list[str] | None,
         typer.Option(help="Class (name or id) whose probability is drawn as heat map; repeatable."),
@@ -46,11 +39,6 @@ def predict(
     opacity: Annotated[
         float, typer.Option(min=0, max=1, help="Opacity of the class colours over the image.")
     ] = 0.5,
-    output_stride: options.OutputStride = None,
-    scales: options.Scales = None,
-    flip: options.Flip = None,
-    window: options.Window = None,
-    overlap: options.Overlap = None,
     positive: options.Positive = "",
     threshold: options.Threshold = None,
     json_file: options.Json = "",
@@ -81,15 +69,7 @@ def predict(
     inputs, num_own = files.find_images(images, folder)
     require_writable(folder, "--out", create=True)
     outputs.check("--json", json_file, ".json")
-    model = segmenter.load(
-        checkpoint,
-        output_stride=output_stride,
-        scales=options.parse_scales(scales),
-        flip=flip,
-        window=window,
-        overlap=overlap,
-        wait=False,
-    )
+    model = segmenter.load(checkpoint, **settings, wait=False)
     if positive and threshold is None:
         raise UserError("--positive needs --threshold: without it, the most probable class counts")
     chosen = None if threshold is None else resolve(model.labels, positive, threshold)

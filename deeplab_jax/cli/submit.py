@@ -18,26 +18,14 @@ if TYPE_CHECKING:
 def submit(
     settings: dict[str, Any],
     checkpoint: options.Checkpoint = "",
-    out: Annotated[
-        str, typer.Option(help="Archive to write (.tgz).", callback=options.expand_path)
-    ] = "results.tgz",
+    out: Annotated[str, options.path_option("Archive to write (.tgz).")] = "results.tgz",
     check: Annotated[
-        str,
-        typer.Option(
-            help="Only check this archive, or folder with results/ in it.",
-            callback=options.expand_path,
-        ),
+        str, options.path_option("Only check this archive, or folder with results/ in it.")
     ] = "",
     data: Annotated[
-        str,
-        typer.Option(
-            help="voc, with the checkpoint's data root; or a config file.",
-            callback=options.expand_path,
-        ),
+        str, options.path_option("voc, with the checkpoint's data root; or a config file.")
     ] = "voc",
-    root: Annotated[
-        str, typer.Option(help="Folder with VOCdevkit in it.", callback=options.expand_path)
-    ] = "",
+    root: Annotated[str, options.path_option("Folder with VOCdevkit in it.")] = "",
     split: Annotated[
         str, typer.Option(help="test; or a split with labels, e.g. val, to get its mIoU too.")
     ] = "test",

@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 def summary(
     model: Annotated[
         str,
-        typer.Argument(
-            help="A config file, the name of a config or an architecture, or a workdir, checkpoint "
-            "or weights file.",
-            callback=options.expand_path,
+        options.path_argument(
+            "A config file, the name of a config or an architecture, or a workdir, checkpoint "
+            "or weights file."
         ),
     ],
     size: Annotated[
@@ -36,16 +35,12 @@ def summary(
     json_file: options.Json = "",
     plot: Annotated[
         str,
-        typer.Option(
-            help="Draw valid taps by rate, and its blocks, here (.png, .svg or .pdf).",
-            callback=options.expand_path,
-        ),
+        options.path_option("Draw valid taps by rate, and its blocks, here (.png, .svg or .pdf)."),
     ] = "",
     receptive_field: Annotated[
         str,
-        typer.Option(
-            help="Draw the effective receptive field here (.png, .svg or .pdf); takes a while.",
-            callback=options.expand_path,
+        options.path_option(
+            "Draw the effective receptive field here (.png, .svg or .pdf); takes a while."
         ),
     ] = "",
     samples: Annotated[

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from deeplab_jax.cli import options, outputs
+from deeplab_jax.utils.errors import UserError
 
 
+@options.view_options
 def warm(
+    settings: dict[str, Any],
     checkpoint: options.Checkpoint,
     sizes: Annotated[
         str, typer.Option(help="Sides, or height x width, of the images, pixels: 375x500,513.")
     ],
-    batch: Annotated[int, typer.Option(min=1, help="Number of images of each size.")] = 1,
-    output_stride: options.OutputStride = None,
-    scales: options.Scales = None,
-    flip: options.Flip = None,
-    window: options.Window = None,
-    overlap: options.Overlap = None,
+    batch: Annotated[
+        int, typer.Option(min=1, max=100_000, help="Number of images of each size.")
+    ] = 1,
 ) -> None:
     """Compile the programs that `predict` will need, and keep them on disk.
 
@@ -35,17 +36,13 @@ def warm(
     import numpy as np
 
     from deeplab_jax.analysis.descriptions import parse_size
+    from deeplab_jax.data.io.images import MAX_PIXELS
     from deeplab_jax.inference import compilation, segmenter
 
     parsed = [parse_size(text, "--sizes") for text in sizes.split(",")]
-    model = segmenter.load(
-        checkpoint,
-        output_stride=output_stride,
-        scales=options.parse_scales(scales),
-        flip=flip,
-        window=window,
-        overlap=overlap,
-    )
+    if max(map(math.prod, parsed)) > MAX_PIXELS:
+        raise UserError(f"--sizes {sizes}: an image may have at most {MAX_PIXELS} pixels")
+    model = segmenter.load(checkpoint, **settings)
     predictor, console = model.predictor, outputs.console("")
     if jax.default_backend() == "cpu" and compilation.has_onednn():
         console.print("nothing to do: on this CPU, programs call oneDNN, and JAX cannot keep those")
@@ -55,8 +52,8 @@ def warm(
     for height, width in parsed:
         image = np.zeros((height, width, model.architecture.in_channels), np.uint8)
         shape = predictor.padded_shape(image)
-        _ = predictor.ids(image) if shape is None else predictor.start("ids", [image], None)()
-        program = "windows" if shape is None else "x".join(map(str, shape))
+        program = "x".join(map(str, shape)) if shape else "windows"
+        predictor.ids(image)
         seconds = time.perf_counter() - start
         console.print(f"{height}x{width}: program for {program}, after {seconds:.1f} s")
     console.print(f"in {jax.config.values['jax_compilation_cache_dir']}", markup=False)

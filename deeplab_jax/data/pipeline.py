@@ -98,7 +98,6 @@ def eval_batches(
     batch_size: int,
     shape: Callable[[int, int], tuple[int, int]],
     fill: UInt8[np.ndarray, " c"],
-    num_workers: int,
     rows: Sequence[int] | None = None,
     transform: Callable[[Example], Example] | None = None,
 ) -> BatchIterator[EvalBatch]:
@@ -113,8 +112,6 @@ def eval_batches(
       shape: maps the largest height and width in a batch to the batch's height and width, such as
         `square_shape`. A program is compiled for each result, so they should be few.
       fill: colour of the padding, see `mean_pixel`.
-      num_workers: number of worker processes, which take seconds to start; 0: threads of this
-        process.
       rows: the rows of each batch for this host; None: all.
       transform: applied to each example before the padding; None: no transform.
 
@@ -130,7 +127,8 @@ def eval_batches(
         shape=shape,
         transform=transform,
     )
-    return BatchIterator(source, 0, min(num_workers, len(source)))
+    # In threads: an evaluation ends before processes would pay off.
+    return BatchIterator(source, 0, num_workers=0)
 
 
 def num_eval_batches(dataset: Dataset, batch_size: int) -> int:
@@ -187,26 +185,23 @@ class _TrainSource:
         batch = Batch(
             image=empty((*shape, self.dataset.num_channels), np.uint8), label=empty(shape, np.uint8)
         )
-        for image, label, row in zip(batch["image"], batch["label"], self.rows, strict=True):
-            self._crop(step * self.batch_size + row, image, label)
-        return batch
-
-    def _crop(self, position: int, image: np.ndarray, label: np.ndarray) -> None:
-        """Augments the example at a position of the sequence of epochs into `image`, `label`."""
         size = len(self.dataset.source)
-        epoch, offset = divmod(position, size)
-        index = int(randomness.permutation(size, self.seed, epoch)[offset])
-        example = read_example(self.dataset, index)
-        augment(
-            example["image"],
-            example["label"],
-            randomness.generator(self.seed, randomness.AUGMENT, position),
-            crop=self.crop,
-            scale_range=self.scale_range,
-            flip=self.flip,
-            fill=self.fill,
-            out=(image, label),
-        )
+        for image, label, row in zip(batch["image"], batch["label"], self.rows, strict=True):
+            position = step * self.batch_size + row  # in the sequence of epochs
+            epoch, offset = divmod(position, size)
+            index = int(randomness.permutation(size, self.seed, epoch)[offset])
+            example = read_example(self.dataset, index)
+            augment(
+                example["image"],
+                example["label"],
+                randomness.generator(self.seed, randomness.AUGMENT, position),
+                crop=self.crop,
+                scale_range=self.scale_range,
+                flip=self.flip,
+                fill=self.fill,
+                out=(image, label),
+            )
+        return batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

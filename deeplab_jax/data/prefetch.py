@@ -112,22 +112,17 @@ class _Threads(Iterator[Any]):
     """Batches from threads of this process."""
 
     def __init__(self, source: BatchSource, steps: range) -> None:
-        self._num_threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
-        self._pool = concurrent.futures.ThreadPoolExecutor(self._num_threads)
-        self._source, self._steps = source, iter(steps)
-        self._futures: collections.deque[concurrent.futures.Future] = collections.deque()
-        self._submit()
+        num_threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+        pool = self._pool = concurrent.futures.ThreadPoolExecutor(num_threads)
+        self._submitted = (pool.submit(source.batch, step, np.empty) for step in steps)
+        self._ahead = collections.deque(itertools.islice(self._submitted, num_threads))
 
     def __next__(self) -> Any:
-        if not self._futures:
+        if not self._ahead:
             raise StopIteration
-        batch = self._futures.popleft().result()
-        self._submit()
+        batch = self._ahead.popleft().result()
+        self._ahead.extend(itertools.islice(self._submitted, 1))
         return batch
-
-    def _submit(self) -> None:
-        for step in itertools.islice(self._steps, self._num_threads - len(self._futures)):
-            self._futures.append(self._pool.submit(self._source.batch, step, np.empty))
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

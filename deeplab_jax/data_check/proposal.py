@@ -64,15 +64,9 @@ def existing_file(config: DataConfig) -> pathlib.Path | None:
 
 def survey_all(paths: Sequence[pathlib.Path], num_threads: int = 0) -> list[MaskSample]:
     """Reads all masks, with a progress bar on stderr; leaves out those that cannot be read."""
-    samples = parallel_map(_sample, paths, "Reading masks", num_threads=num_threads)
+    title, sample = "Reading masks", mask_survey.try_to_sample
+    samples = parallel_map(sample, paths, title, num_threads=num_threads)
     return [sample for sample in samples if sample is not None]
-
-
-def _sample(path: pathlib.Path) -> MaskSample | None:
-    try:
-        return mask_survey.sample_mask(path)
-    except UserError:  # a damaged file: the check says what is wrong
-        return None
 
 
 def write(config: DataConfig, text: str) -> tuple[pathlib.Path, pathlib.Path | None]:

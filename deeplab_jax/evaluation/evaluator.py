@@ -38,6 +38,7 @@ class Evaluator:
     Attributes:
       dataset: the split.
       positive: class whose curves are computed, if any.
+      num_compilations: number of programs compiled so far.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Evaluator:
         self._batch_size = -(-self._settings.batch_size // devices) * devices
         if self._settings.window:  # each host takes one image
             self._batch_size = jax.process_count()
-        self._num_compilations = 0
+        self.num_compilations = 0
         replicated = mesh_lib.replicated(mesh)
         self._step = jit_inference(
             self._evaluate_batch,
@@ -84,11 +85,6 @@ class Evaluator:
     def num_batches(self) -> int:
         return pipeline.num_eval_batches(self.dataset, self._batch_size)
 
-    @property
-    def num_compilations(self) -> int:
-        """Number of programs compiled so far."""
-        return self._num_compilations
-
     def _evaluate_batch(
         self,
         model: FunctionalModel,
@@ -98,7 +94,7 @@ class Evaluator:
         *,
         height: int,
     ) -> tuple[Array, Array, tuple[Array, ...]]:
-        self._num_compilations += 1  # this body runs when it is traced: once per shape
+        self.num_compilations += 1  # this body runs when it is traced: once per shape
         data, settings = self._config.data, self._settings
         images, labels = (
             mesh_lib.unpad_height(batch[name], height, self._mesh) for name in ("image", "label")
@@ -232,7 +228,7 @@ class Evaluator:
                 for whole, part in zip(maps, predicted, strict=False):
                     whole[inside] = part
                 matrices[row] = confusion_matrix(labels[inside], maps[0][inside], self._num_classes)
-            self._num_compilations += predict().num_compilations - before
+            self.num_compilations += predict().num_compilations - before
             indices = multihost_utils.process_allgather(batch["index"]).reshape(-1)
             matrices = multihost_utils.process_allgather(matrices).reshape(-1, *matrices.shape[1:])
             # Hosts along the height of images have the same rows.

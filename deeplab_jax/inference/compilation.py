@@ -36,6 +36,7 @@ GPU_OPTIONS: dict[str, Any] = ONE_GPU_OPTIONS | {"xla_gpu_enable_triton_gemm": F
 # XLA times candidates on the GPU. Two programs that do so at once disturb each other; with
 # jax 0.11.2 three of them did not end.
 _TIMING = threading.Lock()
+STARTED = weakref.WeakSet[concurrent.futures.Future]()  # programs that threads compile, or compiled
 
 
 def jit_inference(function: Callable[..., Any], model: FunctionalModel, **options: Any) -> Any:
@@ -119,6 +120,7 @@ class Programs:
         """
         program, is_new = self._find(function, arguments, static)
         if is_new:
+            STARTED.add(program)
             self._pool.submit(self._compile, program, function, arguments, static)
 
     def __call__(self, function: str, *arguments: Any, **static: Any) -> Any:

@@ -108,7 +108,8 @@ def predict_images(
 
     def write(image: _Image) -> tuple[int, ImageResult | UserError]:
         if isinstance(image.predicted, UserError):
-            return image.index, image.predicted
+            error = str(image.predicted).removeprefix(f"{image.path}: ")
+            return image.index, UserError(f"{image.path}: {error}")
         heat = {}
         if heatmap_classes:
             heat = {index: image.predicted[..., index] for index in heatmap_classes}

@@ -203,7 +203,7 @@ class Predictor:
           positive: for "ids", the argument of `ids_and_scores`.
         """
         window, tta = self._tta.window, self._tta
-        keys = [self._key(*size) for size in sizes if self._is_whole(*size)]
+        keys = [key for size in sizes if (key := self._key(*size))]
         program_pixels = CPU_PROGRAM_PIXELS if self._is_cpu else ACCELERATOR_PROGRAM_PIXELS
         self._planned = plan_shapes(
             keys,
@@ -236,32 +236,32 @@ class Predictor:
         valid = image.ndim == 3 and image.shape[2] == channels and image.size > 0
         if not valid or image.dtype != np.uint8:
             raise UserError(
-                f"image must be uint8 [h, w, {channels}], got {image.dtype} {list(image.shape)}"
+                f"image must be uint8 [height, width, {channels}], got {image.dtype} "
+                f"{list(image.shape)}" + ", which has no pixels" * (image.size == 0)
             )
         height, width = image.shape[:2]
-        if 0 < self._tta.window_of(height, width) < max(height, width):
+        window, key = self._tta.window_of(height, width), self._key(height, width)
+        if key is None and window:
             return None
-        if not self._is_whole(height, width):
+        if key is None:
             raise UserError(
                 f"an image of {height}x{width} pixels is too large to be predicted at once: use "
                 "windows"
             )
-        window = self._tta.window
-        default = PaddedShape(1, window or bucket(height), window or bucket(width))
-        shape = self._planned.get(self._key(height, width), default)
+        default = PaddedShape(1, *(key if window else map(bucket, key)))
+        shape = self._planned.get(key, default)
         return shape._replace(num_images=min(shape.num_images, self.max_batch))
 
-    def _is_whole(self, height: int, width: int) -> bool:
-        """Whether an image of this size can be predicted at once, and is to be."""
-        longest = max(height, width)
-        if window := self._tta.window_of(height, width):
-            return longest <= window
-        return bucket(longest) * max(1, *self._tta.scales) <= MAX_SIDE
+    def _key(self, height: int, width: int) -> tuple[int, int] | None:
+        """Returns the size for which a shape is planned: the window's if the image fits into one.
 
-    def _key(self, height: int, width: int) -> tuple[int, int]:
-        """The size for which a shape is planned: the window's, for all images that fit into one."""
-        window = self._tta.window
-        return (window, window) if window else (height, width)
+        None: the image cannot be predicted at once, or is not to be.
+        """
+        longest, window = max(height, width), self._tta.window_of(height, width)
+        if window:
+            return (window, window) if longest <= window else None
+        fits = bucket(longest) * max(1, *self._tta.scales) <= MAX_SIDE
+        return (height, width) if fits else None
 
     def start(
         self,
@@ -295,7 +295,6 @@ class Predictor:
         for row, image in enumerate(images):
             sizes[row] = image.shape[:2]
             padded[row, : image.shape[0], : image.shape[1]] = image
-        result: Any = None
         try:
             result = self._run(function, self._variables, padded, sizes, *positive)
         except jax.errors.JaxRuntimeError as error:

@@ -164,8 +164,7 @@ class Segmenter:
           positive: class that a threshold predicts, if any.
 
         Raises:
-          UserError: the file is not an image.
-          ValueError: the array has another dtype or shape.
+          UserError: the file is not an image, or the array has another dtype or shape.
         """
         return self.predictor.ids_and_scores(self.read(image), positive)[0].astype(np.int32)
 
@@ -188,22 +187,13 @@ class Segmenter:
         return self._apply(self.variables, jnp.asarray(images)).astype(jnp.float32)
 
     def read(self, image: ImageOrPath) -> UInt8[np.ndarray, "h w c"]:
-        """Returns the pixels of an image and checks its channels; see `predict`."""
-        channels = self.architecture.in_channels
-        if isinstance(image, (str, os.PathLike)):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about odd but harmless metadata
-                path = required_path(image, "the path of the image")
-                return read_image(path, channels, upright=True)
-        pixels = np.asarray(image)
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != channels:
-            raise ValueError(
-                f"image must be uint8 [height, width, {channels}], got {pixels.dtype} "
-                f"{list(pixels.shape)}"
-            )
-        if pixels.size == 0:
-            raise ValueError(f"image has no pixels: {list(pixels.shape)}")
-        return pixels
+        """Returns the pixels of an image; see `predict`."""
+        if not isinstance(image, (str, os.PathLike)):
+            return np.asarray(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd but harmless metadata
+            path = required_path(image, "the path of the image")
+            return read_image(path, self.architecture.in_channels, upright=True)
 
 
 def _logits(model: FunctionalModel, variables: Variables, images: Array) -> Array:

@@ -168,7 +168,8 @@ def legend(
         pixels[inside] = (255, 255, 255) if color is None else color
         left = x + swatch + gap
         for words, start in ((name, 0.0), (note, _length(letters, name))):
-            drawn = _draw_text(words, font_size, start % 1)
+            draw = _draw_text if font_size < 32 else _draw_text.__wrapped__  # else gigabytes
+            drawn = draw(words, font_size, start % 1)
             first = left + int(start) - font_size
             part = pixels[top : top + line, max(first, 0) : first + drawn.shape[1]]
             np.minimum(part, drawn[: len(part), max(-first, 0) :][:, : part.shape[1]], out=part)

@@ -85,6 +85,8 @@ def test_programs_that_cannot_be_kept_are_not_compiled(warm, model, cache, monke
         (["--sizes", "41", "--window", 8], "window must be 32 pixels or more"),
         (["--sizes", "99999x9", "--window", 0], "too large to be predicted at once"),
         (["--sizes", "41", "--output-stride", 5], "output_stride"),
+        (["--sizes", "41,99999x99999"], "an image may have at most 1073741824 pixels"),
+        (["--sizes", "41", "--batch", 10**9], "equal to 100000"),
     ],
 )
 def test_nonsense_is_refused(warm, model, cache, arguments, message):

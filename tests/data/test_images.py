@@ -192,7 +192,7 @@ def test_folders_missing_files_and_giants(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"none\.png: cannot be read \(No such file"):
         read_photo(tmp_path / "none.png")
     path = save(tmp_path / "a.png", np.zeros((30, 30), np.uint8))
-    monkeypatch.setattr(images, "_MAX_PIXELS", 100)
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
     with pytest.raises(UserError, match="too large to be decoded"):
         read_photo(path)
 

@@ -166,10 +166,8 @@ def square(size):
     return functools.partial(pipeline.square_shape, size=size)
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "num_hosts", "num_workers"), [(4, 1, 0), (4, 1, 2), (4, 2, 0), (16, 4, 0)]
-)
-def test_each_image_is_evaluated_once(batch_size, num_hosts, num_workers):
+@pytest.mark.parametrize(("batch_size", "num_hosts"), [(4, 1), (4, 2), (16, 4)])
+def test_each_image_is_evaluated_once(batch_size, num_hosts):
     dataset = numbered(*[(5 + index, 20 - index) for index in range(10)])
     share, seen = batch_size // num_hosts, []
     for host in range(num_hosts):
@@ -180,7 +178,6 @@ def test_each_image_is_evaluated_once(batch_size, num_hosts, num_workers):
                 shape=square(24),
                 rows=range(host * share, (host + 1) * share),
                 fill=FILL,
-                num_workers=num_workers,
             )
         )
         assert len(batches) == pipeline.num_eval_batches(dataset, batch_size)
@@ -209,7 +206,7 @@ def test_larger_images_get_the_next_larger_side():
         sides = [
             batch["image"].shape[1:3]
             for batch in pipeline.eval_batches(
-                dataset, batch_size=2, shape=square(24), rows=rows, fill=FILL, num_workers=0
+                dataset, batch_size=2, shape=square(24), rows=rows, fill=FILL
             )
         ]
         assert sides == [(257, 257), (513, 513)]
@@ -221,7 +218,7 @@ def test_larger_images_get_the_next_larger_side():
 def test_last_batch_that_is_full():
     assert pipeline.num_eval_batches(numbered(*[(4, 4)] * 8), 4) == 2
     batches = pipeline.eval_batches(
-        numbered(*[(4, 4)] * 8), batch_size=4, shape=square(8), fill=FILL, num_workers=0
+        numbered(*[(4, 4)] * 8), batch_size=4, shape=square(8), fill=FILL
     )
     assert [batch["index"].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
@@ -231,9 +228,7 @@ def test_last_batch_that_is_full():
 
 def test_a_damaged_file_is_the_users_error():
     dataset = Dataset(Damaged([(4, 4)] * 4), named("a", "b", "c", "d"))
-    batches = pipeline.eval_batches(
-        dataset, batch_size=1, shape=square(8), fill=FILL, num_workers=0
-    )
+    batches = pipeline.eval_batches(dataset, batch_size=1, shape=square(8), fill=FILL)
     assert next(batches)["index"] == [0]
     assert next(batches)["index"] == [1]
     with pytest.raises(UserError) as error:
@@ -289,9 +284,7 @@ def test_empty_data_set():
         lambda dataset: pipeline.train_batches(
             dataset, DataConfig(), batch_size=1, seed=0, start_step=0
         ),
-        lambda dataset: pipeline.eval_batches(
-            dataset, batch_size=1, shape=square(8), fill=FILL, num_workers=0
-        ),
+        lambda dataset: pipeline.eval_batches(dataset, batch_size=1, shape=square(8), fill=FILL),
     ):
         with pytest.raises(UserError, match="no images"):
             make(numbered())

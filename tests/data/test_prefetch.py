@@ -218,7 +218,7 @@ def test_a_source_that_does_not_pickle_starts_no_worker():
 # The life of workers, seen from another process.
 
 SCRIPT = """
-import functools, signal, sys, time
+import signal, sys, time
 from deeplab_jax import data
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data import pipeline
@@ -249,12 +249,8 @@ def main(end):
         raise RuntimeError("the consumer failed")
     if end == "damage":
         damaged = Dataset(Damaged(dataset.source), dataset.labels)
-        fill = pipeline.mean_pixel(config)
         try:
-            shape = functools.partial(pipeline.square_shape, size=96)
-            list(
-                pipeline.eval_batches(damaged, batch_size=1, shape=shape, fill=fill, num_workers=1)
-            )
+            list(pipeline.train_batches(damaged, config, batch_size=1, seed=0, start_step=0))
         except UserError as error:
             print(error)
     if end == "wait":

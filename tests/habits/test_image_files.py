@@ -197,7 +197,7 @@ def test_images_beyond_pillows_limit_are_read(tmp_path, suffix, monkeypatch):
     path = save(tmp_path / f"a{suffix}", COLORS)
     assert agreed(path)[0].shape == COLORS.shape
     assert Image.MAX_IMAGE_PIXELS == 100
-    monkeypatch.setattr(images, "_MAX_PIXELS", 599)
+    monkeypatch.setattr(images, "MAX_PIXELS", 599)
     if suffix != ".jpg":
         assert "too large to be decoded (30 x 20 pixels, at most 599)" in agreed(path)[0]
 

@@ -85,6 +85,13 @@ def test_results_have_the_order_of_the_images_with_errors_in_between(loaded):
     assert results[39].size == (20, 30)
 
 
+def test_an_image_that_is_too_large_is_named(loaded):
+    inputs = write_images([(20, 30), (1, 40_000)])
+    good, error = pipeline.predict_images(loaded, inputs)
+    assert good.size == (20, 30)
+    assert str(error).startswith(f"{list(inputs)[1]}: an image of 1x40000 pixels is too large")
+
+
 def test_a_full_disk_in_a_writer_ends_all(loaded, monkeypatch):
     inputs = write_images([(20, 30)] * 80)
     write_png, attempts = pipeline.write_png, []

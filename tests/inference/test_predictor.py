@@ -328,7 +328,7 @@ def test_impossible_modes(options, message):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((4, 4, 1), np.uint8), r"uint8 \[h, w, 3\], got uint8 \[4, 4, 1\]"),
+        (np.zeros((4, 4, 1), np.uint8), r"uint8 \[height, width, 3\], got uint8 \[4, 4, 1\]"),
         (np.zeros((4, 4), np.uint8), r"got uint8 \[4, 4\]"),
         (np.zeros((0, 4, 3), np.uint8), r"got uint8 \[0, 4, 3\]"),
         (np.zeros((4, 4, 3), np.float32), "got float32"),

@@ -189,3 +189,10 @@ def test_the_scale_has_the_colours_of_the_heat_map():
 )
 def test_a_fraction_above_0_never_reads_as_0(pixels, expected):
     assert overlays.percentage(pixels, 10_000) == expected
+
+
+def test_text_of_large_pictures_is_not_kept():
+    overlays._draw_text.cache_clear()
+    for font_size, kept in ((40, 0), (14, 2)):
+        overlays.legend([((1, 2, 3), "fox", "9 %")], 900, font_size)
+        assert overlays._draw_text.cache_info().currsize == kept

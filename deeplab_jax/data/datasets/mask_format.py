@@ -100,12 +100,10 @@ def read_mask_format(config: DataConfig, pairs: Sequence[Pair]) -> MaskFormat:
 
 
 def survey(paths: Sequence[pathlib.Path]) -> Iterator[MaskSample]:
-    """Yields what masks hold, in a fixed random order; leaves out those that cannot be read."""
-    for index in np.random.default_rng(0).permutation(len(paths)):
-        try:
-            yield mask_survey.sample_mask(paths[index])
-        except UserError:  # the check, or training where it reads the file, says what is wrong
-            continue
+    """Returns what masks hold, in a fixed random order; leaves out those that cannot be read."""
+    order = np.random.default_rng(0).permutation(len(paths))
+    samples = (mask_survey.try_to_sample(paths[index]) for index in order)
+    return (sample for sample in samples if sample is not None)
 
 
 @dataclasses.dataclass

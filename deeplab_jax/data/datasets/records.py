@@ -107,6 +107,10 @@ def prepare(
       UserError: files of the data set cannot be used, or the folder cannot be written. No partial
         folder is left.
     """
+
+    def encode_label(record: Record) -> bytes:
+        return masks.encode_label(record.read_label())
+
     parent = data_dir / name / config
     folder = parent / str(_RecordBuilder.VERSION)
     if folder.is_dir():
@@ -122,7 +126,7 @@ def prepare(
             with tempfile.TemporaryDirectory(prefix="incomplete.", dir=parent) as scratch:
                 splits = list_records(pathlib.Path(scratch))
                 every = [record for split in splits.values() for record in split]
-                labels = iter(progress.check_all(_encode_label, every, f"Checking {title}"))
+                labels = iter(progress.check_all(encode_label, every, f"Checking {title}"))
                 examples = {
                     split: list(zip(records, labels, strict=False))
                     for split, records in splits.items()
@@ -139,10 +143,6 @@ def prepare(
             "variable TFDS_DATA_DIR to another folder. No partial folder is left there."
         ) from error
     return folder
-
-
-def _encode_label(record: Record) -> bytes:
-    return masks.encode_label(record.read_label())
 
 
 class _RecordBuilder(tfds.core.GeneratorBasedBuilder):

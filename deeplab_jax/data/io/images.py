@@ -30,7 +30,7 @@ SUFFIXES = frozenset(
     )
 )
 
-_MAX_PIXELS = 2**30  # OpenCV's limit; Pillow's own is a sixth of it
+MAX_PIXELS = 2**30  # OpenCV's limit; Pillow's own is a sixth of it
 _OPEN_LOCK = threading.Lock()
 
 _EXPECTED = "Expected an image: JPEG, PNG, TIFF, WebP, BMP, GIF, ..."
@@ -227,9 +227,9 @@ def open_image(file: pathlib.Path | io.BytesIO) -> ImageFile.ImageFile:
             image = Image.open(file)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
-    if image.width * image.height > _MAX_PIXELS:
+    if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(
-            f"{image.width} x {image.height} pixels, at most {_MAX_PIXELS}"
+            f"{image.width} x {image.height} pixels, at most {MAX_PIXELS}"
         )
     return image
 
@@ -248,9 +248,7 @@ def orientation(file: pathlib.Path | io.BytesIO) -> int:
 
 def _orientation(image: ImageFile.ImageFile) -> int:
     try:
-        if (
-            image.format == "PNG" and image.fp
-        ):  # Pillow would decode it to look for EXIF behind the pixels
+        if image.format == "PNG" and image.fp:  # Pillow would decode it to find EXIF at its end
             start = image.fp.tell()
             image.fp.seek(0)
             data = image.fp.read()

@@ -91,6 +91,13 @@ def sample_mask(path: pathlib.Path) -> MaskSample:
     return MaskSample(path, kind, numbers, shown, frozenset(shown.values()), is_lossy)
 
 
+def try_to_sample(path: pathlib.Path) -> MaskSample | None:
+    try:
+        return sample_mask(path)
+    except UserError:  # the check, or training where it reads the file, says what is wrong
+        return None
+
+
 def _read_colors(path: pathlib.Path) -> np.ndarray:
     rgb = np.asarray(images.decode_8_bits(images.read_bytes(path), path).convert("RGB"))
     return rgb.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from deeplab_jax.data.io.images import MAX_PIXELS
 from deeplab_jax.data.io.lists import read_text
 from deeplab_jax.data.labels import is_background
 from deeplab_jax.utils.errors import UserError, listed
@@ -23,7 +24,6 @@ IGNORED = "__ignore__"  # the label of labelme for pixels that do not count
 
 # pycocotools and Pillow walk along edges, and would not come back from one of 10^12 pixels.
 _MAX_COORDINATE = 1e5
-_MAX_PIXELS = 2**30  # of an image, as of other readers
 
 _KEYS = {"COCO": ("images", "annotations", "categories"), "LabelMe": ("shapes",)}
 
@@ -120,7 +120,7 @@ def read_size(*sides: Any) -> tuple[int, int] | None:
         first, second = map(int, sides)
     except (TypeError, ValueError, OverflowError):
         return None
-    return (first, second) if min(first, second) > 0 and first * second <= _MAX_PIXELS else None
+    return (first, second) if min(first, second) > 0 and first * second <= MAX_PIXELS else None
 
 
 def check_points(coordinates: Shaped[np.ndarray, " xy"]) -> Shaped[np.ndarray, "n 2"]:

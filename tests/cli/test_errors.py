@@ -1,0 +1,65 @@
+"""How a command ends."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+COMPILING = """
+import signal, sys, time
+from deeplab_jax.cli.errors import exit_on_user_error
+from deeplab_jax.inference.compilation import Programs
+from deeplab_jax.utils.errors import UserError
+
+class Slow:
+    def lower(self):
+        print("compiles")
+        time.sleep(60)
+
+programs = Programs({"f": Slow()})
+with exit_on_user_error():
+    programs.prepare("f")
+    time.sleep(0.2)
+    raise %s
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        ("UserError('wrong')", 2, "error: wrong\n"),
+        ("SystemExit(130)", 130, ""),
+        ("SystemExit", 0, ""),
+    ],
+)
+def test_the_end_does_not_wait_for_a_program_that_is_compiled(error, code, message):
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILING % error], capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, "compiles\n", message)
+
+
+COLLECTING = """
+import gc, os, signal, sys, time
+from deeplab_jax.cli.errors import exit_on_sigterm, interrupt
+
+def _xla_gc_callback(phase, info):
+    if phase == "stop":
+        os.kill(os.getpid(), int(sys.argv[1]))
+
+signal.signal(signal.SIGINT, interrupt)
+with exit_on_sigterm():
+    gc.callbacks.append(_xla_gc_callback)
+    gc.collect(0)
+    gc.callbacks.clear()
+    time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -2), (signal.SIGTERM, 143)])
+def test_a_signal_during_a_garbage_collection_is_not_lost(number, code):
+    arguments = [sys.executable, "-c", COLLECTING, str(int(number))]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=15)
+    assert done.returncode == code
+    assert "_xla_gc_callback" not in done.stderr
