@@ -7,7 +7,7 @@
 # photos; OUT: folder for the results, start.jsonl among them. ROWs (default: all): camvid photos
 # evaluate input resnet18 many busy. Each row starts with an empty cache of compiled programs,
 # except "many" and "busy", which measure images per second. SPLIT (default: val) of VOC is evaluated.
-# Needs torchvision, for a weights file.
+# Needs torchvision, for a weights file, and all that TFDS imports.
 set -u
 camvid=$(realpath "$1") voc=$(realpath "$2") photos=$(realpath "$3") out=$(realpath -m "$4")
 shift 4

@@ -121,6 +121,7 @@ def command(monkeypatch, capfd):
         with pytest.raises(SystemExit) as end:
             main()
         out, err = capfd.readouterr()
+        jax.config.update("jax_enable_compilation_cache", True)  # `plan` switches it off
         return end.value.code or 0, out, err
 
     return run

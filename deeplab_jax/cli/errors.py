@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 from deeplab_jax.utils.errors import UserError, first_line
@@ -31,8 +30,10 @@ def exit_on_user_error() -> Iterator[None]:
     """Ends the program without a traceback if the body raises a `UserError`, fills the disk, may
     not use a path, or finds no platform that JAX_PLATFORMS names.
 
-    A program that ends so, or by SystemExit, does not wait for threads that compile.
+    A program that ends so, or by SystemExit, does not wait for threads that compile. Ctrl-C ends
+    the body at any time, also during a garbage collection.
     """
+    hook, sys.unraisablehook = sys.unraisablehook, _repeat_interrupt
     try:
         yield
         return
@@ -53,6 +54,8 @@ def exit_on_user_error() -> Iterator[None]:
         message = _platform_problem()
         if not message:
             raise
+    finally:
+        sys.unraisablehook = hook
     print(f"error: {message}", file=sys.stderr)
     _exit_at_once(2)
     sys.exit(2)
@@ -74,22 +77,20 @@ def _exit_at_once(code: Any) -> None:
     os._exit(code or 0)
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """Handles a signal: raises KeyboardInterrupt for Ctrl-C, and SystemExit for others."""
-    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
-        # Python calls this function of JAX after a garbage collection, and ignores its errors.
+def _repeat_interrupt(ignored: sys.UnraisableHookArgs) -> None:
+    """Sends a signal again whose exception Python ignores: in garbage collections, finalizers."""
+    numbers = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
+    if (number := numbers.get(ignored.exc_type)) is None:
+        sys.__unraisablehook__(ignored)
+    else:
         main = threading.main_thread().ident
         threading.Timer(0.01, signal.pthread_kill, (main, number)).start()
-    elif number == signal.SIGINT:
-        raise KeyboardInterrupt
-    else:
-        sys.exit(128 + number)
 
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
     """Raises SystemExit in the body at the signal SIGTERM, so that it cleans up as at Ctrl-C."""
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield
     finally:

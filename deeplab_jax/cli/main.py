@@ -7,7 +7,6 @@ import atexit
 import gc
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -16,7 +15,7 @@ import typer
 
 from deeplab_jax.cli.convert import convert
 from deeplab_jax.cli.data import data
-from deeplab_jax.cli.errors import escape_unprintable, exit_on_user_error, interrupt
+from deeplab_jax.cli.errors import escape_unprintable, exit_on_user_error
 from deeplab_jax.cli.evaluate import evaluate
 from deeplab_jax.cli.export import export
 from deeplab_jax.cli.plan import plan
@@ -74,8 +73,6 @@ app.add_typer(data, name="data")
 def main() -> None:
     """Runs a command; a user's mistake is one message and exit code 2."""
     atexit.register(gc.freeze)  # Python's last collection only takes time
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored
-        signal.signal(signal.SIGINT, interrupt)
     with exit_on_user_error():
         # --import may also follow the command, where Typer knows only the command's own options.
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

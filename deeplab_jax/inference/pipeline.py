@@ -235,6 +235,8 @@ def _write(
             suffix = plain if plain == name else f"{plain}_{index}"
             file = files[f"heatmap {name}"] = base.with_name(f"{base.name}_heatmap_{suffix}.png")
             write_png(file, overlays.heatmap(image.pixels, probability, name))
+    except MemoryError:
+        raise UserError(f"{image.path}: its pictures do not fit in memory") from None
     except OSError as error:
         target = str(error.filename2 or error.filename or ".partial")
         target = f"{base}_*.png" if target.endswith(".partial") else target

@@ -42,15 +42,14 @@ def test_the_end_does_not_wait_for_a_program_that_is_compiled(error, code, messa
 
 COLLECTING = """
 import gc, os, signal, sys, time
-from deeplab_jax.cli.errors import exit_on_sigterm, interrupt
+from deeplab_jax.cli.errors import exit_on_sigterm, exit_on_user_error
 
-def _xla_gc_callback(phase, info):
+def send(phase, info):
     if phase == "stop":
         os.kill(os.getpid(), int(sys.argv[1]))
 
-signal.signal(signal.SIGINT, interrupt)
-with exit_on_sigterm():
-    gc.callbacks.append(_xla_gc_callback)
+with exit_on_user_error(), exit_on_sigterm():
+    gc.callbacks.append(send)
     gc.collect(0)
     gc.callbacks.clear()
     time.sleep(20)
@@ -62,4 +61,4 @@ def test_a_signal_during_a_garbage_collection_is_not_lost(number, code):
     arguments = [sys.executable, "-c", COLLECTING, str(int(number))]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=15)
     assert done.returncode == code
-    assert "_xla_gc_callback" not in done.stderr
+    assert "send" not in done.stderr

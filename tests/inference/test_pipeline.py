@@ -110,6 +110,22 @@ def test_a_full_disk_in_a_writer_ends_all(loaded, monkeypatch):
     assert len(attempts) < 80
 
 
+def test_a_picture_that_does_not_fit_in_memory_is_the_error_of_its_image(loaded, monkeypatch):
+    overlay = pipeline.overlays.overlay
+
+    def draw(pixels, ids, labels, *, opacity):
+        if len(ids) == 40:
+            raise MemoryError
+        return overlay(pixels, ids, labels, opacity=opacity)
+
+    monkeypatch.setattr(pipeline.overlays, "overlay", draw)
+    inputs = write_images([(20, 30), (40, 30), (20, 30)])
+    first, large, last = inputs
+    one, error, other = pipeline.predict_images(loaded, inputs)
+    assert [one.path, other.path] == [first, last]
+    assert str(error) == f"{large}: its pictures do not fit in memory"
+
+
 def test_photos_of_seven_sizes_need_few_programs(model, monkeypatch):
     monkeypatch.setattr("deeplab_jax.inference.predictor.CPU_PROGRAM_PIXELS", 7000)
     fresh = deeplab_jax.load(model)
@@ -258,7 +274,7 @@ def test_a_signal_ends_the_command_without_half_files(model, number):
         time.sleep(0.02)
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
-    assert process.returncode not in (0, -number)
+    assert process.returncode not in (0, -number), err
     assert "Traceback" not in err
     done = pictures()  # each of which can be read
     assert 12 <= len(done) < 400
