@@ -48,6 +48,7 @@ def send(phase, info):
     if phase == "stop":
         os.kill(os.getpid(), int(sys.argv[1]))
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
 with exit_on_user_error(), exit_on_sigterm():
     gc.callbacks.append(send)
     gc.collect(0)

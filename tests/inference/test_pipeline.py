@@ -251,7 +251,8 @@ def test_closing_before_the_programs_are_compiled_forgets_the_others(model, monk
 
 
 WORKER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
 from deeplab_jax.inference import pipeline
 write_png = pipeline.write_png
 def slow(path, image):
