@@ -29,6 +29,7 @@ import numpy as np
 from rich.console import Console
 
 from deeplab_jax import data as data_lib
+from deeplab_jax.cli.errors import exit_on_user_error
 from deeplab_jax.config import (
     Config,
     DataConfig,
@@ -44,7 +45,6 @@ from deeplab_jax.data.labels import IGNORE
 from deeplab_jax.evaluation.confusion import confusion_matrix, scores
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.training.train import resolve_architecture, train
-from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.files import write_bytes
 from deeplab_jax.weights.torchvision import from_model
 from speed import measure
@@ -227,8 +227,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_user_error():
         sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -18,8 +18,8 @@ from typing import Any
 
 import jax
 
+from deeplab_jax.cli.errors import exit_on_user_error
 from deeplab_jax.evaluation import setup
-from deeplab_jax.utils.errors import UserError
 
 
 def busy_seconds(folder: pathlib.Path) -> float:
@@ -83,8 +83,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_user_error():
         sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -37,6 +37,7 @@ from rich import progress
 from rich.console import Console
 from rich.table import Table
 
+from deeplab_jax.cli.errors import exit_on_user_error
 from deeplab_jax.models.architecture import Architecture, architecture
 from deeplab_jax.models.deeplab import DeepLabV3, build_model
 from deeplab_jax.models.functional import FunctionalModel, Variables
@@ -414,9 +415,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with exit_on_user_error():
+            sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)

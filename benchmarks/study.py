@@ -28,6 +28,7 @@ from study_runs import Run, Scoring, Training, run_all
 
 from deeplab_jax import data
 from deeplab_jax.analysis.summary import summarize
+from deeplab_jax.cli.errors import exit_on_user_error
 from deeplab_jax.training.train import resolve_architecture
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.files import write_bytes, write_png
@@ -311,10 +312,8 @@ def _parse() -> argparse.Namespace:
 
 if __name__ == "__main__":
     try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with exit_on_user_error():
+            main()
     except KeyboardInterrupt:
         print("stopped; run again to resume", file=sys.stderr)
         sys.exit(130)

@@ -100,6 +100,16 @@ def shared_data() -> pathlib.Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> pathlib.Path:
+    """The folder of a small checkpoint of three classes."""
+    import small_checkpoint
+
+    path = tmp_path_factory.mktemp("model") / "fox"
+    small_checkpoint.write(path)
+    return path
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_exit_at_once():
     """Commands in this process would end pytest, if a thread still compiles."""

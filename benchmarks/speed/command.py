@@ -157,12 +157,9 @@ def _format(value: float | None, form: str, unit: float = 1) -> str:
 
 def main() -> None:
     """Runs the command; a user error prints a message and exits with code 2."""
-    from deeplab_jax.utils.errors import UserError
+    from deeplab_jax.cli.errors import exit_on_user_error
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(bench)
-    try:
+    with exit_on_user_error():
         app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -136,6 +136,8 @@ class Evaluator:
         Raises:
           RuntimeError: an image was not counted exactly once.
         """
+        if not self._model.is_fused:
+            variables = self._model.fuse(jax.device_get(mesh_lib.replicate(variables, self._mesh)))
         if self._settings.window:
             run, rows = self._by_image(variables), [jax.process_index()]
         else:
@@ -168,10 +170,6 @@ class Evaluator:
                 progress()
         return tally.evaluation()
 
-    def _fused(self, variables: Variables) -> Variables:
-        """Returns the variables for the model with fused batch norm, computed by NumPy."""
-        return self._model.fuse(jax.device_get(mesh_lib.replicate(variables, self._mesh)))
-
     def _by_batch(self, variables: Variables) -> Callable[[pipeline.EvalBatch], BatchResult]:
         """Returns the function that evaluates a batch of images on all devices.
 
@@ -179,7 +177,7 @@ class Evaluator:
         as `_by_image` does.
         """
         by_image = self._by_image(variables)
-        fused = mesh_lib.replicate(self._fused(variables), self._mesh)
+        variables = mesh_lib.replicate(variables, self._mesh)
 
         def run(batch: pipeline.EvalBatch) -> BatchResult:
             padded = math.prod(batch["label"].shape[1:])  # on all hosts the same
@@ -188,7 +186,7 @@ class Evaluator:
             height, stride = batch["label"].shape[1], self._model.architecture.output_stride
             mesh_lib.check_height("evaluation", height, stride, self._mesh)
             placed = mesh_lib.to_global(batch, self._mesh, self._batch_size)
-            index, matrices, predicted = self._step(fused, placed, self.positive, height=height)
+            index, matrices, predicted = self._step(variables, placed, self.positive, height=height)
             return BatchResult(
                 index, matrices, lambda: list(map(mesh_lib.addressable_rows, predicted))
             )
@@ -206,7 +204,7 @@ class Evaluator:
         def predict() -> Predictor:
             return Predictor(
                 self._model.fused,
-                self._fused(variables),
+                variables,
                 mean=self._config.data.mean,
                 std=self._config.data.std,
                 tta=TestTimeAugmentation(

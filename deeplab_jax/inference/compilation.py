@@ -20,6 +20,7 @@ from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.models.ops.atrous_conv import atrous_conv
 from deeplab_jax.models.ops.convolution import ONEDNN
 from deeplab_jax.utils.paths import user_cache
+from deeplab_jax.utils.progress import in_thread
 
 # Let XLA:CPU call oneDNN for each convolution with its bias, residual sum and relu. YNNPACK, which
 # has precedence, keeps only sums over maps. Older versions accept these options without effect.
@@ -86,6 +87,13 @@ def compile_lowered(lowered: Any) -> Any:
     """Compiles what `jax.jit(...).lower` returned; on GPU, one program at a time."""
     with _TIMING if jax.default_backend() == "gpu" else contextlib.nullcontext():
         return lowered.compile()
+
+
+def compile_in_thread(lowered: Any) -> concurrent.futures.Future[Any]:
+    """Starts `compile_lowered` in a thread."""
+    program = in_thread(compile_lowered, lowered, name="compile")
+    STARTED.add(program)
+    return program
 
 
 class Programs:

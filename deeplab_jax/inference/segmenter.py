@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import os
@@ -26,6 +25,7 @@ from deeplab_jax.inference.predictor import Predictor, TestTimeAugmentation
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.paths import required_path
+from deeplab_jax.utils.progress import in_thread
 from deeplab_jax.weights.convert import read_model
 from deeplab_jax.weights.saved_model import SavedModel
 
@@ -121,9 +121,7 @@ class Segmenter:
             with jax.default_device(device):
                 return jax.device_put(original.fuse(saved.variables))
 
-        pool = concurrent.futures.ThreadPoolExecutor(1, "read")
-        self._variables = pool.submit(variables)
-        pool.shutdown(wait=False)
+        self._variables = in_thread(variables, name="read")
         self.model = original.fused
         self.mean: tuple[float, ...] = tuple(saved.info["mean"])
         self.std: tuple[float, ...] = tuple(saved.info["std"])

@@ -28,7 +28,7 @@ from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.distributed import multihost
 from deeplab_jax.distributed.preemption import PreemptionHandler
 from deeplab_jax.evaluation.evaluator import Evaluator
-from deeplab_jax.inference.compilation import STARTED, compile_lowered, use_compilation_cache
+from deeplab_jax.inference.compilation import compile_in_thread, use_compilation_cache
 from deeplab_jax.models.architecture import Architecture, architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.training import class_weights
@@ -275,11 +275,7 @@ def compile_step(
         "label": jax.ShapeDtypeStruct(shape, jnp.uint8),
     }
     # Lowered here, because a thread would not see JAX's settings by context.
-    lowered = step.lower(abstract_state(config, model, mesh), batch)
-    pool = concurrent.futures.ThreadPoolExecutor(1, "compile")
-    STARTED.add(compiled := pool.submit(compile_lowered, lowered))
-    pool.shutdown(wait=False)
-    return compiled
+    return compile_in_thread(step.lower(abstract_state(config, model, mesh), batch))
 
 
 def train_batches(

@@ -44,6 +44,16 @@ def parallel_map(
         yield from results if quiet else track(results, title, len(items))
 
 
+def in_thread(
+    function: Callable[..., _Result], *arguments: object, name: str
+) -> concurrent.futures.Future[_Result]:
+    """Calls a function in a new thread, whose name begins with `name`."""
+    pool = concurrent.futures.ThreadPoolExecutor(1, name)
+    result = pool.submit(function, *arguments)
+    pool.shutdown(wait=False)
+    return result
+
+
 def bounded_map(
     pool: concurrent.futures.Executor,
     function: Callable[[_Item], _Result],

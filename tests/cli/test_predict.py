@@ -9,16 +9,8 @@ import pytest
 from PIL import Image
 
 import deeplab_jax
-import small_checkpoint
 from deeplab_jax.inference import pipeline, predictor, segmenter
 from deeplab_jax.visualization import overlays
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "fox"
-    small_checkpoint.write(path)
-    return path
 
 
 @pytest.fixture(scope="module")

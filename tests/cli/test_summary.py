@@ -6,17 +6,9 @@ import json
 import pytest
 from PIL import Image
 
-import small_checkpoint
 from conftest import ROOT
 from deeplab_jax.analysis import descriptions, plots, receptive_field
 from deeplab_jax.utils.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "fox"
-    small_checkpoint.write(path)
-    return path
 
 
 @pytest.fixture

@@ -8,15 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import small_checkpoint
 from deeplab_jax.inference import compilation
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "fox"
-    small_checkpoint.write(path)
-    return path
 
 
 @pytest.fixture

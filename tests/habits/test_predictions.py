@@ -11,16 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import small_checkpoint
 from deeplab_jax.inference import pipeline
 from own_data import Maker
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "fox"
-    small_checkpoint.write(path)
-    return path
 
 
 @pytest.fixture(autouse=True)

@@ -16,20 +16,12 @@ import pytest
 from PIL import Image
 
 import deeplab_jax
-import small_checkpoint
 from deeplab_jax.inference import files, pipeline
 from deeplab_jax.inference.positive import PositiveClass
 from deeplab_jax.utils.errors import UserError
 
 # The sizes of nine photos, a tenth of their sides.
 PHOTOS = [(72, 108), (72, 108), (30, 45), (96, 64), (43, 64), (81, 108), (73, 108), (85, 128)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "fox"
-    small_checkpoint.write(path)
-    return path
 
 
 @pytest.fixture(scope="module")

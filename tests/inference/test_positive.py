@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 import deeplab_jax
-import small_checkpoint
 from deeplab_jax.data import labels
 from deeplab_jax.inference import positive
 from deeplab_jax.inference.positive import PositiveClass
@@ -61,10 +60,8 @@ def test_ids_from_a_threshold(xp):
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "fox"
-    small_checkpoint.write(path)
-    return deeplab_jax.load(path)
+def loaded(model):
+    return deeplab_jax.load(model)
 
 
 @pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.0)])

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import deeplab_jax
-import small_checkpoint
 from deeplab_jax.models.architecture import ARCHITECTURES, architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.utils.errors import UserError
@@ -18,13 +17,6 @@ from deeplab_jax.weights import saved_model, torch_file, torchvision
 from random_modules import random_variables
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (41, 57, 3), np.uint8)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "fox"
-    small_checkpoint.write(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +28,8 @@ def file(tmp_path_factory):
     return path
 
 
-def test_a_program_is_compiled_before_the_arrays_are_there(folder, monkeypatch):
-    expected = deeplab_jax.load(folder).predict(IMAGE)
+def test_a_program_is_compiled_before_the_arrays_are_there(model, monkeypatch):
+    expected = deeplab_jax.load(model).predict(IMAGE)
     may_read, read = threading.Event(), saved_model._read_part
 
     def read_late(path, name):
@@ -45,7 +37,7 @@ def test_a_program_is_compiled_before_the_arrays_are_there(folder, monkeypatch):
         return read(path, name)
 
     monkeypatch.setattr(saved_model, "_read_part", read_late)
-    segmenter = deeplab_jax.load(folder, wait=False)
+    segmenter = deeplab_jax.load(model, wait=False)
     try:
         segmenter.predictor.plan([IMAGE.shape[:2]], "ids", None)
         (program,) = segmenter.predictor._programs._programs.values()
