@@ -74,11 +74,16 @@ VARIANTS: dict[str, tuple[ModelConfig, LossConfig]] = {
         LossConfig("dice"),
     ),
     "MobileNetV3": (ModelConfig("torchvision_mobilenet_v3_large"), LossConfig("lovasz")),
+    "MobileNetV2, SAME padding": (ModelConfig("tf_mobilenet_v2"), LossConfig()),
     "cascade, output stride 8": (
         ModelConfig("paper_resnet50", cascade=3, output_stride=8),
         LossConfig(),
     ),
     "DeepLabv3+ decoder": (ModelConfig("torchvision_resnet18", decoder="plus"), LossConfig()),
+    "ResNet-D, separable DeepLabv3+, aligned corners": (
+        ModelConfig("smpplus_resnet18", stem="deep128", shortcut="avg_pool"),
+        LossConfig(),
+    ),
 }
 
 

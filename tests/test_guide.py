@@ -383,6 +383,11 @@ def test_what_torchvision_changes():
     mobile = ARCHITECTURES["torchvision_mobilenet_v3_large"]
     assert (mobile.output_stride, mobile.atrous_rates) == (16, (12, 24, 36))
     assert (mobile.backbone_bn_momentum, mobile.backbone_bn_epsilon) == (0.99, 0.001)
+    tensorflow = ARCHITECTURES["tf_mobilenet_v2"]
+    assert (tensorflow.output_stride, tensorflow.atrous_rates) == (16, ())
+    families = ("tf", "paper", "torchvision")
+    paddings = [ARCHITECTURES[f"{family}_mobilenet_v2"].padding for family in families]
+    assert paddings == ["same", "symmetric", "symmetric"]
     at8 = network.summary_of("paper_resnet50", output_stride=8)
     torchvision = network.summary_of("torchvision_resnet50")
     told = [comma(rates(found, "backbone.layer4")) for found in (at8, torchvision)]

@@ -177,6 +177,8 @@ _ELEMENTWISE = (
     *("logistic", "lt", "max", "min", "mul", "ne", "neg", "pow", "rsqrt", "select_n", "sign"),
     *("sqrt", "square", "stop_gradient", "sub", "tanh"),
 )
+# Functions that resize a map, and whether with aligned corners.
+_RESIZES = {"resize_bilinear_unpadded": False, "resize_aligned_unpadded": True}
 _CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
 
 
@@ -208,7 +210,7 @@ class _Reader:
 
     def _results(self, equation: Any, inputs: list[_Value]) -> list[_Value]:
         name, params = equation.primitive.name, equation.params
-        if name == "jit" and params["name"] == "resize_bilinear_unpadded":
+        if name == "jit" and params["name"] in _RESIZES:
             return [_resized(equation, inputs[0], self.image)]
         if name in _CALLS:
             return self.run(params[_CALLS[name]].jaxpr, inputs)
@@ -276,10 +278,10 @@ def _resized(equation: Any, seen: _Value, image: tuple[int, int]) -> _Value:
     strides = (s for s in STRIDES if after == tuple(-(-side // s) for side in image))
     stride = next(strides, None)
     if stride is None:
-        return _Unknown("resize_bilinear_unpadded")
+        return _Unknown(equation.params["name"])
     lows, highs = [], []
     for in_side, out_side in zip(before, after, strict=True):
-        read = bilinear_matrix(out_side, in_side) > 0
+        read = bilinear_matrix(out_side, in_side, _RESIZES[equation.params["name"]]) > 0
         first, last = read.argmax(1), in_side - 1 - read[:, ::-1].argmax(1)
         row = stride * np.arange(out_side)
         lows.append(int((seen.stride * first - row).min()))
@@ -305,6 +307,9 @@ def _follow(equation: Any, inputs: list[_Value]) -> _Value:
     if name == "pad" and not any(interior for *_, interior in params["padding_config"]):
         before = int(params["padding_config"][1][0])
         return seen.window(-before, -before)
+    if name == "reduce_window_sum":
+        before, side = params["padding"][1][0], params["window_dimensions"][1]
+        return seen.window(-before, side - 1 - before, params["window_strides"][1])
     if name in ("reduce_sum", "reduce_max") and params["axes"] == (1, 2):
         return _Seen(None, 0, 0, sees_image=True)
     before, after = (variables[0].aval.shape for variables in (equation.invars, equation.outvars))

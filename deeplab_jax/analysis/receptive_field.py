@@ -128,7 +128,7 @@ def variants(architecture: Architecture) -> list[tuple[str, Architecture]]:
     for output_stride in output_strides(architecture.cascade):
         with contextlib.suppress(UserError):
             found.append(architecture.at_output_stride(output_stride))
-    if architecture.cascade is None:
+    if architecture.atrous_rates:
         ones = (1,) * len(architecture.atrous_rates)
         found.append(dataclasses.replace(architecture, atrous_rates=ones))
     return [(_variant_name(variant), variant) for variant in found]
@@ -136,6 +136,6 @@ def variants(architecture: Architecture) -> list[tuple[str, Architecture]]:
 
 def _variant_name(architecture: Architecture) -> str:
     name = f"output stride {architecture.output_stride}"
-    if architecture.cascade is not None:
+    if not architecture.atrous_rates:
         return name
     return f"{name}, ASPP rates {', '.join(map(str, architecture.atrous_rates))}"

@@ -70,6 +70,8 @@ _RANGES: dict[str, Range] = {
 _MODEL_RANGES: dict[str, Range] = {
     "num_classes": _FROM_1,
     "in_channels": _FROM_1,
+    "head_channels": _FROM_1,
+    "decoder_convs": _FROM_1,
     "width": _ABOVE_0,
     "dropout": _0_TO_BELOW_1,
     "bn_momentum": _0_TO_1,
@@ -79,10 +81,13 @@ _MODEL_RANGES: dict[str, Range] = {
 }
 _MODEL_CHOICES: dict[str, tuple[Any, ...]] = {
     "cascade": (None, 0, 1, 2, 3),
-    "dilation_rule": ("paper", "torchvision"),
+    "dilation_rule": ("paper", "torchvision", "mmseg"),
     "residual": ("post", "pre"),
-    "stem": ("conv7x7", "deep"),
+    "stem": ("conv7x7", "deep", "deep128"),
+    "shortcut": ("conv1x1", "avg_pool"),
     "stride_place": ("conv2", "conv1"),
+    "padding": ("symmetric", "same"),
+    "projection_kernel": (1, 3),
     "decoder": ("bilinear", "transposed", "plus"),
 }
 
@@ -163,6 +168,11 @@ def model_rules(model: Any) -> Iterator[Rule]:
         "atrous_rates",
         f"left out with cascade = {model.cascade}, which has no ASPP",
         model.cascade is None or not rates,
+    )
+    yield (
+        "align_corners",
+        "False with the decoder transposed, whose kernels assume that corners are not aligned",
+        not model.align_corners or model.decoder != "transposed",
     )
 
 

@@ -69,7 +69,7 @@ class Step(NamedTuple):
 Rule = Callable[[Step], Value]
 
 
-def _convolution(step: Step) -> Value:
+def _convolution(step: Step, auto_pad: str = "") -> Value:
     x, kernel, params = step.tensor(), step.inputs[1], step.params
     numbers = params["dimension_numbers"]
     layouts = (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)
@@ -81,15 +81,24 @@ def _convolution(step: Step) -> Value:
     ):
         raise UnsupportedError
     (top, bottom), (left, right) = params["padding"]
+    pads = [int(pad) for pad in (top, left, bottom, right)]
+    padding: dict[str, Any] = {"auto_pad": auto_pad} if auto_pad else {"pads": pads}
     return step.add(
         "Conv",
         [x.name, step.graph.constant(kernel.value.transpose(3, 2, 0, 1), kernel.name)],
         kernel_shape=kernel.value.shape[:2],
         strides=params["window_strides"],
         dilations=params["rhs_dilation"],
-        pads=[int(pad) for pad in (top, left, bottom, right)],
         group=params["feature_group_count"],
+        **padding,
     )
+
+
+def _same_convolution(step: Step) -> Value:
+    """Writes a convolution with SAME padding of a map of symbolic size."""
+    equations = step.params["jaxpr"].jaxpr.eqns
+    (inside,) = (each for each in equations if each.primitive.name == "conv_general_dilated")
+    return _convolution(step._replace(equation=inside), auto_pad="SAME_UPPER")
 
 
 def _addition(step: Step) -> Value:
@@ -153,6 +162,15 @@ def _unary(
     for op_type in op_types:
         x = step.add(op_type, [x.name], **attributes)
     return x
+
+
+def _relu6(step: Step) -> Value:
+    dtype: Any = step.equation.outvars[0].aval
+    limits = [
+        step.graph.constant(np.asarray(limit, dtype.dtype), step.scoped(name))
+        for limit, name in ((0, "low"), (6, "high"))
+    ]
+    return step.add("Clip", [step.tensor().name, *limits])
 
 
 def _erfc(step: Step) -> Value:
@@ -240,7 +258,7 @@ def _cast(step: Step) -> Value:
     return step.add("Cast", [step.tensor().name], to=dtype)
 
 
-def _resize(step: Step) -> Value:
+def _resize(step: Step, *, coordinates: str) -> Value:
     x = step.tensor()
     if x.shape == step.shape:
         return x
@@ -248,7 +266,7 @@ def _resize(step: Step) -> Value:
         "Resize",
         [x.name, "", "", step.graph.spatial_shape(step.shape, step.scope)],
         mode="linear",
-        coordinate_transformation_mode="half_pixel",
+        coordinate_transformation_mode=coordinates,
         axes=[2, 3],
     )
 
@@ -288,14 +306,20 @@ PRIMITIVE_RULES: dict[str, Rule] = {
     "copy": lambda step: step.inputs[0],
 }
 
+_2X2: dict[str, Any] = {"kernel_shape": [2, 2], "pads": [0, 0, 1, 1]}
 # Jitted functions of this package and of jax.nn that are one operator. Others are lowered
 # operation by operation.
 FUNCTION_RULES: dict[str, Rule] = {
     "relu": _operator("Relu"),
+    "relu6": _relu6,
+    "same_conv": _same_convolution,
     "hard_silu": _operator("HardSwish"),
     "hard_sigmoid": _operator("HardSigmoid", alpha=1 / 6, beta=0.5),
     "max_pool_3x3": _operator("MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
+    "average_pool_2x2": _operator("AveragePool", strides=[2, 2], count_include_pad=0, **_2X2),
+    "average_pool_2x2_dense": _operator("AveragePool", count_include_pad=1, **_2X2),
     "global_mean": _operator("GlobalAveragePool"),
-    "resize_bilinear_unpadded": _resize,
+    "resize_bilinear_unpadded": functools.partial(_resize, coordinates="half_pixel"),
+    "resize_aligned_unpadded": functools.partial(_resize, coordinates="align_corners"),
     "softmax": _operator("Softmax", axis=AXES[3]),
 }

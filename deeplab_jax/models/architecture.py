@@ -24,12 +24,23 @@ BACKBONE_NEUTRAL: dict[str, Any] = {
     "dilation_rule": "paper",
     "residual": "post",
     "stem": "conv7x7",
+    "shortcut": "conv1x1",
     "stride_place": "conv2",
+    "padding": "symmetric",
     "cascade": None,
     "width": 1.0,
 }
 # The same for heads.
-HEAD_NEUTRAL: dict[str, Any] = {"atrous_rates": (), "image_pooling": True, "head_conv": False}
+HEAD_NEUTRAL: dict[str, Any] = {
+    "atrous_rates": (),
+    "image_pooling": True,
+    "head_conv": False,
+    "head_channels": 256,
+    "projection_kernel": 1,
+    "separable_aspp": False,
+    "separable_head": False,
+    "decoder_convs": 2,
+}
 
 _DTYPES = ("float32", "bfloat16", "float64")
 
@@ -45,23 +56,38 @@ class Architecture:
       output_stride: image size divided by the size of the last features: 8, 16 or 32, or up to
         32 * 2**cascade.
       multi_grid: unit rates of the blocks of the last stage and its copies in a cascade, multiplied
-        by the dilation of the stage. A stage with fewer blocks (ResNet-18 has 2) uses the first
-        entries; a stage with more repeats them.
-      atrous_rates: rates of ASPP's 3x3 convolutions at this output stride; () in a cascade.
-      dilation_rule: "paper" or "torchvision": the dilations of stages whose strides are removed;
-        see `backbones.resnet`.
+        by the dilation of the stage unless the dilation rule is "mmseg". A stage with fewer blocks
+        (ResNet-18 has 2) uses the first entries; a stage with more repeats them.
+      atrous_rates: rates of ASPP's 3x3 convolutions at this output stride. () leaves a 1x1
+        convolution and image pooling; a cascade has () and no ASPP.
+      dilation_rule: "paper", "torchvision" or "mmseg": the dilations of stages whose strides are
+        removed; see `backbones.resnet`.
       residual: "post" (conv, norm, relu) or "pre" (norm, relu, conv: He et al. 2016).
-      stem: "conv7x7" or "deep" (three 3x3).
+      stem: "conv7x7"; or three 3x3 convolutions of 32, 32 and 64 channels ("deep") or of 64, 64
+        and 128 ("deep128").
+      shortcut: the shortcut of a block that changes the size: a strided 1x1 convolution "conv1x1",
+        or "avg_pool", a 2x2 average pool and a 1x1 convolution (ResNet-D, arXiv 1812.01187).
       stride_place: the convolution of a bottleneck that has the stride: the 3x3 "conv2" (v1.5) or
         the first 1x1 "conv1" (v1). In a basic block it is always the first.
+      padding: the padding of strided convolutions: "symmetric", as in torch, or "same", which is
+        TensorFlow's SAME and depends on the size of the map.
       width: multiplies all numbers of channels, which stay at least 8.
       aux_head: whether there is a second head, on the features of the second to last stage.
       dropout: probability before the logits, in [0, 1). In the auxiliary head it is at most 0.1,
         as in torchvision.
-      head_conv: whether a 3x3 convolution to 256 channels precedes the logits or a "plus"
-        decoder, as in torchvision and not in the paper.
+      head_conv: whether a 3x3 convolution precedes the logits or a "plus" decoder, as in
+        torchvision and not in the paper.
+      head_channels: number of channels of ASPP's branches, `head_conv` and a "plus" decoder, before
+        the factor `width`.
+      projection_kernel: side of the convolution that joins ASPP's branches, 1 or 3.
+      separable_aspp: whether ASPP's 3x3 convolutions are a depthwise and a 1x1 convolution (arXiv
+        1802.02611, section 3.1).
+      separable_head: the same for `head_conv` and the 3x3 convolutions of a "plus" decoder.
       decoder: how logits are brought to the image's size: "bilinear"; "transposed" (learned); or
         "plus" (DeepLabv3+, arXiv 1802.02611), which joins features with those of stride 4.
+      decoder_convs: number of 3x3 convolutions of a "plus" decoder.
+      align_corners: whether logits and features are resized with aligned corners, as by torch's
+        `interpolate(align_corners=True)`; otherwise with half-pixel centres.
       bn_momentum: decay of batch norm's running statistics; torch's 0.1 is 0.9 here.
       bn_epsilon: added to batch norm's variance.
       backbone_bn_momentum, backbone_bn_epsilon: the same for the backbone; None means as in the
@@ -93,9 +119,17 @@ class Architecture:
     in_channels: int = 3
     residual: str = "post"
     stem: str = "conv7x7"
+    shortcut: str = "conv1x1"
     stride_place: str = "conv2"
+    padding: str = "symmetric"
     width: float = 1.0
+    head_channels: int = 256
+    projection_kernel: int = 1
+    separable_aspp: bool = False
+    separable_head: bool = False
     decoder: str = "bilinear"
+    decoder_convs: int = 2
+    align_corners: bool = False
     dtype: str = "float32"
     cascade: int | None = None
     image_pooling: bool = True
@@ -119,8 +153,6 @@ class Architecture:
         small = self.decoder != "transposed" or self.output_stride <= 32
         yield "decoder", "bilinear or plus at output strides above 32", small
         options = options_of(HEADS[self.head])
-        if self.cascade is None and "atrous_rates" in options:
-            yield "atrous_rates", "one or more rates", bool(self.atrous_rates)
         has_decoder = self.decoder != "plus" or "plus" in options
         yield "decoder", f"bilinear or transposed: head {self.head}", has_decoder
         for part, registry, neutral in (
@@ -145,38 +177,98 @@ class Architecture:
     def at_output_stride(self, output_stride: int) -> Architecture:
         """Returns the architecture at another output stride, with ASPP's rates scaled accordingly.
 
-        The parameters have the same names and shapes.
+        Scales a multi-grid too, if the dilation rule "mmseg" makes it absolute. The parameters have
+        the same names and shapes.
 
         Raises:
           UserError: the output stride is not supported, or a rate would not be whole, as 6 at
             output stride 16 scaled to 64.
         """
-        numerators = [rate * self.output_stride for rate in self.atrous_rates]
+        rates: dict[str, Any] = {"atrous_rates": self.atrous_rates}
+        if self.dilation_rule == "mmseg" and set(self.multi_grid) != {1}:
+            rates["multi_grid"] = self.multi_grid
         known = output_stride in output_strides(self.cascade)
-        if known and any(n % output_stride for n in numerators):
-            rates = ", ".join(f"{n / output_stride:g}" for n in numerators)
-            raise UserError(
-                f"atrous_rates {self.atrous_rates} at output stride {self.output_stride} would be "
-                f"({rates}) at {output_stride}, which are not whole: give atrous_rates for "
-                f"output stride {output_stride}"
-            )
-        scaled = tuple(n // max(output_stride, 1) for n in numerators)
-        return dataclasses.replace(self, output_stride=output_stride, atrous_rates=scaled)
+        for field, before in rates.items():
+            numerators = [rate * self.output_stride for rate in before]
+            if known and any(n % output_stride for n in numerators):
+                after = ", ".join(f"{n / output_stride:g}" for n in numerators)
+                raise UserError(
+                    f"{field} {before} at output stride {self.output_stride} would be ({after}) "
+                    f"at {output_stride}, which are not whole: give {field} for output stride "
+                    f"{output_stride}"
+                )
+            rates[field] = tuple(n // max(output_stride, 1) for n in numerators)
+        return dataclasses.replace(self, output_stride=output_stride, **rates)
 
 
-# Fields that the families set; the others have the defaults of `Architecture`. "paper" is arXiv
-# 1706.05587, section 4, with batch norm's momentum of section 4.1; "torchvision" is
-# torchvision.models.segmentation.deeplabv3.
-_FAMILIES = ("paper", "torchvision")
-_FAMILY_FIELDS: dict[str, tuple[Any, Any]] = {
-    "output_stride": (16, 8),
-    "multi_grid": ((1, 2, 4), (1, 1, 1)),
-    "atrous_rates": ((6, 12, 18), (12, 24, 36)),
-    "dilation_rule": ("paper", "torchvision"),
-    "aux_head": (False, True),
-    "head_conv": (False, True),
-    "dropout": (0.1, 0.5),
-    "bn_momentum": (0.9997, 0.9),
+# torchvision.models.segmentation.deeplabv3. Fields without an entry have `Architecture`'s defaults.
+_TORCHVISION: dict[str, Any] = {
+    "output_stride": 8,
+    "multi_grid": (1, 1, 1),
+    "atrous_rates": (12, 24, 36),
+    "dilation_rule": "torchvision",
+    "aux_head": True,
+    "head_conv": True,
+    "dropout": 0.5,
+    "bn_momentum": 0.9,
+}
+_SMP = {"dilation_rule": "paper", "aux_head": False, "align_corners": True}
+_VAINF = {"output_stride": 16, "atrous_rates": (6, 12, 18), "aux_head": False, "dropout": 0.1}
+# What each family of models has that torchvision's has not.
+_FAMILIES: dict[str, dict[str, Any]] = {
+    # arXiv 1706.05587, section 4; batch norm's momentum is in section 4.1.
+    "paper": {
+        "output_stride": 16,
+        "multi_grid": (1, 2, 4),
+        "atrous_rates": (6, 12, 18),
+        "dilation_rule": "paper",
+        "aux_head": False,
+        "head_conv": False,
+        "dropout": 0.1,
+        "bn_momentum": 0.9997,
+    },
+    "torchvision": {},
+    # mmsegmentation's DeepLabV3 with ResNetV1c, configs/_base_/models/deeplabv3_r50-d8.py.
+    "mmseg": {
+        "dilation_rule": "mmseg",
+        "stem": "deep",
+        "head_conv": False,
+        "head_channels": 512,
+        "projection_kernel": 3,
+        "dropout": 0.1,
+    },
+    # DeepLabV3 and DeepLabV3Plus of segmentation_models.pytorch.
+    "smp": _SMP,
+    "smpplus": _SMP
+    | {
+        "output_stride": 16,
+        "separable_aspp": True,
+        "separable_head": True,
+        "decoder": "plus",
+        "decoder_convs": 1,
+    },
+    # deeplabv3 and deeplabv3plus of VainF/DeepLabV3Plus-Pytorch.
+    "vainf": _VAINF,
+    "vainfplus": _VAINF | {"head_conv": False, "decoder": "plus", "decoder_convs": 1},
+    # tensorflow/models, research/deeplab, with MobileNetV2.
+    "tf": {
+        "output_stride": 16,
+        "atrous_rates": (),
+        "aux_head": False,
+        "head_conv": False,
+        "dropout": 0.1,
+        "bn_momentum": 0.9997,
+        "backbone_bn_momentum": 0.997,
+        "backbone_bn_epsilon": 1e-3,
+        "padding": "same",
+        "align_corners": True,
+    },
+}
+_RESNETS = tuple(f"resnet{depth}" for depth in (18, 34, 50, 101, 152))
+# The backbones of the families that do not have all of them.
+_FAMILY_BACKBONES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("mmseg", "smp", "smpplus", "vainf", "vainfplus"), _RESNETS),
+    "tf": ("mobilenet_v2",),
 }
 
 # Fields that a backbone sets in all families, and that a named architecture sets.
@@ -184,7 +276,12 @@ _BACKBONE_FIELDS: dict[str, dict[str, Any]] = {
     "mobilenet_v3_large": {"backbone_bn_momentum": 0.99, "backbone_bn_epsilon": 1e-3},
     # With ASPP's rates of the ResNets at output stride 8.
     "torchvision_mobilenet_v3_large": {"output_stride": 16},
+    "mmseg_resnet18": {"head_channels": 128},  # configs/deeplabv3/deeplabv3_r18-d8_*.py
 }
+
+
+def _backbones_of(family: str) -> list[str]:
+    return [name for name in BACKBONES if name in _FAMILY_BACKBONES.get(family, BACKBONES)]
 
 
 def options_of(entry: Any) -> frozenset[str]:
@@ -193,24 +290,23 @@ def options_of(entry: Any) -> frozenset[str]:
 
 
 class _Architectures(Mapping[str, Architecture]):
-    """Each family with each registered backbone, such as "paper_resnet101"."""
+    """Each family with each registered backbone that it has, such as "paper_resnet101"."""
 
     def __getitem__(self, name: str) -> Architecture:
         family, _, backbone = name.partition("_")
-        if family not in _FAMILIES or backbone not in BACKBONES:
+        if family not in _FAMILIES or backbone not in _backbones_of(family):
             raise KeyError(name)
         options = options_of(BACKBONES[backbone])
-        column = _FAMILIES.index(family)
-        fields = {field: values[column] for field, values in _FAMILY_FIELDS.items()}
+        fields = _TORCHVISION | _FAMILIES[family]
         fields |= {field: v for field, v in BACKBONE_NEUTRAL.items() if field not in options}
         fields |= _BACKBONE_FIELDS.get(backbone, {}) | _BACKBONE_FIELDS.get(name, {})
         return Architecture(name=name, backbone=backbone, num_classes=21, **fields)
 
     def __iter__(self) -> Iterator[str]:
-        return (f"{family}_{backbone}" for family in _FAMILIES for backbone in BACKBONES)
+        return (f"{family}_{name}" for family in _FAMILIES for name in _backbones_of(family))
 
     def __len__(self) -> int:
-        return len(_FAMILIES) * len(BACKBONES)
+        return sum(1 for _ in self)
 
 
 ARCHITECTURES: Mapping[str, Architecture] = _Architectures()
@@ -245,7 +341,7 @@ def architecture(name: str, *, num_classes: int, **overrides: Any) -> Architectu
             chosen.setdefault(field, value)
     if "cascade" in chosen:
         chosen.setdefault("atrous_rates", ())
-    if chosen.get("decoder") == "plus":
+    if chosen.get("decoder") == "plus" != base.decoder:
         chosen.setdefault("head_conv", False)
     if "output_stride" in chosen and "atrous_rates" not in chosen:
         base = base.at_output_stride(chosen.pop("output_stride"))

@@ -31,7 +31,8 @@ class PlusDecoder(nnx.Module):
 
     Attributes:
       low_level: 1x1 convolution to 48 channels (times width).
-      conv1, conv2: 3x3 convolutions to 256 channels (times width).
+      conv1, conv2, ...: 3x3 convolutions to 256 channels (times width).
+      num_convs: number of 3x3 convolutions.
       out_features: number of channels of the result.
     """
 
@@ -40,17 +41,39 @@ class PlusDecoder(nnx.Module):
         in_features: int,
         low_level_features: int,
         *,
+        channels: int = DECODER_CHANNELS,
+        num_convs: int = 2,
+        separable: bool = False,
+        align_corners: bool = False,
         width: float = 1.0,
         norm: Callable[..., BatchNorm] = BatchNorm,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        """Makes the layers.
+
+        Args:
+          in_features: number of channels of the deep features.
+          low_level_features: number of channels of the low-level features.
+          channels: number of channels of the result, before the factor `width`.
+          num_convs: number of 3x3 convolutions.
+          separable: whether the 3x3 convolutions are separable.
+          align_corners: how deep features are resized, see `models.ops.resize`.
+          width: factor for all numbers of channels.
+          norm: function that makes a batch norm from a number of channels.
+          dtype: dtype of the computation.
+          rngs: random keys; `rngs.params` initializes the kernels.
+        """
         reduced = scaled_channels(LOW_LEVEL_CHANNELS, width)
-        features = scaled_channels(DECODER_CHANNELS, width)
+        features = scaled_channels(channels, width)
         shared: dict[str, Any] = {"norm": norm, "activation": relu, "dtype": dtype, "rngs": rngs}
         self.low_level = ConvBN(low_level_features, reduced, **shared)
-        self.conv1 = ConvBN(in_features + reduced, features, 3, **shared)
-        self.conv2 = ConvBN(features, features, 3, **shared)
+        inputs = [in_features + reduced, *[features] * (num_convs - 1)]
+        for number, channels in enumerate(inputs, start=1):
+            conv = ConvBN(channels, features, 3, separable=separable, **shared)
+            setattr(self, f"conv{number}", conv)
+        self.num_convs = num_convs
+        self.align_corners = align_corners
         self.out_features = features
 
     def __call__(
@@ -62,9 +85,11 @@ class PlusDecoder(nnx.Module):
           features: features of ASPP or of a cascade.
           low_level: features of the backbone at output stride 4.
         """
-        upsampled = resize_like(features, low_level)
+        upsampled = resize_like(features, low_level, align_corners=self.align_corners)
         x = jnp.concatenate([upsampled, self.low_level(low_level)], axis=3)
-        return self.conv2(self.conv1(x))
+        for number in range(1, self.num_convs + 1):
+            x = getattr(self, f"conv{number}")(x)
+        return x
 
 
 class TransposedDecoder(nnx.Module):

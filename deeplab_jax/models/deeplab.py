@@ -32,6 +32,7 @@ class DeepLabV3(nnx.Module):
       classifier: the head of the "out" logits, see `models.contracts.Head`.
       aux_classifier: the head of the "aux" logits, or None.
       decoder: learned upsampling of the "out" logits, or None for bilinear resizing.
+      align_corners: how logits are resized, see `models.ops.resize`.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class DeepLabV3(nnx.Module):
         classifier: Head,
         aux_classifier: Head | None = None,
         decoder: TransposedDecoder | None = None,
+        *,
+        align_corners: bool = False,
     ) -> None:
         """Joins the parts.
 
@@ -54,6 +57,7 @@ class DeepLabV3(nnx.Module):
         self.classifier = classifier
         self.aux_classifier = aux_classifier
         self.decoder = decoder
+        self.align_corners = align_corners
         use_implementation(self, FASTEST)
 
     def __call__(
@@ -95,7 +99,10 @@ class DeepLabV3(nnx.Module):
             if self.decoder is not None:
                 outputs["out"] = self.decoder(outputs["out"], images)
             if upsample:
-                outputs = {name: resize_like(each, images) for name, each in outputs.items()}
+                outputs = {
+                    name: resize_like(each, images, align_corners=self.align_corners)
+                    for name, each in outputs.items()
+                }
         return outputs
 
 
@@ -138,4 +145,5 @@ def build_model(
     decoder = None
     if chosen.decoder == "transposed":
         decoder = TransposedDecoder(chosen.num_classes, chosen.output_stride, dtype=chosen.dtype)
-    return DeepLabV3(backbone, classifier, aux_classifier, decoder)
+    align_corners = chosen.align_corners
+    return DeepLabV3(backbone, classifier, aux_classifier, decoder, align_corners=align_corners)

@@ -17,7 +17,7 @@ from flax.core import FrozenDict
 from jax.nn import relu
 from jaxtyping import Array, DTypeLike, Float
 
-from deeplab_jax.models.architecture import HEADS, Architecture
+from deeplab_jax.models.architecture import HEAD_NEUTRAL, HEADS, Architecture
 from deeplab_jax.models.contracts import Backbone, channels_for
 from deeplab_jax.models.decoders import PlusDecoder
 from deeplab_jax.models.layers import (
@@ -56,7 +56,7 @@ class ASPP(nnx.Module):
 
     Attributes:
       branches: a 1x1 convolution, a 3x3 convolution for each rate, and image pooling.
-      project: 1x1 convolution of the concatenated branches.
+      project: 1x1 or 3x3 convolution of the concatenated branches.
       dropout: dropout after `project`.
     """
 
@@ -67,19 +67,38 @@ class ASPP(nnx.Module):
         *,
         atrous_rates: Sequence[int] = (6, 12, 18),
         image_pooling: bool = True,
+        projection_kernel: int = 1,
+        separable: bool = False,
         dropout: float = 0.1,
         norm: Callable[..., BatchNorm] = BatchNorm,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        """Makes the layers.
+
+        Args:
+          in_features: number of channels of the features.
+          out_features: number of channels of each branch and of the result.
+          atrous_rates: dilations of the 3x3 convolutions; none if empty.
+          image_pooling: whether there are image-level features.
+          projection_kernel: side of the convolution that joins the branches, 1 or 3.
+          separable: whether the atrous convolutions are separable.
+          dropout: probability of dropout.
+          norm: function that makes a batch norm from a number of channels.
+          dtype: dtype of the computation.
+          rngs: random keys; `rngs.params` initializes the kernels.
+        """
         options: dict[str, Any] = {"norm": norm, "dtype": dtype, "rngs": rngs}
         conv: Callable[..., ConvBN] = functools.partial(ConvBN, activation=relu, **options)
         # The order in which layers are made decides the parameters that a seed gives.
-        atrous = [conv(in_features, out_features, 3, kernel_dilation=rate) for rate in atrous_rates]
+        atrous = [
+            conv(in_features, out_features, 3, kernel_dilation=rate, separable=separable)
+            for rate in atrous_rates
+        ]
         pooling = [ImagePooling(in_features, out_features, **options)] if image_pooling else []
         branches: list[nnx.Module] = [conv(in_features, out_features), *atrous, *pooling]
         self.branches = nnx.List(branches)
-        self.project = conv(len(branches) * out_features, out_features)
+        self.project = conv(len(branches) * out_features, out_features, projection_kernel)
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(
@@ -93,13 +112,13 @@ class ASPP(nnx.Module):
 class ASPPHead(nnx.Module):
     """DeepLabv3's head: ASPP, in torchvision's models a 3x3 convolution, and logits.
 
-    Without atrous rates there is no ASPP, as in a cascade (arXiv 1706.05587, section 3.2). With
-    DeepLabv3+'s decoder the logits have the size of the low-level features.
+    A cascade (arXiv 1706.05587, section 3.2) has no ASPP. With DeepLabv3+'s decoder the logits have
+    the size of the low-level features.
 
     Attributes:
       aspp: ASPP, or None.
       dropout: dropout if there is no ASPP, which has its own.
-      head_conv: 3x3 convolution to 256 channels (times width), or None.
+      head_conv: 3x3 convolution, or None.
       decoder: DeepLabv3+'s decoder, or None.
       logits: the last convolution.
     """
@@ -111,8 +130,15 @@ class ASPPHead(nnx.Module):
         *,
         atrous_rates: Sequence[int] = (6, 12, 18),
         image_pooling: bool = True,
+        aspp: bool = True,
         head_conv: bool = False,
+        head_channels: int = HEAD_FEATURES,
+        projection_kernel: int = 1,
+        separable_aspp: bool = False,
+        separable_head: bool = False,
         plus: bool = False,
+        decoder_convs: int = 2,
+        align_corners: bool = False,
         dropout: float = 0.1,
         width: float = 1.0,
         norm: Callable[..., BatchNorm] = BatchNorm,
@@ -123,6 +149,7 @@ class ASPPHead(nnx.Module):
 
         Args:
           backbone: the backbone whose features the head reads.
+          aspp: whether the head has ASPP.
           plus: whether the head has DeepLabv3+'s decoder.
           norm: function that makes a batch norm from a number of channels.
           rngs: random keys; `rngs.params` initializes the kernels.
@@ -132,29 +159,43 @@ class ASPPHead(nnx.Module):
         options: dict[str, Any] = {"norm": norm, "dtype": dtype, "rngs": rngs}
         self._out, self._low_level = backbone.out_feature, backbone.low_level_feature
         features = backbone.features[self._out].channels
-        head_features = scaled_channels(HEAD_FEATURES, width)
-        aspp = decoder = None
+        head_features = scaled_channels(head_channels, width)
+        pyramid = decoder = None
         in_features: dict[str, int] = {self._out: features}
-        if atrous_rates:
-            aspp = ASPP(
+        if aspp:
+            pyramid = ASPP(
                 features,
                 head_features,
                 atrous_rates=atrous_rates,
                 image_pooling=image_pooling,
+                projection_kernel=projection_kernel,
+                separable=separable_aspp,
                 dropout=dropout,
                 **options,
             )
             features = head_features
-        self.aspp = aspp
-        self.dropout = nnx.Dropout(0.0 if atrous_rates else dropout)
+        self.aspp = pyramid
+        self.dropout = nnx.Dropout(0.0 if aspp else dropout)
+        conv3x3: dict[str, Any] = {"kernel_size": 3, "activation": relu, **options}
         self.head_conv = (
-            ConvBN(features, head_features, 3, activation=relu, **options) if head_conv else None
+            ConvBN(features, head_features, separable=separable_head, **conv3x3)
+            if head_conv
+            else None
         )
         features = head_features if head_conv else features
         if plus:
             low_level = channels_for(backbone, "low_level_feature", "the decoder of DeepLabv3+")
             in_features[self._low_level] = low_level
-            decoder = PlusDecoder(features, low_level, width=width, **options)
+            decoder = PlusDecoder(
+                features,
+                low_level,
+                channels=head_channels,
+                num_convs=decoder_convs,
+                separable=separable_head,
+                align_corners=align_corners,
+                width=width,
+                **options,
+            )
             features = decoder.out_features
         self.decoder = decoder
         self.in_features: Mapping[str, int] = FrozenDict(in_features)
@@ -211,12 +252,12 @@ def aspp_head(backbone: Backbone, architecture: Architecture, *, rngs: nnx.Rngs)
     return ASPPHead(
         backbone,
         architecture.num_classes,
-        atrous_rates=architecture.atrous_rates,
-        image_pooling=architecture.image_pooling,
-        head_conv=architecture.head_conv,
+        aspp=architecture.cascade is None,
         plus=architecture.decoder == "plus",
+        align_corners=architecture.align_corners,
         dropout=architecture.dropout,
         width=architecture.width,
+        **{field: getattr(architecture, field) for field in HEAD_NEUTRAL},
         **_layer_options(architecture, rngs),
     )
 
@@ -233,5 +274,5 @@ def _layer_options(architecture: Architecture, rngs: nnx.Rngs) -> dict[str, Any]
     return {"norm": norm, "dtype": architecture.dtype, "rngs": rngs}
 
 
-aspp_head.options = frozenset({"atrous_rates", "image_pooling", "head_conv", "plus"})  # type: ignore[attr-defined]
+aspp_head.options = frozenset({*HEAD_NEUTRAL, "plus"})  # type: ignore[attr-defined]
 HEADS["aspp"] = aspp_head

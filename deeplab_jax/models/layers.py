@@ -48,8 +48,8 @@ class Conv(nnx.Conv):
     """A 2-D `nnx.Conv` with other defaults: those of a ResNet.
 
     It has no bias, He initialization, float32 parameters under bfloat16, and symmetric zero padding
-    that keeps the size at stride 1, as in torch. (`SAME` is not symmetric at stride 2.) It is
-    computed by `models.ops.convolution.fastest_conv`.
+    that keeps the size at stride 1, as in torch. It is computed by
+    `models.ops.convolution.fastest_conv`.
     """
 
     def __init__(
@@ -67,6 +67,9 @@ class Conv(nnx.Conv):
     ) -> None:
         """Takes the arguments of `nnx.Conv`.
 
+        Padding "SAME" is TensorFlow's, for an odd kernel and stride 1 or 2. At stride 2 it shifts
+        features by one pixel along a side of even size; it is for weights from TensorFlow.
+
         Raises:
           ValueError: `padding` would shift features against the image.
         """
@@ -78,7 +81,7 @@ class Conv(nnx.Conv):
             out_features,
             (kernel_size, kernel_size),
             (strides, strides),
-            padding=_padding(padding, kernel_dilation * (kernel_size - 1)),
+            padding=_padding(padding, kernel_dilation * (kernel_size - 1), strides),
             kernel_dilation=(kernel_dilation, kernel_dilation),
             use_bias=options.pop("use_bias", False),
             dtype=jnp.dtype(dtype),
@@ -88,9 +91,13 @@ class Conv(nnx.Conv):
         )
 
 
-def _padding(padding: Any, reach: int) -> tuple[tuple[int, int], ...]:
+def _padding(padding: Any, reach: int, strides: int) -> str | tuple[tuple[int, int], ...]:
     """Returns the checked padding of both axes for a kernel that covers `reach + 1` pixels."""
     symmetric = (reach // 2, reach - reach // 2)
+    if padding == "SAME" and reach % 2 == 0 and strides <= 2:
+        if reach and strides == 2:
+            return "SAME"
+        padding = None
     if padding is None:
         return (symmetric, symmetric)
     axes = [padding, padding] if isinstance(padding, int) else list(padding)
@@ -172,7 +179,17 @@ def batch_norm(dtype: DTypeLike, momentum: float, epsilon: float) -> Callable[..
 
 
 class ConvBN(nnx.Module):
-    """A convolution `conv` without a bias, its batch norm `bn`, and an activation or None."""
+    """A convolution without a bias, its batch norm, and an activation.
+
+    A separable convolution (arXiv 1802.02611, section 3.1) is a depthwise convolution of the given
+    size, stride and dilation, and a 1x1 convolution, with no norm between them.
+
+    Attributes:
+      depthwise: the depthwise convolution, or None.
+      conv: the convolution, or the 1x1 convolution of a separable one.
+      bn: batch norm.
+      activation: function of the result, or None.
+    """
 
     def __init__(
         self,
@@ -182,11 +199,19 @@ class ConvBN(nnx.Module):
         *,
         norm: Callable[..., BatchNorm] = BatchNorm,
         activation: Activation | None = None,
+        separable: bool = False,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
         """Makes the layers; `options` are other arguments of `Conv`."""
-        self.conv = Conv(in_features, out_features, kernel_size, rngs=rngs, **options)
+        options["rngs"] = rngs
+        depthwise = None
+        if separable:
+            groups = options | {"feature_group_count": in_features}
+            depthwise = Conv(in_features, in_features, kernel_size, **groups)
+            options, kernel_size = {"dtype": options.get("dtype", jnp.float32), "rngs": rngs}, 1
+        self.depthwise = depthwise
+        self.conv = Conv(in_features, out_features, kernel_size, **options)
         self.bn = norm(out_features)
         self.activation = activation
 
@@ -194,7 +219,7 @@ class ConvBN(nnx.Module):
         return [("conv", "bn")]
 
     def __call__(self, x: Float[Array, "n h w cin"]) -> Float[Array, "n ho wo cout"]:
-        y = self.bn(self.conv(x))
+        y = self.bn(self.conv(x if self.depthwise is None else self.depthwise(x)))
         return y if self.activation is None else self.activation(y)
 
 

@@ -11,6 +11,7 @@ gives a value for each image; its count is the number of images with a valid pix
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -37,18 +38,25 @@ Scalar = Float[Array, ""]
 _NUM_BLOCKS = 8  # blocks of rows in which the cross-entropy is computed
 
 
-def loss_sum(logits: Float[Array, "n ho wo classes"], labels: Labels, config: LossConfig) -> Scalar:
+def loss_sum(
+    logits: Float[Array, "n ho wo classes"],
+    labels: Labels,
+    config: LossConfig,
+    *,
+    align_corners: bool = False,
+) -> Scalar:
     """Returns the sum of the config's loss over pixels (pixel losses) or images (image losses).
 
     Args:
       logits: float32 or wider, at any resolution; resized bilinearly to that of the labels.
       labels: class ids; `labels.IGNORE` marks pixels that do not count.
       config: the loss. `class_weights` and `hard_pixel_fraction` apply to pixel losses.
+      align_corners: how the model resizes its logits, see `models.ops.resize`.
     """
     if config.name in IMAGE_LOSSES:
-        upsampled = resize_bilinear(logits, *labels.shape[1:])
+        upsampled = resize_bilinear(logits, *labels.shape[1:], align_corners=align_corners)
         return jnp.sum(IMAGE_LOSSES[config.name](upsampled, labels))
-    losses = PIXEL_LOSSES[config.name](cross_entropy(logits, labels), config)
+    losses = PIXEL_LOSSES[config.name](cross_entropy(logits, labels, align_corners), config)
     losses *= pixel_weights(labels, config.class_weights)
     if config.hard_pixel_fraction < 1:
         valid = labels != IGNORE
@@ -64,16 +72,19 @@ def loss_count(labels: Labels, config: LossConfig) -> Scalar:
     return config.hard_pixel_fraction * jnp.sum(pixel_weights(labels, config.class_weights))
 
 
-def downsample_labels(labels: Labels, stride: int) -> UInt8[Array, "n ho wo"]:
-    """Downsamples labels to the logits' resolution, sampling at feature centres.
+def downsample_labels(
+    labels: Labels, stride: int, align_corners: bool = False
+) -> UInt8[Array, "n ho wo"]:
+    """Downsamples labels to the logits' resolution, sampling where resizing places each logit.
 
-    The pixels 0, `stride`, ... lie half a stride away from the centres: a model trained on those
-    would predict everything shifted by half a stride.
+    These are the centres of features, unless corners are aligned. The pixels 0, `stride`, ... lie
+    half a stride away from the centres: a model trained on those would predict everything shifted
+    by half a stride.
 
     Source: arXiv 1706.05587, section 4.1, "Upsampling logits": earlier DeepLabs trained this way.
     """
     rows, columns = (
-        np.rint(source_coordinates(-(-size // stride), size)).astype(np.int32)
+        np.rint(source_coordinates(-(-size // stride), size, align_corners)).astype(np.int32)
         for size in labels.shape[1:]
     )
     return labels[:, rows][:, :, columns]
@@ -94,7 +105,9 @@ def pixel_weights(labels: Labels, class_weights: object = None) -> PixelMap:
     return jnp.where(valid, jnp.take(table, labels, mode="clip"), 0.0)
 
 
-def cross_entropy(logits: Float[Array, "n ho wo classes"], labels: Labels) -> PixelMap:
+def cross_entropy(
+    logits: Float[Array, "n ho wo classes"], labels: Labels, align_corners: bool = False
+) -> PixelMap:
     """Returns `-log p` of each pixel's class; for ignored pixels that of class 0, which is finite.
 
     Logits at another resolution than the labels are resized bilinearly, some rows at a time, in the
@@ -103,8 +116,9 @@ def cross_entropy(logits: Float[Array, "n ho wo classes"], labels: Labels) -> Pi
     targets = jnp.where(labels == IGNORE, 0, labels)
     if logits.shape[1:3] == labels.shape[1:]:
         return jax.nn.logsumexp(logits, axis=-1) - _target_logits(logits, targets)
-    widened = resize_bilinear(logits, logits.shape[1], labels.shape[2])  # few rows: small
-    return _cross_entropy_by_rows(widened, targets)
+    few_rows = logits.shape[1], labels.shape[2]  # so that this is small
+    widened = resize_bilinear(logits, *few_rows, align_corners=align_corners)
+    return _cross_entropy_by_rows(widened, targets, align_corners)
 
 
 def _target_logits(logits: Logits, targets: Labels) -> PixelMap:
@@ -130,12 +144,15 @@ class _RowBlock(NamedTuple):
     targets: Array
 
 
-def _row_blocks(wide: Float[Array, "n ho w classes"], targets: Labels) -> _RowBlock:
+def _row_blocks(
+    wide: Float[Array, "n ho w classes"], targets: Labels, align_corners: bool
+) -> _RowBlock:
     """Stacks the blocks along a new first axis; the last block is padded with zero rows."""
     n, height, width = targets.shape
     rows = -(-height // _NUM_BLOCKS)
     matrix = np.zeros((_NUM_BLOCKS, rows, wide.shape[1]))
-    matrix.reshape(_NUM_BLOCKS * rows, -1)[:height] = bilinear_matrix(height, wide.shape[1])
+    weights = bilinear_matrix(height, wide.shape[1], align_corners)
+    matrix.reshape(_NUM_BLOCKS * rows, -1)[:height] = weights
     reads: np.ndarray = np.any(matrix, axis=1)  # [block, row of the logits]
     first = reads.argmax(axis=1)
     window = int((wide.shape[1] - reads[:, ::-1].argmax(axis=1) - first).max())
@@ -151,27 +168,30 @@ def _upsampled(wide: Array, block: _RowBlock) -> Logits:
     return precise_einsum("nHh,nhWc->nHWc", broadcast_to_batch(block.matrix, wide), window)
 
 
-@jax.custom_vjp
-def _cross_entropy_by_rows(wide: Float[Array, "n ho w classes"], targets: Labels) -> PixelMap:
-    return _cross_entropy_by_rows_forward(wide, targets)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _cross_entropy_by_rows(
+    wide: Float[Array, "n ho w classes"], targets: Labels, align_corners: bool
+) -> PixelMap:
+    return _cross_entropy_by_rows_forward(wide, targets, align_corners)[0]
 
 
 def _cross_entropy_by_rows_forward(
-    wide: Array, targets: Labels
+    wide: Array, targets: Labels, align_corners: bool
 ) -> tuple[PixelMap, tuple[Array, ...]]:
     def block_loss(_: None, block: _RowBlock) -> tuple[None, tuple[Array, Array]]:
         logits = _upsampled(wide, block)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         return None, (normalizer - _target_logits(logits, block.targets), normalizer)
 
-    _, (losses, normalizers) = lax.scan(block_loss, None, _row_blocks(wide, targets))
+    blocks = _row_blocks(wide, targets, align_corners)
+    _, (losses, normalizers) = lax.scan(block_loss, None, blocks)
     n, height, width = targets.shape
     losses = jnp.moveaxis(losses, 0, 1).reshape(n, -1, width)[:, :height]
     return losses, (wide, targets, normalizers)
 
 
 def _cross_entropy_by_rows_backward(
-    residuals: tuple[Array, ...], cotangent: PixelMap
+    align_corners: bool, residuals: tuple[Array, ...], cotangent: PixelMap
 ) -> tuple[Array, np.ndarray]:
     wide, targets, normalizers = residuals
     n, height, width = targets.shape
@@ -192,7 +212,7 @@ def _cross_entropy_by_rows_backward(
         )
         return lax.dynamic_update_slice_in_dim(gradient, window_gradient, block.start, axis=1), None
 
-    blocks = (_row_blocks(wide, targets), normalizers, cotangents)
+    blocks = (_row_blocks(wide, targets, align_corners), normalizers, cotangents)
     gradient, _ = lax.scan(add_block, jnp.zeros_like(wide), blocks)
     return gradient, np.zeros(targets.shape, jax.dtypes.float0)
 

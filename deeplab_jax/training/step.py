@@ -84,9 +84,10 @@ def gradients(
     With spatial partitioning the logits are upsampled at once, and each device holds some of their
     rows. Otherwise the loss upsamples a few rows at a time.
     """
+    stride, align_corners = model.architecture.output_stride, model.architecture.align_corners
     if not config.loss.upsample:
-        stride = model.architecture.output_stride
-        batch = batch | {"label": losses.downsample_labels(batch["label"], stride)}
+        labels = losses.downsample_labels(batch["label"], stride, align_corners)
+        batch = batch | {"label": labels}
     partitioned = mesh.shape[mesh_lib.SPACE] > 1
     num_parts = config.optimizer.accumulate
     count = losses.loss_count(batch["label"], config.loss)
@@ -105,7 +106,12 @@ def gradients(
             )
             outputs = mesh_lib.constrain_image_sharding(outputs, mesh)
             means = {
-                head: losses.mean(losses.loss_sum(logits, microbatch["label"], config.loss), count)
+                head: losses.mean(
+                    losses.loss_sum(
+                        logits, microbatch["label"], config.loss, align_corners=align_corners
+                    ),
+                    count,
+                )
                 for head, logits in outputs.items()
             }
             total = means["out"] + config.loss.aux_weight * means.get("aux", 0.0)

@@ -319,7 +319,7 @@ def resolve_architecture(config: Config, dataset: Dataset) -> Architecture:
             f"{dataset.num_channels} channels"
         )
     try:
-        return architecture(
+        chosen = architecture(
             name,
             num_classes=dataset.labels.num_classes,
             in_channels=dataset.num_channels,
@@ -327,6 +327,12 @@ def resolve_architecture(config: Config, dataset: Dataset) -> Architecture:
         )
     except ValueError as error:
         raise UserError(f"config.model: {error}") from error
+    if not config.loss.upsample and chosen.decoder != "bilinear":
+        raise UserError(
+            f"config.loss.upsample must be true with decoder = {chosen.decoder} of {name}, which "
+            "itself upsamples the logits"
+        )
+    return chosen
 
 
 def stage_configs(config: Config, folder: pathlib.Path) -> tuple[Config, Config | None]:
@@ -351,19 +357,18 @@ def stage_configs(config: Config, folder: pathlib.Path) -> tuple[Config, Config 
 
 
 def _at_output_stride(model: ModelConfig, output_stride: int | None) -> ModelConfig:
-    """The same parameters at another output stride; given ASPP rates scale with the features."""
+    """The same parameters at another output stride; given rates scale with the features."""
     if output_stride is None:
         return model
-    rates = model.atrous_rates
-    if rates is not None:
-        given = architecture(
-            model.architecture,
-            num_classes=1,
-            output_stride=model.output_stride,
-            atrous_rates=tuple(rates),
-        )
-        rates = given.at_output_stride(output_stride).atrous_rates
-    return dataclasses.replace(model, output_stride=output_stride, atrous_rates=rates)
+    changes: dict[str, Any] = {"output_stride": output_stride}
+    rates = [field for field in ("atrous_rates", "multi_grid") if getattr(model, field)]
+    if rates:
+        fields = ("output_stride", "cascade", "dilation_rule", *rates)
+        options = {field: getattr(model, field) for field in fields}
+        given = architecture(model.architecture, num_classes=1, **options)
+        there = given.at_output_stride(output_stride)
+        changes |= {field: getattr(there, field) for field in rates}
+    return dataclasses.replace(model, **changes)
 
 
 def _print(text: str) -> None:

@@ -20,6 +20,7 @@ from deeplab_jax.models.deeplab import build_model
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.models.layers import Conv
 from deeplab_jax.models.ops.convolution import XLA
+from deeplab_jax.models.ops.pooling import average_pool
 from deeplab_jax.models.ops.resize import resize_bilinear
 from torch_reference import torchvision
 
@@ -30,6 +31,7 @@ VARIANTS = {
         {"residual": "pre", "stem": "deep", "decoder": "transposed", "output_stride": 16},
     ),
     "mobilenet": ("torchvision_mobilenet_v3_large", {}),
+    "same": ("tf_mobilenet_v2", {"aux_head": True, "atrous_rates": (6, 12, 18)}),
 }
 
 
@@ -138,7 +140,7 @@ def without_pooling(model):
 
     Kernels are positive means, so that activations stay positive and pass each relu.
     """
-    params = {}
+    params, has_relu6 = {}, model.architecture.backbone == "mobilenet_v2"
     for name, leaf in model.abstract.params.items():
         module, _, kind = name.rpartition(".")
         value = np.zeros(leaf.shape, np.float32)
@@ -146,6 +148,8 @@ def without_pooling(model):
             value += 1 / np.prod(leaf.shape[:3])
         if kind == "scale" and not module.startswith("classifier.aspp.branches.4"):
             value += 1
+        if kind == "scale" and has_relu6 and module.endswith("project.bn"):
+            value /= 10  # sums of many blocks would exceed 6
         if module.endswith("fc2"):  # squeeze-excite: its hard sigmoid is at its end, 1
             value = np.full(leaf.shape, 3.5 if kind == "bias" else 0, np.float32)
         params[name] = value
@@ -187,7 +191,9 @@ def spans(model, size, axis):
     }
 
 
-@pytest.mark.parametrize(("variant", "axis"), [("paper", 1), ("pre", 2), ("mobilenet", 1)])
+@pytest.mark.parametrize(
+    ("variant", "axis"), [("paper", 1), ("pre", 2), ("mobilenet", 1), ("same", 2)]
+)
 def test_field_of_view_and_stride_are_those_of_the_gradient(variant, axis):
     bilinear = dataclasses.replace(model_of(variant).architecture, decoder="bilinear")
     model = FunctionalModel(bilinear)
@@ -254,6 +260,11 @@ def moved(x, rows):
         (lambda w, x: conv(jnp.concatenate([x[..., :1], moved(x[..., 1:], 4)], 3), w), 7, 1),
         # Rows 0, 4, 8 at thirds: row 2 reads 0 and 4, row 3 too, so from 3 before to 3 behind.
         (lambda w, x: conv(resize_bilinear(x[:, ::4, ::4], 9, 9), w), 9, 1),
+        # With aligned corners rows 1 to 7 read rows 0 and 8; with half-pixel centres only 2 to 6.
+        (lambda w, x: conv(resize_bilinear(x[:, ::8, ::8], 9, 9, align_corners=True), w), 17, 1),
+        (lambda w, x: conv(resize_bilinear(x[:, ::8, ::8], 9, 9), w), 15, 1),
+        (lambda w, x: conv(average_pool(x, 2), w), 6, 2),
+        (lambda w, x: conv(average_pool(x, 1), w), 4, 1),
     ],
 )
 def test_shifted_and_strided_maps(apply, field_of_view, output_stride):
@@ -291,6 +302,10 @@ def test_refuses_an_image_without_pixels(size):
         (
             lambda w, x: conv(resize_bilinear(x, 7, 7), w),
             "not known: .* 'resize_bilinear_unpadded'",
+        ),
+        (
+            lambda w, x: conv(resize_bilinear(x, 7, 7, align_corners=True), w),
+            "not known: .* 'resize_aligned_unpadded'",
         ),
     ],
 )

@@ -98,6 +98,9 @@ def test_variants_have_the_same_parameters():
     assert all(shape == shapes[0] for shape in shapes)
     odd = dataclasses.replace(ARCHITECTURE, atrous_rates=(5, 7))  # 2.5 at output stride 32
     assert [v.output_stride for _, v in receptive_field.variants(odd)] == [8, 16, 16]
+    without = dataclasses.replace(ARCHITECTURE, atrous_rates=())
+    names = [name for name, _ in receptive_field.variants(without)]
+    assert names == ["output stride 8", "output stride 16", "output stride 32"]
 
 
 def test_damaged_weights_are_an_error(variables):

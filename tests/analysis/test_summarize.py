@@ -10,6 +10,7 @@ from conftest import ROOT
 from deeplab_jax.analysis import plots, summary
 from deeplab_jax.analysis.receptive_field import EffectiveField
 from deeplab_jax.models.architecture import ARCHITECTURES, architecture
+from deeplab_jax.models.functional import FunctionalModel
 from drawings import texts
 from torch_reference import torchvision
 
@@ -32,6 +33,23 @@ def test_totals_are_what_torchvision_publishes(backbone):
     # Its "GFLOPS" are multiply-adds of convolutions, with the auxiliary head.
     assert found.all.macs / 1e9 == pytest.approx(published["_ops"], abs=5e-4)
     assert 0.4 * found.all.macs < found.all.valid_macs < found.all.macs
+
+
+def test_a_model_of_separable_convolutions():
+    """smp's DeepLabV3Plus with ResNet-D's shortcuts, counted by hand for a 65x65 image."""
+    options = {"shortcut": "avg_pool", "width": 0.125, "num_classes": 5}
+    ours = architecture("smpplus_resnet18", **options)
+    found = summary.summarize(ours, 65)
+    convs = {conv.name: conv for conv in found.all.convolutions}
+    branch = [convs[f"classifier.aspp.branches.2.{part}"] for part in ("depthwise", "conv")]
+    assert [(c.kernel_size, c.rate, c.groups) for c in branch] == [(3, 24, 64), (1, 1, 1)]
+    assert [conv.macs for conv in branch] == [5 * 5 * 9 * 64, 5 * 5 * 64 * 32]
+    decoder = convs["classifier.decoder.conv1.depthwise"]
+    assert (decoder.in_shape, decoder.groups) == ((17, 17, 32 + 8), 40)
+    assert convs["backbone.layer2.0.downsample.conv"].stride == 1
+    assert convs["backbone.layer2.0.downsample.conv"].out_shape == (9, 9, 16)
+    arrays = FunctionalModel(ours).abstract.params.values()
+    assert found.params == sum(leaf.size for leaf in arrays)
 
 
 # (dilation rule, output stride, multi-grid): (rate, output stride) of the four 3x3 convolutions of

@@ -36,7 +36,12 @@ def test_recorded_differences_are_within_limits(benchmark):
 
 @pytest.mark.parametrize(
     ("name", "height", "space"),
-    [("pre-activation, deep stem, learned decoder", 113, 8), ("MobileNetV3", 50, 4)],
+    [
+        ("pre-activation, deep stem, learned decoder", 113, 8),
+        ("MobileNetV3", 50, 4),
+        ("ResNet-D, separable DeepLabv3+, aligned corners", 50, 4),
+        ("MobileNetV2, SAME padding", 50, 4),
+    ],
 )
 def test_gradients_do_not_depend_on_spatial_partitioning(benchmark, name, height, space):
     case = benchmark.Case("gradients", name, "float64", height, space)

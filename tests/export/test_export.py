@@ -1,6 +1,7 @@
 """`deeplab-jax export`: it keeps no file that differs from the model, and reports mistakes."""
 
 import errno
+import functools
 import json
 import pathlib
 import sys
@@ -19,7 +20,7 @@ from deeplab_jax.export.export import export
 from deeplab_jax.export.program import OUTPUTS
 from deeplab_jax.models.layers import Conv
 from deeplab_jax.models.ops.convolution import FASTEST, XLA, use_implementation
-from deeplab_jax.models.ops.pooling import max_pool, mean_over_image
+from deeplab_jax.models.ops.pooling import average_pool, max_pool, mean_over_image
 from deeplab_jax.models.ops.resize import resize_bilinear
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import saved_model
@@ -187,17 +188,22 @@ def test_another_shape_or_type_is_an_error():
 # Requirements on the models
 
 
-def test_symbolic_sizes_resize_like_fixed_ones():
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_symbolic_sizes_resize_like_fixed_ones(align_corners):
     height, width = jax.export.symbolic_shape("h, w")
-    resize = jax.jit(lambda x, like: resize_bilinear(x, 2 * x.shape[1] + 1, like.shape[1]))
+    resize_to = functools.partial(resize_bilinear, align_corners=align_corners)
+    resize = jax.jit(lambda x, like: resize_to(x, 2 * x.shape[1] + 1, like.shape[1]))
     shapes = ((1, height, 3, 2), (5, width))
     exported = jax.export.export(resize)(
         *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
     )
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 7, 3, 2)), jnp.float32)
-    np.testing.assert_allclose(
-        exported.call(x, np.zeros((5, 11), np.float32)), resize_bilinear(x, 15, 11), atol=1e-6
-    )
+    for columns in (1, 11):
+        np.testing.assert_allclose(
+            exported.call(x, np.zeros((5, columns), np.float32)),
+            resize_to(x, 15, columns),
+            atol=1e-6,
+        )
 
 
 def test_depthwise_convolution_is_one_operation_with_xla():
@@ -216,6 +222,9 @@ def test_operations_are_named():
         "max_pool_3x3": max_pool,
         "global_mean": lambda x: mean_over_image(x, jnp.float32),
         "resize_bilinear_unpadded": lambda x: resize_bilinear(x, 17, 17),
+        "resize_aligned_unpadded": lambda x: resize_bilinear(x, 17, 17, align_corners=True),
+        "average_pool_2x2": lambda x: average_pool(x, 2),
+        "average_pool_2x2_dense": lambda x: average_pool(x, 1),
         "softmax": OUTPUTS["probabilities"],
     }
     for name, function in named.items():

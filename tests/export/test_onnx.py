@@ -85,9 +85,14 @@ def test_one_graph_gives_the_models_logits_at_each_batch_and_size(basic, shape):
 ARCHITECTURES = {
     "bottlenecks, auxiliary head": ("torchvision_resnet50", {}),
     "depthwise": ("torchvision_mobilenet_v3_large", {}),
+    "SAME padding": ("tf_mobilenet_v2", {}),
     "pre-activation, deep stem, grey": (
         "paper_resnet18",
         {"residual": "pre", "stem": "deep", "in_channels": 1},
+    ),
+    "separable, pooled shortcuts of both strides, aligned corners": (
+        "smpplus_resnet18",
+        {"shortcut": "avg_pool", "stem": "deep128"},
     ),
 }
 
@@ -99,10 +104,11 @@ def exported(request):
 
 
 def test_architectures(exported):
-    images = picture(2, 34, 47, channels=exported.model.architecture.in_channels)
-    logits = exported.logits(images)
-    result = exported.run(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    assert_near(result.transpose(0, 2, 3, 1), logits)
+    for size in ((34, 47), (65, 48)):
+        images = picture(2, *size, channels=exported.model.architecture.in_channels)
+        logits = exported.logits(images)
+        result = exported.run(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        assert_near(result.transpose(0, 2, 3, 1), logits)
 
 
 def test_convolutions_are_the_models(exported):
@@ -129,9 +135,22 @@ def test_convolutions_are_the_models(exported):
     arrays = {array.name: array for array in exported.graph.graph.initializer}
     kernels = [arrays[node.input[1]] for node in exported.nodes("Conv")]
     depthwise = [kernel for kernel in kernels if kernel.dims[1] == 1 and kernel.dims[2] > 1]
-    mobile = arch.backbone == "mobilenet_v3_large"
-    assert (len(depthwise) > 10) is mobile
-    assert ("HardSwish" in types) is mobile
+    assert (len(depthwise) > 10) is arch.backbone.startswith("mobilenet")
+    assert (len(depthwise) == 5) is arch.separable_aspp  # three rates, head and decoder
+    assert types.get("AveragePool", 0) == (3 if arch.shortcut == "avg_pool" else 0)
+    assert ("HardSwish" in types) is (arch.backbone == "mobilenet_v3_large")
+    assert types.get("Clip", 0) == (34 if arch.backbone == "mobilenet_v2" else 0)
+    same = [node for node in exported.nodes("Conv") if "auto_pad" in attributes(node)]
+    assert len(same) == (4 if arch.padding == "same" else 0)
+
+
+@pytest.mark.parametrize("size", [(34, 47), (64, 33)])
+def test_same_padding_of_a_fixed_size_is_written_as_numbers(size):
+    ours = Exported("tf_mobilenet_v2", sizes=Dimensions(None, *size))
+    images = picture(2, *size)
+    assert_near(ours.run(images), ours.logits(images))
+    (stem,) = (node for node in ours.nodes("Conv") if node.name == "backbone.stem.conv")
+    assert attributes(stem)["pads"] == [*(side % 2 for side in size), 1, 1]
 
 
 def test_only_the_ends_have_transposes(basic):

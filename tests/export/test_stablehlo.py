@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import small_checkpoint
+from deeplab_jax.data import labels
 from deeplab_jax.export import stablehlo
 from deeplab_jax.export.program import Dimensions, Program
 from deeplab_jax.models.architecture import architecture
@@ -21,6 +22,7 @@ from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.ops.depthwise_conv import depthwise_conv
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import saved_model
+from random_modules import random_variables
 
 DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "export.md"
 
@@ -88,6 +90,32 @@ def test_a_fixed_size(loaded, logits_of):
     assert_near(run(images), logits_of(images))
     with pytest.raises(ValueError, match="33"):
         run(picture(2, 33, 40))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("smpplus_resnet18", {"shortcut": "avg_pool", "stem": "deep128"}),
+        ("tf_mobilenet_v2", {"decoder": "plus"}),  # SAME padding
+    ],
+)
+def test_other_operations_take_any_size(tmp_path, name, options):
+    """Separable convolutions, pools, aligned corners and SAME padding."""
+    arch = architecture(name, num_classes=5, width=0.125, **options)
+    model = FunctionalModel(arch)
+    variables = random_variables(model)
+    mean = std = np.full(3, 0.5)
+    names = labels.named(*"abcde")
+    info = saved_model.describe(arch, names, mean=mean, std=std, resize="", size=(1, 1))
+    info |= {"mean": mean.tolist(), "std": std.tolist()}
+    saved = saved_model.SavedModel(pathlib.Path(), info, lambda: variables)
+    path = tmp_path / "program"
+    path.write_bytes(stablehlo.serialize(Program(saved, "logits", Dimensions()), ("cpu",)))
+    run = stablehlo.load(path)
+    apply = jax.jit(lambda x: model.apply(variables, x)[0]["out"])
+    for shape in ((1, 1, 1), (2, 33, 41), (1, 36, 50)):
+        pixels = (picture(*shape) / 255 - mean) / std
+        assert_near(run(picture(*shape)), np.asarray(apply(pixels.astype(np.float32))))
 
 
 @pytest.mark.parametrize(("stride", "rate"), [(2, 1), (1, 2)])

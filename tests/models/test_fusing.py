@@ -15,6 +15,7 @@ VARIANTS = {
     "bottleneck, torchvision's head": ("torchvision_resnet50", {"width": 0.125}),
     "pre-activation, deep stem": ("paper_resnet18", {"residual": "pre", "stem": "deep"}),
     "plus": ("paper_resnet18", {"decoder": "plus"}),
+    "mobilenet, SAME padding": ("tf_mobilenet_v2", {}),
     "mobilenet": ("torchvision_mobilenet_v3_large", {"width": 0.25}),
 }
 

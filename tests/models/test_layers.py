@@ -10,9 +10,19 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deeplab_jax.models.decoders import TransposedDecoder
-from deeplab_jax.models.layers import BatchNorm, Conv, param_dtype, scaled_channels
-from deeplab_jax.models.ops.pooling import max_pool
+from deeplab_jax.models.fusion import fuse_batch_norm
+from deeplab_jax.models.layers import (
+    BatchNorm,
+    Conv,
+    ConvBN,
+    batch_norm,
+    param_dtype,
+    scaled_channels,
+)
+from deeplab_jax.models.ops.masking import padding_mask
+from deeplab_jax.models.ops.pooling import average_pool, max_pool
 from deeplab_jax.models.ops.resize import resize_bilinear
+from random_modules import random_module
 
 
 def to_torch(x):
@@ -205,20 +215,22 @@ class TestResize:
             ((9, 13), (4, 7)),
             ((33, 2), (33, 9)),
             ((6, 7), (1, 1)),
+            ((4, 5), (1, 3)),
         ],
     )
-    def test_equals_torch_with_its_gradient(self, x64, source, target):
+    @pytest.mark.parametrize("align_corners", [False, True])
+    def test_equals_torch_with_its_gradient(self, x64, source, target, align_corners):
         rng = np.random.default_rng(0)
         x, cotangent = rng.normal(size=(2, *source, 3)), rng.normal(size=(2, *target, 3))
 
         @jax.jit
         def ours(x):
-            y, pull = jax.vjp(lambda x: resize_bilinear(x, *target), x)
+            y, pull = jax.vjp(lambda x: resize_bilinear(x, *target, align_corners=align_corners), x)
             return y, pull(jnp.asarray(cotangent))[0]
 
         torch_x = to_torch(x).requires_grad_()
         theirs = torch.nn.functional.interpolate(
-            torch_x, size=target, mode="bilinear", align_corners=False
+            torch_x, size=target, mode="bilinear", align_corners=align_corners
         )
         theirs.backward(to_torch(cotangent))
         y, gradient = ours(x)
@@ -228,6 +240,115 @@ class TestResize:
     def test_same_size_is_unchanged(self):
         x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 6, 2)), jnp.float32)
         np.testing.assert_array_equal(resize_bilinear(x, 4, 6), x)
+        np.testing.assert_array_equal(resize_bilinear(x, 4, 6, align_corners=True), x)
+
+    def test_corners_are_aligned_exactly(self):
+        """Each 16th pixel of 513 is one of 33 logits, with no rounding: TensorFlow's sizes."""
+        x = np.random.default_rng(0).normal(size=(1, 33, 3, 2)).astype(np.float32)
+        y = resize_bilinear(jnp.asarray(x), 513, 33, align_corners=True)
+        np.testing.assert_array_equal(y[:, ::16, ::16], x)
+
+    @pytest.mark.parametrize("align_corners", [False, True])
+    def test_each_image_of_a_padded_batch_has_its_own_size(self, x64, align_corners):
+        rng = np.random.default_rng(0)
+        before, after = [(9, 7), (1, 4), (5, 1)], [(33, 30), (4, 1), (1, 32)]
+        x = rng.normal(size=(3, 9, 7, 2))
+        sizes = (jnp.asarray(one) for one in (before, after))
+        options = dict(zip(("in_sizes", "out_sizes"), sizes, strict=True))
+        y = resize_bilinear(jnp.asarray(x), 33, 32, **options, align_corners=align_corners)
+        for row, ((h, w), (height, width)) in enumerate(zip(before, after, strict=True)):
+            expected = torch.nn.functional.interpolate(
+                to_torch(x[row : row + 1, :h, :w]),
+                size=(height, width),
+                mode="bilinear",
+                align_corners=align_corners,
+            )
+            np.testing.assert_allclose(
+                y[row : row + 1, :height, :width], from_torch(expected), atol=1e-12
+            )
+
+
+def torch_average(x, strides):
+    """timm's pool of the shortcut, `timm.models.resnet.downsample_avg`."""
+    if strides == 1:
+        x = torch.nn.functional.pad(x, (0, 1, 0, 1))
+    return torch.nn.functional.avg_pool2d(x, 2, strides, 0, ceil_mode=True, count_include_pad=False)
+
+
+class TestAveragePool:
+    @pytest.mark.parametrize("strides", [1, 2])
+    @pytest.mark.parametrize("size", [(1, 1), (2, 3), (8, 6), (9, 11)])
+    def test_equals_torch_with_its_gradient(self, x64, strides, size):
+        x = np.random.default_rng(0).normal(size=(2, *size, 3))
+        torch_x = to_torch(x).requires_grad_()
+        theirs = torch_average(torch_x, strides)
+        cotangent = np.random.default_rng(1).normal(size=from_torch(theirs).shape)
+        theirs.backward(to_torch(cotangent))
+        y, pull = jax.vjp(lambda x: average_pool(x, strides), jnp.asarray(x))
+        np.testing.assert_allclose(y, from_torch(theirs), atol=1e-15)
+        np.testing.assert_allclose(
+            pull(jnp.asarray(cotangent))[0], from_torch(torch_x.grad), atol=1e-15
+        )
+
+    @pytest.mark.parametrize("strides", [1, 2])
+    def test_padding_does_not_count(self, x64, strides):
+        sizes = [(9, 10), (4, 5), (1, 2)]
+        x = np.full((3, 9, 10, 2), np.nan)
+        for row, (height, width) in enumerate(sizes):
+            x[row, :height, :width] = np.random.default_rng(row).normal(size=(height, width, 2))
+        with padding_mask(jnp.asarray(sizes), x.shape):
+            y = average_pool(jnp.asarray(x), strides)
+        for row, (height, width) in enumerate(sizes):
+            theirs = from_torch(torch_average(to_torch(x[row : row + 1, :height, :width]), strides))
+            ours = y[row : row + 1, : theirs.shape[1], : theirs.shape[2]]
+            np.testing.assert_allclose(ours, theirs, atol=1e-15)
+
+    @pytest.mark.parametrize("strides", [1, 2])
+    def test_keeps_bfloat16(self, strides):
+        y = average_pool(jnp.ones((1, 3, 4, 2), jnp.bfloat16), strides)
+        assert y.dtype == jnp.bfloat16
+        assert float(y[0, 0, 0, 0]) == 1
+
+
+class TestSeparableConvolution:
+    def test_equals_torchs_layers(self, x64):
+        """Depthwise at the rate, then 1x1, then norm and relu, as in segmentation_models."""
+        layer = random_module(
+            lambda: ConvBN(
+                *(6, 5, 3),
+                activation=jax.nn.relu,
+                kernel_dilation=3,
+                separable=True,
+                norm=batch_norm("float64", 0.9, 1e-5),
+                dtype="float64",
+                rngs=nnx.Rngs(0),
+            )
+        )
+        assert layer.depthwise.kernel.shape == (3, 3, 1, 6)
+        assert layer.conv.kernel.shape == (1, 1, 6, 5)
+        theirs = torch.nn.Sequential(
+            torch.nn.Conv2d(6, 6, 3, padding=3, dilation=3, groups=6, bias=False),
+            torch.nn.Conv2d(6, 5, 1, bias=False),
+            torch_norm(layer.bn),
+            torch.nn.ReLU(),
+        )
+        theirs = theirs.double().eval()
+        with torch.no_grad():
+            for ours, conv in ((layer.depthwise, theirs[0]), (layer.conv, theirs[1])):
+                kernel = np.asarray(ours.kernel[...]).transpose(3, 2, 0, 1)
+                conv.weight[:] = torch.tensor(kernel)
+        x = np.random.default_rng(0).normal(size=(2, 9, 8, 6))
+        expected = from_torch(theirs(to_torch(x)))
+        np.testing.assert_allclose(layer(jnp.asarray(x)), expected, atol=1e-12)
+        fuse_batch_norm(layer)
+        np.testing.assert_allclose(layer(jnp.asarray(x)), expected, atol=1e-12)
+
+    def test_strides_and_dtype_are_the_depthwise_convolutions(self):
+        layer = nnx.eval_shape(
+            lambda: ConvBN(4, 8, 3, strides=2, separable=True, dtype="bfloat16", rngs=nnx.Rngs(0))
+        )
+        assert (layer.depthwise.strides, layer.conv.strides) == ((2, 2), (1, 1))
+        assert layer.depthwise.dtype == layer.conv.dtype == jnp.bfloat16
 
 
 class TestTransposedDecoder:
@@ -313,9 +434,10 @@ class TestPadding:
         ("kernel_size", "padding"),
         [
             (3, 0),
-            (3, ((0, 2), (0, 2))),  # SAME at stride 2 on even sizes, and more
+            (3, ((0, 2), (0, 2))),
             (3, ((1, 1), (1, 2))),
-            (3, "SAME"),
+            (3, "VALID"),
+            (4, "SAME"),
             (4, ((3, 0), (3, 0))),
             (5, 1),
         ],

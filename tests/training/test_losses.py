@@ -301,16 +301,18 @@ def test_a_sharded_batch_has_the_same_loss(name):
     [LossConfig(), LossConfig(name="focal", hard_pixel_fraction=0.3), LossConfig(name="dice")],
     ids=lambda config: config.name,
 )
-def test_low_logits_give_the_loss_of_the_upsampled_ones(x64, low, high, config):
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_low_logits_give_the_loss_of_the_upsampled_ones(x64, low, high, config, align_corners):
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(size=(2, *low, 4)))
     labels = jnp.asarray(rng.choice([0, 1, 2, 3, 255], size=(2, *high)).astype(np.uint8))
 
     def of_low(logits):
-        return losses.loss_sum(logits, labels, config)
+        return losses.loss_sum(logits, labels, config, align_corners=align_corners)
 
     def of_upsampled(logits):
-        return losses.loss_sum(resize_bilinear(logits, *high), labels, config)
+        upsampled = resize_bilinear(logits, *high, align_corners=align_corners)
+        return losses.loss_sum(upsampled, labels, config)
 
     ours, expected = (jax.value_and_grad(f)(logits) for f in (of_low, of_upsampled))
     np.testing.assert_allclose(ours[0], expected[0], rtol=1e-12)

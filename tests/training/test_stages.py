@@ -89,6 +89,18 @@ def test_rates_that_a_config_gives_scale_with_the_seconds_features(tmp_path):
         stage_configs(config, tmp_path)
 
 
+def test_an_absolute_multi_grid_scales_with_the_seconds_features(tmp_path):
+    config = get_config()
+    config.model.architecture, config.model.multi_grid = "mmseg_resnet18", (1, 2)
+    config.model.output_stride = 16
+    second = stage_configs(config, tmp_path)[1].model
+    assert (second.multi_grid, second.atrous_rates) == ((2, 4), None)
+    config.model.dilation_rule = "paper"
+    assert stage_configs(config, tmp_path)[1].model.multi_grid == (1, 2)
+    config.model.cascade, config.second_stage.output_stride = 2, 64
+    assert stage_configs(config, tmp_path)[1].model.multi_grid == (1, 2)
+
+
 def test_a_run_killed_in_each_stage_ends_as_if_never_killed(unbroken, tmp_path):
     for stage in ("stage 1 of 2", "stage 2 of 2"):
         process = start_command(tmp_path)

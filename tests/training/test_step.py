@@ -95,15 +95,45 @@ def test_labels_downsampled_to_the_logits():
     assert found["loss"] == pytest.approx(losses.mean(), rel=1e-5)
 
 
+def test_labels_are_not_downsampled_for_a_named_model_with_a_decoder():
+    """Its logits have output stride 4, and the labels would have 16."""
+    config = config_with(loss={"upsample": False}, model={"architecture": "smpplus_resnet18"})
+    with pytest.raises(UserError, match=r"loss.upsample must be true .* plus of smpplus_resnet18"):
+        tiny.Run(config)
+
+
+def test_loss_of_a_model_with_aligned_corners():
+    """Both heads' losses are torch's of logits that torch resizes."""
+    options = {"architecture": "smp_resnet18", "dropout": 0.0, "aux_head": True}
+    config = config_with(model=options | {"atrous_rates": (1, 2)})
+    run = tiny.Run(config)
+    batch, state = run.batches(1)[0], run.start()
+    _, _, found = jax.jit(lambda s, b: gradients(run.model, config, s, b, run.mesh))(state, batch)
+    pixels = normalize(batch["image"], config.data.mean, config.data.std)
+    outputs, _ = run.model.apply(state.variables, pixels, train=True, upsample=False)
+    labels = torch.tensor(np.asarray(batch["label"]), dtype=torch.int64)
+    expected = {}
+    for head, logits in outputs.items():
+        low = torch.tensor(np.asarray(logits, np.float64)).permute(0, 3, 1, 2)
+        assert low.shape[2:] == (5, 5)
+        high = torch.nn.functional.interpolate(low, (33, 33), mode="bilinear", align_corners=True)
+        expected[head] = torch.nn.functional.cross_entropy(high, labels, ignore_index=255).item()
+    assert found["aux_loss"] == pytest.approx(expected["aux"], rel=1e-5)
+    assert found["loss"] == pytest.approx(expected["out"], rel=1e-5)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize(("size", "stride"), [(40, 16), (128, 16), (193, 32), (65, 8), (7, 16)])
-def test_downsampled_labels_are_at_the_positions_of_upsampled_features(size, stride):
+def test_downsampled_labels_are_at_the_positions_of_upsampled_features(size, stride, align_corners):
     """There torch's resize of 0, 1, 2, ... comes nearest to whole numbers."""
     features = torch.arange(-(-size // stride), dtype=torch.float64)
-    resized = torch.nn.functional.interpolate(features[None, None], size, mode="linear")[0, 0]
+    resized = torch.nn.functional.interpolate(
+        features[None, None, None], (1, size), mode="bilinear", align_corners=align_corners
+    )[0, 0, 0]
     distance = np.abs(resized.numpy() - features.numpy()[:, None])
     pixels = np.broadcast_to(np.arange(size, dtype=np.uint8), (1, size, size))  # each its column
     columns, rows = (
-        np.asarray(downsample_labels(jnp.asarray(labels), stride))
+        np.asarray(downsample_labels(jnp.asarray(labels), stride, align_corners))
         for labels in (pixels, pixels.swapaxes(1, 2))
     )
     np.testing.assert_array_equal(columns, rows.swapaxes(1, 2))

@@ -12,6 +12,8 @@ strides are removed, the dilation rule decides the dilations:
   exactly. The 3x3 convolution of a bottleneck that lost its stride has the dilation before it.
 - "paper": all blocks of a stage have the same dilation: at output stride 16, 2 in block4; at 8, 2
   in block3 and 4 in block4.
+- "mmseg" (mmsegmentation): as "torchvision", but the second convolution of a basic block is never
+  dilated, and a multi-grid other than all ones gives the rates of block4's convolutions themselves.
 
 With full pre-activation (He et al. 2016, arXiv 1603.05027, appendix) the first block has no first
 activation of its own, because the stem ends with one. Batch norm and relu follow the last block.
@@ -20,6 +22,7 @@ activation of its own, because the stem ends with one. Batch norm and relu follo
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,11 +31,11 @@ from flax.core import FrozenDict
 from jax.nn import relu
 from jaxtyping import Array, Float
 
-from deeplab_jax.models.architecture import Architecture
+from deeplab_jax.models.architecture import BACKBONE_NEUTRAL, Architecture
 from deeplab_jax.models.contracts import Feature
 from deeplab_jax.models.layers import BatchNorm, Conv, ConvBN, batch_norm, scaled_channels
 from deeplab_jax.models.ops.convolution import add_relu
-from deeplab_jax.models.ops.pooling import max_pool
+from deeplab_jax.models.ops.pooling import average_pool, max_pool
 
 
 class BlockSpec(NamedTuple):
@@ -48,6 +51,8 @@ class BlockSpec(NamedTuple):
       project: whether the shortcut is a convolution. It depends on the published stride of the
         stage, so that the parameters are the same at each output stride.
       activated: whether the input is already normalized and activated, as by the stem.
+      pool: whether the shortcut averages 2x2 pixels at the stride of the block before its
+        convolution, which then has stride 1.
     """
 
     in_features: int
@@ -57,6 +62,7 @@ class BlockSpec(NamedTuple):
     kernel_dilation: int
     project: bool
     activated: bool = False
+    pool: bool = False
 
 
 class _ResidualBlock(nnx.Module):
@@ -66,6 +72,7 @@ class _ResidualBlock(nnx.Module):
       conv1, bn1, ...: convolutions and norms. A norm follows its convolution, or precedes it with
         `pre_activation`.
       downsample: convolution of the shortcut, with batch norm unless `pre_activation`; or None.
+      pool_strides: stride of the average pool before `downsample`; 0 if there is none.
       add_relu: function that computes `relu(shortcut + y)`.
     """
 
@@ -90,7 +97,8 @@ class _ResidualBlock(nnx.Module):
             setattr(self, f"bn{number}", None if activated else norm(features))
         sizes = spec.in_features, spec.features * self.expansion
         shortcut: Any = Conv if self.pre_activation else functools.partial(ConvBN, norm=norm)
-        layer["strides"] = spec.strides
+        layer["strides"] = 1 if spec.pool else spec.strides
+        self.pool_strides = spec.strides if spec.pool else 0
         self.downsample = shortcut(*sizes, **layer) if spec.project else None
         self.add_relu: Callable[[Array, Array, Array], Array] = add_relu
 
@@ -117,8 +125,7 @@ class _ResidualBlock(nnx.Module):
         y = x
         for index, (conv, norm) in enumerate(self._layers()):
             y = norm(conv(relu(y) if index else y))
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.add_relu(shortcut, y, conv.kernel[...][0, 0, 0, 0])
+        return self.add_relu(self._shortcut(x), y, conv.kernel[...][0, 0, 0, 0])
 
     def _pre_activation(self, x: Array) -> Array:
         """He et al. 2016, figure 4e: shortcut + conv(relu(norm(...))), with no activation after.
@@ -131,9 +138,14 @@ class _ResidualBlock(nnx.Module):
             if norm is not None:
                 y = relu(norm(y))
             if index == 0 and self.downsample is not None:
-                shortcut = self.downsample(y)
+                shortcut = self._shortcut(y)
             y = conv(y)
         return shortcut + y
+
+    def _shortcut(self, x: Array) -> Array:
+        if self.downsample is None:
+            return x
+        return self.downsample(average_pool(x, self.pool_strides) if self.pool_strides else x)
 
 
 class BasicBlock(_ResidualBlock):
@@ -188,6 +200,8 @@ RESNETS: dict[str, Stages] = {
     "resnet152": Stages(Bottleneck, (3, 8, 36, 3)),
 }
 STEM_FEATURES = 64
+# Numbers of channels of a 7x7 convolution, or of three 3x3 convolutions.
+STEMS = {"conv7x7": (STEM_FEATURES,), "deep": (32, 32, 64), "deep128": (64, 64, 128)}
 STEM_STRIDE = 4  # pixels, the max pool's included
 STAGE_FEATURES = (64, 128, 256, 512)
 STAGE_STRIDES = (1, 2, 2, 2)
@@ -201,7 +215,8 @@ def block_specs(architecture: Architecture) -> list[list[BlockSpec]]:
     """
     block, sizes = RESNETS[architecture.backbone]
     published = [*range(LAST_STAGE + 1), *[LAST_STAGE] * (architecture.cascade or 0)]
-    in_features = scaled_channels(STEM_FEATURES, architecture.width)
+    in_features = stem_features(architecture)
+    mmseg = architecture.dilation_rule == "mmseg"
     total_stride, dilation = STEM_STRIDE, 1
     stages: list[list[BlockSpec]] = []
     for stage in published:
@@ -217,16 +232,23 @@ def block_specs(architecture: Architecture) -> list[list[BlockSpec]]:
         specs = []
         for index in range(sizes[stage]):
             first, unit_rate = index == 0, grid[index % len(grid)]
+            before, after = (
+                rate * unit_rate for rate in (first_dilation if first else dilation, dilation)
+            )
+            if mmseg:
+                before = before if set(grid) == {1} else unit_rate
+                after = before if block is Bottleneck else 1
             out_features = features * block.expansion
             specs.append(
                 BlockSpec(
                     in_features=in_features,
                     features=features,
                     strides=strides if first else 1,
-                    first_dilation=(first_dilation if first else dilation) * unit_rate,
-                    kernel_dilation=dilation * unit_rate,
+                    first_dilation=before,
+                    kernel_dilation=after,
                     project=first and (published_stride > 1 or in_features != out_features),
                     activated=first and not stages,
+                    pool=first and published_stride > 1 and architecture.shortcut == "avg_pool",
                 )
             )
             in_features = out_features
@@ -238,16 +260,14 @@ class ResNet(nnx.Module):
     """A ResNet without its classifier.
 
     Attributes:
-      stem: convolutions with batch norm and relu: one 7x7, or three 3x3 in a "deep" stem.
+      stem: convolutions with batch norm and relu: one 7x7, or three 3x3 in a deep stem.
       layer1, ..., layer4: lists of residual blocks; in a cascade also layer5 to layer7.
       features: channels and stride of each feature map that `__call__` returns.
       final_bn: batch norm after the last block with pre-activation, otherwise None.
       remat: whether to recompute each block in the backward pass, to save memory.
     """
 
-    options = frozenset(
-        {"multi_grid", "dilation_rule", "residual", "stem", "stride_place", "cascade", "width"}
-    )
+    options = frozenset(BACKBONE_NEUTRAL) - {"padding"}
     aux_feature = "layer3"
     low_level_feature = "layer1"  # stride 4, "Conv2" of arXiv 1802.02611
 
@@ -255,12 +275,11 @@ class ResNet(nnx.Module):
         self.in_channels = architecture.in_channels
         norm = batch_norm(architecture.dtype, *architecture.backbone_bn)
         shared: dict[str, Any] = {"norm": norm, "rngs": rngs}
-        stem_features = scaled_channels(STEM_FEATURES, architecture.width)
-        self.stem = nnx.List(_stem(architecture, stem_features, **shared))
+        self.stem = nnx.List(_stem(architecture, **shared))
         block = RESNETS[architecture.backbone].block
         specs = block_specs(architecture)
         total_stride = STEM_STRIDE
-        features: dict[str, Feature] = {"stem": Feature(stem_features, STEM_STRIDE)}
+        features: dict[str, Feature] = {"stem": Feature(stem_features(architecture), STEM_STRIDE)}
         for number, stage in enumerate(specs, start=1):
             blocks = nnx.List([block(spec, architecture, **shared) for spec in stage])
             setattr(self, f"layer{number}", blocks)
@@ -289,12 +308,18 @@ class ResNet(nnx.Module):
         return features
 
 
-def _stem(architecture: Architecture, features: int, **shared: Any) -> list[ConvBN]:
-    conv: Callable[..., ConvBN] = functools.partial(
-        ConvBN, activation=relu, dtype=architecture.dtype, **shared
-    )
-    if architecture.stem == "conv7x7":
-        return [conv(architecture.in_channels, features, 7, strides=2)]
-    half = scaled_channels(STEM_FEATURES // 2, architecture.width)
-    first = conv(architecture.in_channels, half, 3, strides=2)
-    return [first, conv(half, half, 3), conv(half, features, 3)]
+def stem_features(architecture: Architecture) -> int:
+    """Returns the number of channels of the stem's last convolution."""
+    return scaled_channels(STEMS[architecture.stem][-1], architecture.width)
+
+
+def _stem(architecture: Architecture, **shared: Any) -> list[ConvBN]:
+    shared |= {"activation": relu, "dtype": architecture.dtype}
+    sizes = [scaled_channels(features, architecture.width) for features in STEMS[architecture.stem]]
+    kernel_size = 7 if len(sizes) == 1 else 3
+    return [
+        ConvBN(before, features, kernel_size, strides=1 if number else 2, **shared)
+        for number, (before, features) in enumerate(
+            itertools.pairwise([architecture.in_channels, *sizes])
+        )
+    ]

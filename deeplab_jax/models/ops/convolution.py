@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jax import lax
+from jax import export, lax
 from jax.nn import relu
 from jaxtyping import Array, Float
 
 from deeplab_jax.models.ops.atrous_conv import atrous_conv, unless_differentiated
 from deeplab_jax.models.ops.depthwise_conv import depthwise_conv
-from deeplab_jax.models.ops.masking import mask_padding
+from deeplab_jax.models.ops.masking import mask_padding, valid_sizes
+from deeplab_jax.models.ops.same_padding import same_conv
 
 _NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
@@ -27,9 +28,13 @@ def fastest_conv(lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
     """Convolves by `depthwise_conv` or `atrous_conv`, which choose by platform, kernel and map.
 
     They compute 2-D convolutions of NHWC maps with an odd square kernel and symmetric padding that
-    keeps the size. XLA computes all others.
+    keeps the size. XLA computes all others. With SAME padding at stride 2, `depthwise_conv` is
+    called by `same_conv`.
     """
-    lhs = _mask(lhs, rhs)
+    return _with_any_padding(_fastest, lhs, rhs, *args, **kwargs)
+
+
+def _fastest(lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
     options = _atrous_options(lhs, rhs, *args, **kwargs)
     if options is None:
         return lax.conv_general_dilated(lhs, rhs, *args, **kwargs)
@@ -39,13 +44,37 @@ def fastest_conv(lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
 
 def xla_conv(lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
     """Convolves by XLA: for exporters, XLA's partitioner, and the analysis of a model's program."""
-    return lax.conv_general_dilated(_mask(lhs, rhs), rhs, *args, **kwargs)
+    return _with_any_padding(lax.conv_general_dilated, lhs, rhs, *args, **kwargs)
 
 
 def onednn_conv(lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
     """Convolves by XLA, which calls oneDNN on CPU; by `fastest_conv` if depthwise."""
     convolve = fastest_conv if _is_depthwise(lhs, rhs) else xla_conv
     return convolve(lhs, rhs, *args, **kwargs)
+
+
+def _with_any_padding(
+    convolve: Callable[..., Array],
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: Any,
+    **options: Any,
+) -> Array:
+    """Masks padding and convolves, by `same_conv` where `convolve` or XLA cannot pad as SAME."""
+    lhs = _mask(lhs, rhs)
+    reach = rhs.shape[0] // 2 * (options.get("rhs_dilation") or (1,))[0]
+    if padding == "SAME" and reach and tuple(window_strides) == (2, 2):
+        symmetric = ((reach, reach), (reach, reach))
+        if _atrous_options(lhs, rhs, window_strides, symmetric, **options) is not None:
+            sizes = valid_sizes(lhs)
+            unknown = sizes is not None or any(
+                export.is_symbolic_dim(side % 2) for side in lhs.shape[1:3]
+            )
+            if unknown or (convolve is _fastest and _is_depthwise(lhs, rhs)):
+                named: Any = {"padding": symmetric, "options": tuple(options.items())}
+                return same_conv(lhs, rhs, sizes, convolve=convolve, **named)
+    return convolve(lhs, rhs, window_strides, padding, **options)
 
 
 def _atrous_options(

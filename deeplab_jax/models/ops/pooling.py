@@ -1,7 +1,8 @@
 """Pooling over windows and over images, with regard to the padding mask.
 
-`max_pool_3x3` and `global_mean` ignore the mask. They are jitted, so that a traced program contains
-calls by these names, which exporters replace by one operator.
+`max_pool_3x3`, `average_pool_2x2`, `average_pool_2x2_dense` and `global_mean` ignore the mask. They
+are jitted, so that a traced program contains calls by these names, which exporters replace by one
+operator.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from deeplab_jax.models.ops.masking import mask_padding, valid_sizes
 
@@ -43,6 +44,44 @@ def _max_of_three(x: Array, axis: int) -> Array:
     last = x.shape[axis] - 3
     windows = [lax.slice_in_dim(x, i, i + last + 1, stride=2, axis=axis) for i in range(3)]
     return functools.reduce(jnp.maximum, windows)
+
+
+def average_pool(x: Float[Array, "n h w c"], strides: int) -> Float[Array, "n ho wo c"]:
+    """Averages 2x2 windows, of which the first begins at the first pixel.
+
+    At stride 2 the result has `ceil(h / 2)` rows, and pixels outside the image do not count. At
+    stride 1 it has `h` rows, and pixels outside the image count as zeros. This is the shortcut of
+    timm's ResNet-D: `AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)`, or `AvgPool2dSame`
+    where the stride was removed.
+    """
+    sizes = valid_sizes(x)
+    if sizes is not None:
+        return _average(mask_padding(x), sizes, strides)
+    return average_pool_2x2(x) if strides == 2 else average_pool_2x2_dense(x)
+
+
+@jax.jit
+def average_pool_2x2(x: Float[Array, "n h w c"]) -> Float[Array, "n ho wo c"]:
+    """Averages with stride 2 over the pixels of each window that are inside the map."""
+    return _average(x, jnp.asarray([x.shape[1:3]], jnp.int32), strides=2)
+
+
+@jax.jit
+def average_pool_2x2_dense(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+    """Averages with stride 1; pixels below and to the right of the map count as zeros."""
+    return _average(x, None, strides=1)
+
+
+def _average(x: Array, sizes: Int[Array, "n 2"] | None, strides: int) -> Array:
+    pads = ((0, 0), (0, 1), (0, 1), (0, 0))
+    total = lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, strides, strides, 1), pads)
+    if strides == 1 or sizes is None:
+        return total / 4
+    rows, columns = (
+        jnp.clip(sizes[:, axis, None] - 2 * jnp.arange(total.shape[1 + axis]), 1, 2)
+        for axis in (0, 1)
+    )
+    return total / (rows[:, :, None] * columns[:, None, :])[..., None].astype(x.dtype)
 
 
 def mean_over_image(x: Float[Array, "n h w c"], dtype: Any) -> Float[Array, "n 1 1 c"]:

@@ -12,18 +12,18 @@ from flax import nnx
 import torch_reference
 from deeplab_jax.analysis.conv_trace import convolutions
 from deeplab_jax.models.architecture import ARCHITECTURES, architecture
-from deeplab_jax.models.backbones.mobilenet_v3 import (
+from deeplab_jax.models.backbones.mobilenet import (
     InvertedResidual,
-    MobileNetV3,
     SqueezeExcite,
     block_specs,
     divisible_channels,
 )
+from deeplab_jax.models.backbones.mobilenet_v3 import MobileNetV3
 from deeplab_jax.models.deeplab import build_model
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.models.layers import batch_norm
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights.torchvision import from_model, to_model
+from deeplab_jax.weights.families import from_model, to_model
 from random_modules import abstract_module, random_module
 
 NAME = "torchvision_mobilenet_v3_large"
@@ -107,7 +107,7 @@ def named_as_theirs(prefix, params, stats=None):
         for state in (params, stats)
         for path, variable in (nnx.to_flat_state(state) if state else ())
     }
-    arrays = from_model(Variables(ours, {}))
+    arrays = from_model(Variables(ours, {}), architecture(NAME, num_classes=21))
     return {n: a for n, a in arrays.items() if not n.endswith("num_batches_tracked")}
 
 
@@ -234,7 +234,7 @@ def test_training_normalizes_by_the_batch_and_moves_running_statistics_as_torchv
 def test_a_block_and_its_gradients_equal_torchvision(x64, index):
     theirs = torchvision_model().backbone[str(index + 1)]
     ours = architecture(NAME, num_classes=21, dtype="float64")
-    spec = block_specs(ours)[index]
+    spec = block_specs(MobileNetV3.rows, MobileNetV3.stem_features, ours)[index]
     variables, prefix = variables_of(torchvision_model(), ours), f"backbone.block{index + 1}."
     graph, params, stats = filled(lambda: make_block(spec, ours), variables, prefix)
     x = np.random.default_rng(0).normal(0, 3, size=(2, 7, 10, spec.in_features))
@@ -414,7 +414,7 @@ def test_choices_of_resnets_are_refused(field, value):
 @pytest.mark.parametrize("train", [True, False])
 def test_recomputing_a_block_changes_neither_gradients_nor_running_statistics(x64, train):
     ours = small(dtype="float64")
-    spec = block_specs(ours)[4]
+    spec = block_specs(MobileNetV3.rows, MobileNetV3.stem_features, ours)[4]
     block = random_module(lambda: make_block(spec, ours))
     block.set_attributes(use_running_average=not train)
     graph, params, stats = nnx.split(block, nnx.Param, nnx.BatchStat)

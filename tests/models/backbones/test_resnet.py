@@ -7,11 +7,21 @@ import pytest
 import torch
 from flax import nnx
 
+import torch_reference
 from deeplab_jax.analysis.conv_trace import convolutions
 from deeplab_jax.models.architecture import architecture
-from deeplab_jax.models.backbones.resnet import BasicBlock, BlockSpec, Bottleneck, ResNet
+from deeplab_jax.models.backbones.resnet import (
+    RESNETS,
+    STAGE_FEATURES,
+    BasicBlock,
+    BlockSpec,
+    Bottleneck,
+    ResNet,
+    Stages,
+)
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.layers import batch_norm
+from deeplab_jax.models.ops.pooling import average_pool
 from random_modules import abstract_module, random_module
 
 
@@ -46,6 +56,11 @@ BOTTLENECK = {
     ("torchvision", 16, (1, 2, 4)): ([S2, *[R1] * 5], [R1, R4, (1, 8)]),
     ("torchvision", 8, (1, 1, 1)): ([R1, *[R2] * 5], [R2, R4, R4]),
     ("torchvision", 8, (1, 2, 4)): ([R1, *[R2] * 5], [R2, (1, 8), (1, 16)]),
+    ("mmseg", 32, (1, 1, 1)): ([S2, *[R1] * 5], [S2, R1, R1]),
+    ("mmseg", 16, (1, 1, 1)): ([S2, *[R1] * 5], [R1, R2, R2]),
+    ("mmseg", 16, (1, 2, 4)): ([S2, *[R1] * 5], [R1, R2, R4]),
+    ("mmseg", 8, (1, 1, 1)): ([R1, *[R2] * 5], [R2, R4, R4]),
+    ("mmseg", 8, (2, 4, 8)): ([R1, *[R2] * 5], [R2, R4, (1, 8)]),
 }
 # ResNet-18: two per block, 2 and 2 blocks, so that the multi-grid's last entry is unused.
 BASIC = {
@@ -55,6 +70,8 @@ BASIC = {
     ("paper", 8, (1, 2, 4)): ([R2, R2, R2, R2], [R4, R4, (1, 8), (1, 8)]),
     ("torchvision", 16, (1, 2, 4)): ([S2, R1, R1, R1], [R1, R2, R4, R4]),
     ("torchvision", 8, (1, 1, 1)): ([R1, R2, R2, R2], [R2, R4, R4, R4]),
+    ("mmseg", 8, (1, 1, 1)): ([R1, R1, R2, R1], [R2, R1, R4, R1]),
+    ("mmseg", 16, (2, 3, 4)): ([S2, R1, R1, R1], [R2, R1, (1, 3), R1]),
 }
 
 
@@ -233,12 +250,12 @@ def test_blocks_equal_torch(
 
 
 @pytest.mark.parametrize("residual", ["post", "pre"])
-@pytest.mark.parametrize("stem", ["conv7x7", "deep"])
+@pytest.mark.parametrize("stem", ["conv7x7", "deep", "deep128"])
 def test_stems_equal_torch(residual, stem):
     backbone = make_resnet(small(stem=stem, residual=residual, in_channels=5))
     images = np.random.default_rng(0).normal(size=(1, 37, 30, 5)).astype(np.float32)
     x = torch.tensor(images.transpose(0, 3, 1, 2))
-    if stem == "deep":
+    if stem != "conv7x7":
         assert [layer.conv.strides for layer in backbone.stem] == [(2, 2), (1, 1), (1, 1)]
         assert [layer.conv.kernel.shape[0] for layer in backbone.stem] == [3, 3, 3]
     else:
@@ -250,6 +267,94 @@ def test_stems_equal_torch(residual, stem):
     assert features["layer4"].shape[:3] == (1, 3, 2)
     stem_only = jax.jit(lambda images: backbone(images)["stem"])(images)
     np.testing.assert_allclose(stem_only, x.numpy().transpose(0, 2, 3, 1), atol=1e-4)
+
+
+def test_channels_of_the_stems():
+    for stem, channels in {"deep": [32, 32, 64], "deep128": [64, 64, 128]}.items():
+        ours = architecture("paper_resnet18", num_classes=2, stem=stem)
+        backbone = abstract_module(lambda ours=ours: ResNet(ours, rngs=nnx.Rngs(0)))
+        assert [layer.conv.out_features for layer in backbone.stem] == channels
+        assert backbone.features["stem"].channels == channels[-1]
+        # A basic block of 64 channels needs a projection of 128.
+        assert (backbone.layer1[0].downsample is None) == (stem == "deep")
+
+
+# timm's ResNets, made narrow, and ours of the same size.
+TIMM = {
+    ("resnet50d", 8): ("resnet50", 0.25, {"stem": "deep", "shortcut": "avg_pool"}),
+    ("resnet50d", 16): ("resnet50", 0.25, {"stem": "deep", "shortcut": "avg_pool"}),
+    ("resnet18d", 8): ("resnet18", 0.25, {"stem": "deep", "shortcut": "avg_pool"}),
+    ("resnet18d", 32): ("resnet18", 0.25, {"stem": "deep", "shortcut": "avg_pool"}),
+    ("resnet50s", 16): ("resnet50", 0.125, {"stem": "deep128"}),
+}
+
+
+def timm_name(path):
+    """timm's name of an array of a backbone with a deep stem."""
+    name = ".".join(map(str, path[:-1]))
+    for number, (conv, norm) in enumerate([("0", "1"), ("3", "4"), ("6", "")]):
+        name = name.replace(f"stem.{number}.conv", f"conv1.{conv}")
+        name = name.replace(f"stem.{number}.bn", f"conv1.{norm}" if norm else "bn1")
+    leaf = {"var": "running_var", "mean": "running_mean", "bias": "bias"}.get(path[-1], "weight")
+    return f"{name}.{leaf}"
+
+
+@pytest.mark.parametrize(("name", "output_stride"), TIMM)
+def test_features_equal_timms(x64, name, output_stride, monkeypatch):
+    timm = pytest.importorskip("timm", reason="install the `test` extra")
+    backbone, width, options = TIMM[name, output_stride]
+    stages = (1, 2, 2, 2)
+    monkeypatch.setitem(RESNETS, backbone, Stages(RESNETS[backbone].block, stages))
+    theirs = timm.create_model(
+        name,
+        output_stride=output_stride,
+        layers=stages,
+        channels=[int(channels * width) for channels in STAGE_FEATURES],
+        stem_width=8,
+    ).double()
+    theirs = torch_reference.randomize(theirs, 0)
+    ours = architecture(
+        f"torchvision_{backbone}",
+        num_classes=2,
+        width=width,
+        output_stride=output_stride,
+        dtype="float64",
+        **options,
+    )
+    graph, state = nnx.split(abstract_module(lambda: ResNet(ours, rngs=nnx.Rngs(0))))
+    arrays = theirs.state_dict()
+    first = 1 if "shortcut" in options else 0  # behind the pool
+    filled = {}
+    for path, variable in nnx.to_flat_state(state):
+        key = timm_name(path).replace("downsample.conv", f"downsample.{first}")
+        value = arrays.pop(key.replace("downsample.bn", f"downsample.{first + 1}")).numpy()
+        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
+        assert value.shape == variable.shape
+        filled[path] = type(variable)(jnp.asarray(value))
+    assert not [key for key in arrays if "num_batches" not in key and not key.startswith("fc.")]
+    model = nnx.merge(graph, nnx.from_flat_state(filled))
+    images = np.random.default_rng(0).normal(size=(2, 75, 66, 3))
+    features = jax.jit(lambda x: model(x))(images)
+    with torch.no_grad():
+        x = theirs.maxpool(
+            theirs.act1(theirs.bn1(theirs.conv1(torch.tensor(images).permute(0, 3, 1, 2))))
+        )
+        for stage in ("layer1", "layer2", "layer3", "layer4"):
+            x = getattr(theirs, stage)(x)
+            expected = x.permute(0, 2, 3, 1).numpy()
+            error = np.abs(features[stage] - expected).max() / np.abs(expected).max()
+            assert error < 1e-12, stage
+
+
+def test_pre_activation_shortcuts_pool_the_activated_input(x64):
+    spec = BlockSpec(12, 4, 2, 1, 1, project=True, pool=True)
+    block = make_block(Bottleneck, spec, small(residual="pre", dtype="float64"))
+    assert block.downsample.strides == (1, 1)
+    x = np.random.default_rng(0).normal(size=(2, 9, 7, 12))
+    pooled = average_pool(jax.nn.relu(block.bn1(jnp.asarray(x))), 2)
+    without = block(jnp.asarray(x)) - block.downsample(pooled)
+    block.downsample.kernel[...] *= 0
+    np.testing.assert_allclose(block(jnp.asarray(x)), without, atol=1e-12)
 
 
 def test_pre_activation_ends_in_a_norm_and_relu():

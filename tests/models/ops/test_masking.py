@@ -48,6 +48,23 @@ VARIANTS = {
         {"name": "torchvision_mobilenet_v3_large", "width": 0.25, "decoder": "plus"},
         SIZES[2:3],
     ),
+    "pooled shortcuts, wide stem, separable plus, aligned corners": (
+        {
+            "name": "smpplus_resnet50",
+            "shortcut": "avg_pool",
+            "stem": "deep128",
+            "atrous_rates": (2, 3),
+            "output_stride": 16,
+            "decoder_convs": 2,
+        },
+        SIZES[1:4],
+    ),
+    "pooled shortcuts, output stride 8, aligned corners, 1x1 pyramid, both heads": (
+        {"name": "smp_resnet18", "shortcut": "avg_pool", "atrous_rates": (), "aux_head": True},
+        SIZES,
+    ),
+    "mmseg": ({"name": "mmseg_resnet18", "multi_grid": (1, 2, 4)}, SIZES[2:3]),
+    "mobilenet, SAME padding": ({"name": "tf_mobilenet_v2", "decoder": "plus"}, SIZES),
     "cascade": ({"cascade": 2, "output_stride": 64, "residual": "pre"}, SIZES[2:3]),
 }
 
