@@ -44,7 +44,7 @@ from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.models.layers import ShapeRngs
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.files import write_bytes
-from deeplab_jax.weights import torchvision
+from deeplab_jax.weights import families
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
 import torch_reference
@@ -140,7 +140,7 @@ def our_architecture(case: Case) -> Architecture:
 
 def converted(reference: Any, model: FunctionalModel) -> Variables:
     arrays = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
-    return torchvision.to_model(arrays, model).variables
+    return families.to_model(arrays, model).variables
 
 
 def to_torch(images: np.ndarray) -> Any:

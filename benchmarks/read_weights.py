@@ -1,6 +1,7 @@
-"""Measures time and memory of reading weights, compared with `torch.load`.
+"""Measures time and memory of reading weights, compared with PyTorch and safetensors.
 
-The file is torchvision's DeepLabv3 with ResNet-101, in the page cache. Each reading is a new
+The file is torchvision's DeepLabv3 with ResNet-101, in the page cache: as a `.pth` of both formats,
+as `.safetensors`, and as a folder of three shards with an index. Each reading is a new
 process, and the readers alternate. A reading ends when the bytes of all arrays were accessed,
 because creating a memory map reads nothing. Memory is the growth of the process's peak, including
 mapped pages of the file, after all modules are imported. Needs the `test` extra:
@@ -32,29 +33,34 @@ def read_with_ours(path: str) -> tuple[float, float]:
     """Returns the seconds to read the arrays, and to read and sum them."""
     import numpy as np
 
-    from deeplab_jax.weights import torch_file
+    from deeplab_jax.weights.convert import read_weights_file
 
     reset_peak()
     start = time.perf_counter()
-    arrays = torch_file.read(path)
+    arrays = read_weights_file(pathlib.Path(path)).arrays
     read = time.perf_counter() - start
     sum(int(np.ravel(array, "K").view(np.uint8)[::64].sum()) for array in arrays.values())
     return read, time.perf_counter() - start
 
 
-def read_with_torch(path: str) -> tuple[float, float]:
+def read_with_theirs(path: str) -> tuple[float, float]:
+    import safetensors.torch
     import torch
 
     torch.set_num_threads(1)
     reset_peak()
     start = time.perf_counter()
-    arrays = torch.load(path, weights_only=True)
+    if path.endswith(".pth"):
+        arrays = torch.load(path, weights_only=True)
+    else:
+        files = sorted(pathlib.Path(path).glob("*.safetensors")) or [path]
+        arrays = {k: v for file in files for k, v in safetensors.torch.load_file(file).items()}
     read = time.perf_counter() - start
     sum(int(array.reshape(-1).view(torch.uint8).numpy()[::64].sum()) for array in arrays.values())
     return read, time.perf_counter() - start
 
 
-READERS = {"deeplab_jax": read_with_ours, "torch.load": read_with_torch}
+READERS = {"deeplab_jax": read_with_ours, "theirs": read_with_theirs}
 
 
 def reset_peak() -> None:
@@ -78,18 +84,37 @@ def measure(reader: str, path: str) -> dict[str, float]:
     return {
         "read_seconds": read,
         "read_and_sum_seconds": summed,
-        "memory_per_file_size": used / pathlib.Path(path).stat().st_size,
+        "memory_per_file_size": used / size_of(pathlib.Path(path)),
     }
+
+
+def size_of(path: pathlib.Path) -> int:
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def write_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     sys.path.insert(0, str(ROOT / "tests"))
+    import safetensors.torch
+
     from torch_reference import segmentation_model, torch
 
     state_dict = segmentation_model("deeplabv3_resnet101", aux=True).state_dict()
-    paths = {"zip": folder / "zip.pth", "legacy": folder / "legacy.pth"}
+    names = {"zip": "zip.pth", "legacy": "legacy.pth", "safetensors": "one.safetensors"}
+    paths = {name: folder / file for name, file in names.items()} | {"shards": folder / "shards"}
     torch.save(state_dict, paths["zip"])
     torch.save(state_dict, paths["legacy"], _use_new_zipfile_serialization=False)
+    safetensors.torch.save_file(state_dict, paths["safetensors"])
+    paths["shards"].mkdir()
+    shards = [list(state_dict)[index::3] for index in range(3)]
+    weight_map = {}
+    for index, shard in enumerate(shards, start=1):
+        name = f"model-{index:05}-of-00003.safetensors"
+        arrays = {key: state_dict[key] for key in shard}
+        safetensors.torch.save_file(arrays, paths["shards"] / name)
+        weight_map |= dict.fromkeys(shard, name)
+    index_file = paths["shards"] / "model.safetensors.index.json"
+    index_file.write_text(json.dumps({"weight_map": weight_map}))
     return paths
 
 
@@ -117,11 +142,13 @@ def main() -> None:
                     key: round(statistics.median(turn[reader][key] for turn in turns), 4)
                     for key in turns[0][reader]
                 }
-                size = round(path.stat().st_size / MIB, 1)
+                size = round(size_of(path) / MIB, 1)
                 rows.append({"format": name, "mib": size, "reader": reader, **medians})
                 print(json.dumps(rows[-1]))
     if arguments.json:
-        versions = {name: importlib.metadata.version(name) for name in ("numpy", "torch")}
+        versions = {
+            name: importlib.metadata.version(name) for name in ("numpy", "safetensors", "torch")
+        }
         result = {
             "date": datetime.date.today().isoformat(),
             "machine": arguments.machine,

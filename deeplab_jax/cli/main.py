@@ -20,6 +20,7 @@ from deeplab_jax.cli.evaluate import evaluate
 from deeplab_jax.cli.export import export
 from deeplab_jax.cli.plan import plan
 from deeplab_jax.cli.predict import predict
+from deeplab_jax.cli.push import push
 from deeplab_jax.cli.submit import submit
 from deeplab_jax.cli.summary import summary
 from deeplab_jax.cli.warm import warm
@@ -65,7 +66,7 @@ def train(context: typer.Context) -> None:
     command(context.args)
 
 
-for command in (evaluate, predict, warm, convert, export, summary, plan, submit):
+for command in (evaluate, predict, warm, convert, push, export, summary, plan, submit):
     app.command()(command)
 app.add_typer(data, name="data")
 

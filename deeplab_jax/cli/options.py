@@ -43,8 +43,7 @@ def path_argument(words: str) -> Any:
 Checkpoint = Annotated[
     str,
     path_argument(
-        "Workdir, checkpoint, weights file (.pth, .safetensors), or name of weights that "
-        "torchvision publishes."
+        "Workdir, checkpoint, weights file or folder, hf://org/name, or name of published weights."
     ),
 ]
 OutputStride = Annotated[

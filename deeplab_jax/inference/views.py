@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,12 +60,13 @@ def predict_probabilities(
             padded = scaled_side(height, scale), scaled_side(width, scale)
             view = resize_bilinear(images, *padded, in_sizes=sizes, out_sizes=view_sizes)
         directions = [view, _mirror(view, view_sizes)] if flip else [view]
-        outputs, _ = model.apply(
+        logits = _logits(
+            model,
             variables,
             jnp.concatenate(directions),
-            sizes=jnp.concatenate([view_sizes] * len(directions)),
+            jnp.concatenate([view_sizes] * len(directions)),
         )
-        result = jax.nn.softmax(outputs["out"], axis=-1)
+        result = jax.nn.softmax(logits, axis=-1)
         if flip:
             straight, mirrored = jnp.split(result, 2)
             result = (straight + _mirror(mirrored, view_sizes)) / 2
@@ -92,13 +94,43 @@ def predict_ids(
     """
     scores = None
     if is_plain := tuple(scales) == (1.0,) and not flip:
-        ranked = model.apply(variables, images, sizes=sizes)[0]["out"]
+        ranked = _logits(model, variables, images, sizes)
     else:
         ranked = predict_probabilities(model, variables, images, sizes, scales=scales, flip=flip)
     if positive is not None:
         probabilities = jax.nn.softmax(ranked, axis=-1) if is_plain else ranked
         scores = jnp.take(probabilities, positive.class_id, axis=-1).astype(jnp.float32)
     return choose_ids(ranked, scores, positive).astype(jnp.uint8), scores
+
+
+def _logits(
+    model: FunctionalModel,
+    variables: Variables,
+    images: Float[Array, "n h w c"],
+    sizes: Int[Array, "n 2"] | None,
+) -> Float[Array, "n h w classes"]:
+    """Applies a model; one with padding "same" to sides of a multiple of its output stride plus 1.
+
+    Such models were trained at these sides, at which padding is symmetric and aligned corners meet
+    the centres of features. At others features are shifted against the image. So each image is
+    enlarged to the next of them with the mean colour, as in TensorFlow's `research/deeplab`.
+    """
+
+    def aligned(side: Any) -> Any:
+        return -(-(side - 1) // stride) * stride + 1
+
+    stride = model.architecture.output_stride
+    if model.architecture.padding != "same" or sizes is None:
+        return model.apply(variables, images, sizes=sizes)[0]["out"]
+    height, width = images.shape[1:3]
+    inside = [
+        (jnp.arange(side) < sizes[:, axis, None]) for axis, side in enumerate((height, width))
+    ]
+    images = jnp.where(inside[0][:, :, None, None] & inside[1][:, None, :, None], images, 0)
+    rows, columns = (aligned(side) - side for side in (height, width))
+    images = jnp.pad(images, ((0, 0), (0, rows), (0, columns), (0, 0)))
+    logits = model.apply(variables, images, sizes=aligned(sizes))[0]["out"]
+    return logits[:, :height, :width]
 
 
 def _scaled_sizes(

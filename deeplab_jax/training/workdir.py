@@ -23,6 +23,7 @@ from deeplab_jax.utils.download import file_digest
 from deeplab_jax.utils.errors import UserError, print_warning
 from deeplab_jax.utils.files import write_bytes
 from deeplab_jax.utils.paths import expand_home, required_path
+from deeplab_jax.weights import hub_folder
 from deeplab_jax.weights.saved_model import check_format, find_checkpoint, step_folders
 
 # Files in a workdir.
@@ -170,9 +171,13 @@ def _digest(source: str) -> str | None:
         return None
     if path.is_file():
         return file_digest(path, "sha256")[:16]
-    folder = find_checkpoint(path)
+    if hub_folder.is_hub_folder(path):
+        folder, files = path, hub_folder.files(path)
+    else:
+        folder = find_checkpoint(path)
+        files = sorted(each for each in (folder / "model").rglob("*") if each.is_file())
     digest = hashlib.sha256()
-    for file in sorted(each for each in (folder / "model").rglob("*") if each.is_file()):
+    for file in files:
         digest.update(f"{file.relative_to(folder)} {file_digest(file, 'sha256')}".encode())
     return digest.hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Conversion of torchvision's weights to checkpoints and back, and reading of either."""
+"""Conversion of other codebases' weights to checkpoints and back, and reading of either."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from deeplab_jax.config import Config
+from deeplab_jax.config import io as config_io
+from deeplab_jax.config.rules import validate
 from deeplab_jax.data import labels
+from deeplab_jax.data.io import classes as class_files
+from deeplab_jax.data.labels import LabelSet
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.files import require_writable
 from deeplab_jax.utils.paths import required_path
-from deeplab_jax.weights import hub, saved_model, torch_file, torchvision
+from deeplab_jax.weights import families, hub, hub_folder, hugging_face, saved_model, torch_file
+from deeplab_jax.weights.families import Recognised
 from deeplab_jax.weights.matching import Converted, require_finite
 from deeplab_jax.weights.saved_model import SavedModel
+from deeplab_jax.weights.torch_file import WeightsFile
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
-# torchvision's `SemanticSegmentation` transform, with which its published weights are evaluated.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_RESIZE = "shorter side to 520, bilinear, half-pixel centres"
-_SIZE = (520, 520)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,57 +35,106 @@ class Conversion:
 
     Attributes:
       source: The file or folder that was read.
-      destination: The folder or file that was written.
+      destination: The folder or file that was written, or the URL of the repository.
       architecture: The model's architecture.
       used: `(name in the source, name in the destination)` of each array.
       dropped: `(name in the source, reason)` of each array that has no counterpart.
-      notes: What else was changed, one sentence each.
+      notes: What else was found and changed, one sentence each.
     """
 
     source: pathlib.Path
-    destination: pathlib.Path
+    destination: pathlib.Path | str
     architecture: Architecture
     used: tuple[tuple[str, str], ...]
     dropped: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
 
 
-def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> Conversion:
-    """Converts torchvision's weights to a checkpoint folder, or a checkpoint to a weights file.
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a weights file is read, where the file itself leaves a choice.
+
+    Attributes:
+      family: A key of `families.FAMILIES`; empty: the family that the names tell.
+      settings: FIELD=VALUE texts for fields `model.*`, `data.mean` and `data.std` of a config,
+        which replace what the file or the family's defaults say.
+      classes: File of the names of the classes; empty: the file's own, VOC's if there are 21, or
+        numbers.
+      allow_nonfinite: Whether to keep NaN and infinite values instead of refusing them.
+    """
+
+    family: str = ""
+    settings: Sequence[str] = ()
+    classes: str = ""
+    allow_nonfinite: bool = False
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    family: str = "",
+    settings: Sequence[str] = (),
+    classes: str = "",
+    allow_nonfinite: bool = False,
+) -> Conversion:
+    """Converts weights of another codebase to a checkpoint folder, or a checkpoint to a file.
 
     Args:
-      source: A `.pth` or `.safetensors` file of a torchvision DeepLabv3, the name of one that
-        torchvision publishes (it is downloaded), or a checkpoint or workdir of this package.
-      destination: A new folder; or, for a checkpoint, a new file with one of `SUFFIXES`.
+      source: A weights file or folder of a DeepLab (docs/weights.md lists whose), the name of
+        published weights (they are downloaded), or a checkpoint or workdir of this package.
+      destination: A new folder; for a checkpoint, a new file with one of `SUFFIXES`, or
+        `hf://org/name`.
+      family: The codebase whose names are read or written, a key of `families.FAMILIES`. Default:
+        read what the names tell; write that of the architecture.
+      settings, classes, allow_nonfinite: See `Reading`; for weights only.
 
     Raises:
-      UserError: The source fits no known architecture, with the differences from the nearest; or
-        the destination exists or cannot be written.
+      UserError: The source fits no known architecture, with the differences from the nearest; the
+        model does not exist in the family to write; or the destination exists or cannot be written.
     """
+    if hugging_face.is_remote(str(destination)):
+        saved = read_model(source)
+        url = hugging_face.push(saved, str(destination))
+        return Conversion(saved.path, url, saved.architecture, (), (), ())
     target = required_path(destination, "the destination")
     if target.exists():
         raise UserError(f"{target} exists already; choose another path, or remove it first")
     require_writable(target.absolute().parent, create=True)
     path = hub.find_weights(source)
-    return _to_file(path, target) if path.is_dir() else _to_folder(path, target)
+    reading = Reading(family, settings, classes, allow_nonfinite)
+    if target.suffix in SUFFIXES:
+        return _to_file(path, target, reading)
+    return _to_folder(path, target, reading)
 
 
-def read_model(source: str | os.PathLike[str]) -> SavedModel:
+def read_model(source: str | os.PathLike[str], reading: Reading = Reading()) -> SavedModel:
     """Reads a trained model; its arrays at the first use of `variables`, which may raise too.
 
     Args:
-      source: A workdir, whose best checkpoint is read; a checkpoint's folder; a `.pth` or
-        `.safetensors` file of a torchvision DeepLabv3; or the name of one that torchvision
-        publishes (it is downloaded).
+      source: A workdir, whose best checkpoint is read; a checkpoint's folder; a weights file or a
+        folder as on the hub, of this package or another codebase; or the name of published weights
+        (they are downloaded).
+      reading: How to read a file that leaves a choice.
 
     Raises:
       UserError: There is no model, it cannot be read, or its weights are not finite.
     """
     path = hub.find_weights(source)
-    if not path.is_dir():
-        return _read_weights(path)[0]
+    if not is_checkpoint(path):
+        return _read_weights(path, reading)[0]
     saved = saved_model.read(path)
     return dataclasses.replace(saved, read_variables=functools.partial(_read_finite, saved))
+
+
+def read_weights_file(path: pathlib.Path) -> WeightsFile:
+    """Reads a weights file, or a folder as on the hub."""
+    return hub_folder.read(path) if path.is_dir() else torch_file.read_file(path)
+
+
+def is_checkpoint(path: pathlib.Path) -> bool:
+    """Whether a path is a folder other than one as on the hub."""
+    return path.is_dir() and not hub_folder.is_hub_folder(path)
 
 
 def _read_finite(saved: SavedModel) -> Variables:
@@ -91,27 +143,92 @@ def _read_finite(saved: SavedModel) -> Variables:
     return variables
 
 
-def _read_weights(path: pathlib.Path) -> tuple[SavedModel, Callable[[], Converted]]:
-    """Reads a torchvision DeepLabv3, and returns a function that converts its arrays too.
+def _read_weights(
+    path: pathlib.Path, reading: Reading
+) -> tuple[SavedModel, Callable[[], Converted] | None]:
+    """Reads a DeepLab's weights, and returns a function that converts its arrays too.
 
-    The classes get VOC's names if there are 21, else numbers.
+    The function is None for a folder of this package, whose arrays need no conversion.
     """
-    file = torch_file.read_file(path)
-    architecture = _naming(path, torchvision.architecture_of, file.arrays, file.notes)
-    model = FunctionalModel.of(architecture)
-    to_model = functools.partial(torchvision.to_model, file.arrays, model, notes=file.notes)
-    convert = functools.partial(_naming, path, to_model)
-    num_classes = architecture.num_classes
-    numbered = labels.named(*(f"class {index}" for index in range(num_classes)))
+    file = read_weights_file(path)
+    if path.is_dir() and hub_folder.kind_of(file.config, path) == hub_folder.OURS:
+        saved = hub_folder.to_saved_model(path, file)
+        return dataclasses.replace(
+            saved, read_variables=functools.partial(_read_finite, saved)
+        ), None
+    recognise = functools.partial(families.recognise, family=reading.family, notes=file.notes)
+    found: Recognised = _naming(path, recognise, file.arrays, file.config)
+    settings = _settings(reading.settings)
+    model_settings = {name[6:]: value for name, value in settings.items() if name[:6] == "model."}
+    architecture = _naming(path, found.architecture, model_settings)
+    if assumed := found.assumptions(model_settings):
+        note = f"Assumed {', '.join(assumed)}, as {found.family.title} does by default"
+        notes = (*found.notes, f"{note}; another value: --set model.FIELD=VALUE.")
+        found = dataclasses.replace(found, notes=notes)
+    channels = architecture.in_channels
+    mean, std = found.normalization()
     info = saved_model.describe(
         architecture,
-        labels.VOC if num_classes == labels.VOC.num_classes else numbered,
-        mean=_MEAN,
-        std=_STD,
-        resize=_RESIZE,
-        size=_SIZE,
+        _labels(found.describe().classes, architecture.num_classes, reading.classes),
+        mean=_per_channel(settings.get("data.mean", mean), channels),
+        std=_per_channel(settings.get("data.std", std), channels),
+        resize=found.family.resize,
+        size=found.family.size,
+    )
+    convert = functools.partial(
+        _naming,
+        path,
+        lambda: found.to_model(
+            FunctionalModel.of(architecture), allow_nonfinite=reading.allow_nonfinite
+        ),
     )
     return SavedModel(path, info, lambda: convert().variables), convert
+
+
+def _settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Returns the values of settings for reading, by field."""
+    config = config_io.override(Config(), texts)
+    validate(config)
+    values = {}
+    for name in (text.partition("=")[0] for text in texts):
+        if not name.startswith("model.") and name not in ("data.mean", "data.std"):
+            raise UserError(
+                f"--set {name}: a weights file is read with fields model.*, data.mean and data.std"
+            )
+        section, _, field = name.partition(".")
+        values[name] = getattr(getattr(config, section), field)
+    return values
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Returns one value for each channel; the average of three if there is another number."""
+    if len(values) == channels:
+        return tuple(values)
+    return (round(sum(values) / len(values), 6),) * channels
+
+
+def _labels(names: Sequence[str], num_classes: int, path: str) -> LabelSet:
+    """Returns the classes: those of a file, those with these names, VOC's, or numbers."""
+    if path:
+        found = class_files.read(required_path(path, "--classes")).labels
+        if found.num_classes != num_classes:
+            raise UserError(
+                f"{path} names {found.num_classes} classes, but the model has {num_classes}"
+            )
+        return found
+    if num_classes > labels.IGNORE:
+        raise UserError(
+            f"the model has {num_classes} classes: at most {labels.IGNORE} are supported, because "
+            "labels are bytes"
+        )
+    if len(names) != num_classes:
+        if num_classes == labels.VOC.num_classes:
+            return labels.VOC
+        return labels.named(*(f"class {index}" for index in range(num_classes)))
+    for known in (labels.VOC, labels.CITYSCAPES, labels.CAMVID):
+        if tuple(names) == known.names:
+            return known
+    return labels.named(*names)
 
 
 def _naming(path: pathlib.Path, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -122,26 +239,36 @@ def _naming(path: pathlib.Path, function: Callable[..., Any], *arguments: Any) -
         raise UserError(f"{path}: {error}") from None
 
 
-def _to_folder(path: pathlib.Path, target: pathlib.Path) -> Conversion:
-    if target.suffix in SUFFIXES:
-        raise UserError(f"{path} is a weights file: it is converted to a folder, not {target}")
-    model, convert = _read_weights(path)
+def _to_folder(path: pathlib.Path, target: pathlib.Path, reading: Reading) -> Conversion:
+    if is_checkpoint(path):
+        saved_model.find_checkpoint(path)
+        raise UserError(
+            f"{path} is a checkpoint: it is converted to a file that ends in "
+            f"{', '.join(SUFFIXES)}, not {target}"
+        )
+    model, convert = _read_weights(path, reading)
+    if convert is None:
+        folder = saved_model.write_model(target, model.variables, model.info)
+        names = [*model.variables.params, *model.variables.batch_stats]
+        used = tuple((name, name) for name in names)
+        return Conversion(path, folder, model.architecture, used, (), ())
     variables, report = convert()
     folder = saved_model.write_model(target, variables, model.info)
     return Conversion(path, folder, model.architecture, report.used, report.dropped, report.notes)
 
 
-def _to_file(path: pathlib.Path, target: pathlib.Path) -> Conversion:
-    saved_model.find_checkpoint(path)
-    if target.suffix not in SUFFIXES:
-        raise UserError(
-            f"{path} is a checkpoint: it is converted to a file that ends in "
-            f"{', '.join(SUFFIXES)}, not {target}"
-        )
+def _to_file(path: pathlib.Path, target: pathlib.Path, reading: Reading) -> Conversion:
+    if not path.is_dir():
+        raise UserError(f"{path} is a weights file: it is converted to a folder, not {target}")
+    if reading.settings or reading.classes or reading.allow_nonfinite:
+        raise UserError(f"{path} describes itself: --set, --classes and such are for weights files")
     saved = read_model(path)
-    arrays = torchvision.from_model(saved.variables)
+    arrays = families.from_model(saved.variables, saved.architecture, reading.family)
+    notes = families.loading_notes(saved.architecture, reading.family) if reading.family else ()
     torch_file.write(target, arrays)
-    torch_names = [name for name in arrays if not name.endswith("num_batches_tracked")]
     names = [*saved.variables.params, *saved.variables.batch_stats]
-    used = tuple(zip(names, torch_names, strict=True))
-    return Conversion(saved.path, target.absolute(), saved.architecture, used, (), ())
+    if reading.family == "timm":
+        names = [name for name in names if name.startswith("backbone.")]
+    written = [name for name in arrays if not name.endswith("num_batches_tracked")]
+    used = tuple(zip(names, written, strict=True))
+    return Conversion(saved.path, target.absolute(), saved.architecture, used, (), notes)

@@ -1,20 +1,22 @@
-"""torchvision's published weights by name, cached on this machine."""
+"""Published weights by name and on Hugging Face's hub, cached on this machine."""
 
 from __future__ import annotations
 
 import logging
 import os
 import pathlib
+import re
 
 from deeplab_jax.utils.download import download_file, file_digest
 from deeplab_jax.utils.errors import UserError, did_you_mean
 from deeplab_jax.utils.files import require_writable
 from deeplab_jax.utils.paths import expand_home, required_path, user_cache
+from deeplab_jax.weights import hugging_face
 
 BASE_URL = "https://download.pytorch.org/models/"
 
 # File by model and version, as in torchvision 0.28's enums of weights. The part after the last "-"
-# is the beginning of the file's SHA-256 checksum.
+# is the beginning of the file's SHA-256 checksum, here and in mmsegmentation's names.
 _PUBLISHED: dict[str, dict[str, str]] = {
     "deeplabv3_resnet50": {"COCO_WITH_VOC_LABELS_V1": "deeplabv3_resnet50_coco-cd0a2569.pth"},
     "deeplabv3_resnet101": {"COCO_WITH_VOC_LABELS_V1": "deeplabv3_resnet101_coco-586e9e4e.pth"},
@@ -35,54 +37,102 @@ _PUBLISHED: dict[str, dict[str, str]] = {
         "IMAGENET1K_V1": "resnet152-394f9c45.pth",
         "IMAGENET1K_V2": "resnet152-f82ba261.pth",
     },
+    "mobilenet_v2": {
+        "IMAGENET1K_V1": "mobilenet_v2-b0353104.pth",
+        "IMAGENET1K_V2": "mobilenet_v2-7ebf99e0.pth",
+    },
     "mobilenet_v3_large": {
         "IMAGENET1K_V1": "mobilenet_v3_large-8738ca79.pth",
         "IMAGENET1K_V2": "mobilenet_v3_large-5c1a4163.pth",
     },
 }
 
-# File by name: "resnet50.IMAGENET1K_V2", or "resnet50" for the model's first version.
-FILES: dict[str, str] = {
-    name: file_name
-    for model, versions in _PUBLISHED.items()
-    for name, file_name in [
-        (model, next(iter(versions.values()))),
-        *((f"{model}.{version}", file_name) for version, file_name in versions.items()),
-    ]
-}
+# mmsegmentation's DeepLabv3 files, "deeplabv3_....pth", with the most steps of each model; see its
+# configs/deeplabv3/metafile.yaml. The second server is that of its fork onedl-mmsegmentation.
+_MMSEG_URLS = (
+    "https://download.openmmlab.com/mmsegmentation/v0.5/deeplabv3/",
+    "https://mmassets.onedl.ai/mmsegmentation/v0.5/deeplabv3/",
+)
+_MMSEG = """
+r50-d8_512x512_40k_voc12aug_20200613_161546-2ae96e7e
+r101-d8_512x512_40k_voc12aug_20200613_161432-0017d784
+r50-d8_512x512_160k_ade20k_20200615_123227-5d0ee427
+r101-d8_512x512_160k_ade20k_20200615_105816-b1f72b3b
+r18-d8_512x1024_80k_cityscapes_20201225_021506-23dffbe2
+r50-d8_512x1024_80k_cityscapes_20200606_113404-b92cfdd4
+r101-d8_512x1024_80k_cityscapes_20200606_113503-9e428899
+r101-d16-mg124_512x1024_80k_cityscapes_20200908_005644-57bb8425
+r18b-d8_512x1024_80k_cityscapes_20201225_094144-46040cef
+r50b-d8_512x1024_80k_cityscapes_20201225_155148-ec368954
+r101b-d8_512x1024_80k_cityscapes_20201226_171821-8fd49503
+"""
+
+# Repositories of Hugging Face's hub that can be named without "hf://".
+REPOSITORIES = (
+    "google/deeplabv3_mobilenet_v2_1.0_513",
+    "timm/resnet50.a1_in1k",
+    "timm/resnet50d.ra4_e3600_r224_in1k",
+    "timm/resnet101.a1h_in1k",
+    "timm/resnet101d.ra2_in1k",
+)
+
+
+def _urls() -> dict[str, tuple[str, ...]]:
+    urls: dict[str, tuple[str, ...]] = {}
+    for model, versions in _PUBLISHED.items():
+        urls[model] = (BASE_URL + next(iter(versions.values())),)
+        urls |= {f"{model}.{name}": (BASE_URL + file,) for name, file in versions.items()}
+    for row in _MMSEG.split():
+        folder = "deeplabv3_" + row.rsplit("_", 2)[0]
+        name = "mmseg/" + re.sub(r"_\d+x\d+_\d+k", "", folder)
+        urls[name] = tuple(f"{server}{folder}/deeplabv3_{row}.pth" for server in _MMSEG_URLS)
+    return urls
+
+
+# URLs of a file by its name: "resnet50.IMAGENET1K_V2", "resnet50" for the model's first version, or
+# "mmseg/deeplabv3_r50-d8_voc12aug".
+FILES = _urls()
 
 
 def find_weights(source: str | os.PathLike[str], field: str = "") -> pathlib.Path:
     """Returns the folder or file that `source` names, after downloading published weights.
 
     Args:
-      source: A folder, a file, or a key of `FILES`.
+      source: A folder, a file, a key of `FILES`, one of `REPOSITORIES`, or `hf://org/name`, with a
+        revision and a path as in `hf://org/name@v1.0/folder/model.safetensors`.
       field: The config field that gave the source, for the error message.
 
     Raises:
-      UserError: There is no such folder, file or name; or as `fetch`.
+      UserError: There is no such folder, file or name; or as `fetch` and `hugging_face.download`.
     """
     path = required_path(source, field or "the path of the weights")
+    name = os.fspath(source)
     if path.is_dir():
         return path
-    if is_name(str(source)):
-        return fetch(str(source))
+    if name in FILES:
+        return fetch(name)
+    if is_name(name):
+        try:
+            return hugging_face.download(name)
+        except UserError as error:
+            raise UserError(f"{field} = {name!r}: {error}" if field else str(error)) from None
     if not path.is_file():
         subject = f"{field} = {str(source)!r}" if field else f"{source}"
-        names = [name for name in FILES if "." not in name]
+        names = [*(name for name in FILES if "." not in name), *REPOSITORIES]
         raise UserError(
-            f"{subject} is neither a weights file, nor a folder with a checkpoint, nor a name "
-            f"of torchvision's weights{did_you_mean(str(source), names)}: {', '.join(names)}"
+            f"{subject} is neither a weights file, nor a folder with a checkpoint or weights, nor "
+            f"hf://org/name, nor a name of published weights{did_you_mean(name, names)}: "
+            f"{', '.join(names)}"
         )
     return path
 
 
 def is_name(text: str) -> bool:
-    """Whether a text is the name of published weights, such as "deeplabv3_resnet50"."""
-    return text in FILES
+    """Whether a text names published weights: "deeplabv3_resnet50", "hf://org/name"."""
+    return text in FILES or text in REPOSITORIES or hugging_face.is_remote(text)
 
 
-def fetch(name: str, *, base_url: str = BASE_URL) -> pathlib.Path:
+def fetch(name: str) -> pathlib.Path:
     """Returns the file of published weights, downloaded unless it is on this machine.
 
     The file is looked up in this package's cache, then in PyTorch's. A file whose SHA-256 checksum
@@ -90,16 +140,16 @@ def fetch(name: str, *, base_url: str = BASE_URL) -> pathlib.Path:
 
     Args:
       name: A key of `FILES`.
-      base_url: The URL before the file's name, with the last "/".
 
     Raises:
       UserError: The name is unknown; the cache cannot be written to; or the file cannot be
         downloaded, with the URL and where to put the file if it is fetched by other means.
     """
-    file_name = FILES.get(name)
-    if file_name is None:
+    urls = FILES.get(name)
+    if urls is None:
         hint = did_you_mean(name, FILES)
         raise UserError(f"unknown weights {name!r}{hint}. Known: {', '.join(sorted(FILES))}")
+    file_name = urls[0].rpartition("/")[2]
     digest = file_name.removesuffix(".pth").rpartition("-")[2]
     path = cache_folder() / file_name
     for cached in (path, torch_cache_folder() / file_name):
@@ -109,9 +159,8 @@ def fetch(name: str, *, base_url: str = BASE_URL) -> pathlib.Path:
         require_writable(cache_folder(), create=True)
     except UserError as error:
         raise UserError(f"{error}. Set XDG_CACHE_HOME to a folder that can be written to") from None
-    url = base_url + file_name
-    advice = f"Fetch {url} by other means and put it there as {path}"
-    download_file([url], path, algorithm="sha256", digest=digest, advice=advice)
+    advice = f"Fetch {urls[0]} by other means and put it there as {path}"
+    download_file(urls, path, algorithm="sha256", digest=digest, advice=advice)
     return path
 
 

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from deeplab_jax.config import Config
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import hub, saved_model, torch_file, torchvision
+from deeplab_jax.weights import families, hub, hub_folder, saved_model
+from deeplab_jax.weights.convert import is_checkpoint, read_weights_file
 from deeplab_jax.weights.matching import (
     ConversionReport,
     Converted,
@@ -26,7 +28,7 @@ def init_variables(config: Config, model: FunctionalModel, log: Callable[[str], 
 
     Args:
       config: The run's config; `init.path` or `init.backbone` is a workdir or folder of a
-        checkpoint, a weights file, or the name of weights that torchvision publishes.
+        checkpoint, a weights file, or the name of published weights.
       model: The model whose variables are returned.
       log: Called with messages on what was read and what stays random.
 
@@ -40,7 +42,7 @@ def init_variables(config: Config, model: FunctionalModel, log: Callable[[str], 
     backbone_only = not config.init.path
     field = "config.init.backbone" if backbone_only else "config.init.path"
     path = hub.find_weights(source, field)
-    if path.is_dir():
+    if is_checkpoint(path):
         path = saved_model.find_checkpoint(path)
     log(f"{'backbone' if backbone_only else 'model'} from {path}")
     options: dict[str, Any] = {
@@ -48,12 +50,19 @@ def init_variables(config: Config, model: FunctionalModel, log: Callable[[str], 
         "backbone_only": backbone_only,
     }
     try:
-        if path.is_dir():
+        if is_checkpoint(path):
             converted, report = from_checkpoint(saved_model.read(path).variables, model, **options)
         else:
-            file = torch_file.read_file(path)
-            options["notes"] = file.notes
-            converted, report = torchvision.to_model(file.arrays, model, **options)
+            file = read_weights_file(path)
+            if hub_folder.is_ours(file.config):
+                saved = hub_folder.to_saved_model(path, file)
+                converted, report = from_checkpoint(saved.variables, model, **options)
+            else:
+                found = families.recognise(
+                    file.arrays, file.config, backbone_only=backbone_only, notes=file.notes
+                )
+                _compare_normalization(found, config, log)
+                converted, report = found.to_model(model, **options)
     except UserError as error:
         raise UserError(f"{field} = {source!r}: {error}") from None
     for note in report.notes:
@@ -63,6 +72,17 @@ def init_variables(config: Config, model: FunctionalModel, log: Callable[[str], 
     if report.missing:
         log(f"missing as allowed: {', '.join(report.missing)} stay random")
     return Variables(fresh.params | converted.params, fresh.batch_stats | converted.batch_stats)
+
+
+def _compare_normalization(
+    found: families.Recognised, config: Config, log: Callable[[str], None]
+) -> None:
+    """Says so if a file was trained with another normalization than the config's."""
+    for field, theirs in zip(("mean", "std"), found.normalization(), strict=True):
+        ours = getattr(config.data, field)
+        if len(theirs) == len(ours) and not np.allclose(theirs, ours, atol=1e-3):
+            values = ",".join(f"{value:g}" for value in theirs)
+            log(f"the weights were trained with another {field}: --config.data.{field}={values}")
 
 
 def on_host(function: Callable[..., Any], make_argument: Callable[[], Any]) -> Any:
@@ -87,7 +107,7 @@ def from_checkpoint(
     allow_missing: str = "",
     backbone_only: bool = False,
 ) -> Converted:
-    """Returns the variables of a checkpoint that a model uses, as `torchvision.to_model`.
+    """Returns the variables of a checkpoint that a model uses, as `families.to_model`.
 
     Args:
       saved: The checkpoint's variables.

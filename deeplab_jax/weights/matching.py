@@ -23,12 +23,14 @@ class Slot(NamedTuple):
       axes: The array's axes in the order of the variable's.
       shape: The array's shape.
       dtype: The variable's type.
+      first_channels: Number of the array's first input channels that are the variable's last.
     """
 
     name: str
     axes: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    first_channels: int = 0
 
 
 class Match(NamedTuple):
@@ -153,12 +155,15 @@ def require_finite(arrays: Mapping[str, np.ndarray], source: str = "") -> None:
 
 
 def to_variables(
-    arrays: Mapping[str, np.ndarray], used: Mapping[str, Slot], model: FunctionalModel
+    arrays: Mapping[str, np.ndarray],
+    used: Mapping[str, Slot],
+    model: FunctionalModel,
+    allow_nonfinite: bool = False,
 ) -> Variables:
     """Returns the variables that the used arrays fill, in the model's layout and types.
 
     Raises:
-      UserError: As `require_finite`.
+      UserError: As `require_finite`, unless `allow_nonfinite`.
     """
     # Copies, even where an array could be used as it is: it may be a view of a file.
     with np.errstate(over="ignore"):  # a number too large for the type becomes infinite
@@ -166,7 +171,11 @@ def to_variables(
             slot.name: np.array(np.transpose(arrays[key], slot.axes), slot.dtype, order="C")
             for key, slot in used.items()
         }
-    require_finite({key: values[slot.name] for key, slot in used.items()})
+    for slot in used.values():
+        if slot.first_channels:
+            values[slot.name] = np.roll(values[slot.name], -slot.first_channels, axis=2)
+    if not allow_nonfinite:
+        require_finite({key: values[slot.name] for key, slot in used.items()})
 
     def select(group: Arrays) -> Arrays:
         return {name: values[name] for name in group if name in values}

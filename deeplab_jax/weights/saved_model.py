@@ -150,8 +150,8 @@ def find_checkpoint(path: str | os.PathLike[str]) -> pathlib.Path:
         folder = folder / "checkpoints"
     if not step_folders(folder):
         raise UserError(
-            f"no checkpoint at {path}: expected a workdir of train.py, its folder checkpoints/, or "
-            "one step's folder in it"
+            f"no checkpoint at {path}: expected a workdir of train.py, its folder checkpoints/, "
+            "one step's folder in it, or config.json with model.safetensors as on the hub"
         )
     from orbax.checkpoint import v1 as ocp
 

@@ -3,7 +3,8 @@
 Since PyTorch 1.6 a `.pth` is a zip archive of a pickle, which describes the tensors, and of the
 tensors' bytes; before that it was a sequence of pickles followed by the bytes. Either is mapped
 into memory, the pickle is read as data (`torch_format.state_dict`), and each array is a read-only
-view of the mapped bytes, without a copy. Nothing in a file is executed.
+view of the mapped bytes, without a copy. So are those of a `.safetensors` file. Nothing in a file
+is executed.
 
 Format: `torch/serialization.py` of PyTorch 2.13, functions `_save` and `_legacy_save`.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import mmap
 import os
 import pathlib
@@ -22,6 +24,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import IO, Any, cast
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -32,7 +35,13 @@ from deeplab_jax.weights.torch_format import pickle_writer, state_dict
 from deeplab_jax.weights.torch_format.pickle_reader import Unreadable
 from deeplab_jax.weights.torch_format.state_dict import Storage
 
-_SAFETENSORS_TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+_SAFETENSORS_TYPES: dict[str, np.dtype[Any]] = {
+    **{f"F{8 * size}": np.dtype(f"<f{size}") for size in (8, 4, 2)},
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    **{f"I{8 * size}": np.dtype(f"<i{size}") for size in (8, 4, 2, 1)},
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -53,18 +62,21 @@ class WeightsFile:
     """The content of a weights file.
 
     Attributes:
-      arrays: Read-only arrays by name, in the file's order. Those of a PyTorch file are views of
-        it: the file may be replaced while they are in use, but not changed in place.
-      format: "PyTorch zip", "PyTorch legacy" or "safetensors".
+      arrays: Read-only arrays by name, in the file's order. They are views of the file where it
+        has them as they are: it may be replaced while they are in use, but not changed in place.
+      format: "PyTorch zip", "PyTorch legacy", "safetensors", "TFLite" or "hub folder".
       entry: The key of the state dict in the checkpoint's dictionary, or the keys joined by "/" if
         it is nested deeper; empty if the dictionary is the state dict.
       ignored: The other keys of these dictionaries.
+      config: What is known beside the arrays: the `config.json` of a folder (`hub_folder`), what a
+        TFLite file's graph says (`tflite_file`), or a checkpoint's "meta" under that key.
     """
 
     arrays: dict[str, np.ndarray]
     format: str
     entry: str = ""
     ignored: tuple[str, ...] = ()
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -107,7 +119,11 @@ def _read_file(path: pathlib.Path) -> WeightsFile:
     start = data[:512]
     # Before the others: the length of the header, in bytes 0 to 7, can look like their signature.
     if start[8:9] == b"{":
-        return _read_safetensors(path)
+        return _read_safetensors(path, data)
+    if start[4:8] == b"TFL3":
+        from deeplab_jax.weights import tflite_file
+
+        return tflite_file.parse(memoryview(data))
     if start.startswith(b"PK"):
         return _read_zip(path, memoryview(data))
     if start.startswith(pickle.PROTO):
@@ -129,12 +145,14 @@ def _weights_file(
     file_format: str, root: Any, load_storage: Callable[[Storage], np.ndarray]
 ) -> WeightsFile:
     entry, tensors = state_dict.find_state_dict(root)
+    meta = root.get("meta") if entry else None  # mmsegmentation's config and classes
     ignored: list[str] = []
     for key in entry:
         ignored += [str(name)[:200] for name in root if name != key]
         root = root[key]
     arrays = state_dict.arrays(tensors, load_storage)
-    return WeightsFile(arrays, file_format, "/".join(entry), tuple(ignored))
+    config = {"meta": meta} if isinstance(meta, dict) else {}
+    return WeightsFile(arrays, file_format, "/".join(entry), tuple(ignored), config)
 
 
 def _elements(raw: memoryview, dtype: np.dtype[Any], little_endian: bool) -> np.ndarray:
@@ -285,27 +303,27 @@ def _no_persistent(persistent_id: Any) -> Any:
 # safetensors
 
 
-def _read_safetensors(path: pathlib.Path) -> WeightsFile:
+def _read_safetensors(path: pathlib.Path, data: mmap.mmap) -> WeightsFile:
+    """Returns views of the mapped file; the library checks the header, but copies each array."""
     try:
-        with safetensors.safe_open(path, "numpy") as file:
-            names = list(file.keys())
-            types = {name: file.get_slice(name).get_dtype() for name in names}
-            refused = [
-                f"{name} is {kind}"
-                for name, kind in types.items()
-                if kind not in _SAFETENSORS_TYPES
-            ]
-            if refused:
-                raise Unreadable(
-                    f"holds entries that cannot become arrays: {listed(refused, '; ')}"
-                )
-            arrays = {name: file.get_tensor(name) for name in names}
-    except safetensors.SafetensorError as error:
+        with safetensors.safe_open(path, "numpy"):
+            end = 8 + int.from_bytes(data[:8], "little")
+            entries = json.loads(data[8:end])
+    except (safetensors.SafetensorError, ValueError) as error:
         raise Unreadable(f"is a damaged safetensors file ({error})") from error
-    if not arrays:
+    entries.pop("__metadata__", None)
+    kinds = {name: entry["dtype"] for name, entry in entries.items()}
+    if refused := [f"{n} is {kind}" for n, kind in kinds.items() if kind not in _SAFETENSORS_TYPES]:
+        raise Unreadable(f"holds entries that cannot become arrays: {listed(refused, '; ')}")
+    if not entries:
         raise Unreadable("holds no arrays")
-    for array in arrays.values():
-        array.flags.writeable = False
+    arrays = {}
+    for name, entry in entries.items():
+        first, last = entry["data_offsets"]
+        raw = memoryview(data)[end + first : end + last]
+        arrays[name] = np.frombuffer(raw, _SAFETENSORS_TYPES[entry["dtype"]]).reshape(
+            entry["shape"]
+        )
     return WeightsFile(arrays, "safetensors")
 
 

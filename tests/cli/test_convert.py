@@ -1,5 +1,6 @@
 """The command line: `deeplab-jax convert`."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import deeplab_jax
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import saved_model, torch_file, torchvision
+from deeplab_jax.weights import families, saved_model, torch_file
 from random_modules import random_variables
 
 
@@ -23,7 +24,7 @@ def weights(tmp_path_factory):
     model = FunctionalModel(architecture("torchvision_resnet18", num_classes=21))
     variables = jax.device_get(random_variables(model))
     path = tmp_path_factory.mktemp("weights") / "some.pth"
-    arrays = torchvision.from_model(variables)
+    arrays = families.from_model(variables, model.architecture)
     torch_file.write(path, arrays)
     return path, variables, arrays
 
@@ -85,7 +86,8 @@ def test_quiet_prints_only_the_result(weights, command, tmp_path):
     code, out, err = command("convert", weights[0], tmp_path / "model", "--quiet")
     assert code == 0, err
     assert out.splitlines()[-1] == str(tmp_path / "model")
-    assert len(out.splitlines()) == 2
+    assert [line.split()[0] for line in out.splitlines()[:2]] == ["Assumed", "some.pth:"]
+    assert len(out.splitlines()) == 3
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,8 @@ def test_a_model_torchvision_does_not_have_is_refused(tmp_path):
         architecture("paper_resnet18", num_classes=2, width=0.125, decoder="transposed")
     )
     variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.abstract)
-    info = {"format": saved_model.FORMAT, "architecture": {}}
+    fields = dataclasses.asdict(model.architecture)
+    info = {"format": saved_model.FORMAT, "architecture": fields, "registered_by": {}}
     saved_model.write_model(tmp_path / "model", variables, info)
     with pytest.raises(UserError, match="decoder"):
         deeplab_jax.convert(tmp_path / "model", tmp_path / "out.pth")

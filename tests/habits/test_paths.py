@@ -24,6 +24,7 @@ from own_data import Maker
 NO_PATHS = {
     *("split", "protocol", "scales", "heatmap", "height", "width", "batch", "output", "layout"),
     *("platforms", "size", "topology", "settings", "competition", "masks_hold", "mask_name"),
+    *("repository", "message", "license", "family"),
     *("image_pattern", "mask_pattern", "positive", "sizes"),
 }
 

@@ -17,7 +17,7 @@ from deeplab_jax.data.io.images import read_image
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import initialize, saved_model, torch_file, torchvision
+from deeplab_jax.weights import families, initialize, saved_model, torch_file
 from deeplab_jax.weights.convert import read_model
 from random_modules import random_variables
 from torch_reference import torch
@@ -33,7 +33,7 @@ def model(**fields):
 @functools.cache
 def state_dict():
     """A DeepLabv3 in torchvision's names."""
-    return torchvision.from_model(jax.device_get(random_variables(model())))
+    return families.from_model(jax.device_get(random_variables(model())), model().architecture)
 
 
 def spoiled(**values):
@@ -80,7 +80,7 @@ def test_a_file_with_numbers_that_are_no_weights_is_refused(tmp_path, kind):
         with pytest.raises(UserError, match=rf"(?s)model\.pth: .*{message}"):
             use(path)
     with pytest.raises(UserError, match=rf"(?s){message}"):
-        torchvision.to_model(torch_file.read(path), model(), backbone_only=True)
+        families.to_model(torch_file.read(path), model(), backbone_only=True)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -112,7 +112,7 @@ def test_short_types_are_checked(tmp_path, dtype):
 
 def test_arrays_that_are_not_used_may_hold_anything(tmp_path):
     arrays = spoiled(**{"classifier.4.bias": np.nan})
-    torchvision.to_model(arrays, model(), backbone_only=True)
+    families.to_model(arrays, model(), backbone_only=True)
 
 
 @pytest.fixture(scope="module", params=[np.nan, -np.inf, -1.0])
@@ -233,7 +233,7 @@ def test_a_wrapped_state_dict_is_read_and_the_wrapper_named(tmp_path, kind):
     make, entry, prefix = WRAPPED[kind]
     torch.save(to_tensors(make()), tmp_path / "wrapped.pth")
     file = torch_file.read_file(tmp_path / "wrapped.pth")
-    variables, report = torchvision.to_model(file.arrays, model(), notes=file.notes)
+    variables, report = families.to_model(file.arrays, model(), notes=file.notes)
     expected = random_variables(model())
     jax.tree.map(np.testing.assert_array_equal, variables, expected)
     text = " ".join(report.notes)
@@ -256,8 +256,11 @@ def test_a_wrapped_backbone_is_read():
         for name, array in state_dict().items()
         if name.startswith("backbone.")
     }
-    report = torchvision.to_model(arrays, model(), backbone_only=True).report
-    assert report.notes[0].startswith('All names began with "encoder."')
+    report = families.to_model(arrays, model(), backbone_only=True).report
+    assert report.notes == ("Read as segmentation_models.pytorch.",)
+    renamed = {name.replace("encoder.", "trunk."): array for name, array in arrays.items()}
+    report = families.to_model(renamed, model(), backbone_only=True).report
+    assert report.notes[0].startswith('All names began with "trunk."')
 
 
 @pytest.mark.parametrize("entry", ["", "state_dict"])
@@ -276,14 +279,15 @@ def test_two_models_in_one_state_dict_are_named(tmp_path, entry):
     assert all(text in str(caught.value) for text in expected), caught.value
     for backbone_only in (False, True):
         with pytest.raises(UserError, match=r'a DeepLabv3 is under "student\."'):
-            torchvision.to_model(arrays, model(), backbone_only=backbone_only)
+            families.to_model(arrays, model(), backbone_only=backbone_only)
 
 
-def test_an_array_beside_a_wrapped_model_is_an_error_that_names_the_prefix(tmp_path):
+def test_an_array_beside_a_wrapped_model_is_said_and_not_read(tmp_path):
     arrays = checkpoint_of("x", "model.")["x"] | {"criterion.weight": np.ones(4, np.float32)}
     torch_file.write(tmp_path / "model.safetensors", arrays)
-    with pytest.raises(UserError, match=r'(?s)"criterion" \(1 arrays\).*is under "model\."'):
-        read_model(tmp_path / "model.safetensors")
+    done = deeplab_jax.convert(tmp_path / "model.safetensors", tmp_path / "model")
+    assert 'The model is under "model."; 1 arrays beside it are not read.' in done.notes
+    assert ("criterion.weight", 'is not under "model.", where the model is') in done.dropped
 
 
 def test_several_unknown_state_dicts_are_listed(tmp_path):

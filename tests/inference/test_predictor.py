@@ -351,3 +351,21 @@ def test_a_full_device_is_reported(monkeypatch, window):
     monkeypatch.setattr(full, "_run", run)
     with pytest.raises(UserError, match="80x90 pixels does not fit in the device's memory: use"):
         full.ids(random_image(80, 90))
+
+
+def test_models_with_padding_same_see_sides_of_a_multiple_of_the_stride_plus_one():
+    """Enlarged with the mean colour, as TensorFlow's own evaluation does."""
+    model = FunctionalModel(architecture("tf_mobilenet_v2", num_classes=4, width=0.25))
+    variables = random_variables(model)
+    images = np.random.default_rng(0).integers(0, 256, (2, 50, 36, 3), np.uint8)
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    predictor = Predictor(model, variables, mean=mean, std=std)
+    for image, (height, width) in zip(images, ((50, 36), (33, 20)), strict=True):
+        image = image[:height, :width]
+        rows, columns = ({50: 65, 33: 33}[height], {36: 49, 20: 33}[width])
+        padded = np.zeros((1, rows, columns, 3), np.float32)
+        padded[0, :height, :width] = (image / 255 - 0.5) / 0.25
+        logits = model.apply(variables, jnp.asarray(padded))[0]["out"][0, :height, :width]
+        np.testing.assert_allclose(
+            predictor.probabilities(image), jax.nn.softmax(logits, axis=-1), atol=2e-5
+        )

@@ -14,7 +14,7 @@ from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.training.checkpoint import Checkpoints
 from deeplab_jax.training.state import TrainState
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import saved_model, torch_file, torchvision
+from deeplab_jax.weights import families, saved_model, torch_file
 from random_modules import random_variables
 from small_checkpoint import CLASSES, MEAN, STD
 
@@ -163,7 +163,7 @@ def test_a_workdir_gives_its_best_checkpoint(saved, tmp_path):
 def test_torchvisions_file_is_loaded_directly(tmp_path):
     model = FunctionalModel(architecture("torchvision_resnet18", num_classes=21))
     variables = random_variables(model)
-    torch_file.write(tmp_path / "some.pth", torchvision.from_model(variables))
+    torch_file.write(tmp_path / "some.pth", families.from_model(variables, model.architecture))
     loaded = deeplab_jax.load(tmp_path / "some.pth")
     assert loaded.classes[15] == "person"
     assert loaded.architecture.output_stride == 8

@@ -13,7 +13,7 @@ import deeplab_jax
 from deeplab_jax.models.architecture import ARCHITECTURES, architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import saved_model, torch_file, torchvision
+from deeplab_jax.weights import families, saved_model, torch_file
 from random_modules import random_variables
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (41, 57, 3), np.uint8)
@@ -24,7 +24,9 @@ def file(tmp_path_factory):
     """A weights file of torchvision's smallest DeepLabv3."""
     path = tmp_path_factory.mktemp("model") / "resnet18.pth"
     model = FunctionalModel.of(architecture("torchvision_resnet18", num_classes=21))
-    torch_file.write(path, torchvision.from_model(jax.device_get(random_variables(model))))
+    torch_file.write(
+        path, families.from_model(jax.device_get(random_variables(model)), model.architecture)
+    )
     return path
 
 
@@ -83,11 +85,8 @@ print(json.dumps([compiled, "orbax" in sys.modules]))
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name.startswith("torch")])
-def test_one_model_is_built_to_recognize_a_file(name, monkeypatch):
-    shapes, looked_up = torchvision._known_shapes, []
-    arrays = {key: np.broadcast_to(0.0, shape) for key, shape in shapes(name).items()}
-    monkeypatch.setattr(
-        torchvision, "_known_shapes", lambda name: looked_up.append(name) or shapes(name)
-    )
-    assert torchvision.architecture_of(arrays) == ARCHITECTURES[name]
-    assert looked_up == [name]
+def test_no_model_is_built_to_recognize_a_file(name, monkeypatch):
+    slots = families.FAMILIES["torchvision"].slots(FunctionalModel.of(ARCHITECTURES[name]))
+    arrays = {key: np.broadcast_to(0.0, slot.shape) for key, slot in slots.items()}
+    monkeypatch.setattr(FunctionalModel, "of", None)  # none is built
+    assert families.architecture_of(arrays) == ARCHITECTURES[name]

@@ -1,9 +1,11 @@
-"""Published weights: torchvision's own URLs, caches, and downloads that go wrong."""
+"""Published weights: their own URLs, caches, and downloads that go wrong."""
 
 import hashlib
 import http.server
+import importlib.util
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -68,8 +70,13 @@ def caches(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("TORCH_HOME", raising=False)
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setitem(hub.FILES, "tiny", FILE_NAME)
+    monkeypatch.setitem(hub.FILES, "tiny", ())
     return tmp_path
+
+
+def fetch(web):
+    hub.FILES["tiny"] = (f"{web.url}{FILE_NAME}",)
+    return hub.fetch("tiny")
 
 
 def files_below(folder):
@@ -87,18 +94,53 @@ def test_names_and_urls_are_torchvisions():
     for model in (
         *("deeplabv3_resnet50", "deeplabv3_resnet101", "deeplabv3_mobilenet_v3_large"),
         *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenet_v3_large"),
+        "mobilenet_v2",
     ):
         versions = {weights.name: weights.url for weights in models.get_model_weights(model)}
         first = "COCO_WITH_VOC_LABELS_V1" if model.startswith("deeplab") else "IMAGENET1K_V1"
         expected[model] = versions[first]
         expected |= {f"{model}.{version}": url for version, url in versions.items()}
-    published = {name: hub.BASE_URL + file for name, file in hub.FILES.items() if name != "tiny"}
-    assert published == expected
+    ours = {name: urls for name, urls in hub.FILES.items() if "/" not in name and name != "tiny"}
+    assert ours == {name: (url,) for name, url in expected.items()}
+
+
+def test_names_and_urls_are_mmsegmentations():
+    spec = importlib.util.find_spec("mmseg")
+    if spec is None:
+        pytest.skip("mmsegmentation is not installed")
+    folder = pathlib.Path(spec.origin).parent / ".mim/configs/deeplabv3"
+    published = set(re.findall(r"Weights: (\S+)", (folder / "metafile.yaml").read_text()))
+    ours = {name: urls for name, urls in hub.FILES.items() if name.startswith("mmseg/")}
+    assert len(ours) == 11
+    for name, (original, of_fork) in ours.items():
+        assert of_fork in published
+        assert original.startswith("https://download.openmmlab.com/mmsegmentation/v0.5/deeplabv3/")
+        assert original.split("/")[-3:] == of_fork.split("/")[-3:]
+        depth, data = re.fullmatch(r"mmseg/deeplabv3_(r\d+b?-d\d+\S*?)_(\w+)", name).groups()
+        model = original.split("/")[-1]
+        assert f"deeplabv3_{depth}_" in model
+        steps = [
+            int(re.search(r"_(\d+)k_", url)[1])
+            for url in published
+            if f"_{data}" in url and f"_{depth}_" in url and "769" not in url
+        ]
+        assert f"_{max(steps)}k_{data}_" in model
+
+
+def test_published_repositories_are_timms():
+    import torch_reference  # noqa: F401 because timm imports torchvision
+
+    timm = pytest.importorskip("timm")
+    for name in (name for name in hub.REPOSITORIES if name.startswith("timm/")):
+        assert timm.models.get_pretrained_cfg(name.removeprefix("timm/")).hf_hub_id == name
 
 
 def test_is_name():
     assert hub.is_name("deeplabv3_resnet50")
     assert hub.is_name("resnet50.IMAGENET1K_V2")
+    assert hub.is_name("mmseg/deeplabv3_r50-d8_voc12aug")
+    assert hub.is_name("timm/resnet50.a1_in1k")
+    assert hub.is_name("hf://org/name@v1/folder")
     assert not hub.is_name("resnet50.pth")
     assert not hub.is_name("runs/resnet50")
     assert not hub.is_name("")
@@ -130,11 +172,11 @@ def test_folders(caches, monkeypatch):
 
 
 def test_downloads_once(web, caches, capsys):
-    path = hub.fetch("tiny", base_url=web.url)
+    path = fetch(web)
     assert path == hub.cache_folder() / FILE_NAME
     assert path.read_bytes() == CONTENT
     assert web.paths == [f"/models/{FILE_NAME}"]
-    assert hub.fetch("tiny", base_url=web.url) == path
+    assert fetch(web) == path
     assert len(web.paths) == 1
     assert files_below(caches) == [path]
     captured = capsys.readouterr()
@@ -142,11 +184,18 @@ def test_downloads_once(web, caches, capsys):
     assert "Downloading" in captured.err
 
 
+def test_a_second_server_is_tried(web):
+    offline = Web()
+    offline.server.server_close()
+    hub.FILES["tiny"] = (f"{offline.url}{FILE_NAME}", f"{web.url}{FILE_NAME}")
+    assert hub.fetch("tiny").read_bytes() == CONTENT
+
+
 def test_uses_what_pytorch_downloaded(web):
     path = hub.torch_cache_folder() / FILE_NAME
     path.parent.mkdir(parents=True)
     path.write_bytes(CONTENT)
-    assert hub.fetch("tiny", base_url=web.url) == path
+    assert fetch(web) == path
     assert web.paths == []
 
 
@@ -156,7 +205,7 @@ def test_a_damaged_file_is_downloaded_again_and_pytorchs_is_kept(web, caplog):
     for path in (ours, theirs):
         path.parent.mkdir(parents=True)
         path.write_bytes(CONTENT[:-1])
-    assert hub.fetch("tiny", base_url=web.url) == ours
+    assert fetch(web) == ours
     assert ours.read_bytes() == CONTENT
     assert theirs.read_bytes() == CONTENT[:-1]
     assert [str(path) in caplog.text for path in (ours, theirs)] == [True, True]
@@ -174,7 +223,7 @@ def test_an_unreadable_file_is_not_used(web, caplog, monkeypatch):
         return real_open(opened, mode)
 
     monkeypatch.setattr(pathlib.Path, "open", open_denied)
-    assert hub.fetch("tiny", base_url=web.url) == hub.cache_folder() / FILE_NAME
+    assert fetch(web) == hub.cache_folder() / FILE_NAME
     assert f"{path} cannot be read (Permission denied)" in caplog.text
 
 
@@ -183,7 +232,7 @@ def test_an_unreadable_file_is_not_used(web, caplog, monkeypatch):
 
 def failure(web):
     with pytest.raises(UserError) as info:
-        hub.fetch("tiny", base_url=web.url)
+        fetch(web)
     return str(info.value)
 
 
@@ -203,7 +252,7 @@ def test_offline(caches):
     assert files_below(caches) == []
     # Following the advice works.
     (hub.cache_folder() / FILE_NAME).write_bytes(CONTENT)
-    assert hub.fetch("tiny", base_url=web.url).read_bytes() == CONTENT
+    assert fetch(web).read_bytes() == CONTENT
 
 
 def test_a_missing_page(web, caches):
@@ -259,12 +308,12 @@ def test_interrupted_midway_leaves_nothing(web, caches):
     # The handler is set because a shell's background jobs inherit that SIGINT is ignored.
     script = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from deeplab_jax.weights import hub; hub.FILES['tiny'] = sys.argv[1]\n"
-        "hub.fetch('tiny', base_url=sys.argv[2])"
+        "from deeplab_jax.weights import hub; hub.FILES['tiny'] = (sys.argv[1],)\n"
+        "hub.fetch('tiny')"
     )
     root = pathlib.Path(__file__).resolve().parents[2]
     process = subprocess.Popen(
-        [sys.executable, "-c", script, FILE_NAME, web.url],
+        [sys.executable, "-c", script, f"{web.url}{FILE_NAME}"],
         env=os.environ | {"PYTHONPATH": str(root)},
         stderr=subprocess.PIPE,
         text=True,
@@ -280,10 +329,7 @@ def test_interrupted_midway_leaves_nothing(web, caches):
 
 def test_two_at_once_both_get_it(web, caches):
     results = []
-    threads = [
-        threading.Thread(target=lambda: results.append(hub.fetch("tiny", base_url=web.url)))
-        for _ in range(2)
-    ]
+    threads = [threading.Thread(target=lambda: results.append(fetch(web))) for _ in range(2)]
     web.go_on.clear()
     for thread in threads:
         thread.start()

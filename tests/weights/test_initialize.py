@@ -11,7 +11,7 @@ from deeplab_jax.config import Config, InitConfig
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import initialize, torch_file, torchvision
+from deeplab_jax.weights import families, initialize, torch_file
 
 
 def model_with(**fields) -> FunctionalModel:
@@ -33,7 +33,7 @@ def source():
 @pytest.fixture(scope="module", params=[".pth", ".safetensors"])
 def file(request, source, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / f"model{request.param}"
-    torch_file.write(path, torchvision.from_model(source[1]))
+    torch_file.write(path, families.from_model(source[1], source[0].architecture))
     return path
 
 

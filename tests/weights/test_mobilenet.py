@@ -10,7 +10,7 @@ from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.backbones.mobilenet_v3 import MobileNetV3
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import torchvision
+from deeplab_jax.weights import families
 from random_modules import abstract_module
 from torch_reference import torch
 
@@ -49,9 +49,9 @@ def classifier():
 @pytest.mark.parametrize("aux", [True, False])
 def test_every_array_is_used_once_and_written_back_bit_for_bit(deeplab, aux):
     arrays = {n: a for n, a in arrays_of(deeplab).items() if aux or not n.startswith("aux")}
-    assert torchvision.architecture_of(arrays) == architecture(NAME, num_classes=21, aux_head=aux)
+    assert families.architecture_of(arrays) == architecture(NAME, num_classes=21, aux_head=aux)
     model = functional(aux_head=aux)
-    (params, batch_stats), report = torchvision.to_model(arrays, model)
+    (params, batch_stats), report = families.to_model(arrays, model)
     assert {name: array.shape for name, array in (params | batch_stats).items()} == {
         name: leaf.shape for group in model.abstract for name, leaf in group.items()
     }
@@ -59,14 +59,14 @@ def test_every_array_is_used_once_and_written_back_bit_for_bit(deeplab, aux):
     assert sorted(name for name, _ in report.used) == sorted(arrays.keys() - set(counters))
     assert [name for name, _ in report.dropped] == counters
     assert (report.replaced, report.missing, report.notes) == ((), (), ())
-    back = torchvision.from_model(Variables(params, batch_stats))
+    back = families.from_model(Variables(params, batch_stats), model.architecture)
     assert {name: torch_reference.array_bits(array) for name, array in back.items()} == {
         name: torch_reference.array_bits(array) for name, array in arrays.items()
     }
 
 
 def test_without_the_auxiliary_head_its_arrays_are_dropped(deeplab):
-    _, report = torchvision.to_model(arrays_of(deeplab), functional(aux_head=False))
+    _, report = families.to_model(arrays_of(deeplab), functional(aux_head=False))
     reasons = {why for name, why in report.dropped if name.startswith("aux_classifier.4")}
     assert reasons == {"belongs to the auxiliary head, which the model does not have"}
 
@@ -76,7 +76,7 @@ def test_without_the_auxiliary_head_its_arrays_are_dropped(deeplab):
 )
 def test_logits(x64, deeplab, dtype, limit, size):
     model = functional(dtype=dtype)
-    variables = torchvision.to_model(arrays_of(deeplab), model).variables
+    variables = families.to_model(arrays_of(deeplab), model).variables
     images = np.random.default_rng(0).normal(size=(*size, 3)).astype(dtype)
     ours, _ = jax.jit(model.apply)(variables, images)
     reference = deeplab.to(getattr(torch, dtype))
@@ -109,7 +109,7 @@ def test_gradients_in_training(x64):
         if isinstance(module, torch_reference.torchvision.ops.SqueezeExcitation):
             module.scale_activation = ExactHardSigmoid()
     model = functional(dtype="float64", dropout=0.0)
-    variables = torchvision.to_model(arrays_of(reference), model).variables
+    variables = families.to_model(arrays_of(reference), model).variables
     rng = np.random.default_rng(0)
     images = rng.normal(size=(4, 33, 49, 3))
     weights = {head: rng.normal(size=(4, 33, 49, 21)) for head in ("out", "aux")}
@@ -126,7 +126,7 @@ def test_gradients_in_training(x64):
 
         return jax.grad(loss)(variables.params)
 
-    ours = torchvision.from_model(Variables(gradients(variables), {}))
+    ours = families.from_model(Variables(gradients(variables), {}), model.architecture)
     grads = {name: parameter.grad.numpy() for name, parameter in reference.named_parameters()}
     assert ours.keys() == grads.keys()
     scale = max(np.abs(grad).max() for grad in grads.values())
@@ -140,7 +140,7 @@ def test_a_classifier_is_a_backbone(classifier):
     arrays = arrays_of(classifier)
     # A classifier keeps all of its strides; a segmentation model of any output stride takes it.
     model = functional(num_classes=2, output_stride=32)
-    (params, batch_stats), report = torchvision.to_model(arrays, model, backbone_only=True)
+    (params, batch_stats), report = families.to_model(arrays, model, backbone_only=True)
     assert sorted(params | batch_stats) == sorted(
         name for group in model.abstract for name in group if name.startswith("backbone.")
     )
@@ -149,7 +149,8 @@ def test_a_classifier_is_a_backbone(classifier):
     heads = {f"classifier.{place}.{leaf}" for place in (0, 3) for leaf in ("weight", "bias")}
     assert dropped == heads
     assert len(report.used) + len(report.dropped) == len(arrays)
-    assert torchvision.nearest_architecture(arrays, backbone_only=True) == (NAME, 1.0)
+    found = families.recognise(arrays, backbone_only=True)
+    assert found.architecture().name == NAME
 
     graph, *state = nnx.split(
         abstract_module(lambda: MobileNetV3(model.architecture, rngs=nnx.Rngs(0))),
@@ -174,15 +175,15 @@ def test_a_classifier_is_a_backbone(classifier):
 
 
 def test_a_classifier_is_not_a_segmentation_model(classifier):
-    with pytest.raises(UserError, match=r"holds a classifier.*--config\.init\.backbone"):
-        torchvision.to_model(arrays_of(classifier), functional())
+    with pytest.raises(UserError, match=r"(?s)it is a classifier.*--config\.init\.backbone"):
+        families.to_model(arrays_of(classifier), functional())
     with pytest.raises(UserError, match="no DeepLabv3"):
-        torchvision.architecture_of(arrays_of(classifier))
+        families.architecture_of(arrays_of(classifier))
 
 
 def test_loading_it_into_a_resnet_names_it(deeplab, classifier):
     resnet = FunctionalModel(architecture("torchvision_resnet18", num_classes=21))
     with pytest.raises(UserError, match=f"nearest to {NAME} "):
-        torchvision.to_model(arrays_of(deeplab), resnet)
+        families.to_model(arrays_of(deeplab), resnet)
     with pytest.raises(UserError, match=f"nearest to {NAME} "):
-        torchvision.to_model(arrays_of(classifier), resnet, backbone_only=True)
+        families.to_model(arrays_of(classifier), resnet, backbone_only=True)

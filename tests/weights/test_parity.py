@@ -22,7 +22,7 @@ from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.training.optimizer import is_decayed
 from deeplab_jax.training.state import init_state
 from deeplab_jax.training.step import make_train_step
-from deeplab_jax.weights import torchvision
+from deeplab_jax.weights import families
 from random_modules import abstract_module
 from torch_reference import torch
 
@@ -45,7 +45,7 @@ def dtype(request):
 
 def converted(reference, model, **options):
     arrays = {name: tensor.detach().numpy() for name, tensor in reference.state_dict().items()}
-    return torchvision.to_model(arrays, model, **options).variables
+    return families.to_model(arrays, model, **options).variables
 
 
 def random_images(*shape, dtype="float64"):
@@ -273,8 +273,10 @@ def test_five_steps_of_training_equal_torch(shallow):
                 - is_decayed(name) * config.optimizer.weight_decay * start.params[name]
                 for name, value in trace.items()
             }
-    began, ours = torchvision.from_model(start), torchvision.from_model(state.variables)
-    our_grads = torchvision.from_model(Variables(our_grads, {}))
+    began, ours = (
+        families.from_model(each, model.architecture) for each in (start, state.variables)
+    )
+    our_grads = families.from_model(Variables(our_grads, {}), model.architecture)
 
     assert our_grads.keys() == grads.keys()
     gradients = {name: relative(our_grads[name], grad) for name, grad in grads.items()}

@@ -13,7 +13,7 @@ import torch_reference
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import torch_file, torchvision
+from deeplab_jax.weights import families, torch_file
 from random_modules import random_variables
 from torch_reference import torch
 
@@ -54,7 +54,7 @@ def small():
     """A narrow ResNet-18 DeepLabv3 in torchvision's names, each number another."""
     model = functional("torchvision_resnet18", num_classes=5, width=0.125)
     variables = jax.device_get(random_variables(model))
-    return model, variables, torchvision.from_model(variables)
+    return model, variables, families.from_model(variables, model.architecture)
 
 
 # What fits
@@ -65,7 +65,7 @@ def small():
 def test_every_array_of_a_segmentation_model_is_used_once(depth, aux):
     arrays = deeplab(depth, aux)
     model = functional(f"torchvision_resnet{depth}", aux_head=aux)
-    (params, batch_stats), report = torchvision.to_model(arrays, model)
+    (params, batch_stats), report = families.to_model(arrays, model)
     assert {k: v.shape for k, v in params.items()} == {
         k: v.shape for k, v in model.abstract.params.items()
     }
@@ -75,14 +75,14 @@ def test_every_array_of_a_segmentation_model_is_used_once(depth, aux):
     assert sorted(ours for _, ours in report.used) == sorted(params | batch_stats)
     assert dropped == [name for name in arrays if name.endswith("num_batches_tracked")]
     assert (report.replaced, report.missing, report.notes) == ((), (), ())
-    assert torchvision.architecture_of(arrays) == model.architecture
+    assert families.architecture_of(arrays) == model.architecture
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
 def test_a_classifier_is_a_backbone(depth):
     arrays = classifier(depth)
     model = functional(f"torchvision_resnet{depth}")
-    (params, _), report = torchvision.to_model(arrays, model, backbone_only=True)
+    (params, _), report = families.to_model(arrays, model, backbone_only=True)
     backbone = {name for name in model.abstract.params if name.startswith("backbone.")}
     assert params.keys() == backbone
     assert ("fc.weight", "belongs to a head, and only the backbone is used") in report.dropped
@@ -92,14 +92,14 @@ def test_a_classifier_is_a_backbone(depth):
 
 def test_a_segmentation_model_serves_as_a_backbone_for_the_papers():
     model = functional("paper_resnet50", num_classes=3)
-    (params, batch_stats), report = torchvision.to_model(deeplab(50), model, backbone_only=True)
+    (params, batch_stats), report = families.to_model(deeplab(50), model, backbone_only=True)
     assert all(name.startswith("backbone.") for name in params | batch_stats)
     assert any(theirs == "aux_classifier.4.bias" for theirs, _ in report.dropped)
 
 
 def test_the_auxiliary_head_is_dropped_where_the_model_has_none():
     model = functional("torchvision_resnet50", aux_head=False)
-    report = torchvision.to_model(deeplab(50), model).report
+    report = families.to_model(deeplab(50), model).report
     dropped = dict(report.dropped)
     assert dropped["aux_classifier.0.weight"].startswith("belongs to the auxiliary head")
 
@@ -107,7 +107,7 @@ def test_the_auxiliary_head_is_dropped_where_the_model_has_none():
 def test_axes_of_a_kernel(small):
     model, _, arrays = small
     name = "backbone.layer2.0.conv1.weight"
-    (params, _), _ = torchvision.to_model(arrays, model)
+    (params, _), _ = families.to_model(arrays, model)
     kernel = params["backbone.layer2.0.conv1.kernel"]
     for place in [(0, 1, 2, 0), (3, 5, 1, 2)]:
         out, into, row, column = place
@@ -116,7 +116,7 @@ def test_axes_of_a_kernel(small):
 
 def test_variables_do_not_share_memory_with_the_file(small):
     model, _, arrays = small
-    (params, batch_stats), report = torchvision.to_model(arrays, model)
+    (params, batch_stats), report = families.to_model(arrays, model)
     for theirs, ours in report.used:
         assert not np.shares_memory(arrays[theirs], (params | batch_stats)[ours]), ours
 
@@ -125,7 +125,7 @@ def test_variables_do_not_share_memory_with_the_file(small):
 def test_round_trip_is_bit_exact(tmp_path, small, suffix):
     model, variables, arrays = small
     torch_file.write(tmp_path / f"a{suffix}", arrays)
-    back, _ = torchvision.to_model(torch_file.read(tmp_path / f"a{suffix}"), model)
+    back, _ = families.to_model(torch_file.read(tmp_path / f"a{suffix}"), model)
     for group, expected in zip(back, variables, strict=True):
         assert group.keys() == expected.keys()
         assert all(group[name].tobytes() == expected[name].tobytes() for name in expected)
@@ -135,10 +135,10 @@ def test_torchvision_loads_strictly_what_is_written(tmp_path):
     source = torch_reference.segmentation_model("deeplabv3_resnet50", aux=True, num_classes=4)
     model = functional("torchvision_resnet50", num_classes=4)
     state_dict = source.state_dict()
-    variables, _ = torchvision.to_model(
+    variables, _ = families.to_model(
         {name: tensor.numpy() for name, tensor in state_dict.items()}, model
     )
-    back = torchvision.from_model(variables)
+    back = families.from_model(variables, model.architecture)
     torch_file.write(tmp_path / "back.pth", back)
     loaded = torch.load(tmp_path / "back.pth", weights_only=True)
     with torch.device("meta"):
@@ -150,7 +150,7 @@ def test_torchvision_loads_strictly_what_is_written(tmp_path):
 
 def test_variables_of_jax_can_be_written(small):
     _, variables, arrays = small
-    back = torchvision.from_model(jax.tree.map(jax.numpy.asarray, variables))
+    back = families.from_model(jax.tree.map(jax.numpy.asarray, variables), small[0].architecture)
     assert all(np.array_equal(back[name], array) for name, array in arrays.items())
 
 
@@ -160,7 +160,7 @@ def test_variables_of_jax_can_be_written(small):
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
 def test_prefixes_of_wrappers(small, prefix):
     model, variables, arrays = small
-    (params, _), report = torchvision.to_model({prefix + k: v for k, v in arrays.items()}, model)
+    (params, _), report = families.to_model({prefix + k: v for k, v in arrays.items()}, model)
     assert all(np.array_equal(params[name], variables.params[name]) for name in params)
     assert "".join(re.findall(r'"(.*?)"', " ".join(report.notes))) == prefix
 
@@ -169,7 +169,7 @@ def test_prefixes_of_wrappers(small, prefix):
 def test_other_floating_types_are_converted(small, dtype):
     model, variables, arrays = small
     floating = {k: v.astype(dtype) if v.dtype == np.float32 else v for k, v in arrays.items()}
-    (params, _), report = torchvision.to_model(floating, model)
+    (params, _), report = families.to_model(floating, model)
     name = "backbone.stem.0.conv.kernel"
     assert params[name].dtype == np.float32
     assert np.array_equal(params[name], variables.params[name].astype(dtype).astype(np.float32))
@@ -179,7 +179,7 @@ def test_other_floating_types_are_converted(small, dtype):
 
 def test_logits_of_another_number_of_classes_stay_random():
     model = functional("torchvision_resnet50", num_classes=7)
-    (params, _), report = torchvision.to_model(deeplab(50), model)
+    (params, _), report = families.to_model(deeplab(50), model)
     logits = {
         f"{head}.logits.{leaf}"
         for head in ("classifier", "aux_classifier")
@@ -193,14 +193,12 @@ def test_logits_of_another_number_of_classes_stay_random():
 def test_allowed_missing_arrays_are_listed(small):
     model, _, arrays = small
     partial = {k: v for k, v in arrays.items() if "layer4.1." not in k}
-    (params, batch_stats), report = torchvision.to_model(
-        partial, model, allow_missing=r"layer4\.1\."
-    )
+    (params, batch_stats), report = families.to_model(partial, model, allow_missing=r"layer4\.1\.")
     missing = {n for group in model.abstract for n in group if "layer4.1." in n}
     assert set(report.missing) == missing
     assert missing.isdisjoint(params | batch_stats)
     with pytest.raises(UserError, match=r"missing: backbone\.layer4\.1\.bn1\.bias;"):
-        torchvision.to_model(partial, model, allow_missing=r"layer4\.1\.conv")
+        families.to_model(partial, model, allow_missing=r"layer4\.1\.conv")
 
 
 def test_real_partial_imagenet_weights(shared_data):
@@ -209,8 +207,8 @@ def test_real_partial_imagenet_weights(shared_data):
         pytest.skip(f"{path} is absent")
     arrays, model = torch_file.read(path), functional("paper_resnet18")
     with pytest.raises(UserError, match=r"missing: backbone\.layer4\.0\.bn1"):
-        torchvision.to_model(arrays, model, backbone_only=True)
-    (params, _), report = torchvision.to_model(
+        families.to_model(arrays, model, backbone_only=True)
+    (params, _), report = families.to_model(
         arrays, model, backbone_only=True, allow_missing=r"layer4\.[01]\.(conv|bn)"
     )
     assert sum("conv" in name for name in report.missing) == 4
@@ -224,7 +222,7 @@ def test_real_partial_imagenet_weights(shared_data):
 
 def refusal(arrays, model, **options):
     with pytest.raises(UserError) as caught:
-        torchvision.to_model(arrays, model, **options)
+        families.to_model(arrays, model, **options)
     return str(caught.value)
 
 
@@ -283,7 +281,7 @@ def test_no_auxiliary_head_in_the_file():
 def test_a_classifier_is_not_a_segmentation_model():
     assert "--config.init.backbone" in refusal(classifier(50), functional("torchvision_resnet50"))
     with pytest.raises(UserError, match="holds no DeepLabv3"):
-        torchvision.architecture_of(classifier(50))
+        families.architecture_of(classifier(50))
 
 
 def test_logits_may_differ_only_in_the_number_of_classes():
@@ -302,14 +300,15 @@ def test_variables_without_a_counterpart_cannot_be_written():
     model = functional("torchvision_resnet18", width=0.125, decoder="transposed")
     zeros = Variables(*({k: np.zeros(v.shape) for k, v in g.items()} for g in model.abstract))
     with pytest.raises(UserError, match=r"decoder\.kernel has no counterpart"):
-        torchvision.from_model(zeros)
-    arrays = torchvision.from_model(
-        zeros._replace(params={k: v for k, v in zeros.params.items() if "decoder" not in k})
+        families.from_model(zeros, model.architecture)
+    arrays = families.from_model(
+        zeros._replace(params={k: v for k, v in zeros.params.items() if "decoder" not in k}),
+        model.architecture,
     )
     assert "missing: decoder.kernel" in refusal(arrays, model)
 
 
 def test_architecture_of_another_number_of_classes(small):
-    found = torchvision.architecture_of(deeplab(101, aux=False, num_classes=2))
+    found = families.architecture_of(deeplab(101, aux=False, num_classes=2))
     expected = architecture("torchvision_resnet101", num_classes=2, aux_head=False)
     assert dataclasses.asdict(found) == dataclasses.asdict(expected)

@@ -1,0 +1,276 @@
+"""The description of a family of weights, and conversion by it in both directions.
+
+A family is a codebase whose files people hold. Its table maps the names of modules here to names
+there; the names and axes of a layer's arrays are the same for all of PyTorch. Conversion is strict:
+every array is used or dropped for a known reason, and every variable is filled from one array.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deeplab_jax.models.architecture import Architecture
+from deeplab_jax.models.functional import FunctionalModel, Variables
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.weights.matching import (
+    ConversionReport,
+    Converted,
+    Slot,
+    match_arrays,
+    problem_lines,
+    to_variables,
+)
+
+BACKBONE = "backbone."  # the beginning of the names of a backbone's variables here
+
+# Rows of (regular expression for a module here, its name in the family with groups as \1).
+Table = Sequence[tuple[str, str]]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Leaf(NamedTuple):
+    """An array of a layer: its name here and there, and the axes there in the order of ours."""
+
+    name: str
+    their_name: str
+    axes: tuple[int, ...]
+
+
+# PyTorch's "weight" is a kernel or a scale, depending on its number of axes.
+TORCH_LEAVES = (
+    Leaf("kernel", ".weight", (2, 3, 1, 0)),  # PyTorch's axes: out, in, row, column
+    Leaf("scale", ".weight", (0,)),  # batch norm
+    Leaf("bias", ".bias", (0,)),
+    Leaf("mean", ".running_mean", (0,)),
+    Leaf("var", ".running_var", (0,)),
+)
+
+# Counts a batch norm's training batches; PyTorch uses it only if the norm's momentum is None.
+COUNTER = ".num_batches_tracked"
+_DROPPED = (
+    (r".*\.num_batches_tracked", "counts batches, which nothing here reads"),
+    (r"n_averaged", "counts averaged models, which nothing here reads"),
+)
+
+
+class Description(NamedTuple):
+    """What a file's names, shapes and config say of its model.
+
+    Attributes:
+      name: A key of `ARCHITECTURES`, which gives the fields that nothing says.
+      fields: Fields of `Architecture` that shapes or the config say.
+      classes: Names of the classes, if the config has them.
+      mean, std: Of the channels, 0..1, if the config has them.
+    """
+
+    name: str
+    fields: dict[str, Any]
+    classes: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A codebase whose weights are read, and written if `writes`.
+
+    Attributes:
+      name: The name for `--as`, and the first part of the names of its architectures.
+      title: The name for people.
+      signature: Regular expressions; a DeepLab of the family has an array for each.
+      modules: Returns the table of module names for an architecture.
+      describe: Returns what shapes and a config (see `WeightsFile.config`) say of the model.
+      assumed: Fields of `Architecture` that shapes never tell, for a report.
+      backbone: Regular expression for the beginning of the names of a backbone's arrays.
+      head_prefixes: Beginnings of the names of other arrays of a whole model.
+      leaves: Arrays of a layer. "depthwise_kernel" and "norm_bias" go before "kernel" and "bias".
+      dropped: (regular expression for a name, reason) of arrays without a counterpart.
+      first_channels: Returns for a variable the number of its first input channels that are the
+        last ones here, since the family concatenates features in another order; 0 for most.
+      rename: Returns the name in the table for each name of a file, which may be of an older
+        version, or of a backbone only.
+      complete: Adds the arrays that a format leaves out, and returns notes on it.
+      defaults: Fields of `Architecture` where the family differs from the named architecture, if
+        the file does not tell them.
+      mean, std: Of the channels, 0..1, unless a config says others.
+      resize: How the family resizes images, for the checkpoint's description.
+      size: Height and width of its training crops or evaluated images, pixels.
+      writes: Whether `from_model` writes the family's names.
+    """
+
+    name: str
+    title: str
+    signature: tuple[str, ...]
+    modules: Callable[[Architecture], Table]
+    describe: Callable[[Shapes, Mapping[str, Any]], Description]
+    assumed: tuple[str, ...]
+    backbone: str
+    head_prefixes: tuple[str, ...]
+    leaves: tuple[Leaf, ...] = TORCH_LEAVES
+    dropped: tuple[tuple[str, str], ...] = ()
+    first_channels: Callable[[str, tuple[int, ...], Architecture], int] = lambda *_: 0
+    rename: Callable[[Sequence[str]], list[str]] = list
+    complete: Callable[[dict[str, np.ndarray]], tuple[dict[str, np.ndarray], tuple[str, ...]]] = (
+        lambda arrays: (arrays, ())
+    )
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    resize: str = ""
+    size: tuple[int, int] = (512, 512)
+    writes: bool = True
+
+    def matches(self, names: Iterable[str]) -> bool:
+        """Whether names have the family's signature."""
+        return all(any(re.match(each, name) for name in names) for each in self.signature)
+
+    def slots(self, model: FunctionalModel, *, backbone_only: bool = False) -> dict[str, Slot]:
+        """Returns the variables of a model that a file must fill, by the family's names."""
+        variables = model.abstract.params | model.abstract.batch_stats
+        modules = self._modules(variables, model.architecture)
+        slots = {}
+        for name, value in variables.items():
+            if backbone_only and not name.startswith(BACKBONE):
+                continue
+            module, leaf = modules[_parent(name)], self._leaf(name, value.shape)
+            axes = leaf.axes if leaf else tuple(range(len(value.shape)))
+            shape = tuple(value.shape[axis] for axis in np.argsort(axes))
+            first = self.first_channels(name, value.shape, model.architecture)
+            # A variable without a counterpart keeps its own name, which no file has.
+            key = f"{module}{leaf.their_name}" if module and leaf else name
+            slots[key] = Slot(name, axes, shape, value.dtype, first)
+        return slots
+
+    def _modules(
+        self, variables: Iterable[str], architecture: Architecture
+    ) -> dict[str, str | None]:
+        table = [(re.compile(pattern), theirs) for pattern, theirs in self.modules(architecture)]
+
+        def theirs_of(module: str) -> str | None:
+            for pattern, theirs in table:
+                if match := pattern.fullmatch(module):
+                    return match.expand(theirs)
+            return None
+
+        return {module: theirs_of(module) for module in {_parent(name) for name in variables}}
+
+    def _leaf(self, name: str, shape: Sequence[int]) -> Leaf | None:
+        leaves = {(leaf.name, len(leaf.axes)): leaf for leaf in self.leaves}
+        kind = name.rpartition(".")[2]
+        special = kind
+        if kind == "kernel" and len(shape) == 4 and shape[2] == 1 < shape[3]:
+            special = "depthwise_kernel"
+        elif kind == "bias" and re.fullmatch(r".*bn\d*", _parent(name)):
+            special = "norm_bias"
+        return leaves.get((special, len(shape))) or leaves.get((kind, len(shape)))
+
+    def why_dropped(self, name: str, model: FunctionalModel, backbone_only: bool) -> str:
+        """Returns the reason why a model has no use for an array; empty if it has."""
+        for pattern, reason in (*_DROPPED, *self.dropped):
+            if re.fullmatch(pattern, name):
+                return reason
+        if backbone_only and not re.match(self.backbone, name):
+            return "belongs to a head, and only the backbone is used"
+        is_aux = name.startswith(("aux_classifier.", "auxiliary_head."))
+        if is_aux and not model.architecture.aux_head:
+            return "belongs to the auxiliary head, which the model does not have"
+        return ""
+
+    def to_model(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        model: FunctionalModel,
+        *,
+        allow_missing: str = "",
+        backbone_only: bool = False,
+        allow_nonfinite: bool = False,
+        notes: Sequence[str] = (),
+        file_names: Mapping[str, str] | None = None,
+        explain: Callable[[Mapping[str, list[str]]], list[str]] = lambda problems: [],
+    ) -> Converted:
+        """Converts a file's arrays to a model's variables.
+
+        Args:
+          arrays: Arrays by the family's names, of any floating-point type.
+          model: The model to convert them for.
+          allow_missing: Regular expression. Variables in whose name it is found may be missing.
+          backbone_only: Whether to convert only the backbone.
+          allow_nonfinite: Whether to keep NaN and infinite values instead of refusing them.
+          notes: What was done to the file before, for the report and for error messages.
+          file_names: The names in the file, for the report. Default: the family's.
+          explain: Returns further lines of the error message for arrays that do not fit.
+
+        Raises:
+          UserError: Arrays are missing, left over or of another shape; the message lists them all.
+            Or weights are not finite.
+        """
+        original = file_names or {}
+        dropped = {name: self.why_dropped(name, model, backbone_only) for name in arrays}
+        kept = {name: array for name, array in arrays.items() if not dropped[name]}
+        slots = self.slots(model, backbone_only=backbone_only)
+        used, replaced, missing, problems = match_arrays(kept, slots, allow_missing)
+        if problems:
+            part = " (its backbone)" if backbone_only else ""
+            lines = [f"the file does not fit {model.architecture.name}{part}:"]
+            lines += [*problem_lines(problems), *explain(problems)]
+            raise UserError("\n".join([*lines, *(f"  {note}" for note in notes)]))
+        types = collections.Counter(
+            (kept[name].dtype.name, slot.dtype.name) for name, slot in used.items()
+        )
+        report = ConversionReport(
+            used=tuple((original.get(name, name), slot.name) for name, slot in used.items()),
+            dropped=tuple((original.get(name, name), why) for name, why in dropped.items() if why),
+            replaced=replaced,
+            missing=missing,
+            notes=(
+                *notes,
+                *(
+                    f"{count} arrays were {old} and became {new}."
+                    for (old, new), count in types.items()
+                    if old != new
+                ),
+            ),
+        )
+        return Converted(to_variables(kept, used, model, allow_nonfinite), report)
+
+    def from_model(self, variables: Variables, architecture: Architecture) -> dict[str, np.ndarray]:
+        """Returns the arrays of a model's variables by the family's names.
+
+        Batch norm's counters of batches are 0.
+
+        Raises:
+          UserError: A variable has no counterpart in the family.
+        """
+        arrays: dict[str, np.ndarray] = {}
+        named = variables.params | variables.batch_stats
+        modules = self._modules(named, architecture)
+        for name, value in named.items():
+            leaf, module = self._leaf(name, np.shape(value)), modules[_parent(name)]
+            if leaf is None or module is None:
+                raise UserError(
+                    f"{name} has no counterpart in {self.title}'s models, so {architecture.name} "
+                    "cannot be written in its format"
+                )
+            first = self.first_channels(name, np.shape(value), architecture)
+            theirs = np.roll(np.asarray(value), first, axis=2) if first else np.asarray(value)
+            arrays[f"{module}{leaf.their_name}"] = np.transpose(theirs, np.argsort(leaf.axes))
+            if leaf.their_name == ".running_var":
+                arrays[f"{module}{COUNTER}"] = np.zeros((), np.int64)
+        return arrays
+
+
+def pool_first(name: str, shape: tuple[int, ...], architecture: Architecture) -> int:
+    """`Family.first_channels` of families that concatenate image pooling before ASPP's branches."""
+    if name != "classifier.aspp.project.conv.kernel" or not architecture.image_pooling:
+        return 0
+    return shape[2] // (2 + len(architecture.atrous_rates))
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]

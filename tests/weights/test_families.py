@@ -1,0 +1,367 @@
+"""Families of weights: recognition, names and what shapes tell. The originals' names are recorded.
+
+`python -m benchmarks.certificates` compares outputs with the originals.
+"""
+
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+
+import deeplab_jax
+from deeplab_jax.models.architecture import ARCHITECTURES, architecture
+from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.weights import families, torch_file
+from deeplab_jax.weights.convert import Reading, read_model
+from deeplab_jax.weights.families.mmseg import model_of_config
+from random_modules import random_variables
+from torch_reference import torch
+
+RECORDED = pathlib.Path(__file__).parent / "recorded"
+
+
+@functools.cache
+def recorded(name):
+    """The arrays of an original, without memory, by its own names."""
+    shapes = json.loads((RECORDED / f"{name}.json").read_text())["shapes"]
+    kinds = {True: np.int64(0), False: np.float32(0.5)}
+    return {
+        key: np.broadcast_to(kinds[key.endswith("num_batches_tracked")], shape)
+        for key, shape in shapes.items()
+    }
+
+
+@functools.cache
+def model_of(name, **fields):
+    return FunctionalModel(architecture(name, num_classes=5, **fields))
+
+
+@functools.cache
+def narrow(name, **fields):
+    """A narrow model of a family, its random variables, and its arrays in the family's names."""
+    model = model_of(name, width=0.125, **fields)
+    variables = jax.device_get(random_variables(model))
+    return model, variables, families.from_model(variables, model.architecture)
+
+
+# Recognition and names
+
+
+@pytest.mark.parametrize(
+    ("file", "family", "name", "fields"),
+    [
+        ("torchvision_resnet50", "torchvision", "torchvision_resnet50", {}),
+        ("torchvision_mobilenet_v3_large", "torchvision", "torchvision_mobilenet_v3_large", {}),
+        ("mmseg_r50_v1c", "mmseg", "mmseg_resnet50", {"num_classes": 19}),
+        ("mmseg_r50b", "mmseg", "mmseg_resnet50", {"num_classes": 19, "stem": "conv7x7"}),
+        ("mmseg_r18_v1c", "mmseg", "mmseg_resnet18", {"num_classes": 19, "head_channels": 128}),
+        ("smp_resnet18", "smp", "smp_resnet18", {"num_classes": 1}),
+        ("smpplus_resnet50", "smp", "smpplus_resnet50", {}),
+        ("vainf_resnet50", "vainf", "vainf_resnet50", {}),
+        ("vainfplus_resnet50", "vainf", "vainfplus_resnet50", {}),
+        ("hf_mobilenet_v2", "hf", "tf_mobilenet_v2", {"output_stride": 8}),
+    ],
+)
+def test_a_family_is_recognised_and_every_array_used_once(file, family, name, fields):
+    arrays = recorded(file)
+    found = families.recognise(arrays)
+    assert found.family.name == family
+    has_aux = any(key.startswith("aux") for key in arrays)
+    expected = architecture(name, **{"num_classes": 21, "aux_head": has_aux} | fields)
+    assert found.architecture() == expected
+    model = FunctionalModel.of(expected)
+    variables, report = found.to_model(model)
+    named = model.abstract.params | model.abstract.batch_stats
+    assert (variables.params | variables.batch_stats).keys() == named.keys()
+    used, dropped = [theirs for theirs, _ in report.used], [theirs for theirs, _ in report.dropped]
+    assert sorted(used + dropped) == sorted(arrays)
+    needless = ("num_batches_tracked", "mobilenet_v2.conv_1x1")
+    assert all(any(word in theirs for word in needless) for theirs in dropped)
+    if found.family.writes:
+        back = families.from_model(variables, expected, family)
+        assert {key: array.shape for key, array in back.items()} == {
+            key: array.shape for key, array in arrays.items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        ("timm_resnet18", {}),
+        ("timm_resnet50d", {"stem": "deep", "shortcut": "avg_pool"}),
+        ("timm_resnet50s", {"stem": "deep128"}),
+    ],
+)
+def test_timms_classifiers_are_backbones(file, fields):
+    arrays, depth = recorded(file), "18" if "18" in file else "50"
+    model = FunctionalModel.of(architecture(f"paper_resnet{depth}", num_classes=3, **fields))
+    variables, _ = families.to_model(arrays, model, backbone_only=True)
+    ours = {name for group in model.abstract for name in group if name.startswith("backbone.")}
+    assert (variables.params | variables.batch_stats).keys() == ours
+    back = families.from_model(variables, model.architecture, "timm")
+    assert back.keys() == {name for name in arrays if not name.startswith("fc.")}
+    if fields:
+        with pytest.raises(UserError) as caught:
+            families.to_model(
+                arrays, FunctionalModel.of(ARCHITECTURES["paper_resnet50"]), backbone_only=True
+            )
+        assert all(f"`--config.model.{k}={v}`" in str(caught.value) for k, v in fields.items())
+
+
+FAMILIES = ["torchvision_resnet18", "mmseg_resnet18", "smp_resnet18", "smpplus_resnet18",
+            "vainf_resnet18", "vainfplus_resnet18"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_round_trip_is_bit_exact_and_tells_the_width(name, suffix, tmp_path):
+    model, variables, arrays = narrow(name)
+    torch_file.write(tmp_path / f"a{suffix}", arrays)
+    saved = read_model(tmp_path / f"a{suffix}")
+    assert saved.architecture == model.architecture
+    for group, expected in zip(saved.variables, variables, strict=True):
+        assert group.keys() == expected.keys()
+        assert all(group[key].tobytes() == expected[key].tobytes() for key in expected)
+
+
+def test_mmsegmentation_concatenates_image_pooling_first():
+    _, variables, arrays = narrow("mmseg_resnet18")
+    ours = variables.params["classifier.aspp.project.conv.kernel"]  # [3, 3, 5 * n, n]
+    n = ours.shape[3]
+    theirs = arrays["decode_head.bottleneck.conv.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(theirs[:, :, :n], ours[:, :, -n:])
+    np.testing.assert_array_equal(theirs[:, :, n:], ours[:, :, :-n])
+
+
+def test_vainf_concatenates_low_level_features_first():
+    _, variables, arrays = narrow("vainfplus_resnet18")
+    ours = variables.params["classifier.decoder.conv1.conv.kernel"]
+    theirs = arrays["classifier.classifier.0.weight"].transpose(2, 3, 1, 0)
+    low = ours.shape[2] - 32
+    np.testing.assert_array_equal(theirs[:, :, :low], ours[:, :, -low:])
+
+
+def test_old_files_of_smp():
+    _, _, arrays = narrow("smp_resnet18")
+    old = {
+        "decoder.aspp.": "decoder.0.",
+        "decoder.conv.": "decoder.1.",
+        "decoder.bn.": "decoder.2.",
+    }
+    renamed = {}
+    for key, array in arrays.items():
+        for new, before in old.items():
+            key = key.replace(new, before)
+        renamed[key] = array
+    assert families.architecture_of(renamed) == narrow("smp_resnet18")[0].architecture
+
+
+# Wrappers
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "net.", "_orig_mod.module.", "ema_model."])
+@pytest.mark.parametrize("name", ["mmseg_resnet18", "smpplus_resnet18", "vainf_resnet18"])
+def test_prefixes_of_wrappers_are_removed_and_said(prefix, name):
+    model, _, arrays = narrow(name)
+    found = families.recognise({prefix + key: array for key, array in arrays.items()})
+    assert found.architecture() == model.architecture
+    assert all(f'"{part}."' in " ".join(found.notes) for part in prefix[:-1].split("."))
+
+
+def test_lightnings_module_with_arrays_beside_the_model():
+    model, _, arrays = narrow("smp_resnet18")
+    beside = {"mean": np.zeros((1, 3, 1, 1), np.float32), "loss.weight": np.zeros(5, np.float32)}
+    found = families.recognise({f"model.{k}": v for k, v in arrays.items()} | beside)
+    report = found.to_model(model).report
+    assert 'The model is under "model."; 2 arrays beside it are not read.' in report.notes
+    assert {name for name, why in report.dropped if 'not under "model."' in why} == set(beside)
+
+
+def test_two_models_in_one_file_are_an_error_that_names_both():
+    _, _, arrays = narrow("smp_resnet18")
+    both = {f"{who}.{k}": v for who in ("student", "teacher") for k, v in arrays.items()}
+    with pytest.raises(UserError) as caught:
+        families.recognise(both)
+    assert 'a DeepLabv3 is under "student."' in str(caught.value)
+    assert 'a DeepLabv3 is under "teacher."' in str(caught.value)
+
+
+def test_names_of_two_families_are_an_error_that_as_decides():
+    smp, mmseg = narrow("smp_resnet18")[2], narrow("mmseg_resnet18")[2]
+    with pytest.raises(UserError, match="--as mmseg or --as smp"):
+        families.recognise(smp | mmseg)
+    assert families.recognise(smp | mmseg, family="smp").family.name == "smp"
+    with pytest.raises(UserError, match=r"unknown family 'mmsg' \(did you mean 'mmseg'\?\)"):
+        families.recognise(smp, family="mmsg")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["decode_head.psp_modules.0.1.conv.weight", "backbone.layer1.0.conv1.weight"], "UPerNet"),
+        (["decode_head.convs.0.conv.weight", "backbone.layer1.0.conv1.weight"], "an FCN of mmseg"),
+        (["decode_head.c1_bottleneck.conv.weight", "backbone.layer1.0.conv1.weight"], "v3+ of mm"),
+        (["backbone.layer1.0.conv1.weight", "classifier.0.weight", "classifier.4.weight"],
+         "an FCN of torchvision"),
+        (["encoder.layer1.0.conv1.weight", "decoder.blocks.0.conv1.0.weight",
+          "segmentation_head.0.weight"], "a U-Net of segmentation_models.pytorch"),
+        (["conv1.weight", "layer1.0.conv1.weight", "fc.weight"], "a classifier"),
+        (["mobilenet_v2.conv_stem.first_conv.convolution.weight", "classifier.weight"],
+         "a classifier of transformers"),
+    ],
+)  # fmt: skip
+def test_another_task_is_named_and_its_backbone_offered(names, words):
+    with pytest.raises(UserError) as caught:
+        families.recognise({name: np.zeros((1, 1, 1, 1), np.float32) for name in names})
+    message = str(caught.value)
+    assert f"it is {words}" in message or words in message
+    assert "--config.init.backbone" in message
+
+
+def test_a_file_of_no_family_names_the_nearest_and_what_it_lacks():
+    arrays = {k: v for k, v in narrow("mmseg_resnet18")[2].items() if "aspp_modules" not in k}
+    with pytest.raises(UserError) as caught:
+        families.recognise(arrays)
+    assert "nearest is mmsegmentation, of which it lacks decode_head.aspp_modules" in str(
+        caught.value
+    )
+
+
+# What shapes cannot tell
+
+
+def test_what_is_assumed_is_said_and_can_be_overridden(tmp_path):
+    torch_file.write(tmp_path / "a.pth", narrow("mmseg_resnet18")[2])
+    done = deeplab_jax.convert(tmp_path / "a.pth", tmp_path / "a")
+    assert any("Assumed output_stride=8, multi_grid=1,1,1" in note for note in done.notes)
+    settings = ["model.output_stride=16", "model.multi_grid=1,2,4", "data.std=1,1,1"]
+    done = deeplab_jax.convert(tmp_path / "a.pth", tmp_path / "b", settings=settings)
+    assert done.architecture.multi_grid == (1, 2, 4)
+    assert done.architecture.atrous_rates == (6, 12, 18)
+    assert [n for n in done.notes if "Assumed" in n] == [
+        "Assumed atrous_rates=6,12,18, align_corners=False, as mmsegmentation does by default; "
+        "another value: --set model.FIELD=VALUE."
+    ]
+    assert read_model(tmp_path / "b").info["std"] == [1, 1, 1]
+    for wrong in ("model.output_stride=7", "train.steps=3", "model.nothing=1"):
+        with pytest.raises(UserError, match=wrong.partition("=")[0].rpartition(".")[2]):
+            deeplab_jax.convert(tmp_path / "a.pth", tmp_path / "c", settings=[wrong])
+
+
+def test_smps_rates_do_not_follow_the_output_stride(tmp_path):
+    torch_file.write(tmp_path / "a.pth", narrow("smp_resnet18")[2])
+    saved = read_model(tmp_path / "a.pth", Reading(settings=["model.output_stride=16"]))
+    assert saved.architecture.atrous_rates == (12, 24, 36)
+
+
+CONFIG = """
+norm_cfg = dict(type='SyncBN', requires_grad=True)
+model = dict(
+    type='EncoderDecoder',
+    backbone=dict(type='ResNetV1c', strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2),
+                  multi_grid=(1, 2, 4), norm_cfg=norm_cfg),
+    decode_head=dict(type='ASPPHead', dilations=(1, 6, 12, 18), align_corners=True))
+__import__('os').system('touch EXECUTED')
+"""
+
+
+def test_mmsegmentations_own_config_is_read_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arrays = {k: torch.tensor(v) for k, v in narrow("mmseg_resnet18")[2].items()}
+    names = [f"thing {index}" for index in range(5)]
+    for meta in ({"config": CONFIG, "CLASSES": names},
+                 {"cfg": CONFIG, "dataset_meta": {"classes": tuple(names)}}):  # fmt: skip
+        torch.save({"state_dict": arrays, "meta": meta, "epoch": 3}, "a.pth")
+        saved = read_model("a.pth")
+        chosen = saved.architecture
+        assert (chosen.output_stride, chosen.multi_grid) == (16, (1, 2, 4))
+        assert (chosen.atrous_rates, chosen.align_corners) == ((6, 12, 18), True)
+        assert saved.info["classes"] == names
+    assert not (tmp_path / "EXECUTED").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, 3, "model = 1", "model = dict(**evil())", "(" * 5000, "model = dict(a=" + "[" * 300],
+)
+def test_odd_configs_say_nothing(text):
+    assert model_of_config(text).get("backbone") is None
+
+
+def test_other_numbers_of_channels_get_the_average_normalization(tmp_path):
+    torch_file.write(tmp_path / "a.pth", narrow("smp_resnet18", in_channels=4)[2])
+    info = read_model(tmp_path / "a.pth").info
+    assert info["mean"] == pytest.approx([0.449] * 4, abs=1e-3)
+    assert info["architecture"]["in_channels"] == 4
+
+
+def test_names_of_classes_from_a_file(tmp_path):
+    torch_file.write(tmp_path / "a.pth", narrow("smp_resnet18")[2])
+    (tmp_path / "classes.txt").write_text("sky\nroad\ncar\ntree\nother\n")
+    saved = read_model(tmp_path / "a.pth", Reading(classes=str(tmp_path / "classes.txt")))
+    assert saved.info["classes"] == ["sky", "road", "car", "tree", "other"]
+    (tmp_path / "classes.txt").write_text("sky\nroad\n")
+    with pytest.raises(UserError, match="names 2 classes, but the model has 5"):
+        read_model(tmp_path / "a.pth", Reading(classes=str(tmp_path / "classes.txt")))
+
+
+# Writing
+
+
+def test_a_model_that_the_family_has_not_is_refused(tmp_path):
+    torch_file.write(tmp_path / "a.pth", narrow("mmseg_resnet18")[2])
+    deeplab_jax.convert(tmp_path / "a.pth", tmp_path / "a")
+    with pytest.raises(UserError, match="cannot be written as torchvision"):
+        deeplab_jax.convert(tmp_path / "a", tmp_path / "b.pth", family="torchvision")
+    with pytest.raises(UserError, match=r"--as must be one of .*mmseg.*, got 'hf'"):
+        deeplab_jax.convert(tmp_path / "a", tmp_path / "b.pth", family="hf")
+    assert not (tmp_path / "b.pth").exists()
+
+
+def test_what_the_file_does_not_say_is_noted_on_writing():
+    chosen = architecture("mmseg_resnet18", num_classes=5, output_stride=16, multi_grid=(1, 2, 4))
+    (note,) = families.loading_notes(chosen, "mmseg")
+    assert all(f"{field}=" in note for field in ("output_stride", "multi_grid", "atrous_rates"))
+    assert families.loading_notes(ARCHITECTURES["mmseg_resnet18"], "mmseg") == ()
+
+
+def test_nonfinite_weights_are_refused_by_name_or_kept(tmp_path):
+    arrays = dict(narrow("smp_resnet18")[2])
+    name = "encoder.layer1.0.conv1.weight"
+    arrays[name] = np.where(np.arange(arrays[name].size).reshape(arrays[name].shape) == 3, np.nan,
+                            arrays[name]).astype(np.float32)  # fmt: skip
+    torch_file.write(tmp_path / "a.pth", arrays)
+    with pytest.raises(UserError, match=rf"{name} \(1 of"):
+        deeplab_jax.convert(tmp_path / "a.pth", tmp_path / "a")
+    done = deeplab_jax.convert(tmp_path / "a.pth", tmp_path / "a", allow_nonfinite=True)
+    assert (tmp_path / "a" / "model").is_dir()
+    assert len(done.used) > 100
+
+
+def test_without_the_originals(tmp_path):
+    """`convert` and `load` with none of the originals, PyTorch included, importable."""
+    torch_file.write(tmp_path / "a.pth", narrow("mmseg_resnet18")[2])
+    torch_file.write(tmp_path / "b.safetensors", narrow("smpplus_resnet18")[2])
+    program = textwrap.dedent("""
+        import sys
+        for name in ("torch torchvision timm segmentation_models_pytorch mmseg mmcv mmengine "
+                     "transformers tensorflow ai_edge_litert huggingface_hub").split():
+            sys.modules[name] = None
+        import numpy as np
+        import deeplab_jax
+        for name in ("a.pth", "b.safetensors"):
+            deeplab_jax.convert(name, name[0])
+            one, two = deeplab_jax.load(name), deeplab_jax.load(name[0])
+            image = np.random.default_rng(0).integers(0, 256, (33, 47, 3), np.uint8)
+            assert (one.predict(image) == two.predict(image)).all()
+    """)
+    run = [sys.executable, "-c", program]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
