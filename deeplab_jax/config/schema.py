@@ -103,8 +103,8 @@ class DataConfig:
 class InitConfig:
     """The initial parameters; random where `path` and `backbone` are empty.
 
-    Both take a workdir, a checkpoint folder, a `.pth` or `.safetensors` file, or a name under which
-    torchvision publishes weights, such as "resnet101".
+    Both take a workdir, a checkpoint folder, a weights file of any family (docs/weights.md), the
+    name of published weights, such as "resnet101", or "hf://org/name".
     """
 
     path: str = ""  # model to start from; its logits layers are new if the classes differ

@@ -48,8 +48,9 @@ def load(
     as of a weights file or a checkpoint outside its workdir, it is the default of that section.
 
     Args:
-      path: a workdir of training, whose best checkpoint is loaded; a checkpoint's folder; a `.pth`
-        or `.safetensors` file of torchvision's; or the name of weights that torchvision publishes.
+      path: a workdir of training, whose best checkpoint is loaded; a checkpoint's folder; a weights
+        file or folder of another codebase (docs/weights.md); the name of published weights; or
+        `hf://org/name`.
       output_stride: 8 to 32 (256 with a cascade). Default: that of training.
       scales: of the image; probabilities are averaged over them. Default: 1.
       flip: average over the mirror image too. Default: False.

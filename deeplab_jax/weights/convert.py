@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -122,7 +123,10 @@ def read_model(source: str | os.PathLike[str], reading: Reading = Reading()) -> 
     """
     path = hub.find_weights(source)
     if not is_checkpoint(path):
-        return _read_weights(path, reading)[0]
+        saved, origin = _read_weights(path, reading)
+        if origin and origin[1].family.name != "torchvision":
+            print(f"{path}:", *origin[1].notes, file=sys.stderr, flush=True)
+        return saved
     saved = saved_model.read(path)
     return dataclasses.replace(saved, read_variables=functools.partial(_read_finite, saved))
 
@@ -145,17 +149,16 @@ def _read_finite(saved: SavedModel) -> Variables:
 
 def _read_weights(
     path: pathlib.Path, reading: Reading
-) -> tuple[SavedModel, Callable[[], Converted] | None]:
-    """Reads a DeepLab's weights, and returns a function that converts its arrays too.
+) -> tuple[SavedModel, tuple[Callable[[], Converted], Recognised] | None]:
+    """Reads a DeepLab's weights; returns a function that converts its arrays and their family too.
 
-    The function is None for a folder of this package, whose arrays need no conversion.
+    These are None for a folder of this package, whose arrays need no conversion.
     """
     file = read_weights_file(path)
     if path.is_dir() and hub_folder.kind_of(file.config, path) == hub_folder.OURS:
         saved = hub_folder.to_saved_model(path, file)
-        return dataclasses.replace(
-            saved, read_variables=functools.partial(_read_finite, saved)
-        ), None
+        read_variables = functools.partial(_read_finite, saved)
+        return dataclasses.replace(saved, read_variables=read_variables), None
     recognise = functools.partial(families.recognise, family=reading.family, notes=file.notes)
     found: Recognised = _naming(path, recognise, file.arrays, file.config)
     settings = _settings(reading.settings)
@@ -182,7 +185,7 @@ def _read_weights(
             FunctionalModel.of(architecture), allow_nonfinite=reading.allow_nonfinite
         ),
     )
-    return SavedModel(path, info, lambda: convert().variables), convert
+    return SavedModel(path, info, lambda: convert().variables), (convert, found)
 
 
 def _settings(texts: Sequence[str]) -> dict[str, Any]:
@@ -246,13 +249,13 @@ def _to_folder(path: pathlib.Path, target: pathlib.Path, reading: Reading) -> Co
             f"{path} is a checkpoint: it is converted to a file that ends in "
             f"{', '.join(SUFFIXES)}, not {target}"
         )
-    model, convert = _read_weights(path, reading)
-    if convert is None:
+    model, source = _read_weights(path, reading)
+    if source is None:
         folder = saved_model.write_model(target, model.variables, model.info)
         names = [*model.variables.params, *model.variables.batch_stats]
         used = tuple((name, name) for name in names)
         return Conversion(path, folder, model.architecture, used, (), ())
-    variables, report = convert()
+    variables, report = source[0]()
     folder = saved_model.write_model(target, variables, model.info)
     return Conversion(path, folder, model.architecture, report.used, report.dropped, report.notes)
 
