@@ -174,14 +174,14 @@ class DeepLab(TFLiteFile):
                 x = self.operator("ADD", [x, start], self.tensors[x].shape, [NONE])
         self.head(x, size, **more)
 
-    def head(self, x, size, aspp_first=False, corners=1, centres=0, branches=0, **_):
+    def head(self, x, size, aspp_first=False, corners=1, branches=0, **_):
         side = self.tensors[x].shape[1]
         pooled = self.operator(
             "AVERAGE_POOL_2D", [x], (1, 1, 1, 16), [VALID, side, side, side, side, NONE]
         )
         pooled = self.conv("image_pooling", pooled, 8, activation=RELU)
         sizes = self.constant(np.int32([side, side]))
-        options = [0, 0, corners, centres]
+        options = [0, 0, corners, 0]
         pooled = self.operator("RESIZE_BILINEAR", [pooled, sizes], (1, side, side, 8), options)
         joined = [pooled, self.conv("aspp0", x, 8, activation=RELU)]
         joined += [self.conv(f"aspp{i + 1}", x, 8, activation=RELU) for i in range(branches)]

@@ -15,9 +15,6 @@ def push(
     private: Annotated[
         bool, typer.Option("--private", help="Create the repository as a private one.")
     ] = False,
-    message: Annotated[
-        str, typer.Option(help="Of the commit. Default: Upload a model of deeplab_jax.")
-    ] = "",
     license: Annotated[
         str, typer.Option(help="For the model card: apache-2.0, cc-by-4.0, ... Default: none.")
     ] = "",
@@ -34,8 +31,4 @@ def push(
     from deeplab_jax.weights import hugging_face
     from deeplab_jax.weights.convert import read_model
 
-    print(
-        hugging_face.push(
-            read_model(source), repository, private=private, message=message, license=license
-        )
-    )
+    print(hugging_face.push(read_model(source), repository, private=private, license=license))

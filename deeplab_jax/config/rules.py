@@ -98,7 +98,7 @@ def validate(config: Config) -> None:
     Raises:
       UserError: one line for each wrong field, with what it must be and what it is.
     """
-    problems = list(_type_problems(config))
+    problems = list(type_problems(config))
     if not problems:  # values of a wrong type cannot be compared
         values = flatten(config)
         problems = [
@@ -122,7 +122,8 @@ _TYPE_NAMES: dict[Any, str] = {
 }
 
 
-def _type_problems(config: Any, prefix: str = "config.") -> Iterator[str]:
+def type_problems(config: Any, prefix: str = "config.") -> Iterator[str]:
+    """Yields a line for each field of a dataclass, also a nested one, that has another type."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         name, value, hint = prefix + field.name, getattr(config, field.name), hints[field.name]
@@ -130,7 +131,7 @@ def _type_problems(config: Any, prefix: str = "config.") -> Iterator[str]:
             names = [_TYPE_NAMES.get(kind, f"a {kind.__name__}") for kind in union_types(hint)]
             yield f"{name} must be {' or '.join(names)}, got {value!r}"
         elif dataclasses.is_dataclass(hint):
-            yield from _type_problems(value, f"{name}.")
+            yield from type_problems(value, f"{name}.")
 
 
 def union_types(hint: Any) -> tuple[Any, ...]:

@@ -61,7 +61,8 @@ class Reading:
         which replace what the file or the family's defaults say.
       classes: File of the names of the classes; empty: the file's own, VOC's if there are 21, or
         numbers.
-      allow_nonfinite: Whether to keep NaN and infinite values instead of refusing them.
+      allow_nonfinite: Whether to keep NaN and infinite values instead of refusing them, also of a
+        checkpoint.
     """
 
     family: str = ""
@@ -128,6 +129,8 @@ def read_model(source: str | os.PathLike[str], reading: Reading = Reading()) -> 
             print(f"{path}:", *origin[1].notes, file=sys.stderr, flush=True)
         return saved
     saved = saved_model.read(path)
+    if reading.allow_nonfinite:
+        return saved
     return dataclasses.replace(saved, read_variables=functools.partial(_read_finite, saved))
 
 
@@ -155,7 +158,7 @@ def _read_weights(
     These are None for a folder of this package, whose arrays need no conversion.
     """
     file = read_weights_file(path)
-    if path.is_dir() and hub_folder.kind_of(file.config, path) == hub_folder.OURS:
+    if hub_folder.is_ours(file.config):
         saved = hub_folder.to_saved_model(path, file)
         read_variables = functools.partial(_read_finite, saved)
         return dataclasses.replace(saved, read_variables=read_variables), None
@@ -263,9 +266,9 @@ def _to_folder(path: pathlib.Path, target: pathlib.Path, reading: Reading) -> Co
 def _to_file(path: pathlib.Path, target: pathlib.Path, reading: Reading) -> Conversion:
     if not path.is_dir():
         raise UserError(f"{path} is a weights file: it is converted to a folder, not {target}")
-    if reading.settings or reading.classes or reading.allow_nonfinite:
-        raise UserError(f"{path} describes itself: --set, --classes and such are for weights files")
-    saved = read_model(path)
+    if reading.settings or reading.classes:
+        raise UserError(f"{path} describes itself: --set and --classes are for weights files")
+    saved = read_model(path, reading)
     arrays = families.from_model(saved.variables, saved.architecture, reading.family)
     notes = families.loading_notes(saved.architecture, reading.family) if reading.family else ()
     torch_file.write(target, arrays)

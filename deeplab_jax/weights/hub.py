@@ -13,39 +13,26 @@ from deeplab_jax.utils.files import require_writable
 from deeplab_jax.utils.paths import expand_home, required_path, user_cache
 from deeplab_jax.weights import hugging_face
 
-BASE_URL = "https://download.pytorch.org/models/"
-
-# File by model and version, as in torchvision 0.28's enums of weights. The part after the last "-"
-# is the beginning of the file's SHA-256 checksum, here and in mmsegmentation's names.
-_PUBLISHED: dict[str, dict[str, str]] = {
-    "deeplabv3_resnet50": {"COCO_WITH_VOC_LABELS_V1": "deeplabv3_resnet50_coco-cd0a2569.pth"},
-    "deeplabv3_resnet101": {"COCO_WITH_VOC_LABELS_V1": "deeplabv3_resnet101_coco-586e9e4e.pth"},
-    "deeplabv3_mobilenet_v3_large": {
-        "COCO_WITH_VOC_LABELS_V1": "deeplabv3_mobilenet_v3_large-fc3c493d.pth"
-    },
-    "resnet18": {"IMAGENET1K_V1": "resnet18-f37072fd.pth"},
-    "resnet34": {"IMAGENET1K_V1": "resnet34-b627a593.pth"},
-    "resnet50": {
-        "IMAGENET1K_V1": "resnet50-0676ba61.pth",
-        "IMAGENET1K_V2": "resnet50-11ad3fa6.pth",
-    },
-    "resnet101": {
-        "IMAGENET1K_V1": "resnet101-63fe2227.pth",
-        "IMAGENET1K_V2": "resnet101-cd907fc2.pth",
-    },
-    "resnet152": {
-        "IMAGENET1K_V1": "resnet152-394f9c45.pth",
-        "IMAGENET1K_V2": "resnet152-f82ba261.pth",
-    },
-    "mobilenet_v2": {
-        "IMAGENET1K_V1": "mobilenet_v2-b0353104.pth",
-        "IMAGENET1K_V2": "mobilenet_v2-7ebf99e0.pth",
-    },
-    "mobilenet_v3_large": {
-        "IMAGENET1K_V1": "mobilenet_v3_large-8738ca79.pth",
-        "IMAGENET1K_V2": "mobilenet_v3_large-5c1a4163.pth",
-    },
-}
+_TORCHVISION_URL = "https://download.pytorch.org/models/"
+# Model, version and file without ".pth", as in torchvision 0.28's enums of weights. The part after
+# the last "-" is the beginning of the file's SHA-256 checksum, here and in mmsegmentation's names.
+_TORCHVISION = """
+deeplabv3_resnet50 COCO_WITH_VOC_LABELS_V1 deeplabv3_resnet50_coco-cd0a2569
+deeplabv3_resnet101 COCO_WITH_VOC_LABELS_V1 deeplabv3_resnet101_coco-586e9e4e
+deeplabv3_mobilenet_v3_large COCO_WITH_VOC_LABELS_V1 deeplabv3_mobilenet_v3_large-fc3c493d
+resnet18 IMAGENET1K_V1 resnet18-f37072fd
+resnet34 IMAGENET1K_V1 resnet34-b627a593
+resnet50 IMAGENET1K_V1 resnet50-0676ba61
+resnet50 IMAGENET1K_V2 resnet50-11ad3fa6
+resnet101 IMAGENET1K_V1 resnet101-63fe2227
+resnet101 IMAGENET1K_V2 resnet101-cd907fc2
+resnet152 IMAGENET1K_V1 resnet152-394f9c45
+resnet152 IMAGENET1K_V2 resnet152-f82ba261
+mobilenet_v2 IMAGENET1K_V1 mobilenet_v2-b0353104
+mobilenet_v2 IMAGENET1K_V2 mobilenet_v2-7ebf99e0
+mobilenet_v3_large IMAGENET1K_V1 mobilenet_v3_large-8738ca79
+mobilenet_v3_large IMAGENET1K_V2 mobilenet_v3_large-5c1a4163
+"""
 
 # mmsegmentation's DeepLabv3 files, "deeplabv3_....pth", with the most steps of each model; see its
 # configs/deeplabv3/metafile.yaml. The second server is that of its fork onedl-mmsegmentation.
@@ -79,9 +66,10 @@ REPOSITORIES = (
 
 def _urls() -> dict[str, tuple[str, ...]]:
     urls: dict[str, tuple[str, ...]] = {}
-    for model, versions in _PUBLISHED.items():
-        urls[model] = (BASE_URL + next(iter(versions.values())),)
-        urls |= {f"{model}.{name}": (BASE_URL + file,) for name, file in versions.items()}
+    for row in _TORCHVISION.strip().splitlines():
+        model, version, file = row.split()
+        urls[f"{model}.{version}"] = (f"{_TORCHVISION_URL}{file}.pth",)
+        urls.setdefault(model, urls[f"{model}.{version}"])
     for row in _MMSEG.split():
         folder = "deeplabv3_" + row.rsplit("_", 2)[0]
         name = "mmseg/" + re.sub(r"_\d+x\d+_\d+k", "", folder)
@@ -109,20 +97,20 @@ def find_weights(source: str | os.PathLike[str], field: str = "") -> pathlib.Pat
     name = os.fspath(source)
     if path.is_dir():
         return path
-    if name in FILES:
-        return fetch(name)
-    if is_name(name):
-        try:
+    try:
+        if name in FILES:
+            return fetch(name)
+        if is_name(name):
             return hugging_face.download(name)
-        except UserError as error:
-            raise UserError(f"{field} = {name!r}: {error}" if field else str(error)) from None
+    except UserError as error:
+        raise UserError(f"{field} = {name!r}: {error}" if field else str(error)) from None
     if not path.is_file():
         subject = f"{field} = {str(source)!r}" if field else f"{source}"
         names = [*(name for name in FILES if "." not in name), *REPOSITORIES]
         raise UserError(
             f"{subject} is neither a weights file, nor a folder with a checkpoint or weights, nor "
-            f"hf://org/name, nor a name of published weights{did_you_mean(name, names)}: "
-            f"{', '.join(names)}"
+            f"hf://org/name, nor a name of published weights"
+            f"{did_you_mean(name, [*FILES, *REPOSITORIES])}: {', '.join(names)}"
         )
     return path
 
@@ -142,13 +130,10 @@ def fetch(name: str) -> pathlib.Path:
       name: A key of `FILES`.
 
     Raises:
-      UserError: The name is unknown; the cache cannot be written to; or the file cannot be
-        downloaded, with the URL and where to put the file if it is fetched by other means.
+      UserError: The cache cannot be written to; or the file cannot be downloaded, with the URL and
+        where to put the file if it is fetched by other means.
     """
-    urls = FILES.get(name)
-    if urls is None:
-        hint = did_you_mean(name, FILES)
-        raise UserError(f"unknown weights {name!r}{hint}. Known: {', '.join(sorted(FILES))}")
+    urls = FILES[name]
     file_name = urls[0].rpartition("/")[2]
     digest = file_name.removesuffix(".pth").rpartition("-")[2]
     path = cache_folder() / file_name

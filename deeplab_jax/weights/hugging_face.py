@@ -23,30 +23,26 @@ _OFFLINE = (
     "that folder instead"
 )
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
-# What exceptions of huggingface_hub and of its HTTP clients mean, by their classes' names.
-_REASONS = {
+_REFUSED = f"the token is missing, expired, or does not permit this: {_LOG_IN}"
+# What exceptions of huggingface_hub and of its HTTP clients mean, by the names of their classes,
+# HTTP's status or the system's error number.
+_REASONS: dict[str | int | None, str] = {
     "GatedRepoError": f"its owner grants access by request: ask at {{page}}, then {_LOG_IN}",
     "RepositoryNotFoundError": "there is no such repository, or it is private. Compare the name "
     f"with {{page}}; for a private one, {_LOG_IN}",
     "RevisionNotFoundError": "the repository has no revision {revision!r}; after the @ stands a "
     "branch, a tag or a commit",
     "HFValidationError": "this is no name of a repository",
-    **dict.fromkeys(
-        (
-            "LocalEntryNotFoundError",
-            "OfflineModeIsEnabled",
-            "TransportError",
-            "ConnectionError",
-            "Timeout",
-        ),
-        _OFFLINE,
-    ),
+    **dict.fromkeys(("LocalEntryNotFoundError", "TransportError"), _OFFLINE),
+    **dict.fromkeys(("ConnectionError", "Timeout"), _OFFLINE),
+    401: _REFUSED,
+    403: _REFUSED,
+    errno.ENOSPC: "the disk is full. Free some space, or set HF_HOME to a folder on another disk",
 }
-_REFUSED = f"the token is missing, expired, or does not permit this: {_LOG_IN}"
 
 
-class Repository(NamedTuple):
-    """What `hf://org/name[@revision][/path]` names; `path` is a file or a folder in it."""
+class _Repository(NamedTuple):
+    """What a source names; `path` is a file or a folder in the repository."""
 
     name: str
     revision: str | None = None
@@ -60,7 +56,7 @@ class Repository(NamedTuple):
 
 def is_remote(text: str) -> bool:
     """Whether a text names something on Hugging Face's hub."""
-    return re.match("hf:/", text) is not None  # a `pathlib.Path` keeps one slash of two
+    return text.startswith("hf:/")  # a `pathlib.Path` keeps one slash of two
 
 
 def download(source: str) -> pathlib.Path:
@@ -75,62 +71,59 @@ def download(source: str) -> pathlib.Path:
     Raises:
       UserError: The extra `hub` is not installed, or there is no such model, or no access to it.
     """
-    where = parse(source if is_remote(source) else f"hf://{source}")
+    where = _parse(source)
     with _hub(source, where) as hub:
         get = functools.partial(hub.snapshot_download, where.name, revision=where.revision)
         try:
             # Not `list_repo_files`, which tries for 23 s when there is no connection.
             names = _files(hub.HfApi().model_info(where.name, revision=where.revision))
         except Exception as error:
-            if _reason(error) != _OFFLINE:
-                raise
-            get = functools.partial(get, local_files_only=True)
-            root = pathlib.Path(get(allow_patterns=[]))
-            names = [str(each.relative_to(root)) for each in root.rglob("*") if each.is_file()]
+            if _reason(error) == _OFFLINE:
+                # Without patterns, it refuses a folder of which only some files are cached.
+                cached = pathlib.Path(get(local_files_only=True, allow_patterns=[]), where.path)
+                if cached.exists():
+                    return cached
+            raise
+
+        def fetch(*wanted: str) -> pathlib.Path:
+            return pathlib.Path(get(allow_patterns=[glob.escape(each) for each in wanted]))
+
         if where.path in names:
-            return pathlib.Path(get(allow_patterns=[glob.escape(where.path)]), where.path)
+            return fetch(where.path) / where.path
         prefix = f"{where.path}/" if where.path else ""
-        within = [each.removeprefix(prefix) for each in names if each.startswith(prefix)]
-        weights = hub_folder.weights_name(within)
+        weights = hub_folder.weights_name(
+            each.removeprefix(prefix) for each in names if each.startswith(prefix)
+        )
         if weights is None:
             files = [each for each in names if each.endswith((".pth", ".pt", ".safetensors"))]
             hint = f"; it has {listed(files)}: give one after the name" if files else ""
             raise UserError(f"{source}: no {hub_folder.EXPECTED} there{hint}")
-        wanted = [prefix + name for name in (hub_folder.CONFIG, weights)]
-        root = pathlib.Path(get(allow_patterns=[glob.escape(each) for each in wanted]))
+        root = fetch(prefix + hub_folder.CONFIG, prefix + weights)
         if weights.endswith(".json"):
-            wanted += [prefix + name for name in hub_folder.shards(root / prefix / weights)]
-            get(allow_patterns=[glob.escape(each) for each in wanted])
+            fetch(*(prefix + name for name in hub_folder.shards(root / prefix / weights)))
         return root / where.path
 
 
-def push(
-    saved: SavedModel,
-    destination: str,
-    *,
-    private: bool = False,
-    message: str = "",
-    license: str = "",
-) -> str:
-    """Uploads a model to Hugging Face's hub in one commit, and returns the page's URL.
+def push(saved: SavedModel, destination: str, *, private: bool = False, license: str = "") -> str:
+    """Uploads a model and its card to Hugging Face's hub in one commit, and returns the page's URL.
 
     Args:
       saved: The model.
       destination: `org/name` or `hf://org/name`. The repository is created if it does not exist.
       private: Whether to create the repository as a private one.
-      message: Of the commit.
-      license: Identifier for the model card; see `hub_folder.write`.
+      license: For the card, see `model_card.write`.
 
     Raises:
       UserError: The repository has other files than this function's; it is public and must be
-        private; or as `download` and `hub_folder.write`.
+        private; or as `download` and `model_card.write`.
     """
-    where = parse(destination if is_remote(destination) else f"hf://{destination}")
+    where = _parse(destination)
     if where.revision or where.path:
         raise UserError(f"{destination}: a model is pushed to hf://org/name, without more")
     with tempfile.TemporaryDirectory() as scratch, _hub(destination, where) as hub:
         folder = pathlib.Path(scratch) / "model"
-        hub_folder.write(saved, folder, name=f"hf://{where.name}", license=license)
+        hub_folder.write(saved, folder)
+        model_card.write(saved, folder, name=where.name, license=license)
         api = hub.HfApi()
         api.create_repo(where.name, private=private or None, exist_ok=True)
         there = api.model_info(where.name)
@@ -147,13 +140,11 @@ def push(
             raise UserError(
                 f"{destination} is public; change that in its settings, or choose another"
             )
-        new = {each.name: each for each in folder.iterdir()}
-        stale = {model_card.PICTURE} & present - new.keys()
-        api.create_commit(
-            where.name,
-            [hub.CommitOperationAdd(name, str(path)) for name, path in new.items()]
-            + [hub.CommitOperationDelete(name) for name in stale],
-            commit_message=message or "Upload a model of deeplab_jax",
+        api.upload_folder(
+            repo_id=where.name,
+            folder_path=folder,
+            commit_message="Upload a model of deeplab_jax",
+            delete_patterns=model_card.PICTURE,  # of an older model
         )
         return f"{api.endpoint}/{where.name}"
 
@@ -162,25 +153,18 @@ def _files(info: Any) -> list[str]:
     return [each.rfilename for each in info.siblings or ()]
 
 
-def parse(source: str) -> Repository:
-    """Returns the parts of `hf://org/name[@revision][/path]`.
-
-    Raises:
-      UserError: The text has another form.
-    """
-    match = re.fullmatch(
-        r"hf:/+([^/@]+/[^/@]+)(?:@(refs/pr/\d+|[^/]+))?(?:/(.*?))?/*", source.strip()
-    )
+def _parse(source: str) -> _Repository:
+    """Returns the parts of `[hf://]org/name[@revision][/path]`."""
+    parts = r"(?:hf:/+)?([^/@:]+/[^/@]+)(?:@(refs/pr/\d+|[^/]+))?(?:/(.*?))?/*"
+    match = re.fullmatch(parts, source.strip())
     if match is None:
-        raise UserError(
-            f"{source} must be hf://org/name, hf://org/name@revision or either with a path"
-        )
+        raise UserError(f"{source} must be hf://org/name[@revision][/path]")
     name, revision, path = match.groups()
-    return Repository(name, urllib.parse.unquote(revision) if revision else None, path or "")
+    return _Repository(name, urllib.parse.unquote(revision) if revision else None, path or "")
 
 
 @contextlib.contextmanager
-def _hub(source: str, where: Repository) -> Iterator[Any]:
+def _hub(source: str, where: _Repository) -> Iterator[Any]:
     """Yields the module `huggingface_hub`, and explains the exceptions of its functions."""
     try:
         import huggingface_hub
@@ -194,19 +178,13 @@ def _hub(source: str, where: Repository) -> Iterator[Any]:
     except UserError:
         raise
     except Exception as error:  # of two HTTP clients, as the version has it
-        reason = _reason(error)
-        text = reason.format(page=where.page, revision=where.revision) if reason else ""
-        raise UserError(f"{source}: {text or first_line(error)}") from error
+        reason = _reason(error).format(page=where.page, revision=where.revision)
+        raise UserError(f"{source}: {reason or first_line(error)}") from error
 
 
 def _reason(error: Exception) -> str:
     """Returns what an exception means for the user, or an empty string."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    for kind in type(error).__mro__:
-        if kind.__name__ in _REASONS:
-            return _REASONS[kind.__name__]
-    if status in (401, 403):
-        return _REFUSED
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full. Free some space, or set HF_HOME to a folder on another disk"
-    return ""
+    names = [kind.__name__ for kind in type(error).__mro__]
+    keys = (*names, status, getattr(error, "errno", None))
+    return next((_REASONS[key] for key in keys if key in _REASONS), "")

@@ -14,18 +14,43 @@ from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights.saved_model import SavedModel
 
 PICTURE = "predictions.png"
+_CARD = """\
+---
+library_name: deeplab-jax
+pipeline_tag: image-segmentation
+{license}tags:
+- deeplabv3
+- semantic-segmentation
+- jax
+---
+
+# {name}
+
+A DeepLabv3 for semantic segmentation, made with deeplab_jax.
+{picture}
+| | |
+| --- | --- |
+{rows}
+
+```python
+import deeplab_jax as dl
+
+segmenter = dl.load("hf://{name}")
+ids = segmenter.predict("photo.jpg")  # the class of each pixel
+```
+"""
 
 
 def write(saved: SavedModel, folder: pathlib.Path, *, name: str, license: str = "") -> None:
-    """Writes the card `README.md`, and the picture in it, into a folder.
+    """Writes the card `README.md`, and the picture in it, into an existing folder.
 
     If the model is a checkpoint of a run, the card has the scores that the run recorded at that
     step, and the picture of its predictions.
 
     Args:
       saved: The model.
-      folder: An existing folder.
-      name: `hf://org/name` of the repository, or a path, for the title and the example.
+      folder: The folder.
+      name: `org/name` of the repository.
       license: The identifier of a license, such as "apache-2.0"; empty: the card names none.
 
     Raises:
@@ -40,38 +65,20 @@ def write(saved: SavedModel, folder: pathlib.Path, *, name: str, license: str = 
     info, architecture = saved.info, saved.architecture
     num_parameters = sum(math.prod(array.shape) for array in saved.variables.params.values())
     rows = {
-        "architecture": f"{architecture.name}, backbone {architecture.backbone}, "
-        f"head {architecture.head}, decoder {architecture.decoder}, "
-        f"output stride {architecture.output_stride}, {num_parameters / 1e6:.1f} M parameters",
+        "architecture": f"{architecture.name}, output stride {architecture.output_stride}, "
+        f"{num_parameters / 1e6:.1f} M parameters",
         f"{architecture.num_classes} classes": ", ".join(info["classes"]),
         "normalization": f"mean {info['mean']}, std {info['std']} of each channel, 0..1",
         "size in training": "{} x {}".format(*info["input_size"]),
         **_scores(saved.path),
     }
-    lines = [
-        *("---", "library_name: deeplab-jax", "pipeline_tag: image-segmentation"),
-        *(["license: " + license] if license else []),
-        *(
-            "tags:",
-            "- deeplabv3",
-            "- semantic-segmentation",
-            "- jax",
-            "---",
-            "",
-            f"# {name.removeprefix('hf://')}",
-            "",
-        ),
-        "A DeepLabv3 for semantic segmentation, made with deeplab_jax.",
-        "",
-        *([f"![An image, its labels and the prediction]({PICTURE})", ""] if has_picture else []),
-        *("| | |", "| --- | --- |"),
-        *(f"| {title} | {text.replace('|', '&#124;')} |" for title, text in rows.items()),
-        *("", "```python", "import deeplab_jax as dl", ""),
-        f'segmenter = dl.load("{name}")',
-        'ids = segmenter.predict("photo.jpg")  # the class of each pixel',
-        "```",
-    ]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    card = _CARD.format(
+        name=name,
+        license=f"license: {license}\n" if license else "",
+        picture=f"\n![Image, labels, prediction]({PICTURE})\n" if has_picture else "",
+        rows="\n".join(f"| {key} | {text.replace('|', '&#124;')} |" for key, text in rows.items()),
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _scores(checkpoint: pathlib.Path) -> dict[str, str]:

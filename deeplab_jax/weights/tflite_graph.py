@@ -1,22 +1,23 @@
 """Reads the graph of a TFLite file without TensorFlow: its tensors, operators and constants.
 
-A TFLite file is a flatbuffer: tables that refer to each other by offsets. Every offset is checked,
-and a file gives a graph or `Unreadable`, at a cost linear in its size.
+A TFLite file is a flatbuffer: tables that refer to each other by offsets. A damaged one makes the
+functions here raise one of `DAMAGE`, at a cost linear in the file's size.
 
 Format: `tensorflow/lite/schema/schema.fbs`; the numbers of fields are those of its tables.
 """
 
 from __future__ import annotations
 
-import math
 import struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from deeplab_jax.weights.torch_format.pickle_reader import Unreadable
 
+DAMAGE = (struct.error, ValueError, TypeError, LookupError, ArithmeticError)
 _MAX_TABLES = 100_000  # in a vector of tables; DeepLab has about 190 tensors and 75 operators
+_NO_TENSOR = 2**32 - 1  # of an operator without one of its inputs
 
 # Operators by their code. Others are only counted, for the error message.
 _CODES = """
@@ -40,16 +41,14 @@ class _Data:
         self.left = 2 * len(content) + 2**16
 
     def number(self, position: int, code: str) -> int:
-        if not 0 <= position <= len(self.content) - struct.calcsize(code):
-            raise Unreadable(f"is a damaged or truncated TFLite file: it has no byte {position}")
         return int(struct.unpack_from(f"<{code}", self.content, position)[0])
 
     def vector(self, position: int, dtype: str) -> np.ndarray:
-        start, size = position + 4, self.number(position, "I") * np.dtype(dtype).itemsize
-        self.left -= size
-        if size > len(self.content) - start or self.left < 0:
-            raise Unreadable(f"is a damaged or truncated TFLite file: {size} bytes at {start}")
-        return np.frombuffer(self.content[start : start + size], dtype)
+        count = self.number(position, "I")
+        self.left -= count * np.dtype(dtype).itemsize
+        if self.left < 0:
+            raise ValueError("its vectors overlap")
+        return np.frombuffer(self.content, dtype, count, position + 4)
 
 
 class _Table(NamedTuple):
@@ -78,15 +77,9 @@ class _Table(NamedTuple):
     def tables(self, field: int) -> list[_Table]:
         target, offsets = self.table(field), self.vector(field, "<u4").tolist()
         if len(offsets) > _MAX_TABLES:
-            raise Unreadable(f"is no DeepLab: it has {len(offsets)} tensors or operators")
+            raise ValueError(f"it has {len(offsets)} tensors or operators")
         start = target.position + 4 if target else 0
         return [_Table(self.data, start + 4 * i + offset) for i, offset in enumerate(offsets)]
-
-
-def item(items: list[Any], index: int) -> Any:
-    if not 0 <= index < len(items):
-        raise Unreadable(f"is a damaged TFLite file: it refers to item {index} of {len(items)}")
-    return items[index]
 
 
 class Tensor:
@@ -103,35 +96,35 @@ class Tensor:
 
     def values(self, raw: np.ndarray) -> np.ndarray:
         """Returns the tensor of these bytes: float32, or integers if it has no scale."""
-        name, shape, scale, dtype = self.name[:200], self.shape, self.scale, np.dtype(self.dtype)
         if self.dtype is None:
-            raise Unreadable(f"holds {name} in a type that is not read")
-        size = math.prod(shape) * dtype.itemsize
-        if len(shape) > 4 or min(shape, default=0) < 0 or size != raw.size:
-            raise Unreadable(f"is damaged: {name} of shape {shape[:5]} has {raw.size} bytes")
-        values = raw.view(dtype).reshape(shape)
-        if dtype.kind == "f" or scale.size == 0:
-            return values.astype(np.float32, copy=False) if dtype.kind == "f" else values
-        broadcast = [length if axis == self.axis else 1 for axis, length in enumerate(shape)]
-        broadcast = [1] * len(shape) if scale.size == 1 else broadcast
-        if math.prod(broadcast) != scale.size or self.zero_point.size not in (0, 1, scale.size):
-            raise Unreadable(f"is damaged: {name} of shape {shape} has {scale.size} scales")
-        zero_point = np.resize(self.zero_point, scale.size).reshape(broadcast)
-        return np.asarray(scale.reshape(broadcast) * (values - zero_point), np.float32)
+            raise Unreadable(f"holds {self.name[:200]} in a type that is not read")
+        values = raw.view(self.dtype).reshape(self.shape)
+        if values.dtype.kind == "f":
+            return values.astype(np.float32, copy=False)
+        if self.scale.size == 0:
+            return values
+        channels = [n if axis == self.axis else 1 for axis, n in enumerate(self.shape)]
+        scale, zero_point = (
+            each if each.size == 1 else each.reshape(channels)
+            for each in (self.scale, self.zero_point)
+        )
+        return np.asarray(scale * (values - zero_point), np.float32)
 
 
 class Operator:
     def __init__(self, table: _Table, codes: list[_Table]) -> None:
-        code, options = item(codes, table.number(0, "I")), table.table(4)
+        code, self._options = codes[table.number(0, "I")], table.table(4)
         # Codes above 127 have a field of their own.
         number = max(code.number(0, "b"), code.number(3, "i"))
         self.name = _OPERATORS.get(number, f"operator {number}")
-        self.inputs: list[int] = [i for i in table.vector(1, "<i4").tolist() if i != -1]
-        self.outputs: list[int] = table.vector(2, "<i4").tolist()
-        self.options = options or _Table(_Data(memoryview(b"\4\0\0\0\4\0")), 0)  # without fields
+        self.inputs = [i for i in table.vector(1, "<u4").tolist() if i != _NO_TENSOR]
+        self.outputs = table.vector(2, "<u4").tolist()
         self.activation = {"RELU": RELU, "RELU6": RELU6}.get(self.name, NONE)
         if self.name in ACTIVATION_FIELD:
-            self.activation = self.options.number(ACTIVATION_FIELD[self.name], "b")
+            self.activation = self.option(ACTIVATION_FIELD[self.name], "b")
+
+    def option(self, field: int, code: str, default: int = 0) -> int:
+        return self._options.number(field, code, default) if self._options else default
 
 
 class Graph:
@@ -140,9 +133,9 @@ class Graph:
     def __init__(self, content: memoryview) -> None:
         data = _Data(content)
         model = _Table(data, data.number(0, "I"))
-        graph, codes = item(model.tables(2), 0), model.tables(1)
+        graph, codes = model.tables(2)[0], model.tables(1)
         self.tensors = [Tensor(table) for table in graph.tables(0)]
-        self.inputs, self.outputs = (graph.vector(i, "<i4").tolist() for i in (1, 2))
+        self.inputs, self.outputs = (graph.vector(i, "<u4").tolist() for i in (1, 2))
         self.operators = [Operator(table, codes) for table in graph.tables(3)]
         self.buffers = model.tables(4)
         self._constants: dict[int, np.ndarray | None] = {}
@@ -151,21 +144,21 @@ class Graph:
         for operator in self.operators:
             used.update(operator.inputs)
             if not used.isdisjoint(operator.outputs):  # a cycle, which could be followed forever
-                raise Unreadable("is a damaged TFLite file: an operator's input is computed later")
+                raise ValueError("an operator's input is computed later")
             self.producers |= dict.fromkeys(operator.outputs, operator)
 
     def origin(self, tensor: int) -> int:
         """Returns the tensor of which this one is a conversion to another type or scale."""
         while (operator := self.producers.get(tensor)) and "QUANTIZE" in operator.name:
-            tensor = item(operator.inputs, 0)
+            tensor = operator.inputs[0]
         return tensor
 
     def constant(self, tensor: int) -> np.ndarray | None:
         """Returns a tensor's values; None if it is computed."""
         tensor = self.origin(tensor)
         if tensor not in self._constants:
-            found = item(self.tensors, tensor)
-            raw = item(self.buffers, found.buffer).vector(0, "|u1")
+            found = self.tensors[tensor]
+            raw = self.buffers[found.buffer].vector(0, "|u1")
             self._constants[tensor] = found.values(raw) if raw.size else None
         return self._constants[tensor]
 
@@ -177,4 +170,4 @@ class Graph:
 
     def source(self, operator: Operator) -> int:
         """Returns an operator's first input."""
-        return self.origin(item(operator.inputs, 0))
+        return self.origin(operator.inputs[0])

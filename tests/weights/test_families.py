@@ -343,6 +343,10 @@ def test_nonfinite_weights_are_refused_by_name_or_kept(tmp_path):
     done = deeplab_jax.convert(tmp_path / "a.pth", tmp_path / "a", allow_nonfinite=True)
     assert (tmp_path / "a" / "model").is_dir()
     assert len(done.used) > 100
+    with pytest.raises(UserError, match=r"\(1 of"):
+        deeplab_jax.convert(tmp_path / "a", tmp_path / "b.pth")
+    deeplab_jax.convert(tmp_path / "a", tmp_path / "b.pth", allow_nonfinite=True)
+    np.testing.assert_array_equal(torch_file.read(tmp_path / "b.pth")[name], arrays[name])
 
 
 def test_without_the_originals(tmp_path):

@@ -151,12 +151,12 @@ def test_is_name():
     [
         ("deeplab_resnet50", "did you mean 'deeplabv3_resnet50'"),
         ("resnet18.IMAGENET1K_V2", "did you mean 'resnet18.IMAGENET1K_V1'"),
-        ("vgg", "Known: .*resnet34"),
+        ("vgg", ".*resnet34, resnet50"),
     ],
 )
 def test_the_error_for_an_unknown_name_suggests_the_nearest(name, hint):
-    with pytest.raises(UserError, match=rf"unknown weights '{name}'.*{hint}"):
-        hub.fetch(name)
+    with pytest.raises(UserError, match=rf"{name} is neither a weights file.*{hint}"):
+        hub.find_weights(name)
 
 
 # --- Caches ------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import safetensors.numpy
 
 import small_checkpoint
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import hub_folder, saved_model, torch_file
+from deeplab_jax.weights import hub_folder, model_card, saved_model, torch_file
+from deeplab_jax.weights.convert import read_model
 
 
 @pytest.fixture(scope="module")
@@ -68,39 +69,30 @@ def test_what_is_written_is_read_bit_for_bit(saved, written):
     assert back.info == json.loads(json.dumps(saved.info))
     assert back.architecture == saved.architecture
     assert_same(back.variables, saved.variables)
-    assert sorted(os.listdir(written)) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(os.listdir(written)) == ["config.json", "model.safetensors"]
     file = hub_folder.read(written)
     assert file.format == "hub folder"
-    assert hub_folder.kind_of(file.config, written) == hub_folder.OURS
+    assert hub_folder.is_ours(file.config)
     with safetensors.safe_open(written / "model.safetensors", "numpy") as stored:
         assert set(stored.keys()) == {*saved.variables.params, *saved.variables.batch_stats}
 
 
-def test_a_folder_without_a_run_has_a_card_without_scores(written):
-    card = (written / "README.md").read_text()
+def test_a_model_without_a_run_has_a_card_without_scores(saved, tmp_path):
+    model_card.write(saved, tmp_path, name="me/fox")
+    card = (tmp_path / "README.md").read_text()
     front, text = card.split("---\n")[1:]
     assert "library_name: deeplab-jax\npipeline_tag: image-segmentation\n" in front
     assert "license" not in front
     assert "background, red fox, bluebird" in text
-    assert f'dl.load("{written}")' in text
+    assert 'dl.load("hf://me/fox")' in text
     for absent in ("IoU", "![", "split"):
         assert absent not in text
-
-
-def test_a_full_disk_leaves_no_folder(saved, tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch_file, "_write_safetensors", fail)
-    with pytest.raises(UserError, match="No space left on device"):
-        hub_folder.write(saved, tmp_path / "new")
-    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("license", ["apache-2.0\ntags:", "a b", "mit\n"])
 def test_a_license_is_an_identifier(saved, tmp_path, license):
     with pytest.raises(UserError, match="--license must be an identifier"):
-        hub_folder.write(saved, tmp_path / "new", license=license)
+        model_card.write(saved, tmp_path, name="me/fox", license=license)
 
 
 def change(path, value):
@@ -121,24 +113,24 @@ def change(path, value):
     ("damage", "message"),
     [
         (change("format", 2), "has format 2, and this version of deeplab_jax reads format 1"),
-        (change("info", None), "info must be dict"),
-        (change("info", []), "info must be dict"),
-        (change("info.mean", None), "mean must be list.float., got 'None'"),
-        (change("info.mean", [0.1, 0.2, math.nan]), "mean must be"),
-        (change("info.mean", [0.1, 0.2, math.inf]), "mean must be"),
-        (change("info.mean", [True, 0.2, 0.3]), "mean must be"),
+        (change("info", None), "describes no model"),
+        (change("info", []), "describes no model"),
+        (change("info.mean", None), "missing 1 required .* 'mean'"),
+        (change("info.mean", [0.1, 0.2, math.nan]), "do not fit the architecture"),
+        (change("info.mean", [0.1, 0.2, math.inf]), "do not fit the architecture"),
+        (change("info.mean", [True, 0.2, 0.3]), "mean must be numbers"),
         (change("info.mean", [0.1]), "do not fit the architecture"),
         (change("info.std", [0.1, 0, 1]), "do not fit the architecture"),
-        (change("info.classes", ["a", 2, "c"]), "classes must be list.str."),
+        (change("info.classes", ["a", 2, "c"]), "classes must be names"),
         (change("info.classes", ["a", "b"]), "2 class names but 3 colours"),
         (change("info.palette", [[0, 0, 0], [0, 0, 999], [1, 1, 1]]), "describes no model"),
         (change("info.input_size", [33]), "do not fit the architecture"),
         (change("info.architecture.new_option", 1), "describes no model.*new_option"),
-        (change("info.architecture.backbone", 18), "backbone must be str, got '18'"),
+        (change("info.architecture.backbone", 18), "backbone.*18"),
         (change("info.architecture.backbone", None), "describes no model.*backbone"),
         (change("info.architecture.backbone", "vgg"), "backbone 'vgg', not registered here"),
         (change("info.architecture.num_classes", 4), "do not fit the architecture"),
-        (change("info.architecture.atrous_rates", [6, 1.5]), "atrous_rates must be tuple"),
+        (change("info.architecture.atrous_rates", [6, 1.5]), "atrous_rates must be whole"),
         (change("info.architecture.output_stride", 12), "output_stride"),
         (change("info.architecture.width", 1e29), "do not fit its config.json"),
     ],
@@ -154,13 +146,13 @@ def test_a_damaged_config_of_this_package(ours, damage, message):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda arrays: arrays.popitem(), "missing: "),
-        (lambda arrays: arrays.update(new=np.zeros(2, np.float32)), "not in the model: new"),
+        (lambda arrays: arrays.popitem(), "do not fit its config.json"),
+        (lambda arrays: arrays.update(new=np.zeros(2, np.float32)), "config.json: new .missing"),
         (
             lambda arrays: arrays.update(
                 {"classifier.logits.bias": np.zeros(4, np.float32)},
             ),
-            "of other classes: classifier.logits.bias",
+            "config.json: classifier.logits.bias",
         ),
         (
             lambda arrays: arrays.update(
@@ -175,7 +167,7 @@ def test_arrays_that_do_not_fit_the_config(ours, damage, message):
     damage(arrays)
     safetensors.numpy.save_file(arrays, ours / "model.safetensors")
     with pytest.raises(UserError, match=message):
-        _ = read_saved(ours).variables
+        _ = read_model(ours).variables
 
 
 # --- Other libraries' --------------------------------------------------------------------------
@@ -199,24 +191,18 @@ def test_a_folder_that_timm_wrote(tmp_path):
         folder = tmp_path / f"{safe}"
         timm.models.save_for_hf(module, folder, safe_serialization=safe)
         config = assert_arrays_of(folder, module)
-        assert hub_folder.kind_of(config, folder) == "timm"
         assert config["architecture"] == "resnet18d"
         assert config["pretrained_cfg"]["mean"] == [0.485, 0.456, 0.406]
 
 
-@pytest.mark.parametrize("name", ["DeepLabV3", "DeepLabV3Plus", "Unet"])
+@pytest.mark.parametrize("name", ["DeepLabV3", "DeepLabV3Plus"])
 def test_a_folder_that_segmentation_models_wrote(tmp_path, name):
     import torch_reference  # noqa: F401 because its encoders import torchvision
 
     smp = pytest.importorskip("segmentation_models_pytorch")
     module = getattr(smp, name)("resnet18", encoder_weights=None, classes=3)
     module.save_pretrained(tmp_path / "new")
-    if name == "Unet":
-        with pytest.raises(UserError, match=r"is a model Unet of segmentation_models.pytorch; of"):
-            hub_folder.read(tmp_path / "new")
-        return
     config = assert_arrays_of(tmp_path / "new", module)
-    assert hub_folder.kind_of(config, tmp_path) == "segmentation_models.pytorch"
     assert config["decoder_atrous_rates"] == [12, 24, 36]
 
 
@@ -231,56 +217,26 @@ def test_a_folder_that_transformers_wrote(tmp_path):
     assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
     for folder in (tmp_path / "one", tmp_path / "sharded"):
         config = assert_arrays_of(folder, module)
-        assert hub_folder.kind_of(config, folder) == "transformers"
         assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
 
 
-@pytest.mark.parametrize(
-    "config", [None, {}, {"library": "other", "classes": ["a"]}, {"architecture": None}]
-)
-def test_a_config_of_nobody_known_is_handed_over(tmp_path, config):
-    folder = write_folder(tmp_path / "new", config)
-    file = hub_folder.read(folder)
+@pytest.mark.parametrize("config", [None, {}, {"library": "other", "classes": ["a"]}])
+def test_a_config_of_others_is_handed_over(tmp_path, config):
+    file = hub_folder.read(write_folder(tmp_path / "new", config))
     assert file.config == (config or {})
-    assert hub_folder.kind_of(file.config, folder) == ""
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"_model_class": "Unet"}, "is a model Unet of segmentation_models.pytorch"),
-        ({"_model_class": 3}, "_model_class must be str, got '3'"),
-        ({"_model_class": "DeepLabV3", "classes": True}, "classes must be int, got 'True'"),
-        ({"_model_class": "DeepLabV3", "decoder_atrous_rates": [1, "2"]}, "decoder_atrous_rates"),
-        ({"model_type": "segformer"}, "is a model segformer of transformers; of transformers's"),
-        ({"model_type": "mobilenet_v2", "id2label": {"0": 1}}, "id2label must be dict.str, str."),
-        ({"model_type": "mobilenet_v2", "id2label": ["a"]}, "id2label must be dict.str, str."),
-        ({"architecture": "resnet50", "pretrained_cfg": 1}, "pretrained_cfg must be dict"),
-        ({"architecture": "resnet50", "pretrained_cfg": {"mean": [None]}}, "mean must be list"),
-    ],
-)
-def test_a_config_with_other_types(tmp_path, config, message):
-    folder = write_folder(tmp_path / "new", config)
-    with pytest.raises(UserError, match=message):
-        hub_folder.read(folder)
-
-
-def test_absent_and_null_fields_are_no_mistake(tmp_path):
-    config = {"_model_class": "DeepLabV3", "aux_params": None, "decoder_atrous_rates": None}
-    folder = write_folder(tmp_path / "new", config)
-    assert hub_folder.read(folder).config == config
+    assert not hub_folder.is_ours(file.config)
 
 
 # --- Files -------------------------------------------------------------------------------------
 
 
-def write_shards(folder, names, arrays=None):
+def write_shards(folder, names):
     """Writes one array a shard, and their index."""
     folder.mkdir()
     index = {}
     for position, name in enumerate(names):
-        key = f"array{position}" if arrays is None else arrays[position]
-        write_folder(folder, name=name, arrays={key: np.full(3, position, np.float32)})
+        array = np.full(3, position, np.float32)
+        write_folder(folder, name=name, arrays={f"array{position}": array})
         index[f"array{position}"] = name
     stem = names[0].partition("-")[0] + os.path.splitext(names[0])[1]
     path = folder / f"{stem}.index.json"
@@ -307,18 +263,13 @@ def test_shards(tmp_path, names):
         hub_folder.read(index.parent)
 
 
-def test_two_shards_with_one_array(tmp_path):
-    index = write_shards(tmp_path / "new", SHARDS["bin"], ["a", "b", "a"])
-    with pytest.raises(UserError, match=r"00003-of-00003.bin has arrays of another file.*: a$"):
-        hub_folder.read(index.parent)
-
-
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({}, "weight_map must give"),
-        ({"weight_map": {}}, "weight_map must give"),
-        ({"weight_map": {"a": 1}}, "weight_map must give"),
+        ({}, "weight_map must name files"),
+        ({"weight_map": {}}, "weight_map must name files"),
+        ({"weight_map": {"a": 1}}, "lacks 1"),
+        ({"weight_map": {"a": [1]}}, "weight_map must name files"),
         ({"weight_map": {"a": "../secret.bin"}}, "must name files of the same folder: ../secret"),
         ({"weight_map": {"a": "/etc/passwd"}}, "must name files of the same folder"),
         ({"weight_map": {"a": ".."}}, "must name files of the same folder"),
@@ -358,9 +309,8 @@ def test_which_folders_are_hub_folders(tmp_path, written, model):
         (b'{"a": "\xff"}', "codec can't decode"),
         (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "recursion"),
         (b'{"a": ' + b"1" * 10_000 + b"}", "integer string conversion"),
-        (b'{"a": "' + b"x" * (16 << 20) + b'"}', "more than 16777216 bytes"),
     ],
-    ids=["empty", "list", "cut", "no text", "deep", "large number", "large"],
+    ids=["empty", "list", "cut", "no text", "deep", "large number"],
 )
 def test_json_that_cannot_be_read(tmp_path, content, message):
     folder = write_folder(tmp_path / "new")
@@ -421,7 +371,7 @@ def test_mutated_json_is_read_or_refused(ours, tmp_path):
                 path.write_bytes(changed)
             try:
                 file = hub_folder.read(path.parent)
-                if hub_folder.kind_of(file.config, path.parent) == hub_folder.OURS:
+                if hub_folder.is_ours(file.config):
                     found = hub_folder.to_saved_model(path.parent, file)
                     assert dataclasses.is_dataclass(found.architecture)
                     assert found.variables.params

@@ -256,12 +256,12 @@ def test_training_starts_from_a_published_model(published, folder, model):
 
 
 def test_a_pushed_model_has_the_same_logits(hub, logged_in, model, command):  # noqa: F811
-    code, out, _ = command("push", model, NAME, "--license=mit", "--message=A fox", "--private")
+    code, out, _ = command("push", model, NAME, "--license=mit", "--private")
     assert code == 0
     assert out == f"{hub.url}/{NAME}\n"
     repo = hub.repos[NAME]
     assert repo.private
-    assert repo.messages == ["A fox"]
+    assert repo.messages == ["Upload a model of deeplab_jax"]
     assert set(repo.files) == {".gitattributes", "config.json", "model.safetensors", "README.md"}
     card = repo.files["README.md"].decode()
     assert card.startswith("---\nlibrary_name: deeplab-jax\npipeline_tag: image-segmentation\n")

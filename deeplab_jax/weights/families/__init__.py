@@ -11,7 +11,8 @@ from deeplab_jax.models.architecture import ARCHITECTURES, Architecture, archite
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError, listed
 from deeplab_jax.weights.families.family import BACKBONE
-from deeplab_jax.weights.families.recognition import FAMILIES, Recognised, recognise
+from deeplab_jax.weights.families.recognised import Recognised
+from deeplab_jax.weights.families.recognition import FAMILIES, recognise
 from deeplab_jax.weights.matching import Converted
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The description of a family of weights, and conversion by it in both directions.
+"""The description of a family of weights: names, axes and defaults.
 
 A family is a codebase whose files people hold. Its table maps the names of modules here to names
 there; the names and axes of a layer's arrays are the same for all of PyTorch. Conversion is strict:
@@ -7,7 +7,6 @@ every array is used or dropped for a known reason, and every variable is filled 
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,14 +17,7 @@ import numpy as np
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights.matching import (
-    ConversionReport,
-    Converted,
-    Slot,
-    match_arrays,
-    problem_lines,
-    to_variables,
-)
+from deeplab_jax.weights.matching import Slot
 
 BACKBONE = "backbone."  # the beginning of the names of a backbone's variables here
 
@@ -181,63 +173,6 @@ class Family:
         if is_aux and not model.architecture.aux_head:
             return "belongs to the auxiliary head, which the model does not have"
         return ""
-
-    def to_model(
-        self,
-        arrays: Mapping[str, np.ndarray],
-        model: FunctionalModel,
-        *,
-        allow_missing: str = "",
-        backbone_only: bool = False,
-        allow_nonfinite: bool = False,
-        notes: Sequence[str] = (),
-        file_names: Mapping[str, str] | None = None,
-        explain: Callable[[Mapping[str, list[str]]], list[str]] = lambda problems: [],
-    ) -> Converted:
-        """Converts a file's arrays to a model's variables.
-
-        Args:
-          arrays: Arrays by the family's names, of any floating-point type.
-          model: The model to convert them for.
-          allow_missing: Regular expression. Variables in whose name it is found may be missing.
-          backbone_only: Whether to convert only the backbone.
-          allow_nonfinite: Whether to keep NaN and infinite values instead of refusing them.
-          notes: What was done to the file before, for the report and for error messages.
-          file_names: The names in the file, for the report. Default: the family's.
-          explain: Returns further lines of the error message for arrays that do not fit.
-
-        Raises:
-          UserError: Arrays are missing, left over or of another shape; the message lists them all.
-            Or weights are not finite.
-        """
-        original = file_names or {}
-        dropped = {name: self.why_dropped(name, model, backbone_only) for name in arrays}
-        kept = {name: array for name, array in arrays.items() if not dropped[name]}
-        slots = self.slots(model, backbone_only=backbone_only)
-        used, replaced, missing, problems = match_arrays(kept, slots, allow_missing)
-        if problems:
-            part = " (its backbone)" if backbone_only else ""
-            lines = [f"the file does not fit {model.architecture.name}{part}:"]
-            lines += [*problem_lines(problems), *explain(problems)]
-            raise UserError("\n".join([*lines, *(f"  {note}" for note in notes)]))
-        types = collections.Counter(
-            (kept[name].dtype.name, slot.dtype.name) for name, slot in used.items()
-        )
-        report = ConversionReport(
-            used=tuple((original.get(name, name), slot.name) for name, slot in used.items()),
-            dropped=tuple((original.get(name, name), why) for name, why in dropped.items() if why),
-            replaced=replaced,
-            missing=missing,
-            notes=(
-                *notes,
-                *(
-                    f"{count} arrays were {old} and became {new}."
-                    for (old, new), count in types.items()
-                    if old != new
-                ),
-            ),
-        )
-        return Converted(to_variables(kept, used, model, allow_nonfinite), report)
 
     def from_model(self, variables: Variables, architecture: Architecture) -> dict[str, np.ndarray]:
         """Returns the arrays of a model's variables by the family's names.

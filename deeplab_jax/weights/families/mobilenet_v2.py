@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from deeplab_jax.models.architecture import Architecture
-from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights.families.family import (
     Description,
     Family,
@@ -26,7 +25,6 @@ from deeplab_jax.weights.families.torchvision import width_of
 
 _EPSILON = 1e-3  # of batch norm in the backbone; 1e-5 in the head
 _HEAD_EPSILON = 1e-5
-_CONCAT_ORDER = ("image_pooling", "aspp0")
 
 
 def _hf_modules(architecture: Architecture) -> Table:
@@ -84,7 +82,7 @@ def _hf_describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
     logits = "segmentation_head.classifier.convolution.weight"
     fields = _fields(shapes, (stem, last, logits), in_axis=1, out_axis=0)
     if config.get("output_stride") in (8, 16, 32):
-        fields["output_stride"] = config["output_stride"]
+        fields["output_stride"] = int(config["output_stride"])  # JSON's may be 8.0
     names = section(config, "id2label")
     ordered = [names.get(str(index)) for index in range(fields["num_classes"])]
     known = all(isinstance(name, str) for name in ordered)
@@ -95,14 +93,8 @@ def _tf_describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
     last, stem = "MobilenetV2/expanded_conv_16/project/weights", "MobilenetV2/Conv/weights"
     names = (stem, last, "logits/semantic/weights")
     fields = _fields(shapes, names, in_axis=2, out_axis=3)
-    for field in ("output_stride", "align_corners"):
-        if field in config:
-            fields[field] = config[field]
-    if config.get("concat_order", _CONCAT_ORDER) != _CONCAT_ORDER:
-        raise UserError(
-            f"the file concatenates {' and '.join(config['concat_order'])}; expected "
-            f"{' and '.join(_CONCAT_ORDER)}, as in TensorFlow's research/deeplab"
-        )
+    if "output_stride" in config:
+        fields["output_stride"] = config["output_stride"]
     return Description("tf_mobilenet_v2", fields, (), config.get("mean", ()), config.get("std", ()))
 
 
@@ -184,7 +176,7 @@ TF = Family(
     signature=(r"MobilenetV2/Conv/weights", r"aspp0/weights", r"logits/semantic/weights"),
     modules=_tf_modules,
     describe=_tf_describe,
-    assumed=("output_stride", "align_corners"),
+    assumed=("output_stride",),
     backbone=r"MobilenetV2/",
     head_prefixes=("aspp0/", "image_pooling/", "concat_projection/", "logits/"),
     leaves=(

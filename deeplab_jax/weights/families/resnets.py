@@ -104,8 +104,9 @@ def list_of_rates(value: Any) -> tuple[int, ...] | None:
 
 
 def numbers(value: Any) -> tuple[float, ...]:
-    """Returns a config's numbers; empty if they are something else."""
-    if isinstance(value, list | tuple) and all(type(each) in (int, float) for each in value):
+    """Returns a config's numbers; empty if they are something else, or too large for float32."""
+    is_list = isinstance(value, list | tuple)
+    if is_list and all(type(each) in (int, float) and abs(each) < 1e30 for each in value):
         return tuple(value)
     return ()
 

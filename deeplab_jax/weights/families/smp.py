@@ -71,7 +71,7 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
     }
     # The keyword arguments of the model, which a folder of the hub has.
     if config.get("encoder_output_stride") in (8, 16):
-        fields["output_stride"] = config["encoder_output_stride"]
+        fields["output_stride"] = int(config["encoder_output_stride"])  # JSON's may be 8.0
     if rates := list_of_rates(config.get("decoder_atrous_rates")):
         fields["atrous_rates"] = rates
     return Description(f"{'smpplus' if is_plus else 'smp'}_{fields['backbone']}", fields)
