@@ -31,6 +31,8 @@ _OPERATORS = {
     "HARD_SWISH": (117, 0, ""),
 }
 _TYPES = {"float32": 0, "float16": 1, "int32": 2, "uint8": 3, "int64": 4, "int8": 9}
+# Of MobileNetV2's blocks at width 0.25.
+_CHANNELS = (8, 8, 8, 8, 8, 8, 16, 16, 16, 16, 24, 24, 24, 40, 40, 40, 80)
 _STRIDES = (1, 2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1)
 
 
@@ -137,7 +139,7 @@ class TFLiteFile:
 
 
 class DeepLab(TFLiteFile):
-    """A narrow DeepLab; `arrays` are those that its reader must return.
+    """A DeepLab with MobileNetV2 of width 0.25; `arrays` are those that its reader must return.
 
     Args:
       kind: "float32", "float16" (with DEQUANTIZE operators) or "int8" (per channel).
@@ -164,9 +166,9 @@ class DeepLab(TFLiteFile):
             strides, dilation = (1, rate) if removed else (nominal, 1)
             stride, rate = (stride, rate * nominal) if removed else (stride * nominal, rate)
             scope = f"MobilenetV2/expanded_conv{f'_{block}' if block else ''}"
-            start, channels = x, (8, 8, 8, 16, 16)[block // 4]
+            start, channels = x, _CHANNELS[block]
             if block:
-                width = self.tensors[x].shape[3] * 2
+                width = self.tensors[x].shape[3] * 6
                 x = self.conv(f"{scope}/expand", x, width, activation=RELU6)
             x = self.depthwise(f"{scope}/depthwise", x, strides, dilation)
             x = self.conv(f"{scope}/project", x, channels)
@@ -177,7 +179,7 @@ class DeepLab(TFLiteFile):
     def head(self, x, size, aspp_first=False, corners=1, branches=0, **_):
         side = self.tensors[x].shape[1]
         pooled = self.operator(
-            "AVERAGE_POOL_2D", [x], (1, 1, 1, 16), [VALID, side, side, side, side, NONE]
+            "AVERAGE_POOL_2D", [x], (1, 1, 1, _CHANNELS[-1]), [VALID, side, side, side, side, NONE]
         )
         pooled = self.conv("image_pooling", pooled, 8, activation=RELU)
         sizes = self.constant(np.int32([side, side]))

@@ -10,12 +10,13 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from file_damage import mutated, read_damaged, settings
-from tflite_builder import RELU, VALID, DeepLab, TFLiteFile, classifier
 
+import deeplab_jax
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import torch_file
 from deeplab_jax.weights.tflite_file import parse
 from deeplab_jax.weights.torch_format.pickle_reader import Unreadable
+from tflite_builder import RELU, VALID, DeepLab, TFLiteFile, classifier
 
 REAL = "deeplabv3_mnv2_pascal_quant.tflite"
 
@@ -103,14 +104,26 @@ def test_small_networks(tmp_path, options):
     assert file.config == {"output_stride": stride, "mean": (mean,) * 3, "std": (mean,) * 3}
 
 
-@pytest.mark.parametrize("options", [{}, {"kind": "float16"}, {"batched": True, "size": 66}])
-def test_small_networks_are_tflite_files(options):
-    """What the builder writes runs in TensorFlow's interpreter."""
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"output_stride": 8}, {"kind": "float16"}, {"batched": True, "size": 66}],
+)
+def test_logits_are_those_of_tensorflows_interpreter(options, tmp_path):
     interpreter = pytest.importorskip("ai_edge_litert.interpreter")
-    content = DeepLab(**options).content()
-    network = interpreter.Interpreter(model_content=content)
-    network.allocate_tensors()
-    network.invoke()
+    network = DeepLab(**options)
+    (tmp_path / "a.tflite").write_bytes(network.content())
+    original = interpreter.Interpreter(
+        str(tmp_path / "a.tflite"), experimental_preserve_all_tensors=True
+    )
+    original.allocate_tensors()
+    image = original.get_input_details()[0]
+    images = np.random.default_rng(0).uniform(-1, 1, image["shape"]).astype(np.float32)
+    original.set_tensor(image["index"], images)
+    original.invoke()
+    _, inputs, *_ = network.operators[-1]  # ARG_MAX
+    expected = original.get_tensor(inputs[0])
+    logits = deeplab_jax.load(tmp_path / "a.tflite").logits(images)
+    assert np.abs(logits - expected).max() <= 3e-5 * np.abs(expected).max()
 
 
 def test_merged_tensors():
