@@ -18,6 +18,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image
 from rich import progress
@@ -29,6 +30,7 @@ from deeplab_jax.data.labels import VOC
 from deeplab_jax.evaluation.confusion import confusion_matrix, scores
 
 SCORED = ("background", "cat", "cow", "dog", "horse", "person", "sheep")
+BOUNDARY = 8  # pixels
 GREY = 128  # the value of a pixel that the network reads as 0
 
 
@@ -54,7 +56,7 @@ def compare(weights: str, voc: pathlib.Path, limit: int | None) -> dict[str, Any
     segmenter = dl.load(weights)
     names = (voc / "ImageSets" / "Segmentation" / "val.txt").read_text().split()[:limit]
     matrices = {who: np.zeros((21, 21), np.int64) for who in ("original", "padded", "own size")}
-    images = []
+    images, num_different, num_near = [], 0, 0
     for name in progress.track(names, console=Console(stderr=True)):
         pixels = np.asarray(Image.open(voc / "JPEGImages" / f"{name}.jpg").convert("RGB"))
         labels = np.asarray(Image.open(voc / "SegmentationClass" / f"{name}.png"))
@@ -70,6 +72,9 @@ def compare(weights: str, voc: pathlib.Path, limit: int | None) -> dict[str, Any
             matrices[who] += confusion_matrix(labels, found.astype(np.int32), 21)
         same = {who: float((ids[who] == ids["original"]).mean()) for who in ("padded", "own size")}
         images.append({"image": name, "pixels": labels.size, **same})
+        different = ids["original"] != ids["padded"]
+        num_different += int(different.sum())
+        num_near += int((different & near_boundary(ids["original"])).sum())
     total = sum(each["pixels"] for each in images)
     return {
         "images": len(images),
@@ -77,9 +82,17 @@ def compare(weights: str, voc: pathlib.Path, limit: int | None) -> dict[str, Any
             who: sum(each[who] * each["pixels"] for each in images) / total
             for who in ("padded", "own size")
         },
+        "different_near_a_boundary": num_near / max(1, num_different),
         "scores": {who: _scores(matrix) for who, matrix in matrices.items()},
         "per_image": images,
     }
+
+
+def near_boundary(ids: np.ndarray) -> np.ndarray:
+    """Whether each pixel is within `BOUNDARY` pixels of another class."""
+    kernel = np.ones((2 * BOUNDARY + 1,) * 2, np.uint8)
+    ids = ids.astype(np.uint8)
+    return cv2.dilate(ids, kernel) != cv2.erode(ids, kernel)
 
 
 def _scores(matrix: np.ndarray) -> dict[str, Any]:
