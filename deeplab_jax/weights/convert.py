@@ -135,7 +135,10 @@ def read_model(source: str | os.PathLike[str], reading: Reading = Reading()) -> 
 
 
 def read_weights_file(path: pathlib.Path) -> WeightsFile:
-    """Reads a weights file, or a folder as on the hub."""
+    """Reads a weights file, or a folder as on the hub, also by the name of the file in it."""
+    beside = path.parent / hub_folder.CONFIG
+    if hub_folder.weights_name([path.name]) and beside.is_file():
+        path = path.parent
     return hub_folder.read(path) if path.is_dir() else torch_file.read_file(path)
 
 
@@ -166,16 +169,23 @@ def _read_weights(
     found: Recognised = _naming(path, recognise, file.arrays, file.config)
     settings = _settings(reading.settings)
     model_settings = {name[6:]: value for name, value in settings.items() if name[:6] == "model."}
+    description = _naming(path, found.describe)
+    names = description.classes
+    if "num_classes" not in model_settings and description.fields["num_classes"] == 1:
+        found = found.with_background(model_settings)
+        names = ("background", *(names or ("foreground",)))
+        model_settings["num_classes"] = 2
     architecture = _naming(path, found.architecture, model_settings)
-    if assumed := found.assumptions(model_settings):
-        note = f"Assumed {', '.join(assumed)}, as {found.family.title} does by default"
-        notes = (*found.notes, f"{note}; another value: --set model.FIELD=VALUE.")
+    assumptions = found.assumptions(model_settings)
+    if assumed := [each for each in assumptions if each.partition("=")[0] not in settings]:
+        note = f"Assumed {', '.join(assumed)}, as {found.family.title} has by default"
+        notes = (*found.notes, f"{note}; `deeplab-jax convert` sets others by --set FIELD=VALUE.")
         found = dataclasses.replace(found, notes=notes)
     channels = architecture.in_channels
     mean, std = found.normalization()
     info = saved_model.describe(
         architecture,
-        _labels(found.describe().classes, architecture.num_classes, reading.classes),
+        _naming(path, _labels, names, architecture.num_classes, reading.classes),
         mean=_per_channel(settings.get("data.mean", mean), channels),
         std=_per_channel(settings.get("data.std", std), channels),
         resize=found.family.resize,
@@ -195,9 +205,12 @@ def _settings(texts: Sequence[str]) -> dict[str, Any]:
     """Returns the values of settings for reading, by field."""
     config = config_io.override(Config(), texts)
     validate(config)
+    if max(config.data.mean + config.data.std) > 2:
+        raise UserError("data.mean and data.std are of values 0..1: divide those of 0..255 by 255")
     values = {}
     for name in (text.partition("=")[0] for text in texts):
-        if not name.startswith("model.") and name not in ("data.mean", "data.std"):
+        fields = name.startswith("model.") and name != "model.architecture"
+        if not fields and name not in ("data.mean", "data.std"):
             raise UserError(
                 f"--set {name}: a weights file is read with fields model.*, data.mean and data.std"
             )
@@ -270,7 +283,7 @@ def _to_file(path: pathlib.Path, target: pathlib.Path, reading: Reading) -> Conv
         raise UserError(f"{path} describes itself: --set and --classes are for weights files")
     saved = read_model(path, reading)
     arrays = families.from_model(saved.variables, saved.architecture, reading.family)
-    notes = families.loading_notes(saved.architecture, reading.family) if reading.family else ()
+    notes = families.loading_notes(saved, reading.family)
     torch_file.write(target, arrays)
     names = [*saved.variables.params, *saved.variables.batch_stats]
     if reading.family == "timm":

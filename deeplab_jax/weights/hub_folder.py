@@ -22,7 +22,7 @@ from deeplab_jax.weights import torch_file
 from deeplab_jax.weights.saved_model import SavedModel
 from deeplab_jax.weights.torch_file import WeightsFile
 
-CONFIG = "config.json"
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 _OURS = "deeplab-jax"
 _FORMAT = 1  # of `config.json`; `info` in it has a format of its own
 _INDEX = ".index.json"  # ends the name of a file that lists shards
@@ -102,10 +102,12 @@ def read(folder: pathlib.Path) -> WeightsFile:
     arrays = first.arrays
     for each in others:
         arrays |= each.arrays
-    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    return dataclasses.replace(
-        first, arrays=arrays, format="hub folder", config={**first.config, **config}
-    )
+    config = dict(first.config)
+    if (folder / CONFIG).is_file():
+        config |= read_json(folder / CONFIG)
+    if (folder / PREPROCESSOR).is_file():  # of transformers: mean and std
+        config["preprocessor_config"] = read_json(folder / PREPROCESSOR)
+    return dataclasses.replace(first, arrays=arrays, format="hub folder", config=config)
 
 
 def is_ours(config: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 
 from deeplab_jax.config import Config
+from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import families, hub, hub_folder, saved_model
@@ -61,7 +63,7 @@ def init_variables(config: Config, model: FunctionalModel, log: Callable[[str], 
                 found = families.recognise(
                     file.arrays, file.config, backbone_only=backbone_only, notes=file.notes
                 )
-                _compare_normalization(found, config, log)
+                _compare(found, config, model.architecture, log)
                 converted, report = found.to_model(model, **options)
     except UserError as error:
         raise UserError(f"{field} = {source!r}: {error}") from None
@@ -74,14 +76,29 @@ def init_variables(config: Config, model: FunctionalModel, log: Callable[[str], 
     return Variables(fresh.params | converted.params, fresh.batch_stats | converted.batch_stats)
 
 
-def _compare_normalization(
-    found: families.Recognised, config: Config, log: Callable[[str], None]
+# Fields that change what a network computes and not its arrays; the second are a backbone's.
+_COMPUTED = ("output_stride", "multi_grid", "atrous_rates", "dilation_rule", "align_corners")
+_OF_BACKBONE = ("padding", "stride_place", "backbone_bn_epsilon")
+
+
+def _compare(
+    found: families.Recognised,
+    config: Config,
+    ours: Architecture,
+    log: Callable[[str], None],
 ) -> None:
-    """Says so if a file was trained with another normalization than the config's."""
-    for field, theirs in zip(("mean", "std"), found.normalization(), strict=True):
-        ours = getattr(config.data, field)
-        if len(theirs) == len(ours) and not np.allclose(theirs, ours, atol=1e-3):
-            values = ",".join(f"{value:g}" for value in theirs)
+    """Says how the network that a file was trained with computes otherwise than ours."""
+    with contextlib.suppress(UserError):  # of a file that holds no whole network
+        theirs = found.architecture()
+        fields = (*_COMPUTED, *_OF_BACKBONE) if config.init.path else _OF_BACKBONE
+        pairs = {each: (getattr(theirs, each), getattr(ours, each)) for each in fields}
+        differing = [f"{name}={a} (here {b})" for name, (a, b) in pairs.items() if a != b]
+        if differing:
+            log(f"the weights were trained with {', '.join(differing)}")
+    for field, trained in zip(("mean", "std"), found.normalization(), strict=True):
+        here = getattr(config.data, field)
+        if len(trained) == len(here) and not np.allclose(trained, here, atol=1e-3):
+            values = ",".join(f"{value:g}" for value in trained)
             log(f"the weights were trained with another {field}: --config.data.{field}={values}")
 
 

@@ -150,7 +150,10 @@ def require_finite(arrays: Mapping[str, np.ndarray], source: str = "") -> None:
         of_source = f" of {source}" if source else ""
         lines = [f"{len(wrong)} of {len(arrays)} arrays{of_source} cannot be weights of a model:"]
         lines += problem_lines(problems)
-        lines.append("  training diverged or the file is damaged: use an earlier or another copy")
+        lines.append(
+            "  training diverged or the file is damaged: use an earlier or another copy "
+            "(`deeplab-jax convert --allow-nonfinite` keeps them)"
+        )
         raise UserError("\n".join(lines))
 
 

@@ -146,12 +146,12 @@ def _weights_file(
 ) -> WeightsFile:
     entry, tensors = state_dict.find_state_dict(root)
     meta = root.get("meta") if entry else None  # mmsegmentation's config and classes
+    config = {"meta": meta} if isinstance(meta, dict) else {}
     ignored: list[str] = []
     for key in entry:
-        ignored += [str(name)[:200] for name in root if name != key]
+        ignored += [str(name)[:200] for name in root if name not in (key, *config)]
         root = root[key]
     arrays = state_dict.arrays(tensors, load_storage)
-    config = {"meta": meta} if isinstance(meta, dict) else {}
     return WeightsFile(arrays, file_format, "/".join(entry), tuple(ignored), config)
 
 

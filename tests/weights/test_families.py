@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 
 import deeplab_jax
+from deeplab_jax.config import Config, InitConfig
+from deeplab_jax.data import labels
 from deeplab_jax.models.architecture import ARCHITECTURES, architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import families, torch_file
+from deeplab_jax.weights import families, initialize, saved_model, torch_file
 from deeplab_jax.weights.convert import Reading, read_model
-from deeplab_jax.weights.families.mmseg import model_of_config
+from deeplab_jax.weights.families.mmseg import values_of_config
 from random_modules import random_variables
 from torch_reference import torch
 
@@ -240,14 +242,17 @@ def test_a_file_of_no_family_names_the_nearest_and_what_it_lacks():
 def test_what_is_assumed_is_said_and_can_be_overridden(tmp_path):
     torch_file.write(tmp_path / "a.pth", narrow("mmseg_resnet18")[2])
     done = deeplab_jax.convert(tmp_path / "a.pth", tmp_path / "a")
-    assert any("Assumed output_stride=8, multi_grid=1,1,1" in note for note in done.notes)
+    assert any(
+        "Assumed model.output_stride=8, model.multi_grid=1,1,1" in note for note in done.notes
+    )
     settings = ["model.output_stride=16", "model.multi_grid=1,2,4", "data.std=1,1,1"]
     done = deeplab_jax.convert(tmp_path / "a.pth", tmp_path / "b", settings=settings)
     assert done.architecture.multi_grid == (1, 2, 4)
     assert done.architecture.atrous_rates == (6, 12, 18)
     assert [n for n in done.notes if "Assumed" in n] == [
-        "Assumed atrous_rates=6,12,18, align_corners=False, as mmsegmentation does by default; "
-        "another value: --set model.FIELD=VALUE."
+        "Assumed model.atrous_rates=6,12,18, model.align_corners=False, "
+        "data.mean=0.485,0.456,0.406, as mmsegmentation has by default; `deeplab-jax convert` sets "
+        "others by --set FIELD=VALUE."
     ]
     assert read_model(tmp_path / "b").info["std"] == [1, 1, 1]
     for wrong in ("model.output_stride=7", "train.steps=3", "model.nothing=1"):
@@ -292,7 +297,8 @@ def test_mmsegmentations_own_config_is_read_and_not_run(tmp_path, monkeypatch):
     [None, 3, "model = 1", "model = dict(**evil())", "(" * 5000, "model = dict(a=" + "[" * 300],
 )
 def test_odd_configs_say_nothing(text):
-    assert model_of_config(text).get("backbone") is None
+    model = values_of_config(text).get("model")
+    assert not isinstance(model, dict) or model.get("backbone") is None
 
 
 def test_other_numbers_of_channels_get_the_average_normalization(tmp_path):
@@ -325,11 +331,154 @@ def test_a_model_that_the_family_has_not_is_refused(tmp_path):
     assert not (tmp_path / "b.pth").exists()
 
 
-def test_what_the_file_does_not_say_is_noted_on_writing():
-    chosen = architecture("mmseg_resnet18", num_classes=5, output_stride=16, multi_grid=(1, 2, 4))
-    (note,) = families.loading_notes(chosen, "mmseg")
-    assert all(f"{field}=" in note for field in ("output_stride", "multi_grid", "atrous_rates"))
-    assert families.loading_notes(ARCHITECTURES["mmseg_resnet18"], "mmseg") == ()
+def test_what_the_file_does_not_say_is_noted_on_writing(tmp_path):
+    torch_file.write(tmp_path / "a.pth", narrow("mmseg_resnet18")[2])
+    settings = ["model.output_stride=16", "model.multi_grid=1,2,4", "data.std=1,1,1"]
+    deeplab_jax.convert(tmp_path / "a.pth", tmp_path / "a", settings=settings)
+    for index, family in enumerate(("mmseg", "")):
+        (note,) = deeplab_jax.convert(
+            tmp_path / "a", tmp_path / f"{index}.pth", family=family
+        ).notes
+        fields = ("output_stride=16", "multi_grid=(1, 2, 4)", "atrous_rates=(6, 12, 18)", "std=(1")
+        assert all(field in note for field in fields)
+    deeplab_jax.convert(tmp_path / "a.pth", tmp_path / "b")
+    assert deeplab_jax.convert(tmp_path / "b", tmp_path / "b.pth").notes == ()
+
+
+def test_a_model_that_no_family_writes(tmp_path):
+    model = model_of("tf_mobilenet_v2", width=0.25)
+    with pytest.raises(UserError, match="cannot be written as a file of another codebase"):
+        families.from_model(jax.device_get(random_variables(model)), model.architecture)
+    paper = model_of("paper_resnet18", width=0.125)
+    info = saved_model.describe(
+        paper.architecture,
+        labels.named(*"abcde"),
+        mean=(0,) * 3,
+        std=(1,) * 3,
+        resize="",
+        size=(1, 1),
+    )
+    saved_model.write_model(tmp_path / "p", jax.device_get(random_variables(paper)), info)
+    (note,) = deeplab_jax.convert(tmp_path / "p", tmp_path / "p.pth").notes
+    assert note.startswith("Only this package reads the file")
+
+
+# What people's files also are
+
+
+def test_an_auxiliary_head_of_other_classes_is_dropped(tmp_path):
+    """torchvision's tutorial replaces the last layer of the main head only."""
+    for name, aux in (("torchvision_resnet18", "aux_classifier.4"),
+                      ("mmseg_resnet18", "auxiliary_head.conv_seg")):  # fmt: skip
+        arrays = dict(narrow(name)[2])
+        for leaf in ("weight", "bias"):
+            arrays[f"{aux}.{leaf}"] = np.zeros((21, *arrays[f"{aux}.{leaf}"].shape[1:]), np.float32)
+        torch_file.write(tmp_path / f"{name}.pth", arrays)
+        done = deeplab_jax.convert(tmp_path / f"{name}.pth", tmp_path / name)
+        assert not done.architecture.aux_head
+        assert any(why.startswith("belongs to the auxiliary head") for _, why in done.dropped)
+        image = np.zeros((9, 9, 3), np.uint8)
+        assert deeplab_jax.load(tmp_path / name).predict(image).shape == (9, 9)
+
+
+def test_another_number_of_classes_than_the_files_is_refused(tmp_path):
+    torch_file.write(tmp_path / "a.pth", narrow("smp_resnet18")[2])
+    with pytest.raises(UserError, match=r"of another number of classes: classifier\.logits"):
+        deeplab_jax.convert(tmp_path / "a.pth", tmp_path / "a", settings=["model.num_classes=7"])
+    assert not (tmp_path / "a").exists()
+
+
+def test_one_class_with_a_sigmoid_becomes_two(tmp_path):
+    model = FunctionalModel.of(architecture("smp_resnet18", num_classes=1, width=0.125))
+    variables = jax.device_get(random_variables(model))
+    torch_file.write(tmp_path / "a.pth", families.from_model(variables, model.architecture))
+    segmenter = deeplab_jax.load(tmp_path / "a.pth")
+    assert segmenter.classes == ("background", "foreground")
+    image = np.random.default_rng(0).integers(0, 256, (17, 33, 3), np.uint8)
+    images = (image[None] / 255 - segmenter.mean) / segmenter.std
+    logit = model.apply(variables, jax.numpy.asarray(images, jax.numpy.float32))[0]["out"][
+        0, :, :, 0
+    ]
+    expected = 1 / (1 + np.exp(-np.asarray(logit, np.float64)))
+    np.testing.assert_allclose(segmenter.probabilities(image)[..., 1], expected, atol=1e-4)
+
+
+def write_mmseg(path, config):
+    arrays = {k: torch.tensor(v) for k, v in narrow("mmseg_resnet50")[2].items()}
+    torch.save({"state_dict": arrays, "meta": {"cfg": config}}, path)
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        ("model = dict(backbone=dict(style='caffe'))", "stride_place", "conv1"),
+        ("model = dict(backbone=dict(dilations=(1, 1, 2, 4)))", "dilation_rule", "paper"),
+        ("model = dict(backbone=dict(dilations=(1, 1, 2, 4), contract_dilation=True))",
+         "dilation_rule", "mmseg"),
+    ],
+)  # fmt: skip
+def test_mmsegmentations_config_decides_what_is_computed(tmp_path, config, field, value):
+    write_mmseg(tmp_path / "a.pth", config)
+    assert getattr(read_model(tmp_path / "a.pth").architecture, field) == value
+
+
+@pytest.mark.parametrize("name", ["data_preprocessor", "img_norm_cfg"])
+def test_mmsegmentations_config_has_the_normalization(tmp_path, name):
+    key = {"data_preprocessor": "bgr_to_rgb", "img_norm_cfg": "to_rgb"}[name]
+    values = "mean=[0, 51.0, 102.0], std=[255, 255, 127.5]"
+    write_mmseg(tmp_path / "a.pth", f"{name} = dict({values}, {key}=True)")
+    info = read_model(tmp_path / "a.pth").info
+    assert (info["mean"], info["std"]) == ([0, 0.2, 0.4], [1, 1, 0.5])
+    write_mmseg(tmp_path / "b.pth", f"{name} = dict({values}, {key}=False)")
+    with pytest.raises(UserError, match="BGR"):
+        read_model(tmp_path / "b.pth")
+
+
+def test_the_number_of_rates_must_be_given_if_it_is_another(tmp_path):
+    model = model_of("mmseg_resnet18", width=0.125, atrous_rates=(3, 6, 9, 12))
+    variables = jax.device_get(random_variables(model))
+    torch_file.write(tmp_path / "a.pth", families.from_model(variables, model.architecture))
+    with pytest.raises(UserError, match=r"4 atrous branches.*--set model.atrous_rates=RATE,RATE"):
+        read_model(tmp_path / "a.pth")
+    reading = Reading(settings=["model.atrous_rates=3,6,9,12"])
+    assert read_model(tmp_path / "a.pth", reading).architecture == model.architecture
+
+
+def test_backbones_that_are_not_known_are_named():
+    arrays = dict(recorded("torchvision_resnet50"))
+    for name in [name for name in arrays if ".conv2.weight" in name]:
+        out, into, *sides = arrays[name].shape
+        arrays[name] = np.broadcast_to(np.float32(0), (2 * out, into // 16, *sides))
+    with pytest.raises(UserError, match="a ResNeXt"):
+        families.architecture_of(arrays)
+    stem = {
+        "stem.0.weight": np.zeros((4, 3, 4, 4)),
+        "stages.0.conv_dw.weight": np.zeros((4, 1, 7, 7)),
+    }
+    with pytest.raises(UserError, match="has no known backbone"):
+        families.recognise(stem, backbone_only=True)
+    with pytest.raises(UserError, match="encoder is timm-efficientnet-b0 of depth 5"):
+        families.recognise(
+            narrow("smp_resnet18")[2], {"encoder_name": "timm-efficientnet-b0"}
+        ).architecture()
+
+
+def test_a_wrapped_classifier_with_arrays_beside_it_is_a_backbone():
+    wrapped = {f"model.{k}": v for k, v in recorded("timm_resnet18").items()}
+    wrapped["criterion.weight"] = np.zeros(3, np.float32)
+    model = FunctionalModel.of(ARCHITECTURES["paper_resnet18"])
+    report = families.to_model(wrapped, model, backbone_only=True).report
+    assert any("arrays beside it are not read" in note for note in report.notes)
+
+
+def test_what_the_weights_computed_otherwise_is_said():
+    said = []
+    found = families.recognise(recorded("smp_resnet18"), {"encoder_output_stride": 16})
+    config = Config(init=InitConfig(path="x"))
+    initialize._compare(found, config, ARCHITECTURES["torchvision_resnet18"], said.append)
+    (line,) = [line for line in said if "trained with" in line and "model" not in line]
+    assert "output_stride=16 (here 8)" in line
+    assert "align_corners=True (here False)" in line
 
 
 def test_nonfinite_weights_are_refused_by_name_or_kept(tmp_path):

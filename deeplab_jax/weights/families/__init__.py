@@ -10,10 +10,11 @@ import numpy as np
 from deeplab_jax.models.architecture import ARCHITECTURES, Architecture, architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError, listed
-from deeplab_jax.weights.families.family import BACKBONE
+from deeplab_jax.weights.families.family import BACKBONE, Family
 from deeplab_jax.weights.families.recognised import Recognised
 from deeplab_jax.weights.families.recognition import FAMILIES, recognise
 from deeplab_jax.weights.matching import Converted
+from deeplab_jax.weights.saved_model import SavedModel
 
 __all__ = [
     "FAMILIES",
@@ -63,8 +64,7 @@ def from_model(
     Raises:
       UserError: The family is unknown or cannot be written, or a variable has no counterpart in it.
     """
-    own = chosen.name.partition("_")[0].removesuffix("plus")
-    name = family or (own if own in FAMILIES and FAMILIES[own].writes else "torchvision")
+    name = family or _family_name(chosen)
     target = FAMILIES.get(name)
     if target is None or not target.writes:
         writable = [each.name for each in FAMILIES.values() if each.writes]
@@ -91,45 +91,76 @@ _UNSEEN = (
 )
 
 
-def loading_notes(chosen: Architecture, family: str) -> tuple[str, ...]:
-    """Checks that a family has a model of an architecture, and says what its user must set there.
+def loading_notes(saved: SavedModel, family: str = "") -> tuple[str, ...]:
+    """Returns what the user of a written file must set where it is loaded.
+
+    Args:
+      saved: The model that is written.
+      family: As in `from_model`. If it is given, the family must have a model with these arrays.
 
     Raises:
-      UserError: The family has no model with these arrays.
+      UserError: The given family has no such model.
     """
-    if family == "timm":
+    name = family or _family_name(saved.architecture)
+    if name == "timm":
         return ()
-    plus = "plus" if chosen.decoder == "plus" and f"{family}plus_resnet50" in ARCHITECTURES else ""
-    name = f"{family}{plus}_{chosen.backbone}"
-    if name not in ARCHITECTURES:
+    target = FAMILIES[name]
+    try:
+        values = _differing(saved.architecture, target)
+    except UserError as error:
+        if family:
+            raise
+        return (f"Only this package reads the file: {error}",)
+    ours = {field: tuple(saved.info.get(field, ())) for field in ("mean", "std")}
+    values |= {
+        f: v for f, v in ours.items() if v and not np.allclose(v, getattr(target, f), 0, 1e-3)
+    }
+    if not values:
+        return ()
+    said = ", ".join(f"{field}={value}" for field, value in values.items())
+    return (
+        f"The file does not say {said}, unlike {target.title}'s defaults: set it where the file is "
+        "loaded, or its logits differ.",
+    )
+
+
+def _family_name(chosen: Architecture) -> str:
+    """Returns the family of an architecture's name, or torchvision.
+
+    Raises:
+      UserError: That family is not written.
+    """
+    own = chosen.name.partition("_")[0].removesuffix("plus")
+    if own in FAMILIES and not FAMILIES[own].writes:
         raise UserError(
-            f"{chosen.name} cannot be written as {family}: it has no model {chosen.backbone}"
+            f"{chosen.name} cannot be written as a file of another codebase; `deeplab-jax push` "
+            "and hf://org/name write a folder of this package"
         )
-    fields = (*_ARGUMENTS, *_OPTIONAL[family])
+    return own if own in FAMILIES else "torchvision"
+
+
+def _differing(chosen: Architecture, target: Family) -> dict[str, Any]:
+    """Returns the fields of `_UNSEEN` in which a model differs from the family's own."""
+    plus = chosen.decoder == "plus" and f"{target.name}plus_resnet50" in ARCHITECTURES
+    name = f"{target.name}{'plus' if plus else ''}_{chosen.backbone}"
+    if name not in ARCHITECTURES:
+        raise UserError(f"{target.title} has no model {chosen.backbone}")
+    fields = (*_ARGUMENTS, *_OPTIONAL[target.name])
     theirs = architecture(name, **{field: getattr(chosen, field) for field in fields})
-    target = FAMILIES[family]
     ours, wanted = (
         {name: slot.shape for name, slot in target.slots(FunctionalModel.of(each)).items()}
         for each in (chosen, theirs)
     )
-    differing = [key for key in ours.keys() | wanted.keys() if ours.get(key) != wanted.get(key)]
     values = {
         field: (getattr(chosen, field), getattr(theirs, field))
         for field in Architecture.__dataclass_fields__
-        if field not in ("name", "bn_momentum", "backbone_bn_momentum", "dropout", "dtype")
         if getattr(chosen, field) != getattr(theirs, field)
     }
-    if differing:
-        seen = [f"{f}={ours} here, {their} there" for f, (ours, their) in values.items()]
+    if ours != wanted:
+        ignored = ("name", "bn_momentum", "backbone_bn_momentum", "dropout", "dtype")
+        seen = [f"{f}={a} here, {b} there" for f, (a, b) in values.items() if f not in ignored]
         raise UserError(
-            f"{chosen.name} cannot be written as {family}: {target.title} has no such model "
-            f"({listed(seen, '; ')}), so {len(differing)} arrays would be missing or left over, as "
-            f"{listed(sorted(differing)[:3])}"
+            f"{chosen.name} cannot be written as {target.name}: {target.title} has no such model "
+            f"({listed(seen, '; ')})"
         )
-    unseen = [f"{field}={values[field][0]}" for field in _UNSEEN if field in values]
-    if not unseen:
-        return ()
-    return (
-        f"The file does not say {', '.join(unseen)}, which differ from {target.title}'s defaults: "
-        "set them where the file is loaded, or its logits differ.",
-    )
+    return {field: values[field][0] for field in _UNSEEN if field in values}

@@ -59,6 +59,7 @@ class Description(NamedTuple):
       fields: Fields of `Architecture` that shapes or the config say.
       classes: Names of the classes, if the config has them.
       mean, std: Of the channels, 0..1, if the config has them.
+      num_rates: Number of ASPP's atrous branches, if shapes tell it.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Description(NamedTuple):
     classes: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    num_rates: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Family:
       name: The name for `--as`, and the first part of the names of its architectures.
       title: The name for people.
       signature: Regular expressions; a DeepLab of the family has an array for each.
+      foreign: Regular expression; a DeepLab of the family has no array for it.
       modules: Returns the table of module names for an architecture.
       describe: Returns what shapes and a config (see `WeightsFile.config`) say of the model.
       assumed: Fields of `Architecture` that shapes never tell, for a report.
@@ -104,6 +107,7 @@ class Family:
     assumed: tuple[str, ...]
     backbone: str
     head_prefixes: tuple[str, ...]
+    foreign: str = r"(?!)"
     leaves: tuple[Leaf, ...] = TORCH_LEAVES
     dropped: tuple[tuple[str, str], ...] = ()
     first_channels: Callable[[str, tuple[int, ...], Architecture], int] = lambda *_: 0
@@ -120,6 +124,8 @@ class Family:
 
     def matches(self, names: Iterable[str]) -> bool:
         """Whether names have the family's signature."""
+        if any(re.match(self.foreign, name) for name in names):
+            return False
         return all(any(re.match(each, name) for name in names) for each in self.signature)
 
     def slots(self, model: FunctionalModel, *, backbone_only: bool = False) -> dict[str, Slot]:

@@ -15,14 +15,21 @@ from deeplab_jax.weights.families.family import Description, Family, Shapes, Tab
 from deeplab_jax.weights.families.resnets import (
     MMSEG_STEM,
     channels,
+    has_aux_head,
     list_of_rates,
+    num_branches,
     num_classes,
+    numbers,
     read_resnet,
     resnet_rows,
     section,
 )
 
 _MAX_CONFIG = 1_000_000  # characters
+_READ = ("model", "data_preprocessor", "img_norm_cfg")  # variables of a config
+_LOGITS = "decode_head.conv_seg.weight"
+_AUX_CONV = "auxiliary_head.convs.0.conv.weight"
+_BOTTLENECK = "backbone.layer1.0.conv3.weight"
 
 
 def _modules(architecture: Architecture) -> Table:
@@ -45,26 +52,41 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
             "stride is removed, its shortcuts do not average as timm's do"
         )
     fields |= {
-        "num_classes": num_classes(shapes, "decode_head.conv_seg.weight"),
-        "aux_head": any(name.startswith("auxiliary_head.") for name in shapes),
+        "num_classes": num_classes(shapes, _LOGITS),
+        "aux_head": has_aux_head(shapes, _LOGITS, "auxiliary_head.conv_seg.weight")
+        and shapes.get(_AUX_CONV, (0, 1))[1] == 4 * shapes.get(_AUX_CONV, (0, 1))[0],
         "head_channels": channels(
             shapes, "decode_head.bottleneck.conv.weight", fields["width"], 512
         ),
     }
     meta = section(config, "meta")
-    model = model_of_config(meta.get("cfg") or meta.get("config"))
-    fields |= _settings(model)
+    values = values_of_config(meta.get("cfg") or meta.get("config"))
+    fields |= _settings(section(values, "model"), has_bottlenecks=_BOTTLENECK in shapes)
+    mean, std = _normalization(values)
     classes = meta.get("CLASSES") or section(meta, "dataset_meta").get("classes")
     names = tuple(classes) if isinstance(classes, list | tuple) else ()
     if not all(isinstance(name, str) for name in names):
         names = ()
-    return Description(f"mmseg_{fields['backbone']}", fields, names)
+    num_rates = num_branches(shapes, r"decode_head\.aspp_modules\.(\d+)\.conv\.")
+    return Description(f"mmseg_{fields['backbone']}", fields, names, mean, std, num_rates)
 
 
-def _settings(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields that a config's model says."""
+def _settings(model: Mapping[str, Any], has_bottlenecks: bool) -> dict[str, Any]:
+    """Returns the fields that a config's model says.
+
+    Raises:
+      UserError: It computes what no field expresses.
+    """
     backbone, head = section(model, "backbone"), section(model, "decode_head")
     fields: dict[str, Any] = {}
+    if backbone.get("style") == "caffe":
+        fields["stride_place"] = "conv1"
+    dilated = any(rate > 1 for rate in list_of_rates(backbone.get("dilations")) or ())
+    contracts = backbone.get("contract_dilation", not dilated)  # mmsegmentation's default is False
+    if contracts is False and not backbone.get("multi_grid"):
+        if not has_bottlenecks:
+            raise UserError("the config has contract_dilation=False, which is for ResNet-50 up")
+        fields["dilation_rule"] = "paper"  # the first block has the whole rate too
     if strides := list_of_rates(backbone.get("strides")):
         fields["output_stride"] = 4
         for stride in strides:
@@ -78,24 +100,34 @@ def _settings(model: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def model_of_config(text: Any) -> Mapping[str, Any]:
-    """Returns `model` of a config's Python text without running it; empty if it has none.
+def _normalization(values: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and std, 0..1, of `data_preprocessor`, or of `img_norm_cfg` before 1.0."""
+    given = section(values, "data_preprocessor") or section(values, "model", "data_preprocessor")
+    given = given or section(values, "img_norm_cfg")
+    if given.get("bgr_to_rgb", given.get("to_rgb", True)) is False:
+        raise UserError("the config has bgr_to_rgb=False: models of BGR images are not supported")
+    mean, std = (numbers(given.get(field)) for field in ("mean", "std"))
+    return tuple(each / 255 for each in mean), tuple(each / 255 for each in std)
+
+
+def values_of_config(text: Any) -> Mapping[str, Any]:
+    """Returns the variables of a config's Python text without running it.
 
     Only literals and calls of `dict` are read. Everything else counts as None.
     """
+    values: dict[str, Any] = {}
     if not isinstance(text, str) or len(text) > _MAX_CONFIG:
-        return {}
+        return values
     try:
         for statement in ast.parse(text).body:
             if not isinstance(statement, ast.Assign):
                 continue
             target = statement.targets[0]
-            if isinstance(target, ast.Name) and target.id == "model":
-                found = _literal(statement.value)
-                return found if isinstance(found, dict) else {}
+            if isinstance(target, ast.Name) and target.id in _READ:
+                values[target.id] = _literal(statement.value)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         pass
-    return {}
+    return values
 
 
 def _literal(node: ast.AST) -> Any:
@@ -123,6 +155,7 @@ MMSEG = Family(
     name="mmseg",
     title="mmsegmentation",
     signature=(r"decode_head\.aspp_modules\.0\.conv\.", r"decode_head\.conv_seg\.weight"),
+    foreign=r"decode_head\.(?:c1_bottleneck|sep_bottleneck)\.",  # DeepLabv3+
     modules=_modules,
     describe=_describe,
     assumed=("output_stride", "multi_grid", "atrous_rates", "align_corners"),

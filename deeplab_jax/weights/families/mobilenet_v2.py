@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from deeplab_jax.models.architecture import Architecture
+from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights.families.family import (
     Description,
     Family,
@@ -20,7 +21,7 @@ from deeplab_jax.weights.families.family import (
     Table,
     pool_first,
 )
-from deeplab_jax.weights.families.resnets import section
+from deeplab_jax.weights.families.resnets import numbers, section
 from deeplab_jax.weights.families.torchvision import width_of
 
 _EPSILON = 1e-3  # of batch norm in the backbone; 1e-5 in the head
@@ -83,10 +84,19 @@ def _hf_describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
     fields = _fields(shapes, (stem, last, logits), in_axis=1, out_axis=0)
     if config.get("output_stride") in (8, 16, 32):
         fields["output_stride"] = int(config["output_stride"])  # JSON's may be 8.0
+    if epsilon := numbers([config.get("layer_norm_eps", 0)])[:1]:
+        fields |= {"backbone_bn_epsilon": epsilon[0]} if epsilon[0] > 0 else {}
+    if config.get("tf_padding") is False:
+        fields["padding"] = "symmetric"
+    if config.get("hidden_act", "relu6") != "relu6":
+        raise UserError(f"the config has hidden_act={config['hidden_act']!r}, not 'relu6'")
+    preprocessor = section(config, "preprocessor_config")
+    mean, std = (numbers(preprocessor.get(f"image_{field}")) for field in ("mean", "std"))
     names = section(config, "id2label")
     ordered = [names.get(str(index)) for index in range(fields["num_classes"])]
     known = all(isinstance(name, str) for name in ordered)
-    return Description("tf_mobilenet_v2", fields, tuple(map(str, ordered)) if known else ())
+    classes = tuple(map(str, ordered)) if known else ()
+    return Description("tf_mobilenet_v2", fields, classes, mean, std)
 
 
 def _tf_describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:

@@ -69,7 +69,15 @@ class Recognised:
                 f"{found.fields.get('backbone')}, which this family has not here"
             )
         fields = {field: value for field, value in found.fields.items() if field != "backbone"}
-        return architecture(found.name, **{**self.family.defaults, **fields, **(settings or {})})
+        fields = {**self.family.defaults, **fields, **(settings or {})}
+        chosen = architecture(found.name, **fields)
+        if found.num_rates not in (None, len(chosen.atrous_rates)):
+            raise UserError(
+                f"the file's ASPP has {found.num_rates} atrous branches, and the rates of "
+                f"{self.family.title} are {_spelled(chosen.atrous_rates)}: convert it with --set "
+                f"model.atrous_rates={','.join(['RATE'] * found.num_rates)}"
+            )
+        return chosen
 
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Returns the mean and std of the channels, 0..1: the config's, else the family's."""
@@ -77,19 +85,35 @@ class Recognised:
         return found.mean or self.family.mean, found.std or self.family.std
 
     def assumptions(self, settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:
-        """Returns "field=value" of each field that nothing in the file says."""
+        """Returns "model.field=value" of each field that nothing in the file says."""
         known = {*self.describe().fields, *(settings or {})}
         chosen = self.architecture(settings)
         values = {field: getattr(chosen, field) for field in self.family.assumed}
-        return tuple(
-            f"{field}={_spelled(value)}" for field, value in values.items() if field not in known
-        )
+        said = [f"model.{f}={_spelled(value)}" for f, value in values.items() if f not in known]
+        for field in ("mean", "std"):
+            if not getattr(self.describe(), field):
+                said.append(f"data.{field}={_spelled(getattr(self.family, field))}")
+        return tuple(said)
+
+    def with_background(self, settings: Mapping[str, Any]) -> Recognised:
+        """Returns a file of one class, which has a sigmoid, as one of two with a softmax.
+
+        The background's logit is 0: softmax([0, x]) is sigmoid(x) for the class.
+        """
+        slots = self.family.slots(FunctionalModel.of(self.architecture(settings)))
+        arrays = dict(self.arrays)
+        for key, slot in slots.items():
+            if ".logits." in slot.name and key in arrays:
+                both = [np.zeros_like(arrays[key]), arrays[key]]
+                arrays[key] = np.concatenate(both, axis=slot.axes[-1])
+        note = "The one class, which has a sigmoid, became two: background has the logit 0."
+        return dataclasses.replace(self, arrays=arrays, notes=(*self.notes, note))
 
     def to_model(
         self,
         model: FunctionalModel,
         *,
-        allow_missing: str = "",
+        allow_missing: str | None = None,
         backbone_only: bool = False,
         allow_nonfinite: bool = False,
     ) -> Converted:
@@ -98,6 +122,7 @@ class Recognised:
         Args:
           model: The model to convert them for; arrays of any floating-point type become its.
           allow_missing: Regular expression. Variables in whose name it is found may be missing.
+            None: all must be there, and logits of another number of classes are refused.
           backbone_only: Whether to convert only the backbone.
           allow_nonfinite: Whether to keep NaN and infinite values instead of refusing them.
 
@@ -108,13 +133,15 @@ class Recognised:
         why = {name: self.family.why_dropped(name, model, backbone_only) for name in self.arrays}
         kept = {name: array for name, array in self.arrays.items() if not why[name]}
         slots = self.family.slots(model, backbone_only=backbone_only)
-        used, replaced, missing, problems = match_arrays(kept, slots, allow_missing)
+        used, replaced, missing, problems = match_arrays(kept, slots, allow_missing or "")
+        if replaced and allow_missing is None:
+            problems["of another number of classes"] = list(replaced)
         if problems:
             part = " (its backbone)" if backbone_only else ""
             lines = [
                 f"the file does not fit {model.architecture.name}{part}:",
                 *problem_lines(problems),
-                *self._nearest(model.architecture, backbone_only),
+                *self._nearest(model.architecture, backbone_only, allow_missing is not None),
                 *(f"  {note}" for note in self.notes),
             ]
             raise UserError("\n".join(lines))
@@ -136,7 +163,7 @@ class Recognised:
         )
         return Converted(to_variables(kept, used, model, allow_nonfinite), report)
 
-    def _nearest(self, ours: Architecture, backbone_only: bool) -> list[str]:
+    def _nearest(self, ours: Architecture, backbone_only: bool, is_run: bool) -> list[str]:
         """Returns a line on the architecture that fits the file better than ours, or a hint."""
         try:
             found = self.architecture()
@@ -144,6 +171,8 @@ class Recognised:
             return []
         ratio = self._agreement(found, backbone_only)
         agree = f"{ratio:.0%} of the arrays agree"
+        if not is_run:
+            return [f"  {agree} with {found.name}, the nearest"]
         # Families with the same backbone are equal here.
         same_backbone = found.backbone == ours.backbone
         if found.name != ours.name and not (backbone_only and same_backbone):
@@ -164,7 +193,7 @@ class Recognised:
             for field in fields
             if getattr(found, field) != getattr(ours, field)
         }
-        fitting = dataclasses.replace(ours, **differing)
+        fitting = dataclasses.replace(ours, **differing, num_classes=found.num_classes)
         if not differing or self._agreement(fitting, backbone_only) < 1:
             return []
         return [f"{field}={_spelled(value)}" for field, value in differing.items()]

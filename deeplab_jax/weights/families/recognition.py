@@ -80,9 +80,11 @@ def recognise(
             f"unknown family {family!r}{did_you_mean(family, FAMILIES)}. Known: "
             f"{', '.join(FAMILIES)}"
         )
+    if family == TIMM.name:
+        raise UserError("timm's files are backbones: give the file as `--config.init.backbone`")
     named, unwrapping = unwrap(arrays)
     ignored: list[tuple[str, str]] = []
-    if inner := _only_model_inside(named):
+    if inner := _only_model_inside(named, backbone_only):
         beside = [name for name in named if not name.startswith(inner)]
         ignored = [(name, f'is not under "{inner}", where the model is') for name in beside]
         inside = {n.removeprefix(inner): a for n, a in named.items() if n.startswith(inner)}
@@ -125,17 +127,25 @@ def _family_of(
         for family in (SMP, HF, TF):
             if any(re.match(family.backbone, name) for name in named):
                 return family
-        if any(re.match(r"(?:backbone\.)?stem\.|decode_head\.", name) for name in named):
+        has_resnet = any(re.match(r"(?:backbone\.)?layer1\.0\.conv1\.", name) for name in named)
+        if has_resnet and any(re.match(r"(?:backbone\.)?stem\.|decode_head", n) for n in named):
             return MMSEG
         if any(_BACKBONE.match(name) for name in named):
             return TORCHVISION
-    raise UserError("\n".join([*_what_it_is(named), *(f"  {note}" for note in notes)]))
+    lines = [*_what_it_is(named, backbone_only), *(f"  {note}" for note in notes)]
+    raise UserError("\n".join(lines))
 
 
-def _what_it_is(named: Mapping[str, np.ndarray]) -> list[str]:
+def _what_it_is(named: Mapping[str, np.ndarray], backbone_only: bool) -> list[str]:
     """Returns the lines of the error message for a file that is no known DeepLab."""
     counts = collections.Counter(_first(name) for name in named)
     found = [f'"{first}" ({count} arrays)' for first, count in counts.items()]
+    begin = f"  its names begin with {listed(found)}"
+    if backbone_only:
+        known = "ResNets of torchvision, timm, mmsegmentation and smp, and MobileNetV2 and V3"
+        return [f"the file has no known backbone: {known}", begin, *_models_inside(named)]
+    if len(_inner_models(named)) > 1:
+        return ["the file holds more than one model", begin, *_models_inside(named)]
     # The family of whose signature most is there, and of those the one with most names alike.
     nearest = max(
         FAMILIES.values(),
@@ -145,7 +155,7 @@ def _what_it_is(named: Mapping[str, np.ndarray]) -> list[str]:
         ),
     )
     lacking = [
-        part.replace("\\", "")
+        re.sub(r"\(\?:([^|)]*)[^)]*\)", r"\1", part).replace("\\", "").replace("[34]", "4")
         for part in nearest.signature
         if not any(re.match(part, name) for name in named)
     ]
@@ -163,10 +173,9 @@ def _what_it_is(named: Mapping[str, np.ndarray]) -> list[str]:
         )
         for name in named
     )
-    lines = [
-        f"the file holds no DeepLabv3: {f'it is {task}, ' if task else ''}nearest is "
-        f"{nearest.title}, of which it lacks {listed(lacking)}"
-    ]
+    lines = [f"the file holds no DeepLabv3{f': it is {task}' if task else ''}"]
+    if lacking:
+        lines[0] += f"; nearest is {nearest.title}, of which it lacks {listed(lacking)}"
     if task and has_backbone:
         lines.append("  its backbone can be used: give the file as `--config.init.backbone`")
     elif not task:
@@ -174,7 +183,7 @@ def _what_it_is(named: Mapping[str, np.ndarray]) -> list[str]:
             "  a classifier, or another model with a known backbone, can be given as "
             "`--config.init.backbone`"
         )
-    return [*lines, f"  its names begin with {listed(found)}", *_models_inside(named)]
+    return [*lines, begin, *_models_inside(named)]
 
 
 def unwrap(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -210,12 +219,12 @@ def _inner_models(named: Mapping[str, np.ndarray]) -> dict[str, str]:
     return kinds
 
 
-def _only_model_inside(named: Mapping[str, np.ndarray]) -> str:
+def _only_model_inside(named: Mapping[str, np.ndarray], backbone_only: bool) -> str:
     """Returns the prefix of the only model in a file that has other arrays beside it, or ""."""
     if any(family.matches(named) for family in FAMILIES.values()):
         return ""
     kinds = _inner_models(named)
-    if len(kinds) != 1 or "a DeepLabv3" not in kinds.values():
+    if len(kinds) != 1 or not (backbone_only or "a DeepLabv3" in kinds.values()):
         return ""
     return f"{next(iter(kinds))}."
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.backbones.resnet import RESNETS, STAGE_FEATURES, STEMS, Bottleneck
+from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights.families.family import Shapes, Table
 
 # The names of a deep stem's convolutions and norms, in turn.
@@ -56,7 +57,22 @@ def read_resnet(shapes: Shapes, prefix: str, deep_stem: str = "conv1.0") -> dict
       prefix: Beginning of the names of the backbone's arrays.
       deep_stem: Name of the first convolution of a deep stem, after the prefix. The last one has
         the number 6 instead of 0.
+
+    Raises:
+      UserError: The backbone is another network.
     """
+    blocks = [name.removeprefix(prefix) for name in shapes if name.startswith(f"{prefix}layer1.0.")]
+    inner = shapes.get(f"{prefix}layer1.0.conv2.weight", (0, 0, 0, 0))
+    kind = ""
+    if "layer1.0.conv1.weight" not in blocks:
+        kind = "no ResNet"
+    elif len(inner) == 4 and inner[1] not in (0, inner[0]):
+        kind = "a ResNeXt, with grouped convolutions"
+    elif any(re.search(r"\.(?:se|se_module|aa)\.", name) for name in blocks):
+        kind = "a ResNet with further layers in its blocks (squeeze-excite, or blur)"
+    if kind:
+        known = f"{', '.join(RESNETS)}, of the usual, deep-stem and pooled-shortcut forms"
+        raise UserError(f"the file's backbone is {kind}; known are {known}, and MobileNets")
     found = [re.match(rf"{re.escape(prefix)}layer([1-4])\.(\d+)\.conv1\.", name) for name in shapes]
     sizes = [1 + max([-1, *(int(m[2]) for m in found if m and m[1] == n)]) for n in "1234"]
     has_bottlenecks = f"{prefix}layer1.0.conv3.weight" in shapes
@@ -94,6 +110,17 @@ def channels(shapes: Shapes, name: str, width: float, default: int) -> int:
 def num_classes(shapes: Shapes, name: str) -> int:
     """Returns the number of outputs of the last kernel."""
     return shapes[name][0] if shapes.get(name) else 21
+
+
+def num_branches(shapes: Shapes, pattern: str) -> int | None:
+    """Returns the number of atrous branches: of names that a pattern matches, without the 1x1."""
+    found = {match[1] for name in shapes if (match := re.match(pattern, name))}
+    return len(found) - 1 if found else None
+
+
+def has_aux_head(shapes: Shapes, logits: str, aux_logits: str) -> bool:
+    """Whether there is an auxiliary head for the same classes as the main one's."""
+    return aux_logits in shapes and shapes[aux_logits][:1] == shapes.get(logits, ())[:1]
 
 
 def list_of_rates(value: Any) -> tuple[int, ...] | None:

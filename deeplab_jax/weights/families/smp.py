@@ -10,11 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deeplab_jax.models.architecture import Architecture
+from deeplab_jax.models.backbones.resnet import RESNETS
+from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights.families.family import Description, Family, Shapes, Table
 from deeplab_jax.weights.families.resnets import (
     aspp_rows,
     channels,
     list_of_rates,
+    num_branches,
     num_classes,
     read_resnet,
     resnet_rows,
@@ -61,6 +64,12 @@ def _separable(ours: str, conv: str, bn: str) -> Table:
 
 def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
     is_plus = any(name.startswith("decoder.block1.") for name in shapes)
+    encoder = str(config.get("encoder_name", "resnet50"))
+    if encoder not in RESNETS or config.get("encoder_depth", 5) != 5:
+        raise UserError(
+            f"the file's encoder is {encoder} of depth {config.get('encoder_depth', 5)}; known are "
+            f"{', '.join(RESNETS)} of depth 5"
+        )
     fields = read_resnet(shapes, "encoder.")
     aspp = "decoder.aspp.0." if is_plus else "decoder.aspp."
     separable = any(re.match(rf"{re.escape(aspp)}convs\.1\.0\.1\.", name) for name in shapes)
@@ -74,7 +83,9 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
         fields["output_stride"] = int(config["encoder_output_stride"])  # JSON's may be 8.0
     if rates := list_of_rates(config.get("decoder_atrous_rates")):
         fields["atrous_rates"] = rates
-    return Description(f"{'smpplus' if is_plus else 'smp'}_{fields['backbone']}", fields)
+    num_rates = num_branches(shapes, rf"{re.escape(aspp)}convs\.(\d+)\.0\.")
+    name = f"{'smpplus' if is_plus else 'smp'}_{fields['backbone']}"
+    return Description(name, fields, num_rates=num_rates)
 
 
 def _rename(names: Sequence[str]) -> list[str]:

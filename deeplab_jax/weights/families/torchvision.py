@@ -14,10 +14,13 @@ from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.backbones.mobilenet import MobileNet, block_specs, divisible_channels
 from deeplab_jax.models.backbones.mobilenet_v2 import MobileNetV2
 from deeplab_jax.models.backbones.mobilenet_v3 import MobileNetV3
+from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights.families.family import Description, Family, Shapes, Table
 from deeplab_jax.weights.families.resnets import (
     aspp_rows,
     channels,
+    has_aux_head,
+    num_branches,
     num_classes,
     numbers,
     read_resnet,
@@ -85,12 +88,16 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
     family = "torchvision" if "classifier.1.weight" in shapes or not is_deeplab(shapes) else "paper"
     fields |= {
         "num_classes": num_classes(shapes, LOGITS),
-        "aux_head": any(name.startswith("aux_classifier.") for name in shapes),
+        "aux_head": has_aux_head(shapes, LOGITS, "aux_classifier.4.weight"),
         "head_channels": channels(shapes, "classifier.0.project.0.weight", width, 256),
     }
     pretrained = section(config, "pretrained_cfg")  # of timm
     mean, std = (numbers(pretrained.get(field)) for field in ("mean", "std"))
-    return Description(f"{family}_{fields['backbone']}", fields, (), mean, std)
+    published = str(config.get("architecture", "resnet50"))
+    if not re.fullmatch(r"resnet\d+[cdst]?|mobilenet\w*", published):
+        raise UserError(f"the file is a {published} of timm, which is not supported")
+    num_rates = num_branches(shapes, r"classifier\.0\.convs\.(\d+)\.0\.")
+    return Description(f"{family}_{fields['backbone']}", fields, (), mean, std, num_rates)
 
 
 def is_deeplab(names: Shapes) -> bool:

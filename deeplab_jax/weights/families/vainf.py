@@ -5,6 +5,7 @@ Source: github.com/VainF/DeepLabV3Plus-Pytorch, `network/_deeplab.py`, `network/
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from deeplab_jax.weights.families.family import Description, Family, Shapes, Tab
 from deeplab_jax.weights.families.resnets import (
     aspp_rows,
     channels,
+    num_branches,
     num_classes,
     read_resnet,
     resnet_rows,
@@ -51,7 +53,9 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
         "num_classes": num_classes(shapes, logits),
         "head_channels": channels(shapes, f"{aspp}project.0.weight", fields["width"], 256),
     }
-    return Description(f"{'vainfplus' if is_plus else 'vainf'}_{fields['backbone']}", fields)
+    num_rates = num_branches(shapes, rf"{re.escape(aspp)}convs\.(\d+)\.0\.")
+    name = f"{'vainfplus' if is_plus else 'vainf'}_{fields['backbone']}"
+    return Description(name, fields, num_rates=num_rates)
 
 
 VAINF = Family(
