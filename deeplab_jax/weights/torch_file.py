@@ -32,7 +32,7 @@ import safetensors.numpy
 from deeplab_jax.utils.errors import UserError, listed
 from deeplab_jax.utils.files import atomic_path
 from deeplab_jax.weights.torch_format import pickle_writer, state_dict
-from deeplab_jax.weights.torch_format.pickle_reader import Unreadable
+from deeplab_jax.weights.torch_format.pickle_reader import Opaque, Unreadable
 from deeplab_jax.weights.torch_format.state_dict import Storage
 
 _SAFETENSORS_TYPES: dict[str, np.dtype[Any]] = {
@@ -67,7 +67,7 @@ class WeightsFile:
       format: "PyTorch zip", "PyTorch legacy", "safetensors", "TFLite" or "hub folder".
       entry: The key of the state dict in the checkpoint's dictionary, or the keys joined by "/" if
         it is nested deeper; empty if the dictionary is the state dict.
-      ignored: The other keys of these dictionaries.
+      ignored: The other keys of these dictionaries, except those in `config`.
       config: What is known beside the arrays: the `config.json` of a folder (`hub_folder`), what a
         TFLite file's graph says (`tflite_file`), or a checkpoint's "meta" under that key.
     """
@@ -251,7 +251,10 @@ def _read_legacy(data: mmap.mmap) -> WeightsFile:
 
     roots: dict[str, Storage] = {}
 
-    def load_persistent(persistent_id: Any) -> Storage:
+    def load_persistent(persistent_id: Any) -> Storage | Opaque:
+        match persistent_id:
+            case ("module", Opaque() as layer, _, _):  # a loss, with its source code
+                return layer
         storage = state_dict.storage(persistent_id)
         root = dataclasses.replace(storage, view=None)
         if roots.setdefault(storage.key, root) != root:

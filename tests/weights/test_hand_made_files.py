@@ -161,16 +161,17 @@ ATTACKS = {
     "Popen": lambda marker: Calls(subprocess.Popen, ["touch", str(marker)]),
     "partial": lambda marker: Calls(__import__("functools").partial, open, str(marker), "w"),
     "load": lambda marker: Calls(torch.load, str(marker)),
-    "_reconstruct": lambda marker: np.zeros(3),
 }
+# Names that are known, but not called: what they would call is refused.
+REFUSED = {"getattr": "open", "partial": "open"}
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("place", ["root", "value", "key", "state", "argument"])
+@pytest.mark.parametrize("place", ["root", "value", "key", "state", "argument", "opaque"])
 def test_calls_are_refused_by_name(tmp_path, attack, protocol, place):
     marker = tmp_path / "marker"
-    call = ATTACKS[attack](marker)
+    call, refused = ATTACKS[attack](marker), REFUSED.get(attack, attack)
     stateful = collections.OrderedDict()
     stateful.harm = call
     value = {
@@ -179,9 +180,10 @@ def test_calls_are_refused_by_name(tmp_path, attack, protocol, place):
         "key": [call],
         "state": stateful,
         "argument": Calls(collections.OrderedDict, [["a", call]]),
+        "opaque": collections.deque([call]),
     }[place]
     path = torch_zip(tmp_path / "attack.pth", pickle.dumps(value, protocol=protocol))
-    with pytest.raises(UserError, match=rf"attack\.pth asks for \S*{attack}\b.*refused"):
+    with pytest.raises(UserError, match=rf"attack\.pth asks for \S*{refused}\b.*refused"):
         torch_file.read(path)
     assert not marker.exists()
 
@@ -237,11 +239,22 @@ TRAPS = {
     "too many arguments": b"ccollections\nOrderedDict\n(]]]tR",
     "persistent number": b"K\x01Q",
     "persistent tuple": b"(X\x07\x00\x00\x00storageNNNNtQ",
-    "persistent module": b"(X\x06\x00\x00\x00modulectorch\nFloatStorage\nNNNtQ",
+    "persistent module": b"(X\x06\x00\x00\x00modulecdatetime\ndate\nNtQ",
+    "persistent storage class": b"(X\x06\x00\x00\x00modulectorch\nFloatStorage\nNNNtQ",
     "extension registry": b"\x82\x01",
     "global without an end": b"c" + b"a" * 5000,
     "global that is no text": b"c\xff\xfe\na\n",
     "attribute of an attribute": b"X\x0b\x00\x00\x00collectionsX\x0c\x00\x00\x00abc.__dict__\x93",
+    "items of a set that is none": b"](Ne\x90",
+    "append to a number": b"K\x01Na",
+    "odd items of an opaque value": b"\x8f(Nu",
+    "frozen set without a mark": b"N\x91",
+    "keywords that are none": b"cdatetime\ndate\n)N\x92",
+    "an array of a number": b"cnumpy.core.multiarray\n_reconstruct\nK\x01\x85R",
+    "an array of nothing": b"cnumpy.core.multiarray\n_reconstruct\n)R",
+    "a call of an opaque value with no tuple": b"\x8f]R",
+    "a persistent opaque value": b"\x8fQ",
+    "a tensor of an opaque value": b"ctorch._utils\n_rebuild_tensor\n(\x8f\x8f\x8f\x8ftR",
     "no end": b"N" * 10,
     "too many steps": b"N0" + b"N" * (pickle_reader.MAX_STEPS + 1),
 }
@@ -259,6 +272,21 @@ def test_a_list_copied_repeatedly(tmp_path):
     copies = b"(" + b"ccollections\nOrderedDict\nh\x00\x85R" * 3000 + b"t"
     path = torch_zip(tmp_path / "trap.pth", instructions(pairs, copies))
     with pytest.raises(UserError, match=r"trap\.pth holds a pickle of more than"):
+        torch_file.read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (b"ctorch._utils\n_rebuild_qtensor\n", "a pickle of more than"),
+        (b"cdatetime\ndate\n", "one tuple, but no state dict"),  # copies nothing
+    ],
+)
+def test_a_tuple_copied_repeatedly(tmp_path, name, message):
+    arguments = b"(" + b"N" * 3000 + b"tq\x00"
+    calls = b"(" + (name + b"h\x00R") * 3000 + b"t"
+    path = torch_zip(tmp_path / "trap.pth", instructions(arguments, calls))
+    with pytest.raises(UserError, match=rf"trap\.pth holds {message}"):
         torch_file.read(path)
 
 

@@ -1,9 +1,15 @@
 """Reading and writing weights, against PyTorch itself."""
 
 import argparse
+import collections
+import datetime
+import enum
+import functools
 import pathlib
+import random
 import subprocess
 import sys
+import types
 import zipfile
 
 import jax.numpy as jnp
@@ -127,6 +133,168 @@ def test_checkpoint_of_a_training_script(save, entry):
 def test_a_plain_state_dict_has_no_entry(save):
     weights_file = torch_file.read_file(save({"model": torch.ones(2)}))
     assert (weights_file.entry, weights_file.ignored) == ("", ())
+
+
+# What training scripts write beside the state dict
+
+
+def class_of(module, name, *bases, **attributes):
+    """A class that pickles under a name of a package which is not installed here."""
+    made = types.new_class(name, bases, exec_body=lambda body: body.update(attributes))
+    made.__module__, made.__qualname__ = module, name
+    return made
+
+
+class NewWithKeywords:
+    def __new__(cls, *, size):
+        made = object.__new__(cls)
+        made.size = size
+        return made
+
+    def __getnewargs_ex__(self):
+        return (), {"size": self.size}
+
+
+def smallest(self):
+    return self._log_history.min()
+
+
+smallest.__module__, smallest.__qualname__ = "mmengine.logging.history_buffer", "HistoryBuffer.min"
+HISTORY = class_of(smallest.__module__, "HistoryBuffer", min=smallest)
+CONFIG = class_of("mmengine.config.config", "ConfigDict", dict)
+KEYWORDS = class_of("omegaconf.base", "Container", NewWithKeywords)
+MODE = enum.Enum("SCMode", "DICT OBJECT", module="omegaconf.base")
+
+
+def optimizer():
+    """An optimizer with state, whose keys are parameters."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    made = torch.optim.Adam([weight])
+    weight.sum().backward()
+    made.step()
+    return made
+
+
+def history():
+    """As mmengine's: an array, and a method of the class."""
+    made = HISTORY()
+    made._log_history, made.statistics_methods = np.arange(300.0), {"min": HISTORY.min}
+    return made
+
+
+DATA = {
+    "array": lambda: np.arange(300.0),
+    "array of objects": lambda: np.array([{"a": 1}, None], object),
+    "array of texts": lambda: np.array(["road", "sky"]),
+    "scalars": lambda: [np.float32(1), np.int64(2), np.bool_(True), np.datetime64("2024")],
+    "NumPy's types": lambda: [np.float32, np.ndarray, np.dtype("f4"), np.dtypes.Float32DType],
+    "random states": lambda: [
+        np.random.RandomState(0).get_state(),
+        random.getstate(),
+        torch.get_rng_state(),
+    ],
+    "generators": lambda: [np.random.RandomState(0), np.random.default_rng(0), torch.Generator()],
+    "defaultdict": lambda: collections.defaultdict(list, {"a": [1]}),
+    "deque": lambda: collections.deque([1, {"b": 2}], maxlen=3),
+    "Counter": lambda: collections.Counter("abca"),
+    "paths": lambda: [
+        pathlib.PurePosixPath("a/b"),
+        pathlib.PureWindowsPath("c"),
+        pathlib.Path("d"),
+    ],
+    "types": lambda: [torch.float32, torch.int8, torch.bool, torch.bfloat16, int, list],
+    "memory format": lambda: torch.channels_last,  # cannot be pickled under protocol 2
+    "of PyTorch": lambda: [
+        torch.device("cuda:0"),
+        torch.Size([1]),
+        torch.strided,
+        torch.__version__,
+    ],
+    "times": lambda: [
+        datetime.datetime.now(datetime.UTC),
+        datetime.timedelta(1),
+        datetime.date.min,
+    ],
+    "sets": lambda: [{1, "a"}, set(), frozenset({2}), frozenset()],
+    "numbers": lambda: [range(3), slice(1, 2), 1j, 2**100, ...],
+    "bytes": lambda: [b"", b"\xff\x00", bytearray(b"abc"), bytes(300)],
+    "keys": lambda: {(1, 2): "a", pathlib.PurePath("b"): 1, datetime.date.max: 2, b"c": 3},
+    "partial": lambda: functools.partial(torch.nn.functional.cross_entropy, ignore_index=255),
+    "loss": lambda: torch.nn.CrossEntropyLoss(weight=torch.ones(4)),
+    "optimizer": optimizer,
+    "scheduler": lambda: torch.optim.lr_scheduler.StepLR(optimizer(), 2),
+    "namespaces": lambda: [argparse.Namespace(lr=1), types.SimpleNamespace(out=pathlib.Path("e"))],
+    "enum": lambda: MODE.OBJECT,
+    "mmengine's history": lambda: {"message_hub": {"log_scalars": {"loss": history()}}},
+    "dictionary of another class": lambda: CONFIG(type="SGD", lr=0.1, params=CONFIG(a=1)),
+    "keywords of __new__": lambda: KEYWORDS(size=3),
+}
+
+
+@pytest.fixture
+def classes(monkeypatch):
+    """Puts the classes of other packages where `pickle` finds them while it saves."""
+    for made in (HISTORY, CONFIG, KEYWORDS, MODE):
+        parts = made.__module__.split(".")
+        for end in range(1, len(parts) + 1):
+            name = ".".join(parts[:end])
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    for made in (HISTORY, CONFIG, KEYWORDS, MODE):
+        setattr(sys.modules[made.__module__], made.__name__, made)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("kind", DATA)
+def test_data_beside_the_state_dict_is_not_needed(save, classes, kind, protocol):
+    if protocol == 2 and kind in ("keywords of __new__", "memory format"):
+        pytest.skip("protocol 2 has no instruction for it")
+    tensors = {"conv.weight": torch.randn(2, 3), "conv.bias": torch.ones(2)}
+    meta = {"CLASSES": ("road", "sky"), "config": "model = dict()", "n": [1, 0.5, None], "x": None}
+    checkpoint = {"epoch": DATA[kind](), "state_dict": tensors, "meta": meta, "last": 3}
+    meta["x"] = DATA[kind]()
+    weights_file = torch_file.read_file(save(checkpoint, pickle_protocol=protocol))
+    assert_same(weights_file.arrays, tensors)
+    assert weights_file.ignored == ("epoch", "last")
+    assert list(weights_file.config) == ["meta"]
+    read = weights_file.config["meta"]
+    assert list(read) == list(meta)
+    assert {name: read[name] for name in read if name != "x"} == {
+        name: meta[name] for name in meta if name != "x"
+    }
+
+
+def test_opaque_values_of_a_state_dict_are_named(save):
+    path = save(
+        {
+            "good": torch.ones(1),
+            "array": np.ones(3),
+            "scalar": np.float32(1),
+            "path": pathlib.PureWindowsPath("a"),
+            "dtype": torch.float16,
+            "set": {1},
+        }
+    )
+    message = r"array is not a tensor but of type numpy\.ndarray; scalar is .*multiarray\.scalar; "
+    message += r"path is .*pathlib\.PureWindowsPath; dtype is .*torch\.float16; set is .*\.set$"
+    with pytest.raises(UserError, match=message):
+        torch_file.read(path)
+    with pytest.raises(UserError, match=r"holds one torch\.nn\.modules\.loss\.BCELoss, but no"):
+        torch_file.read(save(torch.nn.BCELoss()))
+
+
+class UsersConfig:
+    pass
+
+
+def test_a_loss_beside_a_state_dict_is_no_whole_model(save):
+    others = {"loss": torch.nn.CrossEntropyLoss(), "config": UsersConfig()}
+    path = save({"state_dict": {"a": torch.ones(1)}, "hyper_parameters": others})
+    with pytest.raises(UserError, match=r"asks for \S+\.UsersConfig, which no state dict needs"):
+        torch_file.read(path)
+    others["config"] = torch.nn.ReLU()
+    path = save({"state_dict": {"a": torch.ones(1)}, "hyper_parameters": others})
+    with pytest.raises(UserError, match=r"whole pickled model of the class \S+\.ReLU"):
+        torch_file.read(path)
 
 
 # What PyTorch writes and is refused

@@ -4,7 +4,8 @@ Python's `pickle` imports the names in a file and calls them. Even with `find_cl
 index of a few bytes allocates gigabytes, and a deeply nested tuple used as a key overflows the C
 stack. So this module interprets the few instructions that a state dict needs, on plain values
 only. `pickletools` decodes the instructions and documents them. A file gives a value or
-`Unreadable`, at a cost linear in its size.
+`Unreadable`, at a cost linear in its size. Values that are not needed are `Opaque`: what a file
+does with one (calls it, fills it, sets its state) is dropped.
 """
 
 from __future__ import annotations
@@ -37,8 +38,11 @@ class Global:
     call: Callable[..., Any] | None = None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Opaque:
-    """Stands for a harmless value that is not needed; its state is dropped."""
+    """Stands for a value that is not needed, and for its type, whose name it has."""
+
+    name: str
 
 
 class Machine:
@@ -52,7 +56,7 @@ class Machine:
 
     def __init__(
         self,
-        find_global: Callable[[str], Global],
+        find_global: Callable[[str], Global | Opaque],
         load_persistent: Callable[[Any], Any],
         attributed: tuple[type, ...] = (),
     ) -> None:
@@ -123,6 +127,9 @@ class Machine:
             raise TypeError
         self.push(self.find_global(f"{module}.{name}"))
 
+    def push_opaque(self, name: str, *dropped: Any) -> None:
+        self.push(Opaque(name))
+
     def push_mark(self) -> None:
         self.outer_stacks.append(self.stack)
         self.stack = []
@@ -130,13 +137,20 @@ class Machine:
     def memoize(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
 
-    def call(self) -> None:
+    def call(self, *keywords: Any) -> None:
         function, arguments = self.pop(2)
-        if type(function) is not Global or function.call is None or type(arguments) is not tuple:
+        if type(arguments) is not tuple or any(type(each) is not dict for each in keywords):
+            raise TypeError
+        if type(function) is Opaque:
+            # `_reconstruct(numpy.ndarray, ...)` makes an array.
+            is_made = "._reconstruct" in function.name and type(arguments[0]) is Opaque
+            return self.push(arguments[0] if is_made else function)
+        if type(function) is not Global or function.call is None or keywords:
             raise TypeError
         # The arguments may be in the memo and be copied by every call.
-        self.charge(sum(len(value) for value in arguments if type(value) in (list, dict)))
-        self.push(function.call(*arguments))
+        copied = (len(value) for value in arguments if type(value) in (list, dict))
+        self.charge(len(arguments) + sum(copied))
+        return self.push(function.call(*arguments))
 
     def drop_attributes(self) -> None:
         self.pop(1)
@@ -144,25 +158,27 @@ class Machine:
             raise TypeError
 
     def extend(self, values: list[Any]) -> None:
-        if type(self.stack[-1]) is not list:
+        if type(self.stack[-1]) is list:
+            self.stack[-1].extend(values)
+        elif type(self.stack[-1]) is not Opaque:
             raise TypeError
-        self.stack[-1].extend(values)
 
     def set_items(self, pairs: list[Any]) -> None:
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            assign(self.stack[-1], key, value)
+            if type(self.stack[-1]) is not Opaque:
+                assign(self.stack[-1], key, value)
 
 
 def assign(target: dict[Any, Any], key: Any, value: Any) -> None:
-    # Hashing a deeply nested tuple overflows the C stack, so only the key types of state dicts are
-    # allowed.
-    if type(target) is not dict or type(key) not in (str, int, float, bool, type(None)):
+    if type(target) is not dict or type(key) in (list, dict):
         raise TypeError
-    target[key] = value
+    # Hashing a deeply nested tuple overflows the C stack, so no keys are hashed but a state dict's.
+    is_plain = type(key) in (str, int, float, bool, type(None), Opaque)
+    target[key if is_plain else Opaque(type(key).__name__)] = value
 
 
 # Protocol 2, which `torch.save` writes; Python 2's strings, found in files of 2017; and what
-# `torch.save(..., pickle_protocol=4)` adds.
+# `torch.save(..., pickle_protocol=4)` adds, such as bytes and sets.
 _INSTRUCTIONS: dict[str, Callable[[Machine, Any], None]] = {
     "PROTO": lambda m, version: None,
     "FRAME": lambda m, size: None,
@@ -179,6 +195,8 @@ _INSTRUCTIONS: dict[str, Callable[[Machine, Any], None]] = {
     # `pickletools` decodes these as Latin-1; PyTorch reads UTF-8.
     "BINSTRING": lambda m, text: m.push(text.encode("latin-1").decode()),
     "SHORT_BINSTRING": lambda m, text: m.push(text.encode("latin-1").decode()),
+    "BINBYTES": Machine.push,
+    "SHORT_BINBYTES": Machine.push,
     "MARK": lambda m, _: m.push_mark(),
     "EMPTY_TUPLE": lambda m, _: m.push(()),
     "TUPLE1": lambda m, _: m.push(tuple(m.pop(1))),
@@ -191,10 +209,14 @@ _INSTRUCTIONS: dict[str, Callable[[Machine, Any], None]] = {
     "EMPTY_DICT": lambda m, _: m.push({}),
     "SETITEM": lambda m, _: m.set_items(m.pop(2)),
     "SETITEMS": lambda m, _: m.set_items(m.pop_to_mark()),
+    "EMPTY_SET": lambda m, _: m.push_opaque("set"),
+    "ADDITEMS": lambda m, _: m.extend(m.pop_to_mark()),
+    "FROZENSET": lambda m, _: m.push_opaque("frozenset", m.pop_to_mark()),
     "GLOBAL": lambda m, names: m.push_global(*names.split(" ", 1)),
     "STACK_GLOBAL": lambda m, _: m.push_global(*m.pop(2)),
     "REDUCE": lambda m, _: m.call(),
     "NEWOBJ": lambda m, _: m.call(),
+    "NEWOBJ_EX": lambda m, _: m.call(*m.pop(1)),
     "BUILD": lambda m, _: m.drop_attributes(),
     "BINPERSID": lambda m, _: m.push(m.load_persistent(m.pop(1)[0])),
     "BINGET": lambda m, index: m.push(m.memo[index]),

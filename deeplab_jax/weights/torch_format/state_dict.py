@@ -1,13 +1,16 @@
 """The state dict in a pickle of PyTorch: the allowed names, and tensors as NumPy arrays.
 
-`pickle_reader` turns the pickle into plain data. This module gives the names in it their meaning,
-refuses all others, and turns tensors into NumPy views that stay inside the bytes stored for them.
+`pickle_reader` turns the pickle into plain data. This module gives the names in it their meaning
+and turns tensors into NumPy views that stay inside the bytes stored for them. A name is one of
+three: it builds tensors and dictionaries (`_CALLS`); it belongs to data that training scripts save
+beside the state dict (`_DATA`), which becomes `Opaque`; or the file is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Callable
 from typing import IO, Any
@@ -108,12 +111,11 @@ def parse(file: IO[bytes], load_persistent: Callable[[Any], Any]) -> Any:
       Unreadable: See `Machine.run`; or the pickle uses a forbidden name.
     """
 
-    def find_global(name: str) -> Global:
+    def find_global(name: str) -> Global | Opaque:
         if name in _GLOBALS:
             return _GLOBALS[name]
-        # Element types, with which tensors without a storage class are rebuilt.
-        if name.startswith(("torch.uint", "torch.float8_")):
-            return Global(name)
+        if _DATA.fullmatch(name):
+            return Opaque(name)
         raise Unreadable(_refusal(name, file))
 
     return Machine(find_global, load_persistent, (Tensor, Unsupported)).run(file)
@@ -123,7 +125,8 @@ def _refusal(name: str, file: IO[bytes]) -> str:
     how = '`torch.save(model.state_dict(), "weights.pth")`'
     file.seek(0)
     is_standard = name.partition(".")[0] in {*sys.stdlib_module_names, "__builtin__"}
-    if not is_standard and b"torch.nn.modules." in file.read(_MAX_SEARCHED):
+    has_layers = re.search(rb"torch\.nn\.modules\.(?!loss\b)", file.read(_MAX_SEARCHED))
+    if has_layers and not is_standard:
         return (
             f"is a whole pickled model of the class {name[:200]}, which only that class's own code "
             "can rebuild; nothing in the file was run. Where that code is available, save the "
@@ -197,16 +200,11 @@ def _unsupported(kind: str) -> Callable[..., Unsupported]:
     return lambda *arguments: Unsupported(kind)
 
 
-def _opaque(*arguments: Any) -> Opaque:
-    return Opaque()
-
-
 _untyped = _unsupported("of a type that PyTorch has no storage class for (uint16, float8, ...)")
 _quantised = _unsupported("quantised")
 _sparse = _unsupported("sparse")
 
-# All names that a file may contain, besides the storage types. The last group is for values that
-# training scripts save next to the state dict.
+# The names that make tensors and dictionaries, besides the storage types.
 _CALLS: dict[str, Callable[..., Any] | None] = {
     "collections.OrderedDict": _ordered_dict,
     "torch._utils._rebuild_tensor": _tensor,
@@ -219,16 +217,31 @@ _CALLS: dict[str, Callable[..., Any] | None] = {
     "torch.per_tensor_affine": None,
     "torch.per_channel_affine": None,
     "torch._utils._rebuild_sparse_tensor": _sparse,
-    "torch.serialization._get_layout": _opaque,
-    "torch.Size": _opaque,
-    "torch.device": _opaque,
-    "collections.Counter": _opaque,
-    "argparse.Namespace": _opaque,
-    "numpy.dtype": _opaque,
-    "numpy.core.multiarray.scalar": _opaque,
-    "numpy._core.multiarray.scalar": _opaque,
-    "_codecs.encode": _opaque,  # the bytes of a NumPy number
 }
+# The names of data that training scripts save beside the state dict, as a pattern. `getattr` and
+# `partial` may be among them because nothing is called: the history buffers of mmengine hold bound
+# methods, and Python 3.11 pickles the members of an enum with `getattr`.
+_DATA = re.compile(
+    r"""
+    (builtins|__builtin__)\.(bool|bytearray|bytes|complex|dict|float|frozenset|getattr|int|list|long
+        |object|range|set|slice|str|tuple|unicode|xrange|Ellipsis)
+    |collections\.(Counter|ChainMap|defaultdict|deque)
+    |argparse\.Namespace|types\.SimpleNamespace|functools\.partial|typing\.[A-Z]\w*
+    |pathlib\.(_local\.)?\w+Path|datetime\.(date|datetime|time|timedelta|timezone)
+    |zoneinfo\.ZoneInfo|decimal\.Decimal|fractions\.Fraction|uuid\.UUID
+    |_codecs\.encode|copy_?reg\._reconstructor  # bytes and objects of older protocols
+    |numpy\.(ndarray|dtype|(bool|u?int|float|complex|str|bytes|datetime|timedelta)[\d_]*)
+    |numpy\._?core\.multiarray\.(_reconstruct|scalar)|numpy\.(random|dtypes)\.(\w+\.)?\w+
+    |torch\.((q?u?int|b?float|complex|bool)\w*|device|Size|_C\.Generator|torch_version\.TorchVersion
+        |serialization\._get_layout|strided)
+    |(\w+\.)*torch\.(channels_\w+|\w+_format)  # under any module that imports PyTorch
+    |torch\.(nn\.modules\.loss|nn\.functional|optim\.\w+|(cuda\.)?amp\.grad_scaler)\.\w+
+    |mmengine\.(config|logging)(\.\w+){2,3}|mmcv\.utils\.config\.\w+|addict\.addict\.Dict
+    |easydict\.EasyDict|yacs\.config\.CfgNode|omegaconf\.\w+\.\w+
+    |(pytorch_lightning|lightning|lightning_fabric)(\.\w+)?\.utilities\.\w+\.\w+
+    """,
+    re.VERBOSE,
+)
 _STORAGE_GLOBALS = {
     f"torch.{name}": dtype for name, dtype in (STORAGE_TYPES | _REFUSED_STORAGE_TYPES).items()
 }
@@ -281,11 +294,15 @@ def find_state_dict(root: Any) -> tuple[tuple[str, ...], dict[Any, Any]]:
     if isinstance(root, dict):
         content = f"a dictionary of {listed([repr(name) for name in root]) or 'nothing'}"
     else:
-        content = f"one {type(root).__name__}"
+        content = f"one {_type_name(root)}"
     raise Unreadable(
         f"holds {content}, but no state dict, neither by itself nor under a key such as "
         f"{' or '.join(map(repr, _ENTRIES[:3]))}. Save one with {how}"
     )
+
+
+def _type_name(value: Any) -> str:
+    return value.name if isinstance(value, (Opaque, Global)) else type(value).__name__
 
 
 def _num_tensors(value: Any) -> int:
@@ -311,7 +328,7 @@ def arrays(
         elif isinstance(value, Unsupported):
             problems.append(f"{name} is {value.kind}")
         else:
-            problems.append(f"{name} is not a tensor but of type {type(value).__name__}")
+            problems.append(f"{name} is not a tensor but of type {_type_name(value)}")
     if problems:
         raise Unreadable(f"holds entries that cannot become arrays: {listed(problems, '; ')}")
     return views
