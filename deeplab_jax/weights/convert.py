@@ -240,7 +240,7 @@ def _labels(names: Sequence[str], num_classes: int, path: str) -> LabelSet:
             f"the model has {num_classes} classes: at most {labels.IGNORE} are supported, because "
             "labels are bytes"
         )
-    if len(names) != num_classes:
+    if len({name for name in names if name.isprintable() and name.strip()}) != num_classes:
         if num_classes == labels.VOC.num_classes:
             return labels.VOC
         return labels.named(*(f"class {index}" for index in range(num_classes)))

@@ -306,6 +306,8 @@ def test_other_numbers_of_channels_get_the_average_normalization(tmp_path):
     info = read_model(tmp_path / "a.pth").info
     assert info["mean"] == pytest.approx([0.449] * 4, abs=1e-3)
     assert info["architecture"]["in_channels"] == 4
+    deeplab_jax.convert(tmp_path / "a.pth", tmp_path / "a")
+    assert deeplab_jax.convert(tmp_path / "a", tmp_path / "b.pth", family="smp").notes == ()
 
 
 def test_names_of_classes_from_a_file(tmp_path):
@@ -401,6 +403,13 @@ def test_one_class_with_a_sigmoid_becomes_two(tmp_path):
     ]
     expected = 1 / (1 + np.exp(-np.asarray(logit, np.float64)))
     np.testing.assert_allclose(segmenter.probabilities(image)[..., 1], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("names", [["a", "a", "b", "c", "d"], ["a", " ", "b\n", "c", "d"]])
+def test_odd_names_of_classes_become_numbers(tmp_path, names):
+    arrays = {k: torch.tensor(v) for k, v in narrow("mmseg_resnet18")[2].items()}
+    torch.save({"state_dict": arrays, "meta": {"CLASSES": names}}, tmp_path / "a.pth")
+    assert read_model(tmp_path / "a.pth").info["classes"] == [f"class {i}" for i in range(5)]
 
 
 def write_mmseg(path, config):

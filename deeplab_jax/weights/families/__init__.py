@@ -111,10 +111,11 @@ def loading_notes(saved: SavedModel, family: str = "") -> tuple[str, ...]:
         if family:
             raise
         return (f"Only this package reads the file: {error}",)
-    ours = {field: tuple(saved.info.get(field, ())) for field in ("mean", "std")}
-    values |= {
-        f: v for f, v in ours.items() if v and not np.allclose(v, getattr(target, f), 0, 1e-3)
-    }
+    if saved.architecture.in_channels == len(target.mean):
+        for field in ("mean", "std"):
+            ours = tuple(saved.info[field])
+            if not np.allclose(ours, getattr(target, field), atol=1e-3):
+                values[field] = ours
     if not values:
         return ()
     said = ", ".join(f"{field}={value}" for field, value in values.items())
