@@ -214,7 +214,7 @@ _TORCHVISION: dict[str, Any] = {
 }
 _SMP = {"dilation_rule": "paper", "aux_head": False, "align_corners": True}
 _VAINF = {"output_stride": 16, "atrous_rates": (6, 12, 18), "aux_head": False, "dropout": 0.1}
-# What each family of models has that torchvision's has not.
+# The fields in which each family of models differs from torchvision's.
 _FAMILIES: dict[str, dict[str, Any]] = {
     # arXiv 1706.05587, section 4; batch norm's momentum is in section 4.1.
     "paper": {

@@ -31,8 +31,8 @@ class PlusDecoder(nnx.Module):
 
     Attributes:
       low_level: 1x1 convolution to 48 channels (times width).
-      conv1, conv2, ...: 3x3 convolutions to 256 channels (times width).
-      num_convs: number of 3x3 convolutions.
+      conv1, conv2, ...: 3x3 convolutions.
+      num_convs: their number.
       out_features: number of channels of the result.
     """
 
@@ -69,8 +69,8 @@ class PlusDecoder(nnx.Module):
         shared: dict[str, Any] = {"norm": norm, "activation": relu, "dtype": dtype, "rngs": rngs}
         self.low_level = ConvBN(low_level_features, reduced, **shared)
         inputs = [in_features + reduced, *[features] * (num_convs - 1)]
-        for number, channels in enumerate(inputs, start=1):
-            conv = ConvBN(channels, features, 3, separable=separable, **shared)
+        for number, in_channels in enumerate(inputs, start=1):
+            conv = ConvBN(in_channels, features, 3, separable=separable, **shared)
             setattr(self, f"conv{number}", conv)
         self.num_convs = num_convs
         self.align_corners = align_corners

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from deeplab_jax.config import Config
@@ -23,11 +24,10 @@ from deeplab_jax.utils.files import require_writable
 from deeplab_jax.utils.paths import required_path
 from deeplab_jax.weights import families, hub, hub_folder, hugging_face, saved_model, torch_file
 from deeplab_jax.weights.families import Recognised
-from deeplab_jax.weights.matching import Converted, require_finite
+from deeplab_jax.weights.families.family import BACKBONE
+from deeplab_jax.weights.matching import ConversionReport, Converted, require_finite
 from deeplab_jax.weights.saved_model import SavedModel
-from deeplab_jax.weights.torch_file import WeightsFile
-
-SUFFIXES = (".pth", ".pt", ".safetensors")
+from deeplab_jax.weights.torch_file import SUFFIXES, WeightsFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,20 +83,21 @@ def convert(
     """Converts weights of another codebase to a checkpoint folder, or a checkpoint to a file.
 
     Args:
-      source: A weights file or folder of a DeepLab (docs/weights.md lists whose), the name of
+      source: A weights file or folder of a codebase that docs/weights.md lists, the name of
         published weights (they are downloaded), or a checkpoint or workdir of this package.
       destination: A new folder; for a checkpoint, a new file with one of `SUFFIXES`, or
         `hf://org/name`.
       family: The codebase whose names are read or written, a key of `families.FAMILIES`. Default:
         read what the names tell; write that of the architecture.
-      settings, classes, allow_nonfinite: See `Reading`; for weights only.
+      settings, classes, allow_nonfinite: See `Reading`.
 
     Raises:
       UserError: The source fits no known architecture, with the differences from the nearest; the
         model does not exist in the family to write; or the destination exists or cannot be written.
     """
+    reading = Reading(family, settings, classes, allow_nonfinite)
     if hugging_face.is_remote(str(destination)):
-        saved = read_model(source)
+        saved = read_model(source, reading)
         url = hugging_face.push(saved, str(destination))
         return Conversion(saved.path, url, saved.architecture, (), (), ())
     target = required_path(destination, "the destination")
@@ -104,7 +105,6 @@ def convert(
         raise UserError(f"{target} exists already; choose another path, or remove it first")
     require_writable(target.absolute().parent, create=True)
     path = hub.find_weights(source)
-    reading = Reading(family, settings, classes, allow_nonfinite)
     if target.suffix in SUFFIXES:
         return _to_file(path, target, reading)
     return _to_folder(path, target, reading)
@@ -124,14 +124,11 @@ def read_model(source: str | os.PathLike[str], reading: Reading = Reading()) -> 
     """
     path = hub.find_weights(source)
     if not is_checkpoint(path):
-        saved, origin = _read_weights(path, reading)
-        if origin and origin[1].family.name != "torchvision":
-            print(f"{path}:", *origin[1].notes, file=sys.stderr, flush=True)
+        saved, found = _read_weights(path, reading)
+        if found and found.family.name != "torchvision":
+            print(f"{path}:", *found.notes, file=sys.stderr, flush=True)
         return saved
-    saved = saved_model.read(path)
-    if reading.allow_nonfinite:
-        return saved
-    return dataclasses.replace(saved, read_variables=functools.partial(_read_finite, saved))
+    return _of_this_package(saved_model.read(path), reading)
 
 
 def read_weights_file(path: pathlib.Path) -> WeightsFile:
@@ -147,35 +144,41 @@ def is_checkpoint(path: pathlib.Path) -> bool:
     return path.is_dir() and not hub_folder.is_hub_folder(path)
 
 
-def _read_finite(saved: SavedModel) -> Variables:
-    variables = saved.read_variables()
-    require_finite(variables.params | variables.batch_stats, str(saved.path))
-    return variables
+def _of_this_package(saved: SavedModel, reading: Reading) -> SavedModel:
+    """Returns a model that needs no conversion; weights are checked when they are read."""
+    if reading.settings or reading.classes:
+        raise UserError(
+            f"{saved.path} describes itself: --set and --classes are for weights of others"
+        )
+
+    def read_variables() -> Variables:
+        variables = saved.read_variables()
+        require_finite(variables.params | variables.batch_stats, str(saved.path))
+        return variables
+
+    if reading.allow_nonfinite:
+        return saved
+    return dataclasses.replace(saved, read_variables=read_variables)
 
 
-def _read_weights(
-    path: pathlib.Path, reading: Reading
-) -> tuple[SavedModel, tuple[Callable[[], Converted], Recognised] | None]:
-    """Reads a DeepLab's weights; returns a function that converts its arrays and their family too.
-
-    These are None for a folder of this package, whose arrays need no conversion.
-    """
+def _read_weights(path: pathlib.Path, reading: Reading) -> tuple[SavedModel, Recognised | None]:
+    """Reads a DeepLab's weights, and their family unless they are in a folder of this package."""
     file = read_weights_file(path)
     if hub_folder.is_ours(file.config):
-        saved = hub_folder.to_saved_model(path, file)
-        read_variables = functools.partial(_read_finite, saved)
-        return dataclasses.replace(saved, read_variables=read_variables), None
-    recognise = functools.partial(families.recognise, family=reading.family, notes=file.notes)
-    found: Recognised = _naming(path, recognise, file.arrays, file.config)
+        return _of_this_package(hub_folder.to_saved_model(path, file), reading), None
     settings = _settings(reading.settings)
     model_settings = {name[6:]: value for name, value in settings.items() if name[:6] == "model."}
-    description = _naming(path, found.describe)
-    names = description.classes
-    if "num_classes" not in model_settings and description.fields["num_classes"] == 1:
-        found = found.with_background(model_settings)
-        names = ("background", *(names or ("foreground",)))
-        model_settings["num_classes"] = 2
-    architecture = _naming(path, found.architecture, model_settings)
+    with _naming(path):
+        found = families.recognise(
+            file.arrays, file.config, family=reading.family, notes=file.notes
+        )
+        names = found.description.classes
+        if "num_classes" not in model_settings and found.description.fields["num_classes"] == 1:
+            found = found.with_background(model_settings)
+            names = ("background", *(names or ("foreground",)))
+            model_settings["num_classes"] = 2
+        architecture = found.architecture(model_settings)
+        classes = _labels(names, architecture.num_classes, reading.classes)
     assumptions = found.assumptions(model_settings)
     if assumed := [each for each in assumptions if each.partition("=")[0] not in settings]:
         note = f"Assumed {', '.join(assumed)}, as {found.family.title} has by default"
@@ -185,20 +188,22 @@ def _read_weights(
     mean, std = found.normalization()
     info = saved_model.describe(
         architecture,
-        _naming(path, _labels, names, architecture.num_classes, reading.classes),
+        classes,
         mean=_per_channel(settings.get("data.mean", mean), channels),
         std=_per_channel(settings.get("data.std", std), channels),
         resize=found.family.resize,
         size=found.family.size,
     )
-    convert = functools.partial(
-        _naming,
-        path,
-        lambda: found.to_model(
-            FunctionalModel.of(architecture), allow_nonfinite=reading.allow_nonfinite
-        ),
-    )
-    return SavedModel(path, info, lambda: convert().variables), (convert, found)
+    read = functools.partial(_converted, path, found, architecture, reading)
+    return SavedModel(path, info, lambda: read().variables), found
+
+
+def _converted(
+    path: pathlib.Path, found: Recognised, architecture: Architecture, reading: Reading
+) -> Converted:
+    model = FunctionalModel.of(architecture)
+    with _naming(path):
+        return found.to_model(model, allow_nonfinite=reading.allow_nonfinite)
 
 
 def _settings(texts: Sequence[str]) -> dict[str, Any]:
@@ -250,10 +255,11 @@ def _labels(names: Sequence[str], num_classes: int, path: str) -> LabelSet:
     return labels.named(*names)
 
 
-def _naming(path: pathlib.Path, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function, and names the file in its UserError."""
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+    """Names a file in the UserErrors of the block."""
     try:
-        return function(*arguments)
+        yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -265,13 +271,13 @@ def _to_folder(path: pathlib.Path, target: pathlib.Path, reading: Reading) -> Co
             f"{path} is a checkpoint: it is converted to a file that ends in "
             f"{', '.join(SUFFIXES)}, not {target}"
         )
-    model, source = _read_weights(path, reading)
-    if source is None:
-        folder = saved_model.write_model(target, model.variables, model.info)
-        names = [*model.variables.params, *model.variables.batch_stats]
-        used = tuple((name, name) for name in names)
-        return Conversion(path, folder, model.architecture, used, (), ())
-    variables, report = source[0]()
+    model, found = _read_weights(path, reading)
+    if found is None:
+        variables = model.variables
+        names = (*variables.params, *variables.batch_stats)
+        report = ConversionReport(tuple((name, name) for name in names))
+    else:
+        variables, report = _converted(path, found, model.architecture, reading)
     folder = saved_model.write_model(target, variables, model.info)
     return Conversion(path, folder, model.architecture, report.used, report.dropped, report.notes)
 
@@ -279,15 +285,13 @@ def _to_folder(path: pathlib.Path, target: pathlib.Path, reading: Reading) -> Co
 def _to_file(path: pathlib.Path, target: pathlib.Path, reading: Reading) -> Conversion:
     if not path.is_dir():
         raise UserError(f"{path} is a weights file: it is converted to a folder, not {target}")
-    if reading.settings or reading.classes:
-        raise UserError(f"{path} describes itself: --set and --classes are for weights files")
-    saved = read_model(path, reading)
+    saved = read_model(path, dataclasses.replace(reading, family=""))  # it is the one to write
     arrays = families.from_model(saved.variables, saved.architecture, reading.family)
     notes = families.loading_notes(saved, reading.family)
     torch_file.write(target, arrays)
     names = [*saved.variables.params, *saved.variables.batch_stats]
     if reading.family == "timm":
-        names = [name for name in names if name.startswith("backbone.")]
+        names = [name for name in names if name.startswith(BACKBONE)]
     written = [name for name in arrays if not name.endswith("num_batches_tracked")]
     used = tuple(zip(names, written, strict=True))
     return Conversion(saved.path, target.absolute(), saved.architecture, used, (), notes)

@@ -119,12 +119,13 @@ def to_saved_model(folder: pathlib.Path, file: WeightsFile) -> SavedModel:
     """Returns the model in a folder of this package.
 
     Args:
-      folder: The folder.
+      folder: The folder, or the weights file in it.
       file: What `read` returned for it; `is_ours` holds for its config.
 
     Raises:
       UserError: The config is damaged or of another version. So may the use of `variables`.
     """
+    folder = folder if folder.is_dir() else folder.parent
     if file.config.get("format") != _FORMAT:
         raise UserError(
             f"{folder / CONFIG} has format {str(file.config.get('format'))[:20]}, and this version "

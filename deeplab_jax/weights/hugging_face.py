@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from deeplab_jax.utils.errors import UserError, first_line, listed
 from deeplab_jax.weights import hub_folder, model_card
 from deeplab_jax.weights.saved_model import SavedModel
+from deeplab_jax.weights.torch_file import SUFFIXES
 
 _OFFLINE = (
     "no connection to the hub, or it broke off. Run the command again; or download config.json and "
@@ -62,7 +63,7 @@ def is_remote(text: str) -> bool:
 def download(source: str) -> pathlib.Path:
     """Returns the folder or file that a name on Hugging Face's hub stands for.
 
-    Of a folder, only the config and the weights are downloaded. `huggingface_hub` caches files and
+    Only the weights and their config are downloaded. `huggingface_hub` caches files and
     verifies their sizes; without network, what an earlier call downloaded is used.
 
     Args:
@@ -79,7 +80,7 @@ def download(source: str) -> pathlib.Path:
             names = _files(hub.HfApi().model_info(where.name, revision=where.revision))
         except Exception as error:
             if _reason(error) == _OFFLINE:
-                # Without patterns, it refuses a folder of which only some files are cached.
+                # Without patterns, it refuses a folder if only some of its files are cached.
                 cached = pathlib.Path(get(local_files_only=True, allow_patterns=[]), where.path)
                 if cached.exists():
                     return cached
@@ -89,13 +90,17 @@ def download(source: str) -> pathlib.Path:
             return pathlib.Path(get(allow_patterns=[glob.escape(each) for each in wanted]))
 
         if where.path in names:
-            return fetch(where.path) / where.path
+            file = pathlib.PurePosixPath(where.path)
+            # Weights under one of the hub's names are read with the config beside them.
+            has_config = hub_folder.weights_name([file.name]) is not None
+            config = [str(file.with_name(hub_folder.CONFIG))] if has_config else []
+            return fetch(where.path, *config) / where.path
         prefix = f"{where.path}/" if where.path else ""
         weights = hub_folder.weights_name(
             each.removeprefix(prefix) for each in names if each.startswith(prefix)
         )
         if weights is None:
-            files = [each for each in names if each.endswith((".pth", ".pt", ".safetensors"))]
+            files = [each for each in names if each.endswith(SUFFIXES)]
             hint = f"; it has {listed(files)}: give one after the name" if files else ""
             raise UserError(f"{source}: no {hub_folder.EXPECTED} there{hint}")
         root = fetch(prefix + hub_folder.CONFIG, prefix + weights)

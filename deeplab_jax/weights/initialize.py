@@ -52,19 +52,16 @@ def init_variables(config: Config, model: FunctionalModel, log: Callable[[str], 
         "backbone_only": backbone_only,
     }
     try:
-        if is_checkpoint(path):
-            converted, report = from_checkpoint(saved_model.read(path).variables, model, **options)
+        file = None if is_checkpoint(path) else read_weights_file(path)
+        if file is None or hub_folder.is_ours(file.config):
+            saved = hub_folder.to_saved_model(path, file) if file else saved_model.read(path)
+            converted, report = from_checkpoint(saved.variables, model, **options)
         else:
-            file = read_weights_file(path)
-            if hub_folder.is_ours(file.config):
-                saved = hub_folder.to_saved_model(path, file)
-                converted, report = from_checkpoint(saved.variables, model, **options)
-            else:
-                found = families.recognise(
-                    file.arrays, file.config, backbone_only=backbone_only, notes=file.notes
-                )
-                _compare(found, config, model.architecture, log)
-                converted, report = found.to_model(model, **options)
+            found = families.recognise(
+                file.arrays, file.config, backbone_only=backbone_only, notes=file.notes
+            )
+            _compare(found, config, model.architecture, log)
+            converted, report = found.to_model(model, **options)
     except UserError as error:
         raise UserError(f"{field} = {source!r}: {error}") from None
     for note in report.notes:
@@ -76,9 +73,7 @@ def init_variables(config: Config, model: FunctionalModel, log: Callable[[str], 
     return Variables(fresh.params | converted.params, fresh.batch_stats | converted.batch_stats)
 
 
-# Fields that change what a network computes and not its arrays; the second are a backbone's.
-_COMPUTED = ("output_stride", "multi_grid", "atrous_rates", "dilation_rule", "align_corners")
-_OF_BACKBONE = ("padding", "stride_place", "backbone_bn_epsilon")
+_OF_BACKBONE = ("padding", "stride_place", "backbone_bn_epsilon")  # of `families.UNSEEN`
 
 
 def _compare(
@@ -90,7 +85,7 @@ def _compare(
     """Says how the network that a file was trained with computes otherwise than ours."""
     with contextlib.suppress(UserError):  # of a file that holds no whole network
         theirs = found.architecture()
-        fields = (*_COMPUTED, *_OF_BACKBONE) if config.init.path else _OF_BACKBONE
+        fields = families.UNSEEN if config.init.path else _OF_BACKBONE
         pairs = {each: (getattr(theirs, each), getattr(ours, each)) for each in fields}
         differing = [f"{name}={a} (here {b})" for name, (a, b) in pairs.items() if a != b]
         if differing:

@@ -83,6 +83,8 @@ class _Table(NamedTuple):
 
 
 class Tensor:
+    """A tensor's shape, type, name and scale; `buffer` is the number of its constant values."""
+
     def __init__(self, table: _Table) -> None:
         self.shape = tuple(table.vector(0, "<i4").tolist())
         self.dtype = _TYPES.get(table.number(1, "b"))
@@ -112,6 +114,8 @@ class Tensor:
 
 
 class Operator:
+    """An operator with the numbers of its tensors, and its activation, fused or its own."""
+
     def __init__(self, table: _Table, codes: list[_Table]) -> None:
         code, self._options = codes[table.number(0, "I")], table.table(4)
         # Codes above 127 have a field of their own.
@@ -148,7 +152,7 @@ class Graph:
             self.producers |= dict.fromkeys(operator.outputs, operator)
 
     def origin(self, tensor: int) -> int:
-        """Returns the tensor of which this one is a conversion to another type or scale."""
+        """Returns the tensor that this one was converted from, to another type or scale."""
         while (operator := self.producers.get(tensor)) and "QUANTIZE" in operator.name:
             tensor = operator.inputs[0]
         return tensor

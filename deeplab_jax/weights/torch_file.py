@@ -43,6 +43,8 @@ _SAFETENSORS_TYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 
+SUFFIXES = (".pth", ".pt", ".safetensors")  # of written files
+
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _ALIGNMENT = 64  # bytes, of an array's position in a written file; as in PyTorch
@@ -347,9 +349,9 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> Non
       ValueError: An array has another type.
     """
     path = pathlib.Path(path)
-    writers = {".pth": _write_zip, ".pt": _write_zip, ".safetensors": _write_safetensors}
-    if path.suffix not in writers:
-        raise UserError(f"cannot write {path}: its name must end in {', '.join(writers)}")
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"cannot write {path}: its name must end in {', '.join(SUFFIXES)}")
+    write_format = _write_safetensors if path.suffix == ".safetensors" else _write_zip
     # `np.ascontiguousarray` would add a dimension to a scalar.
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     for name, array in contiguous.items():
@@ -357,7 +359,7 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> Non
             raise ValueError(f"{name} is {array.dtype}, which PyTorch has no storage class for")
     try:
         with atomic_path(path) as partial:
-            writers[path.suffix](partial, contiguous)
+            write_format(partial, contiguous)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}") from error
 

@@ -3,6 +3,8 @@
 `python -m benchmarks.certificates` compares outputs with the originals.
 """
 
+import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
@@ -20,7 +22,7 @@ from deeplab_jax.data import labels
 from deeplab_jax.models.architecture import ARCHITECTURES, architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import families, initialize, saved_model, torch_file
+from deeplab_jax.weights import families, hugging_face, initialize, saved_model, torch_file
 from deeplab_jax.weights.convert import Reading, read_model
 from deeplab_jax.weights.families.mmseg import values_of_config
 from random_modules import random_variables
@@ -365,6 +367,15 @@ def test_a_model_that_no_family_writes(tmp_path):
     assert note.startswith("Only this package reads the file")
 
 
+def test_what_a_written_file_does_not_say_is_noted(tmp_path):
+    fields = {"padding": "same", "output_stride": 16, "atrous_rates": (12, 24, 36)}
+    chosen = model_of("torchvision_mobilenet_v2", width=0.25, **fields).architecture
+    names, std = labels.named(*"abcde"), families.FAMILIES["torchvision"].std
+    info = saved_model.describe(chosen, names, mean=(0.5,) * 3, std=std, resize="", size=(1, 1))
+    (note,) = families.loading_notes(saved_model.SavedModel(tmp_path, info, dict))
+    assert "does not say output_stride=16, padding=same, mean=(0.5, 0.5, 0.5), unlike" in note
+
+
 # What people's files also are
 
 
@@ -472,6 +483,19 @@ def test_backbones_that_are_not_known_are_named():
         ).architecture()
 
 
+@pytest.mark.parametrize(
+    "file", ["hf_mobilenet_v2", "mmseg_r18_v1c", "smp_resnet18", "timm_resnet50d",
+             "torchvision_mobilenet_v3_large", "vainfplus_resnet50"]
+)  # fmt: skip
+def test_arrays_of_other_shapes_give_an_architecture_or_an_error(file):
+    found = families.recognise(recorded(file), backbone_only=True)
+    for name in found.arrays:
+        for shape in ((), (0,), (7,), (0, 0, 0, 0)):
+            arrays = found.arrays | {name: np.zeros(shape, np.float32)}
+            with contextlib.suppress(UserError):
+                dataclasses.replace(found, arrays=arrays).architecture()
+
+
 def test_a_wrapped_classifier_with_arrays_beside_it_is_a_backbone():
     wrapped = {f"model.{k}": v for k, v in recorded("timm_resnet18").items()}
     wrapped["criterion.weight"] = np.zeros(3, np.float32)
@@ -488,6 +512,14 @@ def test_what_the_weights_computed_otherwise_is_said():
     (line,) = [line for line in said if "trained with" in line and "model" not in line]
     assert "output_stride=16 (here 8)" in line
     assert "align_corners=True (here False)" in line
+
+
+def test_what_is_pushed_is_read_with_the_settings(tmp_path, monkeypatch):
+    torch_file.write(tmp_path / "a.pth", narrow("smp_resnet18")[2])
+    monkeypatch.setattr(hugging_face, "push", lambda saved, url: url)
+    settings = ["model.output_stride=16"]
+    done = deeplab_jax.convert(tmp_path / "a.pth", "hf://me/a", settings=settings)
+    assert done.architecture.output_stride == 16
 
 
 def test_nonfinite_weights_are_refused_by_name_or_kept(tmp_path):

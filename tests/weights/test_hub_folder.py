@@ -6,12 +6,14 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
+import deeplab_jax
 import small_checkpoint
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import hub_folder, model_card, saved_model, torch_file
@@ -168,6 +170,25 @@ def test_arrays_that_do_not_fit_the_config(ours, damage, message):
     safetensors.numpy.save_file(arrays, ours / "model.safetensors")
     with pytest.raises(UserError, match=message):
         _ = read_model(ours).variables
+
+
+def test_settings_and_nonfinite_weights_of_this_packages_folders(ours, tmp_path):
+    for options in ({"settings": ["model.output_stride=16"]}, {"classes": "names.txt"}):
+        for target in ("to", "to.pth"):
+            with pytest.raises(UserError, match="ours describes itself"):
+                deeplab_jax.convert(ours, tmp_path / target, **options)
+    path = ours / "model.safetensors"
+    arrays = safetensors.numpy.load_file(path)
+    arrays["classifier.logits.bias"][:] = np.nan
+    safetensors.numpy.save_file(arrays, path)
+    with pytest.raises(UserError, match=r"classifier.logits.bias \(3 of 3"):
+        deeplab_jax.convert(ours, tmp_path / "a")
+    deeplab_jax.convert(ours, tmp_path / "a", allow_nonfinite=True)
+    kept = saved_model.read(tmp_path / "a").variables.params["classifier.logits.bias"]
+    assert np.isnan(kept).all()
+    (ours / "config.json").write_text('{"library": "deeplab-jax", "format": 9}')
+    with pytest.raises(UserError, match=re.escape(f"{ours / 'config.json'} has format 9")):
+        read_model(path)
 
 
 # --- Other libraries' --------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def _max_of_three(x: Array, axis: int) -> Array:
 
 
 def average_pool(x: Float[Array, "n h w c"], strides: int) -> Float[Array, "n ho wo c"]:
-    """Averages 2x2 windows, of which the first begins at the first pixel.
+    """Averages 2x2 windows; the first one begins at the first pixel.
 
     At stride 2 the result has `ceil(h / 2)` rows, and pixels outside the image do not count. At
     stride 1 it has `h` rows, and pixels outside the image count as zeros. This is the shortcut of

@@ -18,6 +18,7 @@ from deeplab_jax.weights.saved_model import SavedModel
 
 __all__ = [
     "FAMILIES",
+    "UNSEEN",
     "Recognised",
     "architecture_of",
     "from_model",
@@ -31,7 +32,6 @@ def to_model(
     arrays: Mapping[str, np.ndarray],
     model: FunctionalModel,
     *,
-    config: Mapping[str, Any] | None = None,
     allow_missing: str = "",
     backbone_only: bool = False,
     notes: Sequence[str] = (),
@@ -41,7 +41,7 @@ def to_model(
     Raises:
       UserError: As `recognise` and `Family.to_model`.
     """
-    found = recognise(arrays, config, backbone_only=backbone_only, notes=notes)
+    found = recognise(arrays, backbone_only=backbone_only, notes=notes)
     return found.to_model(model, allow_missing=allow_missing, backbone_only=backbone_only)
 
 
@@ -84,9 +84,9 @@ _OPTIONAL = {
     "smp": ("separable_aspp",),
     "vainf": (),
 }
-# Fields that change neither names nor shapes of arrays.
-_UNSEEN = (
-    *("output_stride", "multi_grid", "atrous_rates", "dilation_rule", "stride_place"),
+# Fields that change what a network computes, and neither names nor shapes of its arrays.
+UNSEEN = (
+    *("output_stride", "multi_grid", "atrous_rates", "dilation_rule", "stride_place", "padding"),
     *("align_corners", "bn_epsilon", "backbone_bn_epsilon"),
 )
 
@@ -141,7 +141,7 @@ def _family_name(chosen: Architecture) -> str:
 
 
 def _differing(chosen: Architecture, target: Family) -> dict[str, Any]:
-    """Returns the fields of `_UNSEEN` in which a model differs from the family's own."""
+    """Returns the fields of `UNSEEN` in which a model differs from the family's own."""
     plus = chosen.decoder == "plus" and f"{target.name}plus_resnet50" in ARCHITECTURES
     name = f"{target.name}{'plus' if plus else ''}_{chosen.backbone}"
     if name not in ARCHITECTURES:
@@ -164,4 +164,4 @@ def _differing(chosen: Architecture, target: Family) -> dict[str, Any]:
             f"{chosen.name} cannot be written as {target.name}: {target.title} has no such model "
             f"({listed(seen, '; ')})"
         )
-    return {field: values[field][0] for field in _UNSEEN if field in values}
+    return {field: values[field][0] for field in UNSEEN if field in values}

@@ -8,8 +8,9 @@ every array is used or dropped for a known reason, and every variable is filled 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,8 +44,7 @@ TORCH_LEAVES = (
     Leaf("var", ".running_var", (0,)),
 )
 
-# Counts a batch norm's training batches; PyTorch uses it only if the norm's momentum is None.
-COUNTER = ".num_batches_tracked"
+# PyTorch uses the first only if a norm's momentum is None.
 _DROPPED = (
     (r".*\.num_batches_tracked", "counts batches, which nothing here reads"),
     (r"n_averaged", "counts averaged models, which nothing here reads"),
@@ -124,49 +124,48 @@ class Family:
 
     def matches(self, names: Iterable[str]) -> bool:
         """Whether names have the family's signature."""
-        if any(re.match(self.foreign, name) for name in names):
-            return False
-        return all(any(re.match(each, name) for name in names) for each in self.signature)
+        return not any_match(self.foreign, names) and all(
+            any_match(each, names) for each in self.signature
+        )
 
     def slots(self, model: FunctionalModel, *, backbone_only: bool = False) -> dict[str, Slot]:
         """Returns the variables of a model that a file must fill, by the family's names."""
         variables = model.abstract.params | model.abstract.batch_stats
-        modules = self._modules(variables, model.architecture)
-        slots = {}
-        for name, value in variables.items():
-            if backbone_only and not name.startswith(BACKBONE):
-                continue
-            module, leaf = modules[_parent(name)], self._leaf(name, value.shape)
-            axes = leaf.axes if leaf else tuple(range(len(value.shape)))
-            shape = tuple(value.shape[axis] for axis in np.argsort(axes))
-            first = self.first_channels(name, value.shape, model.architecture)
-            # A variable without a counterpart keeps its own name, which no file has.
-            key = f"{module}{leaf.their_name}" if module and leaf else name
-            slots[key] = Slot(name, axes, shape, value.dtype, first)
-        return slots
+        # A variable without a counterpart keeps its own name, which no file has.
+        return {
+            theirs or slot.name: slot
+            for theirs, slot in self._counterparts(variables, model.architecture)
+            if not backbone_only or slot.name.startswith(BACKBONE)
+        }
 
-    def _modules(
-        self, variables: Iterable[str], architecture: Architecture
-    ) -> dict[str, str | None]:
+    def _counterparts(
+        self, variables: Mapping[str, Any], architecture: Architecture
+    ) -> Iterator[tuple[str, Slot]]:
+        """Yields the family's name of each variable, "" if it has none, and how it is filled."""
         table = [(re.compile(pattern), theirs) for pattern, theirs in self.modules(architecture)]
-
-        def theirs_of(module: str) -> str | None:
-            for pattern, theirs in table:
-                if match := pattern.fullmatch(module):
-                    return match.expand(theirs)
-            return None
-
-        return {module: theirs_of(module) for module in {_parent(name) for name in variables}}
-
-    def _leaf(self, name: str, shape: Sequence[int]) -> Leaf | None:
         leaves = {(leaf.name, len(leaf.axes)): leaf for leaf in self.leaves}
-        kind = name.rpartition(".")[2]
-        special = kind
-        if kind == "kernel" and len(shape) == 4 and shape[2] == 1 < shape[3]:
-            special = "depthwise_kernel"
-        elif kind == "bias" and re.fullmatch(r".*bn\d*", _parent(name)):
-            special = "norm_bias"
-        return leaves.get((special, len(shape))) or leaves.get((kind, len(shape)))
+
+        @functools.cache
+        def module_of(ours: str) -> str:
+            found = ((pattern.fullmatch(ours), theirs) for pattern, theirs in table)
+            return next((match.expand(theirs) for match, theirs in found if match), "")
+
+        for name, value in variables.items():
+            parent, _, kind = name.rpartition(".")
+            shape, special = tuple(value.shape), kind
+            if kind == "kernel" and len(shape) == 4 and shape[2] == 1 < shape[3]:
+                special = "depthwise_kernel"
+            elif kind == "bias" and re.fullmatch(r".*bn\d*", parent):
+                special = "norm_bias"
+            leaf = leaves.get((special, len(shape))) or leaves.get((kind, len(shape)))
+            axes = leaf.axes if leaf else tuple(range(len(shape)))
+            theirs = tuple(shape[axis] for axis in np.argsort(axes))
+            first = self.first_channels(name, shape, architecture)
+            module = module_of(parent)
+            yield (
+                f"{module}{leaf.their_name}" if module and leaf else "",
+                Slot(name, axes, theirs, value.dtype, first),
+            )
 
     def why_dropped(self, name: str, model: FunctionalModel, backbone_only: bool) -> str:
         """Returns the reason why a model has no use for an array; empty if it has."""
@@ -190,19 +189,19 @@ class Family:
         """
         arrays: dict[str, np.ndarray] = {}
         named = variables.params | variables.batch_stats
-        modules = self._modules(named, architecture)
-        for name, value in named.items():
-            leaf, module = self._leaf(name, np.shape(value)), modules[_parent(name)]
-            if leaf is None or module is None:
+        for key, slot in self._counterparts(named, architecture):
+            if not key:
                 raise UserError(
-                    f"{name} has no counterpart in {self.title}'s models, so {architecture.name} "
-                    "cannot be written in its format"
+                    f"{slot.name} has no counterpart in {self.title}'s models, so "
+                    f"{architecture.name} cannot be written in its format"
                 )
-            first = self.first_channels(name, np.shape(value), architecture)
-            theirs = np.roll(np.asarray(value), first, axis=2) if first else np.asarray(value)
-            arrays[f"{module}{leaf.their_name}"] = np.transpose(theirs, np.argsort(leaf.axes))
-            if leaf.their_name == ".running_var":
-                arrays[f"{module}{COUNTER}"] = np.zeros((), np.int64)
+            value = np.asarray(named[slot.name])
+            if slot.first_channels:
+                value = np.roll(value, slot.first_channels, axis=2)
+            arrays[key] = np.transpose(value, np.argsort(slot.axes))
+            if key.endswith(".running_var"):
+                counter = key.removesuffix("running_var") + "num_batches_tracked"
+                arrays[counter] = np.zeros((), np.int64)
         return arrays
 
 
@@ -213,5 +212,6 @@ def pool_first(name: str, shape: tuple[int, ...], architecture: Architecture) ->
     return shape[2] // (2 + len(architecture.atrous_rates))
 
 
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
+def any_match(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a regular expression matches the beginning of one of the names."""
+    return any(map(re.compile(pattern).match, names))

@@ -18,11 +18,11 @@ from deeplab_jax.weights.families.resnets import (
     has_aux_head,
     list_of_rates,
     num_branches,
-    num_classes,
     numbers,
     read_resnet,
     resnet_rows,
     section,
+    side,
 )
 
 _MAX_CONFIG = 1_000_000  # characters
@@ -52,9 +52,9 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
             "stride is removed, its shortcuts do not average as timm's do"
         )
     fields |= {
-        "num_classes": num_classes(shapes, _LOGITS),
+        "num_classes": side(shapes, _LOGITS, 0, 21),
         "aux_head": has_aux_head(shapes, _LOGITS, "auxiliary_head.conv_seg.weight")
-        and shapes.get(_AUX_CONV, (0, 1))[1] == 4 * shapes.get(_AUX_CONV, (0, 1))[0],
+        and side(shapes, _AUX_CONV, 1, 0) == 4 * side(shapes, _AUX_CONV, 0, 1),
         "head_channels": channels(
             shapes, "decode_head.bottleneck.conv.weight", fields["width"], 512
         ),

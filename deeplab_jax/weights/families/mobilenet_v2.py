@@ -21,7 +21,7 @@ from deeplab_jax.weights.families.family import (
     Table,
     pool_first,
 )
-from deeplab_jax.weights.families.resnets import numbers, section
+from deeplab_jax.weights.families.resnets import numbers, section, side
 from deeplab_jax.weights.families.torchvision import width_of
 
 _EPSILON = 1e-3  # of batch norm in the backbone; 1e-5 in the head
@@ -112,19 +112,14 @@ def _fields(
     shapes: Shapes, names: tuple[str, str, str], *, in_axis: int, out_axis: int
 ) -> dict[str, Any]:
     """Returns fields; `names` are the kernels of the stem, the last block and the logits."""
-
-    def side(name: str, axis: int, default: int) -> int:
-        shape = shapes.get(name, ())
-        return shape[axis] if len(shape) == 4 else default
-
     stem, last, logits = names
-    width = width_of(side(last, out_axis, 320), 320)
+    width = width_of(side(shapes, last, out_axis, 320), 320)
     return {
         "backbone": "mobilenet_v2",
         "width": width,
-        "in_channels": side(stem, in_axis, 3),
-        "num_classes": side(logits, out_axis, 21),
-        "head_channels": max(1, round(side(logits, in_axis, 256) / width)),
+        "in_channels": side(shapes, stem, in_axis, 3),
+        "num_classes": side(shapes, logits, out_axis, 21),
+        "head_channels": max(1, round(side(shapes, logits, in_axis, 256) / width)),
     }
 
 
@@ -156,6 +151,16 @@ def _unfold_batch_norm(
     return complete, (note,)
 
 
+_BOTH: dict[str, Any] = {
+    "first_channels": pool_first,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "resize": "longer side to 513, bilinear, then padded to 513x513",
+    "size": (513, 513),
+    # transformers' files must have an unused convolution to 1280 channels, which is not kept.
+    "writes": False,
+}
+
 HF = Family(
     name="hf",
     title="transformers' MobileNetV2",
@@ -169,15 +174,13 @@ HF = Family(
     backbone=r"mobilenet_v2\.",
     head_prefixes=("segmentation_head.", "classifier."),
     dropped=(
-        (r"mobilenet_v2\.conv_1x1\..*", "belongs to the classifier, which a segmentation has not"),
+        (
+            r"mobilenet_v2\.conv_1x1\..*",
+            "belongs to the classifier, which a segmentation does not need",
+        ),
     ),
-    first_channels=pool_first,
     defaults={"output_stride": 8},  # of google/deeplabv3_mobilenet_v2_1.0_513
-    mean=(0.5, 0.5, 0.5),
-    std=(0.5, 0.5, 0.5),
-    resize="longer side to 513, bilinear, then padded to 513x513",
-    size=(513, 513),
-    writes=False,  # an unused convolution to 1280 channels, which the file must have, is not kept
+    **_BOTH,
 )
 
 TF = Family(
@@ -198,11 +201,6 @@ TF = Family(
         Leaf("mean", "/moving_mean", (0,)),
         Leaf("var", "/moving_variance", (0,)),
     ),
-    first_channels=pool_first,
     complete=_unfold_batch_norm,
-    mean=(0.5, 0.5, 0.5),
-    std=(0.5, 0.5, 0.5),
-    resize="longer side to 513, bilinear, then padded to 513x513",
-    size=(513, 513),
-    writes=False,
+    **_BOTH,
 )

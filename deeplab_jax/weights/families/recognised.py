@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,12 +47,11 @@ class Recognised:
     notes: tuple[str, ...]
     ignored: tuple[tuple[str, str], ...] = ()
 
-    def describe(self) -> Description:
-        """Returns what names, shapes and config say of the model."""
-        return self.family.describe(self._shapes(), self.config)
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: array.shape for name, array in self.arrays.items()}
+    @functools.cached_property
+    def description(self) -> Description:
+        """What names, shapes and config say of the model; may raise UserError."""
+        shapes = {name: array.shape for name, array in self.arrays.items()}
+        return self.family.describe(shapes, self.config)
 
     def architecture(self, settings: Mapping[str, Any] | None = None) -> Architecture:
         """Returns the architecture: from shapes and config, else the family's default.
@@ -62,11 +62,11 @@ class Recognised:
         Raises:
           UserError: There is no such architecture, or a setting is invalid.
         """
-        found = self.describe()
+        found = self.description
         if found.name not in ARCHITECTURES:
             raise UserError(
                 f"the file is {self.family.title}'s with the backbone "
-                f"{found.fields.get('backbone')}, which this family has not here"
+                f"{found.fields.get('backbone')}, which is not supported in this family"
             )
         fields = {field: value for field, value in found.fields.items() if field != "backbone"}
         fields = {**self.family.defaults, **fields, **(settings or {})}
@@ -81,17 +81,16 @@ class Recognised:
 
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Returns the mean and std of the channels, 0..1: the config's, else the family's."""
-        found = self.describe()
-        return found.mean or self.family.mean, found.std or self.family.std
+        return self.description.mean or self.family.mean, self.description.std or self.family.std
 
     def assumptions(self, settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:
         """Returns "model.field=value" of each field that nothing in the file says."""
-        known = {*self.describe().fields, *(settings or {})}
+        known = {*self.description.fields, *(settings or {})}
         chosen = self.architecture(settings)
         values = {field: getattr(chosen, field) for field in self.family.assumed}
         said = [f"model.{f}={_spelled(value)}" for f, value in values.items() if f not in known]
         for field in ("mean", "std"):
-            if not getattr(self.describe(), field):
+            if not getattr(self.description, field):
                 said.append(f"data.{field}={_spelled(getattr(self.family, field))}")
         return tuple(said)
 

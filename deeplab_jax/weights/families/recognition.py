@@ -1,6 +1,6 @@
 """Recognising the family of a file, and saying what a file is that belongs to none.
 
-Prefixes that wrappers add to all names are removed first. The family follows from the names alone:
+Prefixes that wrappers add to all names are removed first. Only the names decide the family:
 exactly one family's signature must match.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from deeplab_jax.utils.errors import UserError, did_you_mean, listed
-from deeplab_jax.weights.families.family import Family
+from deeplab_jax.weights.families.family import Family, any_match
 from deeplab_jax.weights.families.mmseg import MMSEG
 from deeplab_jax.weights.families.mobilenet_v2 import HF, TF
 from deeplab_jax.weights.families.recognised import Recognised
@@ -34,7 +34,7 @@ _TOP_MODULE = re.compile(
     r"|(?:decode|auxiliary|segmentation|classification)_head|mobilenet_v2"
 )
 # The first parts of the names of torchvision's and timm's backbones and classifiers.
-_BACKBONE = re.compile(r"backbone\.|features\.|conv1\.|layer\d\.|\d+\.")
+_BACKBONE = r"backbone\.|features\.|conv1\.|layer\d\.|\d+\."
 _MAX_WRAPPERS = 8
 _AVERAGED = "n_averaged"  # of `torch.optim.swa_utils.AveragedModel`
 
@@ -91,11 +91,8 @@ def recognise(
         named, more = unwrap(inside)
         count = f"{len(beside)} arrays beside it are not read"
         unwrapping += [f'The model is under "{inner}"; {count}.', *more]
-    chosen = (
-        FAMILIES[family]
-        if family
-        else _family_of(named, backbone_only, notes=[*notes, *unwrapping])
-    )
+    notes = (*notes, *unwrapping)
+    chosen = FAMILIES[family] if family else _family_of(named, backbone_only, notes)
     renamed = dict(zip(chosen.rename(list(named)), named, strict=True))
     if len(renamed) != len(named):
         raise UserError(f"the file has arrays of two versions of {chosen.title}'s names")
@@ -106,7 +103,7 @@ def recognise(
         complete,
         renamed,
         config or {},
-        (*said, *notes, *unwrapping, *completing),
+        (*said, *notes, *completing),
         tuple(ignored),
     )
 
@@ -125,62 +122,52 @@ def _family_of(
         )
     if backbone_only:
         for family in (SMP, HF, TF):
-            if any(re.match(family.backbone, name) for name in named):
+            if any_match(family.backbone, named):
                 return family
-        has_resnet = any(re.match(r"(?:backbone\.)?layer1\.0\.conv1\.", name) for name in named)
-        if has_resnet and any(re.match(r"(?:backbone\.)?stem\.|decode_head", n) for n in named):
+        has_resnet = any_match(r"(?:backbone\.)?layer1\.0\.conv1\.", named)
+        if has_resnet and any_match(r"(?:backbone\.)?stem\.|decode_head", named):
             return MMSEG
-        if any(_BACKBONE.match(name) for name in named):
+        if any_match(_BACKBONE, named):
             return TORCHVISION
-    lines = [*_what_it_is(named, backbone_only), *(f"  {note}" for note in notes)]
-    raise UserError("\n".join(lines))
+    raise UserError("\n  ".join([*_what_it_is(named, backbone_only), *notes]))
 
 
 def _what_it_is(named: Mapping[str, np.ndarray], backbone_only: bool) -> list[str]:
     """Returns the lines of the error message for a file that is no known DeepLab."""
     counts = collections.Counter(_first(name) for name in named)
     found = [f'"{first}" ({count} arrays)' for first, count in counts.items()]
-    begin = f"  its names begin with {listed(found)}"
+    begin = f"its names begin with {listed(found)}"
     if backbone_only:
         known = "ResNets of torchvision, timm, mmsegmentation and smp, and MobileNetV2 and V3"
         return [f"the file has no known backbone: {known}", begin, *_models_inside(named)]
     if len(_inner_models(named)) > 1:
         return ["the file holds more than one model", begin, *_models_inside(named)]
-    # The family of whose signature most is there, and of those the one with most names alike.
+    # The family with most of its signature in the file, and among equals with most names alike.
     nearest = max(
         FAMILIES.values(),
         key=lambda each: (
-            sum(any(re.match(part, name) for name in named) for part in each.signature),
+            sum(any_match(part, named) for part in each.signature),
             sum(name.startswith(each.head_prefixes) for name in named),
         ),
     )
     lacking = [
         re.sub(r"\(\?:([^|)]*)[^)]*\)", r"\1", part).replace("\\", "").replace("[34]", "4")
         for part in nearest.signature
-        if not any(re.match(part, name) for name in named)
+        if not any_match(part, named)
     ]
-    task = next(
-        (
-            words
-            for parts, words in _OTHER_TASKS
-            if all(any(re.match(part, name) for name in named) for part in parts)
-        ),
-        "",
-    )
-    has_backbone = any(
-        re.match(
-            r"(?:backbone\.|encoder\.|features\.|mobilenet_v2\.)?\w*(?:layer1|conv_stem|0)\.", name
-        )
-        for name in named
+    tasks = (t for parts, t in _OTHER_TASKS if all(any_match(part, named) for part in parts))
+    task = next(tasks, "")
+    has_backbone = any_match(
+        r"(?:backbone\.|encoder\.|features\.|mobilenet_v2\.)?\w*(?:layer1|conv_stem|0)\.", named
     )
     lines = [f"the file holds no DeepLabv3{f': it is {task}' if task else ''}"]
     if lacking:
         lines[0] += f"; nearest is {nearest.title}, of which it lacks {listed(lacking)}"
     if task and has_backbone:
-        lines.append("  its backbone can be used: give the file as `--config.init.backbone`")
+        lines.append("its backbone can be used: give the file as `--config.init.backbone`")
     elif not task:
         lines.append(
-            "  a classifier, or another model with a known backbone, can be given as "
+            "a classifier, or another model with a known backbone, can be given as "
             "`--config.init.backbone`"
         )
     return [*lines, begin, *_models_inside(named)]
@@ -231,10 +218,10 @@ def _only_model_inside(named: Mapping[str, np.ndarray], backbone_only: bool) -> 
 
 def _models_inside(named: Mapping[str, np.ndarray]) -> list[str]:
     """Returns lines for an error message on the models under prefixes that not all names have."""
-    lines = [f'  {kind} is under "{first}."' for first, kind in _inner_models(named).items()]
+    lines = [f'{kind} is under "{first}."' for first, kind in _inner_models(named).items()]
     if lines:
         lines.append(
-            "  save the arrays of one, for example: `torch.save({name.removeprefix(prefix): value "
+            "save the arrays of one, for example: `torch.save({name.removeprefix(prefix): value "
             "for name, value in state_dict.items() if name.startswith(prefix)}, FILE)`"
         )
     return lines

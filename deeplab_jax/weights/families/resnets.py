@@ -81,35 +81,33 @@ def read_resnet(shapes: Shapes, prefix: str, deep_stem: str = "conv1.0") -> dict
         (name for name, each in RESNETS.items() if (each.block is Bottleneck) == has_bottlenecks),
         key=lambda name: sum(abs(a - b) for a, b in zip(RESNETS[name].sizes, sizes, strict=True)),
     )
-    last = shapes.get(f"{prefix}layer4.0.conv1.weight", ())
-    width = last[0] / STAGE_FEATURES[3] if last and last[0] else 1.0
-    first = shapes.get(f"{prefix}{deep_stem}.weight", ())
-    kernel = shapes.get(f"{prefix}conv1.weight", first)
-    stem = "conv7x7"
-    if first:
-        last_of_stem = shapes.get(f"{prefix}{deep_stem[:-1]}6.weight", first)[0]
-        stem = min(
-            ("deep", "deep128"), key=lambda name: abs(STEMS[name][-1] * width - last_of_stem)
-        )
+    features = STAGE_FEATURES[3]
+    width = side(shapes, f"{prefix}layer4.0.conv1.weight", 0, features) / features
+    first, stem = f"{prefix}conv1.weight", "conv7x7"
+    if f"{prefix}{deep_stem}.weight" in shapes:
+        first = f"{prefix}{deep_stem}.weight"
+        last = side(shapes, f"{prefix}{deep_stem[:-1]}6.weight", 0, 64)
+        stem = min(("deep", "deep128"), key=lambda name: abs(STEMS[name][-1] * width - last))
     pooled = len(shapes.get(f"{prefix}layer2.0.downsample.1.weight", ())) == 4
     return {
         "backbone": backbone,
         "width": width,
-        "in_channels": kernel[1] if len(kernel) == 4 and kernel[1] else 3,
+        "in_channels": side(shapes, first, 1, 3),
         "stem": stem,
         "shortcut": "avg_pool" if pooled else "conv1x1",
     }
 
 
+def side(shapes: Shapes, name: str, axis: int, default: int) -> int:
+    """Returns the size of an axis of a kernel, `default` if it is absent or no kernel."""
+    shape = shapes.get(name, ())
+    return shape[axis] if len(shape) == 4 and shape[axis] else default
+
+
 def channels(shapes: Shapes, name: str, width: float, default: int) -> int:
     """Returns the number of output channels of a kernel at width 1, `default` if it is absent."""
-    shape = shapes.get(name)
-    return max(1, round(shape[0] / width)) if shape else default
-
-
-def num_classes(shapes: Shapes, name: str) -> int:
-    """Returns the number of outputs of the last kernel."""
-    return shapes[name][0] if shapes.get(name) else 21
+    found = side(shapes, name, 0, 0)
+    return max(1, round(found / width)) if found else default
 
 
 def num_branches(shapes: Shapes, pattern: str) -> int | None:

@@ -12,15 +12,15 @@ from typing import Any
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.backbones.resnet import RESNETS
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights.families.family import Description, Family, Shapes, Table
+from deeplab_jax.weights.families.family import Description, Family, Shapes, Table, any_match
 from deeplab_jax.weights.families.resnets import (
     aspp_rows,
     channels,
     list_of_rates,
     num_branches,
-    num_classes,
     read_resnet,
     resnet_rows,
+    side,
 )
 
 # Beginnings of names before `DeepLabV3Decoder` was a module with attributes.
@@ -74,7 +74,7 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
     aspp = "decoder.aspp.0." if is_plus else "decoder.aspp."
     separable = any(re.match(rf"{re.escape(aspp)}convs\.1\.0\.1\.", name) for name in shapes)
     fields |= {
-        "num_classes": num_classes(shapes, "segmentation_head.0.weight"),
+        "num_classes": side(shapes, "segmentation_head.0.weight", 0, 21),
         "head_channels": channels(shapes, f"{aspp}project.0.weight", fields["width"], 256),
         "separable_aspp": separable,
     }
@@ -89,7 +89,7 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
 
 
 def _rename(names: Sequence[str]) -> list[str]:
-    if not any(re.match(r"decoder\.0\.convs\.", name) for name in names):
+    if not any_match(r"decoder\.0\.convs\.", names):
         return list(names)
     return [
         re.sub(r"decoder\.[012]\.", lambda m: _OLD_DECODER[m[0]], name, count=1) for name in names

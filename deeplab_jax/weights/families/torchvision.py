@@ -15,17 +15,17 @@ from deeplab_jax.models.backbones.mobilenet import MobileNet, block_specs, divis
 from deeplab_jax.models.backbones.mobilenet_v2 import MobileNetV2
 from deeplab_jax.models.backbones.mobilenet_v3 import MobileNetV3
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights.families.family import Description, Family, Shapes, Table
+from deeplab_jax.weights.families.family import Description, Family, Shapes, Table, any_match
 from deeplab_jax.weights.families.resnets import (
     aspp_rows,
     channels,
     has_aux_head,
     num_branches,
-    num_classes,
     numbers,
     read_resnet,
     resnet_rows,
     section,
+    side,
 )
 
 _MOBILENETS: dict[str, type[MobileNet]] = {
@@ -85,9 +85,9 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
     fields = read_backbone(shapes)
     width = fields["width"]
     # Models of the paper, which this package writes with these names, have no 3x3 after ASPP.
-    family = "torchvision" if "classifier.1.weight" in shapes or not is_deeplab(shapes) else "paper"
+    is_papers = TORCHVISION.matches(shapes) and "classifier.1.weight" not in shapes
     fields |= {
-        "num_classes": num_classes(shapes, LOGITS),
+        "num_classes": side(shapes, LOGITS, 0, 21),
         "aux_head": has_aux_head(shapes, LOGITS, "aux_classifier.4.weight"),
         "head_channels": channels(shapes, "classifier.0.project.0.weight", width, 256),
     }
@@ -97,24 +97,20 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
     if not re.fullmatch(r"resnet\d+[cdst]?|mobilenet\w*", published):
         raise UserError(f"the file is a {published} of timm, which is not supported")
     num_rates = num_branches(shapes, r"classifier\.0\.convs\.(\d+)\.0\.")
-    return Description(f"{family}_{fields['backbone']}", fields, (), mean, std, num_rates)
-
-
-def is_deeplab(names: Shapes) -> bool:
-    return all(any(re.match(each, name) for name in names) for each in TORCHVISION.signature)
+    name = f"{'paper' if is_papers else 'torchvision'}_{fields['backbone']}"
+    return Description(name, fields, (), mean, std, num_rates)
 
 
 def read_backbone(shapes: Shapes) -> dict[str, Any]:
     """Returns the fields of `Architecture` that the shapes of a backbone tell."""
     if "backbone.0.0.weight" not in shapes:
         return read_resnet(shapes, "backbone.")
-    is_v2 = any(re.match(r"backbone\.1\.conv\.", name) for name in shapes)
+    is_v2 = any_match(r"backbone\.1\.conv\.", shapes)
     last, features = ("backbone.17.conv.2", 320) if is_v2 else ("backbone.16.0", 960)
-    found = shapes.get(f"{last}.weight", (features,))[0]
     return {
         "backbone": "mobilenet_v2" if is_v2 else "mobilenet_v3_large",
-        "width": width_of(found, features),
-        "in_channels": (*shapes["backbone.0.0.weight"], 0, 0)[1] or 3,
+        "width": width_of(side(shapes, f"{last}.weight", 0, features), features),
+        "in_channels": side(shapes, "backbone.0.0.weight", 1, 3),
     }
 
 

@@ -15,9 +15,9 @@ from deeplab_jax.weights.families.resnets import (
     aspp_rows,
     channels,
     num_branches,
-    num_classes,
     read_resnet,
     resnet_rows,
+    side,
 )
 from deeplab_jax.weights.families.torchvision import head_rows
 
@@ -50,7 +50,7 @@ def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
     aspp = "classifier.aspp." if is_plus else "classifier.classifier.0."
     logits = f"classifier.classifier.{3 if is_plus else 4}.weight"
     fields |= {
-        "num_classes": num_classes(shapes, logits),
+        "num_classes": side(shapes, logits, 0, 21),
         "head_channels": channels(shapes, f"{aspp}project.0.weight", fields["width"], 256),
     }
     num_rates = num_branches(shapes, rf"{re.escape(aspp)}convs\.(\d+)\.0\.")
