@@ -66,7 +66,7 @@ def narrow(name, **fields):
         ("mmseg_r50_v1c", "mmseg", "mmseg_resnet50", {"num_classes": 19}),
         ("mmseg_r50b", "mmseg", "mmseg_resnet50", {"num_classes": 19, "stem": "conv7x7"}),
         ("mmseg_r18_v1c", "mmseg", "mmseg_resnet18", {"num_classes": 19, "head_channels": 128}),
-        ("smp_resnet18", "smp", "smp_resnet18", {"num_classes": 1}),
+        ("smp_resnet18", "smp", "smp_resnet18", {"num_classes": 2}),
         ("smpplus_resnet50", "smp", "smpplus_resnet50", {}),
         ("vainf_resnet50", "vainf", "vainf_resnet50", {}),
         ("vainfplus_resnet50", "vainf", "vainfplus_resnet50", {}),
