@@ -43,12 +43,11 @@ from rich import progress
 from rich.console import Console
 from rich.table import Table
 
-from deeplab_jax.cli.errors import exit_on_user_error
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.files import write_bytes
-from deeplab_jax.weights import convert, families, torch_file
+from deeplab_jax.weights import convert, families, hub_folder, torch_file
 from deeplab_jax.weights.convert import Reading
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
@@ -138,7 +137,7 @@ def converted(case: Case, path: pathlib.Path) -> tuple[Architecture, Variables]:
 
 def _backbone(case: Case, path: pathlib.Path) -> tuple[Architecture, Variables]:
     """Returns a model with the file's backbone, as `config.init.backbone` gives; heads are zero."""
-    found = families.recognise(convert.read_weights_file(path).arrays, backbone_only=True)
+    found = families.recognise(hub_folder.read_file_or_folder(path).arrays, backbone_only=True)
     architecture = found.architecture(case.settings)
     model = FunctionalModel.of(architecture)
     zeros = jax.tree.map(lambda like: np.zeros(like.shape, like.dtype), model.abstract)
@@ -462,15 +461,8 @@ def main(arguments: list[str] | None = None) -> int:
     show(console, rows)
     if args.json == RESULTS:
         write_docs(DOCS, read(RESULTS))
-    found = [problem for row in rows for problem in problems(row)]
-    for problem in found:
-        console.print(problem, style="red", highlight=False)
-    return 1 if found else 0
+    return parity.exit_code([problem for row in rows for problem in problems(row)], console)
 
 
 if __name__ == "__main__":
-    try:
-        with exit_on_user_error():
-            sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    parity.run_command(main)

@@ -407,15 +407,24 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     run(all_cases(args.quick), rows, keep, console)
     show(console, rows)
-    problems = violations(rows)
+    return exit_code(violations(rows), console)
+
+
+def exit_code(problems: list[str], console: Console) -> int:
+    """Prints problems, and returns 1 if there are any."""
     for problem in problems:
-        console.print(problem, style="red")
+        console.print(problem, style="red", highlight=False)
     return 1 if problems else 0
 
 
-if __name__ == "__main__":
+def run_command(main: Callable[[], int]) -> None:
+    """Runs a benchmark as a command, which Ctrl-C ends without a traceback."""
     try:
         with exit_on_user_error():
             sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_command(main)

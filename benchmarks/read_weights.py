@@ -33,11 +33,11 @@ def read_with_ours(path: str) -> tuple[float, float]:
     """Returns the seconds to read the arrays, and to read and sum them."""
     import numpy as np
 
-    from deeplab_jax.weights.convert import read_weights_file
+    from deeplab_jax.weights.hub_folder import read_file_or_folder
 
     reset_peak()
     start = time.perf_counter()
-    arrays = read_weights_file(pathlib.Path(path)).arrays
+    arrays = read_file_or_folder(pathlib.Path(path)).arrays
     read = time.perf_counter() - start
     sum(int(np.ravel(array, "K").view(np.uint8)[::64].sum()) for array in arrays.values())
     return read, time.perf_counter() - start

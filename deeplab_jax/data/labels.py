@@ -168,3 +168,5 @@ CITYSCAPES = LabelSet(
         strict=True,
     )
 )
+
+KNOWN = (CAMVID, CITYSCAPES, VOC)

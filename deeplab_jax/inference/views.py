@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from deeplab_jax.inference.positive import PositiveClass, choose_ids
 from deeplab_jax.models.functional import FunctionalModel, Variables
+from deeplab_jax.models.ops.masking import mask_outside
 from deeplab_jax.models.ops.resize import resize_bilinear
 
 
@@ -123,11 +124,8 @@ def _logits(
     if model.architecture.padding != "same" or sizes is None:
         return model.apply(variables, images, sizes=sizes)[0]["out"]
     height, width = images.shape[1:3]
-    inside = [
-        (jnp.arange(side) < sizes[:, axis, None]) for axis, side in enumerate((height, width))
-    ]
-    images = jnp.where(inside[0][:, :, None, None] & inside[1][:, None, :, None], images, 0)
     rows, columns = (aligned(side) - side for side in (height, width))
+    images = mask_outside(images, sizes)
     images = jnp.pad(images, ((0, 0), (0, rows), (0, columns), (0, 0)))
     logits = model.apply(variables, images, sizes=aligned(sizes))[0]["out"]
     return logits[:, :height, :width]

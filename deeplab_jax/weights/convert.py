@@ -27,7 +27,7 @@ from deeplab_jax.weights.families import Recognised
 from deeplab_jax.weights.families.family import BACKBONE
 from deeplab_jax.weights.matching import ConversionReport, Converted, require_finite
 from deeplab_jax.weights.saved_model import SavedModel
-from deeplab_jax.weights.torch_file import SUFFIXES, WeightsFile
+from deeplab_jax.weights.torch_file import SUFFIXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,25 +123,12 @@ def read_model(source: str | os.PathLike[str], reading: Reading = Reading()) -> 
       UserError: There is no model, it cannot be read, or its weights are not finite.
     """
     path = hub.find_weights(source)
-    if not is_checkpoint(path):
+    if not hub_folder.is_checkpoint(path):
         saved, found = _read_weights(path, reading)
         if found and found.family.name != "torchvision":
             print(f"{path}:", *found.notes, file=sys.stderr, flush=True)
         return saved
     return _of_this_package(saved_model.read(path), reading)
-
-
-def read_weights_file(path: pathlib.Path) -> WeightsFile:
-    """Reads a weights file, or a folder as on the hub, also by the name of the file in it."""
-    beside = path.parent / hub_folder.CONFIG
-    if hub_folder.weights_name([path.name]) and beside.is_file():
-        path = path.parent
-    return hub_folder.read(path) if path.is_dir() else torch_file.read_file(path)
-
-
-def is_checkpoint(path: pathlib.Path) -> bool:
-    """Whether a path is a folder other than one as on the hub."""
-    return path.is_dir() and not hub_folder.is_hub_folder(path)
 
 
 def _of_this_package(saved: SavedModel, reading: Reading) -> SavedModel:
@@ -163,11 +150,15 @@ def _of_this_package(saved: SavedModel, reading: Reading) -> SavedModel:
 
 def _read_weights(path: pathlib.Path, reading: Reading) -> tuple[SavedModel, Recognised | None]:
     """Reads a DeepLab's weights, and their family unless they are in a folder of this package."""
-    file = read_weights_file(path)
+    file = hub_folder.read_file_or_folder(path)
     if hub_folder.is_ours(file.config):
         return _of_this_package(hub_folder.to_saved_model(path, file), reading), None
     settings = _settings(reading.settings)
-    model_settings = {name[6:]: value for name, value in settings.items() if name[:6] == "model."}
+    model_settings = {
+        name.removeprefix("model."): value
+        for name, value in settings.items()
+        if name.startswith("model.")
+    }
     with _naming(path):
         found = families.recognise(
             file.arrays, file.config, family=reading.family, notes=file.notes
@@ -249,10 +240,8 @@ def _labels(names: Sequence[str], num_classes: int, path: str) -> LabelSet:
         if num_classes == labels.VOC.num_classes:
             return labels.VOC
         return labels.named(*(f"class {index}" for index in range(num_classes)))
-    for known in (labels.VOC, labels.CITYSCAPES, labels.CAMVID):
-        if tuple(names) == known.names:
-            return known
-    return labels.named(*names)
+    known = (each for each in labels.KNOWN if each.names == tuple(names))
+    return next(known, labels.named(*names))
 
 
 @contextlib.contextmanager
@@ -265,7 +254,7 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
 
 
 def _to_folder(path: pathlib.Path, target: pathlib.Path, reading: Reading) -> Conversion:
-    if is_checkpoint(path):
+    if hub_folder.is_checkpoint(path):
         saved_model.find_checkpoint(path)
         raise UserError(
             f"{path} is a checkpoint: it is converted to a file that ends in "

@@ -60,6 +60,11 @@ def is_hub_folder(folder: pathlib.Path) -> bool:
     return weights_name(names) is not None and "checkpoints" not in names
 
 
+def is_checkpoint(path: pathlib.Path) -> bool:
+    """Whether a path is a folder, and not one as on the hub."""
+    return path.is_dir() and not is_hub_folder(path)
+
+
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns the weights files of a folder.
 
@@ -90,6 +95,13 @@ def shards(index: pathlib.Path) -> list[str]:
     if wrong or not names:
         raise UserError(f"{index}: weight_map must name files of the same folder: {listed(wrong)}")
     return sorted(names)
+
+
+def read_file_or_folder(path: pathlib.Path) -> WeightsFile:
+    """Reads a weights file, or a folder as on the hub, also by the name of the file in it."""
+    if weights_name([path.name]) and (path.parent / CONFIG).is_file():
+        path = path.parent
+    return read(path) if path.is_dir() else torch_file.read_file(path)
 
 
 def read(folder: pathlib.Path) -> WeightsFile:

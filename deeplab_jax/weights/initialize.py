@@ -14,7 +14,6 @@ from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import families, hub, hub_folder, saved_model
-from deeplab_jax.weights.convert import is_checkpoint, read_weights_file
 from deeplab_jax.weights.matching import (
     ConversionReport,
     Converted,
@@ -44,7 +43,7 @@ def init_variables(config: Config, model: FunctionalModel, log: Callable[[str], 
     backbone_only = not config.init.path
     field = "config.init.backbone" if backbone_only else "config.init.path"
     path = hub.find_weights(source, field)
-    if is_checkpoint(path):
+    if hub_folder.is_checkpoint(path):
         path = saved_model.find_checkpoint(path)
     log(f"{'backbone' if backbone_only else 'model'} from {path}")
     options: dict[str, Any] = {
@@ -52,7 +51,7 @@ def init_variables(config: Config, model: FunctionalModel, log: Callable[[str], 
         "backbone_only": backbone_only,
     }
     try:
-        file = None if is_checkpoint(path) else read_weights_file(path)
+        file = None if hub_folder.is_checkpoint(path) else hub_folder.read_file_or_folder(path)
         if file is None or hub_folder.is_ours(file.config):
             saved = hub_folder.to_saved_model(path, file) if file else saved_model.read(path)
             converted, report = from_checkpoint(saved.variables, model, **options)

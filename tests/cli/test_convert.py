@@ -129,6 +129,28 @@ def test_a_model_torchvision_does_not_have_is_refused(tmp_path):
     assert not (tmp_path / "out.pth").exists()
 
 
+def test_options_for_what_a_file_does_not_tell(weights, command, tmp_path):
+    (tmp_path / "names.txt").write_text("".join(f"thing {i}\n" for i in range(21)))
+    arrays = dict(weights[2])
+    name = "backbone.conv1.weight"
+    arrays[name] = np.full_like(arrays[name], np.nan)
+    torch_file.write(tmp_path / "nan.pth", arrays)
+    options = ("--set", "model.output_stride=16", "--set", "data.mean=0,0,0",
+               "--classes", tmp_path / "names.txt", "--as", "torchvision")  # fmt: skip
+    code, _, err = command("convert", tmp_path / "nan.pth", tmp_path / "model", *options)
+    assert (code, name in err) == (2, True)
+    code, _, err = command(
+        "convert", tmp_path / "nan.pth", tmp_path / "model", *options, "--allow-nonfinite"
+    )
+    assert code == 0, err
+    saved = saved_model.read(tmp_path / "model")
+    assert (saved.architecture.output_stride, saved.info["mean"]) == (16, [0, 0, 0])
+    assert saved.info["classes"][20] == "thing 20"
+    code, _, err = command("convert", weights[0], tmp_path / "other", "--as", "smp")
+    assert code == 2
+    assert "--as smp: the file does not have the names of segmentation_models.pytorch" in err
+
+
 def test_help_has_examples(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     _, out, _ = command("convert", "--help")

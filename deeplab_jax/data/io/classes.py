@@ -160,7 +160,7 @@ def _claimed_twice(claims: Iterable[tuple[int, int, int, Entry]]) -> list[str]:
 
 def _known_colors(names: tuple[str, ...]) -> tuple[tuple[int, int, int], ...]:
     """Returns the colours of the data set that has these classes; empty: none that is known."""
-    for known in (labels.CAMVID, labels.CITYSCAPES, labels.VOC):
+    for known in labels.KNOWN:
         if len(known.names) == len(names) and all(map(_same_name, known.names, names)):
             return known.colors
     return ()

@@ -89,8 +89,13 @@ def valid_sizes(x: Float[Array, "n h w c"]) -> Int[Array, "n 2"] | None:
 def mask_padding(x: Float[Array, "n h w c"], value: float = 0.0) -> Float[Array, "n h w c"]:
     """Returns a map with its padding set to `value`; unchanged without a padding mask."""
     sizes = valid_sizes(x)
-    if sizes is None:
-        return x
+    return x if sizes is None else mask_outside(x, sizes, value)
+
+
+def mask_outside(
+    x: Float[Array, "n h w c"], sizes: Int[Array, "n 2"], value: float = 0.0
+) -> Float[Array, "n h w c"]:
+    """Returns a map with `value` outside each image's rows and columns."""
     rows = jnp.arange(x.shape[1]) < sizes[:, :1]
     columns = jnp.arange(x.shape[2]) < sizes[:, 1:]
     valid = (rows[:, :, None] & columns[:, None, :])[..., None]

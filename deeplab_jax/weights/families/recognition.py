@@ -93,6 +93,8 @@ def recognise(
         unwrapping += [f'The model is under "{inner}"; {count}.', *more]
     notes = (*notes, *unwrapping)
     chosen = FAMILIES[family] if family else _family_of(named, backbone_only, notes)
+    if family and not chosen.matches(named):
+        raise UserError(f"--as {family}: the file does not have the names of {chosen.title}")
     renamed = dict(zip(chosen.rename(list(named)), named, strict=True))
     if len(renamed) != len(named):
         raise UserError(f"the file has arrays of two versions of {chosen.title}'s names")
@@ -137,11 +139,18 @@ def _what_it_is(named: Mapping[str, np.ndarray], backbone_only: bool) -> list[st
     counts = collections.Counter(_first(name) for name in named)
     found = [f'"{first}" ({count} arrays)' for first, count in counts.items()]
     begin = f"its names begin with {listed(found)}"
+    inside = _inner_models(named)
+    hints = [f'{kind} is under "{first}."' for first, kind in inside.items()]
+    if inside:
+        hints.append(
+            "save the arrays of one, for example: `torch.save({name.removeprefix(prefix): value "
+            "for name, value in state_dict.items() if name.startswith(prefix)}, FILE)`"
+        )
     if backbone_only:
         known = "ResNets of torchvision, timm, mmsegmentation and smp, and MobileNetV2 and V3"
-        return [f"the file has no known backbone: {known}", begin, *_models_inside(named)]
-    if len(_inner_models(named)) > 1:
-        return ["the file holds more than one model", begin, *_models_inside(named)]
+        return [f"the file has no known backbone: {known}", begin, *hints]
+    if len(inside) > 1:
+        return ["the file holds more than one model", begin, *hints]
     # The family with most of its signature in the file, and among equals with most names alike.
     nearest = max(
         FAMILIES.values(),
@@ -170,7 +179,7 @@ def _what_it_is(named: Mapping[str, np.ndarray], backbone_only: bool) -> list[st
             "a classifier, or another model with a known backbone, can be given as "
             "`--config.init.backbone`"
         )
-    return [*lines, begin, *_models_inside(named)]
+    return [*lines, begin, *hints]
 
 
 def unwrap(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -214,17 +223,6 @@ def _only_model_inside(named: Mapping[str, np.ndarray], backbone_only: bool) -> 
     if len(kinds) != 1 or not (backbone_only or "a DeepLabv3" in kinds.values()):
         return ""
     return f"{next(iter(kinds))}."
-
-
-def _models_inside(named: Mapping[str, np.ndarray]) -> list[str]:
-    """Returns lines for an error message on the models under prefixes that not all names have."""
-    lines = [f'{kind} is under "{first}."' for first, kind in _inner_models(named).items()]
-    if lines:
-        lines.append(
-            "save the arrays of one, for example: `torch.save({name.removeprefix(prefix): value "
-            "for name, value in state_dict.items() if name.startswith(prefix)}, FILE)`"
-        )
-    return lines
 
 
 def _first(name: str) -> str:
