@@ -22,6 +22,7 @@ from deeplab_jax.config import (
     TrainConfig,
 )
 from deeplab_jax.data import pipeline
+from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.evaluation import binary
 from deeplab_jax.evaluation.evaluator import Evaluator
@@ -107,6 +108,41 @@ def evaluate_windows(window: int | None = 33, positive: PositiveClass | None = N
         "matrix": evaluation.matrix.tolist(),
         "matrices": evaluation.matrices.tolist(),
     }
+
+
+class Recording:
+    """Images of noise, of different sizes, that lists the indices that are read."""
+
+    # Of four images in a batch one may be larger than the others; the last batch is not full.
+    SIZES = ((20, 30), (33, 33), (20, 150), (40, 50), *[(30, 20)] * 4, (20, 150), (33, 20))
+
+    def __init__(self):
+        self.read = []
+
+    def __len__(self):
+        return len(self.SIZES)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        pixels = np.random.default_rng(index).integers(0, 256, (*self.SIZES[index], 3), np.uint8)
+        return {"image": pixels, "label": pixels[..., 0] % 4, "name": f"image {index}"}
+
+
+# Arguments of `evaluate_recorded`.
+EVALUATIONS = {"paper": ("paper",), "native": ("native",), "windows": ("native", 33)}
+
+
+def evaluate_recorded(protocol: str, window: int = 0):
+    """Counts of an evaluation on four devices, and what this process read and predicted."""
+    config = get_config()
+    config.eval.batch_size, config.eval.protocol, config.eval.window = 4, protocol, window
+    config.mesh.data = 4
+    run, source, names = Run(config), Recording(), []
+    evaluator = Evaluator(run.model, Dataset(source, run.dataset.labels), config, run.mesh)
+    evaluation = evaluator.evaluate(
+        random_variables(run.model), per_image=True, each=lambda one: names.append(one.name)
+    )
+    return {"matrices": evaluation.matrices.tolist(), "read": sorted(source.read), "names": names}
 
 
 def saved_state(workdir):

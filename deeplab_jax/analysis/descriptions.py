@@ -10,9 +10,10 @@ from deeplab_jax import config as config_lib
 from deeplab_jax.config import Config
 from deeplab_jax.config import io as config_io
 from deeplab_jax.config.rules import validate
-from deeplab_jax.data import DATASETS, labels
+from deeplab_jax.data import DATASETS, labels, stage
 from deeplab_jax.models.architecture import ARCHITECTURES, Architecture, architecture
 from deeplab_jax.utils.errors import UserError, did_you_mean
+from deeplab_jax.utils.paths import is_bucket
 from deeplab_jax.weights import hub
 from deeplab_jax.weights.convert import read_model
 from deeplab_jax.weights.saved_model import SavedModel
@@ -59,7 +60,7 @@ def read(source: str, *, num_classes: int | None = None) -> Description:
         config_io.is_config(source) and not os.path.exists(source)
     ):
         return of_config(config_io.from_python(source), source, num_classes)
-    if not os.path.exists(source) and not hub.is_name(source):
+    if not (os.path.exists(source) or is_bucket(source) or hub.is_name(source)):
         raise UserError(_unknown(source))
     if num_classes is not None:
         raise UserError(f"--num-classes: {source} is a trained model, which has its own")
@@ -116,7 +117,10 @@ def _data_classes(config: Config) -> int | None:
     from deeplab_jax.data.datasets.mask_format import class_file
     from deeplab_jax.data.io import classes
 
-    path = class_file(config.data)[0]
+    def may_be(name: str) -> bool:
+        return name.rpartition("/")[2].lower() in classes.FILE_NAMES
+
+    path = class_file(stage(config.data, may_be))[0]
     return classes.read(path).labels.num_classes if path else None
 
 

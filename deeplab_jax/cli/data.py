@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ import typer
 from deeplab_jax.cli import options, outputs
 from deeplab_jax.cli.data_settings import DataSettings, data_options
 from deeplab_jax.utils.errors import UserError, print_warning
+from deeplab_jax.utils.paths import is_bucket
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -107,15 +107,18 @@ def prepare(
       deeplab-jax data prepare my_data clean_data
       deeplab-jax data prepare pairs.csv clean_data --masks-hold colors --classes names.txt --copy
     """
+    from deeplab_jax.buckets.outputs import local_output
     from deeplab_jax.data_check import prepare
 
-    folder = prepare.require_new_folder(out, root)
+    prepare.require_new_folder(out, root)
     outputs.check("--json", json_file)
     report, scans, mask_format = _check(settings, root, workers, json_file)
     result: dict[str, Any] = {"out": "", "images": {}}
     if mask_format is not None and not report.errors:
-        ways = prepare.write(folder, scans, mask_format, copy=copy, num_threads=workers)
-        result = {"out": str(folder), "images": dict(ways)}
+        with local_output(out) as (folder, _):
+            ways = prepare.write(folder, scans, mask_format, copy=copy, num_threads=workers)
+        images = {"copy": ways.total()} if is_bucket(out) else dict(ways)
+        result = {"out": out, "images": images}
     outputs.write_json(json_file, report.to_json() | result)
     console = outputs.console(json_file)
     if report.errors:
@@ -134,10 +137,14 @@ def _check(
     settings: DataSettings, root: str, workers: int, json_file: str, write_classes: bool = False
 ) -> tuple[DataReport, list[Scan], MaskFormat | None]:
     """Checks a data set and prints the report; errors end with the commands that mend them."""
+    from deeplab_jax import data as data_lib
     from deeplab_jax.data_check.advice import advise
     from deeplab_jax.data_check.check import check
 
     config = settings.config(root)
+    if write_classes and is_bucket(config.data.folder.classes or root):
+        raise UserError("--write-classes writes no file in a bucket: add --classes my_classes.txt")
+    config.data = data_lib.stage(config.data)
     try:
         if write_classes:
             _write_classes(config.data, workers, json_file)
@@ -149,7 +156,7 @@ def _check(
     splits = [report.splits[name] for name in ("train", *report.splits) if name in report.splits]
     size = next((split.median_size for split in splits if split.median_size), None)
     advice = tuple(advise(size, report.classes, config))
-    report = dataclasses.replace(report, findings=report.findings + advice)
+    report = dataclasses.replace(report, root=root, findings=report.findings + advice)
     _print(report, json_file, settings)
     return report, scans, mask_format
 
@@ -248,6 +255,7 @@ def _count(number: int, noun: str) -> str:
 def _draw(
     path: str, scans: Sequence[Scan], mask_format: MaskFormat | None, num_channels: int
 ) -> None:
+    from deeplab_jax.buckets.outputs import local_output
     from deeplab_jax.data_check import contact_sheet
     from deeplab_jax.utils.files import write_png
 
@@ -255,4 +263,5 @@ def _draw(
         print_warning(f"{path} was not drawn: no pair of image and mask could be read")
         return
     picture = contact_sheet.draw(scans, mask_format, num_channels)
-    write_png(pathlib.Path(path), picture)
+    with local_output(path) as (file, _):
+        write_png(file, picture)

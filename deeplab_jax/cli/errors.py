@@ -34,6 +34,7 @@ def exit_on_user_error() -> Iterator[None]:
     the body at any time, also during a garbage collection.
     """
     hook, sys.unraisablehook = sys.unraisablehook, _repeat_interrupt
+    code = 2
     try:
         yield
         return
@@ -41,7 +42,7 @@ def exit_on_user_error() -> Iterator[None]:
         _exit_at_once(end.code)
         raise
     except UserError as error:
-        message = str(error)
+        message, code = str(error), error.exit_code
     except OSError as error:
         if error.errno in _PATH_ERRORS and error.filename:
             message = f"{error.filename}: {error.strerror}"
@@ -57,8 +58,8 @@ def exit_on_user_error() -> Iterator[None]:
     finally:
         sys.unraisablehook = hook
     print(f"error: {message}", file=sys.stderr)
-    _exit_at_once(2)
-    sys.exit(2)
+    _exit_at_once(code)
+    sys.exit(code)
 
 
 def _exit_at_once(code: Any) -> None:

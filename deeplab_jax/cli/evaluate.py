@@ -63,6 +63,7 @@ def evaluate(
       deeplab-jax evaluate runs/mine --data configs/folder.py --bootstrap 1000 --confusion c.png
       deeplab-jax evaluate runs/cracks --curves curves.png --threshold 0.35
     """
+    from deeplab_jax.buckets.outputs import shown
     from deeplab_jax.evaluation import report, setup
     from deeplab_jax.evaluation.confusion import bootstrap_miou
     from deeplab_jax.inference.positive import missing
@@ -101,7 +102,7 @@ def evaluate(
     if evaluation.matrices is not None:
         interval = bootstrap_miou(evaluation.matrices, num_resamples=bootstrap)
     facts = {
-        "checkpoint": str(segmenter.path),
+        "checkpoint": shown(str(segmenter.path)),
         "data": config.data.name,
         "root": config.data.root,
         "split": config.data.eval_split,
@@ -126,17 +127,17 @@ def evaluate(
     if binary:
         lines += ["", *_binary_summary(binary)]
     console.print("", *lines, sep="\n", markup=False)
+    outputs.write_json(json_file, facts | report.to_json(evaluation, interval))
     if confusion:
         figure = plots.confusion_plot(evaluation.matrix, evaluation.labels)
-        plots.save(pathlib.Path(confusion), figure)
+        outputs.save_figure(confusion, figure)
     if curves and evaluation.curves and binary:
         if pathlib.Path(curves).suffix.lower() == ".json":
             points = report.curve_points(evaluation.curves)
             outputs.write_json(curves, facts | binary | {"points": points})
         else:
             figure = plots.binary_curves(evaluation.curves.points(), binary)
-            plots.save(pathlib.Path(curves), figure)
-    outputs.write_json(json_file, facts | report.to_json(evaluation, interval))
+            outputs.save_figure(curves, figure)
     for warning in warnings + report.warnings(evaluation):
         print_warning(warning)
 

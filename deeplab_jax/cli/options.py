@@ -43,7 +43,8 @@ def path_argument(words: str) -> Any:
 Checkpoint = Annotated[
     str,
     path_argument(
-        "Workdir, checkpoint, weights file or folder, hf://org/name, or name of published weights."
+        "Workdir, checkpoint, weights file or folder, also in a bucket (gs://, s3://); "
+        "hf://org/name, or name of published weights."
     ),
 ]
 OutputStride = Annotated[

@@ -6,7 +6,7 @@ import contextlib
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
@@ -14,6 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.paths import is_bucket
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STDOUT = "-"  # the path that makes --json print to standard output
 RUN_FILES = ("config.json", "inputs.json")  # of a workdir
@@ -39,6 +43,11 @@ def check(option: str, path: str, *suffixes: str) -> None:
     file = pathlib.Path(path).absolute()
     if suffixes and file.suffix.lower() not in suffixes:
         raise UserError(f"{option} must be a file that ends in {' or '.join(suffixes)}, got {path}")
+    if is_bucket(path):
+        from deeplab_jax.buckets import outputs
+
+        outputs.check(path, f"{option}: {path}", reserved=RUN_FILES)
+        return
     if file.is_dir():
         raise UserError(f"{option}: {path} is a folder")
     if file.name in RUN_FILES and (file.parent / "checkpoints").is_dir():
@@ -46,15 +55,42 @@ def check(option: str, path: str, *suffixes: str) -> None:
     require_writable(file.parent, f"{option}: the folder", create=True)
 
 
+def check_folder(option: str, path: str) -> None:
+    """Checks that files can be written below a folder, and creates it.
+
+    Raises:
+      UserError: they cannot.
+    """
+    if is_bucket(path):
+        from deeplab_jax.buckets import outputs
+
+        outputs.check(path, f"{option} {path}", kind="folder")
+    else:
+        from deeplab_jax.utils.files import require_writable
+
+        require_writable(pathlib.Path(path), option, create=True)
+
+
 def write_json(path: str, value: Any) -> None:
     """Writes JSON to the path of --json; does nothing if the path is empty."""
+    from deeplab_jax.buckets.outputs import local_output, shown
     from deeplab_jax.utils.files import write_bytes
 
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    text = shown(json.dumps(value, indent=2, allow_nan=False)) + "\n"
     if path == STDOUT:
         print(text, end="")
     elif path:
-        write_bytes(pathlib.Path(path), text.encode())
+        with local_output(path) as (file, _):
+            write_bytes(file, text.encode())
+
+
+def save_figure(path: str, figure: Figure) -> None:
+    """Writes a figure to the path of an option, which has one of `plots.SUFFIXES`."""
+    from deeplab_jax.buckets.outputs import local_output
+    from deeplab_jax.visualization import plots
+
+    with local_output(path) as (file, _):
+        plots.save(file, figure)
 
 
 @contextlib.contextmanager

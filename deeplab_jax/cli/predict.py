@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pathlib
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -58,16 +57,16 @@ def predict(
       deeplab-jax predict runs/cracks photos/ --out predicted --threshold 0.35
       deeplab-jax predict runs/voc huge.tif --out predicted --window 1025 --scales 0.75,1 --flip
     """
+    from deeplab_jax.buckets.outputs import local_output, shown
     from deeplab_jax.data.labels import class_id
     from deeplab_jax.inference import files, pipeline, predictor, segmenter
     from deeplab_jax.inference.positive import resolve
     from deeplab_jax.utils.errors import UserError, raise_problems
-    from deeplab_jax.utils.files import require_writable
+    from deeplab_jax.utils.paths import is_bucket
     from deeplab_jax.utils.progress import track
 
-    folder = pathlib.Path(out)
-    inputs, num_own = files.find_images(images, folder)
-    require_writable(folder, "--out", create=True)
+    inputs, num_own = files.find_images(images, out)
+    outputs.check_folder("--out", out)
     outputs.check("--json", json_file, ".json")
     model = segmenter.load(checkpoint, **settings, wait=False)
     if positive and threshold is None:
@@ -77,19 +76,21 @@ def predict(
 
     results: list[ImageResult] = []
     problems: list[str] = []
-    predictions = pipeline.predict_images(
-        model,
-        {path: folder / name for path, name in inputs.items()},
-        opacity=opacity,
-        heatmap_classes=tuple(classes),
-        side_by_side=side_by_side,
-        positive=chosen,
-    )
-    with exit_on_sigterm(), contextlib.closing(predictions):
+    with exit_on_sigterm(), local_output(out) as (folder, move), contextlib.ExitStack() as stack:
+        predictions = pipeline.predict_images(
+            model,
+            {path: folder / name for path, name in inputs.items()},
+            opacity=opacity,
+            heatmap_classes=tuple(classes),
+            side_by_side=side_by_side,
+            positive=chosen,
+            move=move if is_bucket(out) else None,
+        )
+        stack.callback(predictions.close)
         for result in track(predictions, "predict", len(inputs)):
             resume_collector()
             if isinstance(result, UserError):
-                problems.append(str(result))
+                problems.append(shown(str(result)))
             else:
                 results.append(result)
 
@@ -115,7 +116,7 @@ def predict(
             columns, rows = columns[:-1], [row[:-1] for row in rows]
         console.print(outputs.table(columns, rows, num_text_columns=2))
         noun = "image" if len(results) == 1 else "images"
-        console.print(f"{len(results)} {noun} in {folder}", markup=False)
+        console.print(f"{len(results)} {noun} in {out}", markup=False)
     report: dict[str, Any] = {"checkpoint": str(model.path)}
     if chosen:
         report |= {"positive": model.labels.names[chosen.class_id], "threshold": threshold}

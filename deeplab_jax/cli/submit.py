@@ -42,6 +42,7 @@ def submit(
       deeplab-jax submit runs/voc --split val --out val.tgz
       deeplab-jax submit --check results.tgz --root /data/voc
     """
+    from deeplab_jax.buckets.outputs import local_output
     from deeplab_jax.evaluation import setup, voc_server
 
     if bool(check) == bool(checkpoint):
@@ -64,9 +65,12 @@ def submit(
         )
     for warning in warnings:
         print_warning(warning)
-    with outputs.progress_bar("submit", evaluator.num_batches) as advance:
+    with (
+        local_output(out) as (file, _),
+        outputs.progress_bar("submit", evaluator.num_batches) as advance,
+    ):
         matrix = voc_server.write(
-            *(pathlib.Path(out), evaluator, segmenter.variables),
+            *(file, evaluator, segmenter.variables),
             competition=competition,
             split=split,
             progress=advance,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -95,7 +94,7 @@ def summary(
     if plot:
         from deeplab_jax.analysis.plots import model_figure
 
-        plots.save(pathlib.Path(plot), model_figure(result))
+        outputs.save_figure(plot, model_figure(result))
     if receptive_field:
         from deeplab_jax.analysis.plots import field_facts, field_figure
 
@@ -106,7 +105,7 @@ def summary(
         weights = "random weights" if description.saved is None else "trained weights"
         about = f"{description.architecture.name}, {weights}, {height}x{width}"
         figure = field_figure(fields, f"Effective receptive field of {about}")
-        plots.save(pathlib.Path(receptive_field), figure)
+        outputs.save_figure(receptive_field, figure)
     outputs.write_json(json_file, result.to_json())
 
 

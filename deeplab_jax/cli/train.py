@@ -33,7 +33,17 @@ from deeplab_jax.config.rules import validate
 from deeplab_jax.utils.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Python file with get_config().")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder for checkpoints, metrics and pictures; or gs://bucket/run, s3://bucket/run.",
+)
+_BUCKET_TIMEOUT = flags.DEFINE_float(
+    "bucket_timeout",
+    600,
+    "Seconds that a run with its workdir in a bucket goes on while the bucket does not answer.",
+    lower_bound=0,
+)
 
 _LAUNCH = [
     flags.DEFINE_string("coordinator", None, "Address of process 0: host:port, with a free port."),
@@ -83,12 +93,14 @@ def main(argv: Sequence[str]) -> None:
 
     values: list[Any] = [flag.value for flag in _LAUNCH]
     with launch.distributed_run(launch.LaunchOptions(*values)) as is_first:
-        result = train(get_config(), str(_WORKDIR.value))
+        result = train(
+            get_config(), str(_WORKDIR.value), bucket_timeout=float(_BUCKET_TIMEOUT.value)
+        )
     if not is_first:
         return
     if result.miou is not None:
         print(f"mIoU {result.miou:.4f} at step {result.step}")
-    if result.picture is not None:
+    if result.picture:
         print(f"predictions: {result.picture}")
 
 

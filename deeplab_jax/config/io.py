@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from deeplab_jax.config.rules import union_types
 from deeplab_jax.config.schema import Config, flatten
 from deeplab_jax.utils.errors import UserError, did_you_mean
-from deeplab_jax.utils.paths import required_path
+from deeplab_jax.utils.paths import is_bucket, required_path
 
 T = TypeVar("T")
 
@@ -115,11 +115,15 @@ def from_run(path: str | os.PathLike[str]) -> Config | None:
     """Returns the config of the run that a path belongs to, or None.
 
     Args:
-      path: a workdir, its folder checkpoints/, or a checkpoint in that folder.
+      path: a workdir, its folder checkpoints/, or a checkpoint in that folder; also in a bucket.
 
     Raises:
       UserError: the `config.json` is damaged or was written by another version.
     """
+    if is_bucket(path):
+        from deeplab_jax.buckets import staging
+
+        path = staging.stage_model(str(path))
     for folder in (pathlib.Path(path).absolute(), pathlib.Path(path).resolve()):
         for checkpoints in (folder / "checkpoints", folder, folder.parent):
             file = checkpoints.with_name("config.json")

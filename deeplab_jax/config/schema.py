@@ -78,7 +78,7 @@ class FolderConfig:
 
 @dataclasses.dataclass
 class DataConfig:
-    """The data set and its augmentation."""
+    """The data set and its augmentation; paths may be in a bucket: gs://bucket/path."""
 
     # "voc", "coco", "cityscapes", "ade20k", "folder", "shapes" (docs/datasets.md), or a registered
     # name.
@@ -104,7 +104,7 @@ class InitConfig:
     """The initial parameters; random where `path` and `backbone` are empty.
 
     Both take a workdir, a checkpoint folder, a weights file of any family (docs/weights.md), the
-    name of published weights, such as "resnet101", or "hf://org/name".
+    name of published weights, such as "resnet101", or "hf://org/name". Paths may be in a bucket.
     """
 
     path: str = ""  # model to start from; its logits layers are new if the classes differ

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.utils.errors import UserError, did_you_mean
+from deeplab_jax.utils.paths import is_bucket
 from deeplab_jax.utils.registry import Registry, resolved
 
 Load = Callable[[DataConfig, str], Dataset]
@@ -50,7 +51,7 @@ def load(config: DataConfig, split: str) -> Dataset:
     """Loads a split of the data set `config.name`.
 
     Args:
-      config: the config of the data.
+      config: the config of the data; its paths may be in a bucket, see `stage`.
       split: name of the split, such as `config.split` or `config.eval_split`.
 
     Raises:
@@ -61,7 +62,35 @@ def load(config: DataConfig, split: str) -> Dataset:
     entry = DATASETS[config.name]
     if split not in entry.splits:
         raise UserError(_unknown(f"split of data set {config.name}", split, entry.splits))
-    return resolved(entry.load)(config, split)
+    return resolved(entry.load)(stage(config), split)
+
+
+def stage(config: DataConfig, wanted: Callable[[str], bool] | None = None) -> DataConfig:
+    """Copies data that are in a bucket to this machine; returns a config with local paths.
+
+    Args:
+      config: its `root` and `folder.classes` may be in a bucket. The root may be a file, whose
+        folder is copied.
+      wanted: which files of the root to copy, by their names in it. Default: all.
+
+    Raises:
+      UserError: as `buckets.staging.stage`.
+    """
+    root, classes = config.root, config.folder.classes
+    if not (is_bucket(root) or is_bucket(classes)):
+        return config
+    from deeplab_jax.buckets import staging
+
+    title = "training reads each image many times"
+    if is_bucket(root):
+        path = staging.stage(root, wanted, title=title)
+        if path.is_file():
+            staging.stage(root.rpartition("/")[0], wanted, title=title)
+        root = str(path)
+    if is_bucket(classes):
+        classes = str(staging.stage(classes, title="the names of the classes"))
+    folder = dataclasses.replace(config.folder, classes=classes)
+    return dataclasses.replace(config, root=root, folder=folder)
 
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32, Shaped, UInt8
 
 from deeplab_jax.config import DataConfig, crop_shape
 from deeplab_jax.data import randomness
@@ -44,11 +44,13 @@ class EvalBatch(Batch):
     Fields:
       index: int32 `[b]`, index of the example in its data set; -1 for a padding row.
       size: int32 `[b, 2]`, height and width of the image without its padding; for a padding row,
-        those of the batch.
+        at most those of the batch.
+      name: str `[b]`, name of the example; "" for a padding row.
     """
 
     index: Int32[np.ndarray, " b"]
     size: Int32[np.ndarray, "b 2"]
+    name: Shaped[np.ndarray, " b"]
 
 
 def train_batches(
@@ -103,16 +105,19 @@ def eval_batches(
 ) -> BatchIterator[EvalBatch]:
     """Yields each image once, uncropped and in order, padded at the bottom and right.
 
-    The last batch is completed by padding rows, which hold `fill` and `labels.IGNORE`. At each
-    step, the batches of all hosts have the same height and width.
+    The last batch is completed by padding rows, which hold `fill` and `labels.IGNORE`. Each host
+    reads only the images of its own rows, so that the batches of a step differ in height and width
+    between hosts; the largest height and width are those of the whole batch, see `pad_batch`. Hosts
+    along the height of images have the same rows and read the same images.
 
     Args:
       dataset: the split to evaluate.
       batch_size: number of images per step, over all hosts.
       shape: maps the largest height and width in a batch to the batch's height and width, such as
-        `square_shape`. A program is compiled for each result, so they should be few.
+        `square_shape`. It must never decrease with either. A program is compiled for each result,
+        so they should be few.
       fill: colour of the padding, see `mean_pixel`.
-      rows: the rows of each batch for this host; None: all.
+      rows: the rows of each batch for this host, in order; None: all.
       transform: applied to each example before the padding; None: no transform.
 
     Raises:
@@ -129,6 +134,17 @@ def eval_batches(
     )
     # In threads: an evaluation ends before processes would pay off.
     return BatchIterator(source, 0, num_workers=0)
+
+
+def pad_batch(batch: EvalBatch, shape: tuple[int, int], fill: UInt8[np.ndarray, " c"]) -> EvalBatch:
+    """Pads a batch of `eval_batches` further, to a height and width that are not smaller."""
+    rows, height, width, channels = batch["image"].shape
+    if (height, width) == shape:
+        return batch
+    image = np.full((rows, *shape, channels), fill)
+    label = np.full((rows, *shape), IGNORE, np.uint8)
+    image[:, :height, :width], label[:, :height, :width] = batch["image"], batch["label"]
+    return {**batch, "image": image, "label": label}
 
 
 def num_eval_batches(dataset: Dataset, batch_size: int) -> int:
@@ -220,30 +236,27 @@ class _EvalSource:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a batch of images of the first one's size."""
-        height, width = self.shape(*self._read(0)["label"].shape)
-        return len(self.rows) * height * width * (self.dataset.num_channels + 1)
+        """Bytes of a batch of the smallest images; the real sizes would have to be read."""
+        return len(self.rows) * math.prod(self.shape(1, 1)) * (self.dataset.num_channels + 1)
 
     def batch(self, step: int, empty: Empty) -> EvalBatch:
-        first = step * self.batch_size
-        stop = min(first + self.batch_size, len(self.dataset.source))
-        # Rows of other hosts are read too: their sizes determine the shape that all hosts share.
-        examples = [self._read(index) for index in range(first, stop)]
-        heights, widths = zip(*(example["label"].shape for example in examples), strict=True)
-        shape = self.shape(max(heights), max(widths))
+        indices = [step * self.batch_size + row for row in self.rows]
+        examples = [self._read(index) for index in indices if index < len(self.dataset.source)]
+        sizes = [(1, 1), *(example["label"].shape for example in examples)]  # a host may have none
+        shape = self.shape(*map(max, zip(*sizes, strict=True)))
         num_rows = len(self.rows)
         image = empty((num_rows, *shape, self.dataset.num_channels), np.uint8)
         label = empty((num_rows, *shape), np.uint8)
         index = np.full(num_rows, -1, np.int32)
         size = np.full((num_rows, 2), shape, np.int32)
+        name = np.full(num_rows, "", object)
         image[:], label[:] = self.fill, IGNORE
-        for i, row in enumerate(self.rows):
-            if row < len(examples):
-                height, width = size[i] = examples[row]["label"].shape
-                image[i, :height, :width] = examples[row]["image"]
-                label[i, :height, :width] = examples[row]["label"]
-                index[i] = first + row
-        return {"image": image, "label": label, "index": index, "size": size}
+        for i, example in enumerate(examples):
+            height, width = size[i] = example["label"].shape
+            image[i, :height, :width] = example["image"]
+            label[i, :height, :width] = example["label"]
+            index[i], name[i] = indices[i], example["name"]
+        return {"image": image, "label": label, "index": index, "size": size, "name": name}
 
     def _read(self, index: int) -> Example:
         example = read_example(self.dataset, index)

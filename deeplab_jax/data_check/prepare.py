@@ -18,17 +18,24 @@ from deeplab_jax.data.labels import IGNORE, LabelSet
 from deeplab_jax.data_check.scan import Scan
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.files import atomic_folder, is_hidden, require_writable
-from deeplab_jax.utils.paths import expand_home
+from deeplab_jax.utils.paths import expand_home, is_bucket
 from deeplab_jax.utils.progress import parallel_map
 
 
-def require_new_folder(out: str, root: str) -> pathlib.Path:
-    """Returns the path of `out`, if a data set can be written there.
+def require_new_folder(out: str, root: str) -> None:
+    """Checks that a data set can be written to `out`.
 
     Raises:
       UserError: it exists and is not an empty folder, is in the folder of the data set, or cannot
         be written.
     """
+    if is_bucket(out):
+        from deeplab_jax.buckets import outputs
+
+        if f"{out}/".startswith(f"{root.rstrip('/')}/"):
+            raise UserError(f"{out}: is in {root}, which would then hold two data sets")
+        outputs.check(out, out, kind="new")
+        return
     path = expand_home(out)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{out}: exists already. Name a new folder, or delete this one")
@@ -37,7 +44,6 @@ def require_new_folder(out: str, root: str) -> pathlib.Path:
         raise UserError(f"{out}: is in {root}, which would then hold two data sets. Name another")
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     require_writable(existing, f"{out}:")
-    return path
 
 
 def write(

@@ -283,7 +283,7 @@ def _exit_on_error(error: BaseException, watchdog: _Watchdog, lost_timeout: floa
     code = 1
     match error:
         case UserError():
-            code = 2
+            code = error.exit_code
             _log(f"error: {_this_process()}: {error}")
         case OSError(errno=errno.ENOSPC):
             code = 2

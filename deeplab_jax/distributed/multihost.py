@@ -19,8 +19,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int32
 
 from deeplab_jax import config as config_lib
 from deeplab_jax.config import Config
@@ -50,6 +53,14 @@ def allgather(value: Any) -> list[Any]:
     padded[: len(data)] = data
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def start_max(values: int | Sequence[int]) -> Int32[Array, ...]:
+    """Starts to compute the largest of each value over all processes, without waiting for it."""
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), "all"), PartitionSpec("all"))
+    row = np.array(values, np.int32)[None]
+    shape = (jax.device_count(), *row.shape[1:])
+    return jnp.max(jax.make_array_from_callback(shape, sharding, lambda index: row), axis=0)
 
 
 @contextlib.contextmanager
@@ -153,6 +164,19 @@ def _spell(processes: Sequence[int], hosts: Sequence[str]) -> str:
         return f"{len(processes)} processes, {processes[0]} ({hosts[processes[0]]}) the first"
     names = ", ".join(f"{process} ({hosts[process]})" for process in processes)
     return f"process{'es' if len(processes) > 1 else ''} {names}"
+
+
+def check_workdir(address: str, *, is_copied: bool) -> None:
+    """Checks that all processes have the same workdir in a bucket, or all have a folder.
+
+    Raises:
+      UserError: lists what the processes have.
+    """
+    if jax.process_count() == 1:
+        return
+    hosts, found = zip(*allgather([socket.gethostname(), [address, is_copied]]), strict=True)
+    if any(is_copied for _, is_copied in found) and len({name for name, _ in found}) > 1:
+        raise UserError(describe_differences(hosts, [{"--workdir": name} for name, _ in found]))
 
 
 def check_shared(folder: pathlib.Path) -> None:

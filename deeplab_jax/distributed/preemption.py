@@ -1,4 +1,4 @@
-"""Stops a run on SIGTERM or Ctrl-C, on all processes at the same step."""
+"""Stops a run on SIGTERM, Ctrl-C or request, on all processes at the same step."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import threading
 from types import FrameType
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
+
+from deeplab_jax.distributed import multihost
+
+_REQUEST = 1 << 10  # larger than the number of any signal
 
 
 class PreemptionHandler:
@@ -20,7 +21,7 @@ class PreemptionHandler:
     handlers, `should_stop` is always false.
 
     Attributes:
-      name: name of the signal, once `should_stop` has returned true.
+      name: name of the signal, or "request", once `should_stop` has returned true.
     """
 
     def __init__(self) -> None:
@@ -30,18 +31,22 @@ class PreemptionHandler:
         self._pending: Int32[Array, ""] | None = None
 
     def should_stop(self) -> bool:
-        """Returns whether any process has received a signal; the same on all processes.
+        """Returns whether any process has a signal or a request; the same on all processes.
 
         All processes must call it equally often. With several processes it returns the answer of
         the previous call, so that it never waits for a device.
         """
         number = self._signal
         if jax.process_count() > 1:
-            pending, self._pending = self._pending, _max_over_processes(number)
+            pending, self._pending = self._pending, multihost.start_max(number)
             number = 0 if pending is None else int(jax.device_get(pending))
         if number:
-            self.name = signal.Signals(number).name
+            self.name = "request" if number == _REQUEST else signal.Signals(number).name
         return bool(number)
+
+    def request(self) -> None:
+        """Stops the run as a signal does, from any process."""
+        self._signal = _REQUEST
 
     def __enter__(self) -> PreemptionHandler:
         if threading.current_thread() is threading.main_thread():
@@ -60,12 +65,3 @@ class PreemptionHandler:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
-
-
-def _max_over_processes(number: int) -> Int32[Array, ""]:
-    """Starts to compute the largest of the processes' numbers, without waiting for it."""
-    sharding = NamedSharding(Mesh(np.array(jax.devices()), "all"), PartitionSpec("all"))
-    numbers = jax.make_array_from_callback(
-        (jax.device_count(),), sharding, lambda index: np.array([number], np.int32)
-    )
-    return jnp.max(numbers)

@@ -18,6 +18,7 @@ from deeplab_jax.config import Config, resolve_eval
 from deeplab_jax.data import pipeline
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.distributed import mesh as mesh_lib
+from deeplab_jax.distributed import multihost
 from deeplab_jax.evaluation.confusion import confusion_matrices, confusion_matrix
 from deeplab_jax.evaluation.protocols import PROTOCOLS
 from deeplab_jax.evaluation.tally import BatchResult, Evaluation, Prediction, Tally
@@ -161,7 +162,10 @@ class Evaluator:
             fill=pipeline.mean_pixel(self._config.data),
             transform=self._protocol.prepare,
         ) as batches:
-            started: Iterator[Any] = ((batch, run(batch)) for batch in batches)
+            padded: Iterator[pipeline.EvalBatch] = batches
+            if jax.process_count() > 1 and not self._settings.window:
+                padded = self._of_one_shape(batches)
+            started: Iterator[Any] = ((batch, run(batch)) for batch in padded)
             # A result is added once the next batch is started: the devices compute it meanwhile.
             for (batch, result), _ in itertools.pairwise(itertools.chain(started, [None])):
                 if should_stop():
@@ -169,6 +173,20 @@ class Evaluator:
                 tally.add(batch, result)
                 progress()
         return tally.evaluation()
+
+    def _of_one_shape(self, batches: Iterator[pipeline.EvalBatch]) -> Iterator[pipeline.EvalBatch]:
+        """Pads the batches of each step to the largest height and width among all processes.
+
+        The next shape is exchanged before a batch is evaluated. An exchange waits for the devices:
+        if it came later, they would have no work at its end.
+        """
+        fill = pipeline.mean_pixel(self._config.data)
+        started: Iterator[Any] = (
+            (batch, multihost.start_max(batch["label"].shape[1:])) for batch in batches
+        )
+        for (batch, shape), _ in itertools.pairwise(itertools.chain(started, [None])):
+            height, width = jax.device_get(shape).tolist()
+            yield pipeline.pad_batch(batch, (height, width), fill)
 
     def _by_batch(self, variables: Variables) -> Callable[[pipeline.EvalBatch], BatchResult]:
         """Returns the function that evaluates a batch of images on all devices.
@@ -185,7 +203,8 @@ class Evaluator:
                 return by_image(batch)
             height, stride = batch["label"].shape[1], self._model.architecture.output_stride
             mesh_lib.check_height("evaluation", height, stride, self._mesh)
-            placed = mesh_lib.to_global(batch, self._mesh, self._batch_size)
+            arrays = {name: x for name, x in batch.items() if name != "name"}
+            placed = mesh_lib.to_global(arrays, self._mesh, self._batch_size)
             index, matrices, predicted = self._step(variables, placed, self.positive, height=height)
             return BatchResult(
                 index, matrices, lambda: list(map(mesh_lib.addressable_rows, predicted))

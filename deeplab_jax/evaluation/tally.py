@@ -154,7 +154,7 @@ class Tally:
                 ids = fetch()[0][inside]
                 self._boundary[index] = count_boundary(label, ids, len(self._matrix))
             if is_picture or self._each:
-                name, ids = self._dataset.source[index]["name"], fetch()[0][inside]
+                name, ids = batch["name"][row], fetch()[0][inside]
                 if is_picture:  # copies, so that the batch does not stay in memory
                     self._pictures[index] = Prediction(name, image.copy(), label.copy(), ids.copy())
                 if self._each:

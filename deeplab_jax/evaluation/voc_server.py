@@ -80,7 +80,7 @@ def load_split(config: DataConfig, split: str) -> Dataset:
         return data_lib.load(config, split)
     from deeplab_jax.data.datasets import voc_test
 
-    return voc_test.load(config)
+    return voc_test.load(data_lib.stage(config))
 
 
 def write(

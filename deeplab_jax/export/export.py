@@ -18,7 +18,7 @@ from deeplab_jax.export.program import OUTPUTS, Dimensions, Program
 from deeplab_jax.models.ops.resize import MAX_SIDE
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.files import atomic_path, require_writable, write_bytes
-from deeplab_jax.utils.paths import required_path
+from deeplab_jax.utils.paths import is_bucket, required_path
 from deeplab_jax.weights.convert import read_model
 
 # Largest allowed difference from the model, relative to its largest logit.
@@ -30,14 +30,14 @@ class Export:
     """The result of an export.
 
     Attributes:
-      path: the file.
+      path: the file, or its address in a bucket.
       num_bytes: size of the file.
       comparisons: its differences from the model.
       limit: largest allowed difference.
       nodes: for ONNX, the number of nodes of each type, the most frequent first.
     """
 
-    path: pathlib.Path
+    path: pathlib.Path | str
     num_bytes: int
     comparisons: tuple[Comparison, ...]
     limit: float
@@ -63,7 +63,7 @@ def export(
 
     Args:
       checkpoint: a model in any form that `deeplab_jax.load` takes.
-      destination: a file name that ends in `.stablehlo` or `.onnx`.
+      destination: a file, also in a bucket, whose name ends in `.stablehlo` or `.onnx`.
       height, width: size of the images, pixels; None means any.
       batch: number of images; None means any.
       output: a name in `program.OUTPUTS`.
@@ -75,6 +75,21 @@ def export(
         the extra `onnx` is missing; the file cannot be written; or the program differs from the
         model.
     """
+    if is_bucket(destination):
+        from deeplab_jax.buckets import outputs
+
+        outputs.check(str(destination), str(destination))
+        with outputs.local_output(destination) as (file, _):
+            done = export(
+                *(checkpoint, file),
+                height=height,
+                width=width,
+                batch=batch,
+                output=output,
+                platforms=platforms,
+                layout=layout,
+            )
+        return dataclasses.replace(done, path=str(destination))
     path = required_path(destination, "the destination")
     dimensions = Dimensions(batch, height, width)
     _check(path, dimensions, output)

@@ -19,6 +19,7 @@ from deeplab_jax.data.io.images import SUFFIXES
 from deeplab_jax.data.labels import LabelSet
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.files import find_files, is_own_picture, match_files
+from deeplab_jax.utils.paths import is_bucket
 
 _OUTPUT = re.compile(r"(_ids|_overlay|_side_by_side|_heatmap_.+)\.png$")
 
@@ -31,13 +32,13 @@ class ImageResult:
       path: of the image.
       size: height and width, pixels.
       counts: pixels of each class.
-      files: the written files, by kind.
+      files: the written files, or their addresses in a bucket, by kind.
     """
 
     path: pathlib.Path
     size: tuple[int, int]
     counts: Int[np.ndarray, " classes"]
-    files: dict[str, pathlib.Path]
+    files: dict[str, pathlib.Path | str]
 
 
 class OutputError(UserError):
@@ -45,7 +46,7 @@ class OutputError(UserError):
 
 
 def find_images(
-    arguments: Iterable[str], out: pathlib.Path
+    arguments: Iterable[str], out: str | os.PathLike[str]
 ) -> tuple[dict[pathlib.Path, pathlib.PurePath], int]:
     """Finds the images that files, folders and patterns name, each once.
 
@@ -55,7 +56,8 @@ def find_images(
     error.
 
     Args:
-      arguments: paths and shell patterns, which may contain `**`.
+      arguments: paths and shell patterns, which may contain `**`. What is in a bucket is copied to
+        this machine first.
       out: folder of the outputs.
 
     Returns:
@@ -69,7 +71,7 @@ def find_images(
     found: dict[pathlib.Path, tuple[pathlib.Path, pathlib.Path]] = {}
     own: set[pathlib.Path] = set()
     real_folder = functools.cache(os.path.realpath)
-    for argument in arguments:
+    for argument in map(_stage, arguments):
         path = pathlib.Path(argument)
         if os.path.isdir(path):
             files = sorted(file for file in find_files(path) if file.suffix.lower() in SUFFIXES)
@@ -91,6 +93,10 @@ def find_images(
                 # Removes `..`, but keeps links, whose names are used.
                 found.setdefault(key, (pathlib.Path(os.path.abspath(file)), relative))
     paths, relatives = zip(*found.values(), strict=True) if found else ((), ())
+    if is_bucket(out):
+        from deeplab_jax.buckets import staging
+
+        out = staging.local_path(str(out))
     real_out = os.path.realpath(out)
     taken = {
         file.relative_to(real_out).with_name(_OUTPUT.sub("", file.name))
@@ -98,6 +104,22 @@ def find_images(
         if file.is_relative_to(real_out) and _OUTPUT.search(file.name)
     }
     return dict(zip(paths, _unique_names(paths, relatives, taken), strict=True)), len(own)
+
+
+def _stage(argument: str) -> str:
+    """Copies images from a bucket; returns their local path or pattern, or a local argument."""
+    if not is_bucket(argument):
+        return argument
+    from deeplab_jax.buckets import staging
+
+    names = argument.split("/")
+    depth = next((i for i, name in enumerate(names) if glob.has_magic(name)), len(names))
+    folder = staging.stage(
+        "/".join(names[:depth]),
+        lambda name: not name or name.lower().endswith(tuple(SUFFIXES)),
+        title="images to segment",
+    )
+    return os.path.join(folder, *names[depth:])
 
 
 def _unique_names(

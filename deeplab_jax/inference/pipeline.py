@@ -71,6 +71,7 @@ def predict_images(
     heatmap_classes: Sequence[int] = (),
     side_by_side: bool = False,
     positive: PositiveClass | None = None,
+    move: Callable[[pathlib.Path], pathlib.Path | str] | None = None,
 ) -> Generator[ImageResult | UserError, None, None]:
     """Predicts images and writes their class ids, overlays and other pictures.
 
@@ -84,13 +85,15 @@ def predict_images(
       heatmap_classes: ids of the classes whose probabilities are drawn.
       side_by_side: whether to draw the image and its overlay in a row too.
       positive: class that a threshold predicts, if any.
+      move: moves a finished file and returns its new path, see `buckets.outputs`; called in
+        threads, MAX_IMAGES more than otherwise, which mostly wait. Its errors end the prediction.
 
     Yields:
       The result of each image, in order, or its error: the file is not an image, it does not fit
       in memory, or an output cannot be written. An `OutputError` is the last item.
 
     Raises:
-      UserError: the model cannot be read.
+      UserError: the model cannot be read; or as `move` raises.
     """
     predictor, labels = segmenter.predictor, segmenter.labels
     function: Function = "probabilities" if heatmap_classes else "ids"
@@ -121,12 +124,14 @@ def predict_images(
             files = _write(image, ids, heat, labels, opacity, side_by_side)
         except UserError as error:
             return image.index, error
+        moved = {kind: move(file) if move else file for kind, file in files.items()}
         counts = overlays.class_counts(ids, labels.num_classes)
-        return image.index, ImageResult(image.path, (ids.shape[0], ids.shape[1]), counts, files)
+        return image.index, ImageResult(image.path, (ids.shape[0], ids.shape[1]), counts, moved)
 
     num_threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # there is a thread per CPU already
-    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "images")
+    num_workers = (os.cpu_count() or 1) + (MAX_IMAGES if move else 0)
+    pool = concurrent.futures.ThreadPoolExecutor(num_workers, "images")
     try:
         with warnings.catch_warnings():  # not in the threads, which share the filters
             warnings.simplefilter("ignore")  # about odd but harmless metadata

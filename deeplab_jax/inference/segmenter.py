@@ -24,8 +24,9 @@ from deeplab_jax.inference.positive import PositiveClass
 from deeplab_jax.inference.predictor import Predictor, TestTimeAugmentation
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
-from deeplab_jax.utils.paths import required_path
+from deeplab_jax.utils.paths import is_bucket, required_path
 from deeplab_jax.utils.progress import in_thread
+from deeplab_jax.weights import hub
 from deeplab_jax.weights.convert import read_model
 from deeplab_jax.weights.saved_model import SavedModel
 
@@ -49,8 +50,8 @@ def load(
 
     Args:
       path: a workdir of training, whose best checkpoint is loaded; a checkpoint's folder; a weights
-        file or folder of another codebase (docs/weights.md); the name of published weights; or
-        `hf://org/name`.
+        file or folder of another codebase (docs/weights.md); one of these in a bucket, as
+        `gs://bucket/run`; the name of published weights; or `hf://org/name`.
       output_stride: 8 to 32 (256 with a cascade). Default: that of training.
       scales: of the image; probabilities are averaged over them. Default: 1.
       flip: average over the mirror image too. Default: False.
@@ -70,6 +71,8 @@ def load(
       >>> segmenter = deeplab_jax.load("runs/voc")  # doctest: +SKIP
       >>> ids = segmenter.predict("photo.jpg")  # int32 [h, w]  # doctest: +SKIP
     """
+    if is_bucket(path):
+        path = hub.find_weights(path)
     run = config_io.from_run(required_path(path, "the path of the weights")) or Config()
     settings = resolve_eval(run)
     if settings.protocol != "native":  # whole images, to which windows were no choice
@@ -191,6 +194,10 @@ class Segmenter:
             return np.asarray(image)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd but harmless metadata
+            if is_bucket(image):
+                from deeplab_jax.buckets import staging
+
+                image = staging.stage(str(image), title="an image to segment")
             path = required_path(image, "the path of the image")
             return read_image(path, self.architecture.in_channels, upright=True)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from deeplab_jax.distributed import multihost
@@ -40,20 +41,38 @@ class Checkpoints:
     """The checkpoints of one run: the newest few, and the best by mIoU.
 
     Saves are asynchronous and get their final name only when complete. All processes must call each
-    method; together they write into one folder, each its own shards.
+    method. Together they write into one folder, each its own shards; or each writes all into a
+    folder of its own.
     """
 
-    def __init__(self, directory: pathlib.Path, *, keep: int, log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        *,
+        keep: int,
+        log: Callable[[str], None],
+        is_copied: bool = False,
+    ) -> None:
+        """Opens the folder.
+
+        Args:
+          directory: the folder; created if absent.
+          keep: number of the newest checkpoints to keep, besides the best.
+          log: prints a line.
+          is_copied: whether each process has its own folder.
+        """
         self._directory = directory
         self._keep = keep
         self._log = log
+        self._is_copied = is_copied and jax.process_count() > 1
+        self._is_writer = self._is_copied or jax.process_index() == 0  # of this folder
         self._open()
 
     def _open(self) -> None:
         policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
             self._directory,
-            context=orbax_context(),
+            context=orbax_context(is_copied=self._is_copied),
             # The training loop decides when to save: it forces each save.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(
@@ -114,7 +133,7 @@ class Checkpoints:
     def _set_aside(self, broken: list[tuple[int, str]]) -> None:
         self._checkpointer.close()
         with multihost.raise_on_all_hosts():
-            for step, reason in broken if jax.process_index() == 0 else ():
+            for step, reason in broken if self._is_writer else ():
                 target = self._directory.parent / "broken" / str(step)
                 target.parent.mkdir(exist_ok=True)
                 shutil.rmtree(target, ignore_errors=True)
@@ -140,6 +159,8 @@ class Checkpoints:
         if step not in [found.step for found in self._checkpointer.checkpoints]:
             with multihost.raise_on_all_hosts():
                 self._check_space(state)
+            if self._is_copied:
+                state = multihost_utils.process_allgather(state, tiled=True)
             trees = _to_trees(state) | {"info": info}
             # An evaluation without valid pixels has no mIoU to compare with that of others.
             metrics = None if miou is None or math.isnan(miou) else {METRIC: miou}

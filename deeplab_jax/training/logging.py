@@ -122,7 +122,7 @@ class Progress:
         finally:
             self._bar.remove_task(task)
 
-    def evaluated(self, step: int, evaluation: Evaluation, picture: pathlib.Path | None) -> None:
+    def evaluated(self, step: int, evaluation: Evaluation, picture: str) -> None:
         """Prints the scores of an evaluation."""
         scores = evaluation.scores
         ious = zip(evaluation.labels.names, scores.per_class_iou, strict=True)
@@ -130,10 +130,7 @@ class Progress:
         without = f" (without {', '.join(absent)}: absent)" if absent else ""
         positive = evaluation.positive_scores
         f1 = f"F1 {positive.f1:.4f}  " if positive else ""
-        shown = ""
-        if picture is not None:
-            here = pathlib.Path.cwd()
-            shown = f"  {picture.relative_to(here) if picture.is_relative_to(here) else picture}"
+        shown = f"  {picture}" if picture else ""
         self.message(
             f"step {step}/{self._steps}  mIoU {scores.miou:.4f}{without}  "
             f"{f1}pixel accuracy {scores.pixel_accuracy:.4f}  "

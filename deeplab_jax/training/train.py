@@ -13,7 +13,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -37,15 +37,20 @@ from deeplab_jax.training.logging import PREDICTIONS, MetricWriter, Progress, St
 from deeplab_jax.training.state import TrainState, abstract_state, init_state, shardings_of
 from deeplab_jax.training.step import TrainStep, make_train_step
 from deeplab_jax.training.workdir import (
+    Workdir,
     check_workdir,
     claim_workdir,
     collect_inputs,
-    local_folder,
     lock_workdir,
+    open_workdir,
+    update_copies,
 )
 from deeplab_jax.utils.errors import UserError, print_warning
 from deeplab_jax.weights import initialize
 from deeplab_jax.weights.saved_model import describe
+
+if TYPE_CHECKING:
+    from deeplab_jax.buckets.run import BucketRun
 
 FIRST_STAGE = "stage1"  # folder of the first of two stages; the second's is the workdir itself
 
@@ -57,17 +62,19 @@ class Result:
     Attributes:
       step: number of steps taken.
       miou: mean IoU after that step, or None if the run was stopped before its evaluation.
-      picture: the last picture of predictions, or None.
+      picture: path or address of the last picture of predictions, or an empty text.
       stopped: whether a signal ended the run before its last step.
     """
 
     step: int
     miou: float | None
-    picture: pathlib.Path | None
+    picture: str
     stopped: bool
 
 
-def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
+def train(
+    config: Config, workdir: str | os.PathLike[str], *, bucket_timeout: float = 600
+) -> Result:
     """Trains, evaluates and saves; resumes where an earlier attempt in the workdir stopped.
 
     Of two stages, the first runs in the workdir's folder `stage1` and the second in the workdir
@@ -75,53 +82,56 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
 
     Args:
       config: the run.
-      workdir: folder for checkpoints, metrics and pictures; created if absent.
+      workdir: folder for checkpoints, metrics and pictures, created if absent; or its address in a
+        bucket, `gs://bucket/run` or `s3://bucket/run` (docs/pods.md).
+      bucket_timeout: seconds without the bucket after which the run saves locally and ends.
 
     Raises:
       UserError: the config, the data or the workdir is wrong, or the loss is not finite.
     """
     with multihost.raise_on_all_hosts():
         rules.validate(config)
-        folder = local_folder(workdir)
     with contextlib.ExitStack() as stack:
-        with multihost.raise_on_all_hosts():
-            if jax.process_index() == 0:
-                stack.enter_context(lock_workdir(folder))
-        first, second = stage_configs(config, folder)
+        opened = stack.enter_context(
+            open_workdir(workdir, bucket_timeout=bucket_timeout, log=_print)
+        )
+        folder = opened.path
+        first, second = stage_configs(config, opened.address)
         if second is None:
-            return train_stage(first, folder)
+            return train_stage(first, opened, folder)
         with multihost.raise_on_all_hosts():
-            check_second_stage(second, folder)
+            check_second_stage(second, opened)
             if jax.process_index() == 0:
                 stack.enter_context(lock_workdir(folder / FIRST_STAGE))
-        _print(f"stage 1 of 2, in {folder / FIRST_STAGE}")
-        result = train_stage(first, folder / FIRST_STAGE)
+        _print(f"stage 1 of 2, in {opened.shown(folder / FIRST_STAGE)}")
+        result = train_stage(first, opened, folder / FIRST_STAGE)
         if result.stopped:
             return result
-        _print(f"stage 2 of 2, in {folder}")
-        return train_stage(second, folder)
+        update_copies(opened)
+        _print(f"stage 2 of 2, in {opened.address}")
+        return train_stage(second, opened, folder)
 
 
-def check_second_stage(second: Config, folder: pathlib.Path) -> None:
+def check_second_stage(second: Config, workdir: Workdir | BucketRun) -> None:
     """Checks that the second stage can run or resume, before the first takes its time.
 
     Raises:
       UserError: the folder holds another run.
     """
     try:
-        check_workdir(folder, second, {})
+        check_workdir(workdir, workdir.path, second, {})
     except UserError as error:
         raise UserError(f"stage 2 of 2: {error}") from error
 
 
-def train_stage(config: Config, folder: pathlib.Path) -> Result:
-    """Trains one stage.
+def train_stage(config: Config, workdir: Workdir | BucketRun, folder: pathlib.Path) -> Result:
+    """Trains one stage in its folder, that of the workdir or one in it.
 
     The order at each step is: evaluate, save, next batch, step, log. Every step is a function of
     (config, seed, step, arrays), so a run that was killed and resumed ends with the same arrays as
     one that was not.
     """
-    config, model, train_set, eval_set, mesh = set_up(config, folder)
+    config, model, train_set, eval_set, mesh = set_up(config, workdir, folder)
     compiled_step = functools.cache(lambda: compile_step(config, model, mesh))
     evaluator = Evaluator(model, eval_set, config, mesh)
     info = describe(
@@ -136,7 +146,10 @@ def train_stage(config: Config, folder: pathlib.Path) -> Result:
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(config.train, enabled=is_writer))
         checkpoints = Checkpoints(
-            folder / "checkpoints", keep=config.train.keep, log=progress.message
+            folder / "checkpoints",
+            keep=config.train.keep,
+            log=progress.message,
+            is_copied=workdir.is_copied,
         )
         stack.callback(checkpoints.close)  # waits for a save in progress, however the run ends
         if checkpoints.newest_step != config.train.steps:
@@ -147,8 +160,10 @@ def train_stage(config: Config, folder: pathlib.Path) -> Result:
         stop = stack.enter_context(PreemptionHandler())
         batches = stack.enter_context(train_batches(config, train_set, mesh, step))
         log = StepLog(config.train, writer, progress)
-        start, picture = step, None
+        start, picture = step, ""
         while True:
+            if workdir.is_failing:
+                stop.request()
             stopping = stop.should_stop()
             if miou is None and not stopping and is_due(step, config.train.eval_every, config):
                 log.flush()
@@ -156,7 +171,8 @@ def train_stage(config: Config, folder: pathlib.Path) -> Result:
                 stopping = evaluation is None
                 if evaluation is not None:
                     miou = evaluation.scores.miou
-                    picture = writer.write_evaluation(step, evaluation)
+                    path = writer.write_evaluation(step, evaluation)
+                    picture = workdir.shown(path) if path else ""
                     progress.evaluated(step, evaluation, picture)
                 log.restart_clock()
 
@@ -177,13 +193,14 @@ def train_stage(config: Config, folder: pathlib.Path) -> Result:
         stopped = stopping and step < config.train.steps
         if stopped:
             progress.message(f"stopped by {stop.name} at step {step}; saved. Run again to go on.")
-        if picture is None and writer.image_path(step, PREDICTIONS).exists():
-            picture = writer.image_path(step, PREDICTIONS)  # of a finished run that ran again
+        path = writer.image_path(step, PREDICTIONS)
+        if not picture and workdir.exists(path):  # of a finished run that ran again
+            picture = workdir.shown(path)
     return Result(step, miou, picture, stopped)
 
 
 def set_up(
-    config: Config, folder: pathlib.Path
+    config: Config, workdir: Workdir | BucketRun, folder: pathlib.Path
 ) -> tuple[Config, FunctionalModel, Dataset, Dataset, Mesh]:
     """Validates a stage, loads its data and claims its folder.
 
@@ -212,13 +229,14 @@ def set_up(
         splits = {config.data.split: train_set, config.data.eval_split: eval_set}
         summaries = summarize_splits(config, splits, quiet=not is_writer)
         inputs = collect_inputs(summaries)
-        check_workdir(folder, config, inputs)
+        check_workdir(workdir, folder, config, inputs)
         train_set = oversampling.apply(config.data, train_set, quiet=not is_writer)
     multihost.check_equal(config, inputs)
     with multihost.raise_on_all_hosts():
         if is_writer:
-            claim_workdir(folder, config, inputs)
-    multihost.check_shared(folder)
+            claim_workdir(workdir, folder, config, inputs)
+    if not workdir.is_copied:
+        multihost.check_shared(folder)
     with multihost.raise_on_all_hosts():
         loss = class_weights.resolve(config.loss, train_set, quiet=not is_writer)
     return dataclasses.replace(config, loss=loss), model, train_set, eval_set, mesh
@@ -335,7 +353,7 @@ def resolve_architecture(config: Config, dataset: Dataset) -> Architecture:
     return chosen
 
 
-def stage_configs(config: Config, folder: pathlib.Path) -> tuple[Config, Config | None]:
+def stage_configs(config: Config, workdir: str) -> tuple[Config, Config | None]:
     """Splits a run into configs of one stage each; the second is None if there is one stage.
 
     The second stage starts from the first's last checkpoint, even if an earlier one scored better.
@@ -344,12 +362,12 @@ def stage_configs(config: Config, folder: pathlib.Path) -> tuple[Config, Config 
     first = dataclasses.replace(config, second_stage=SecondStageConfig())
     if not stage.steps:
         return first, None
-    last = folder / FIRST_STAGE / "checkpoints" / str(config.train.steps)
+    last = f"{workdir}/{FIRST_STAGE}/checkpoints/{config.train.steps}"
     second = dataclasses.replace(
         first,
         model=_at_output_stride(config.model, stage.output_stride),
         data=dataclasses.replace(config.data, split=stage.split or config.data.split),
-        init=InitConfig(path=str(last)),
+        init=InitConfig(path=last),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=stage.learning_rate),
         train=dataclasses.replace(config.train, steps=stage.steps, freeze_bn=stage.freeze_bn),
     )

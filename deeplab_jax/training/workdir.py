@@ -13,18 +13,24 @@ import pathlib
 import re
 import socket
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TextIO
+
+import jax
 
 from deeplab_jax import config as config_lib
 from deeplab_jax.config import Config
 from deeplab_jax.data.statistics import SampleSummary
+from deeplab_jax.distributed import multihost
 from deeplab_jax.utils.download import file_digest
 from deeplab_jax.utils.errors import UserError, print_warning
 from deeplab_jax.utils.files import write_bytes
-from deeplab_jax.utils.paths import expand_home, required_path
+from deeplab_jax.utils.paths import expand_home, is_bucket, required_path
 from deeplab_jax.weights import hub_folder
 from deeplab_jax.weights.saved_model import check_format, find_checkpoint, step_folders
+
+if TYPE_CHECKING:
+    from deeplab_jax.buckets.run import BucketRun
 
 # Files in a workdir.
 _LOCK = ".lock"
@@ -42,18 +48,93 @@ _held_guard = threading.Lock()
 Inputs = dict[str, Any]
 
 
-def local_folder(workdir: str | os.PathLike[str]) -> pathlib.Path:
-    """Returns the workdir as an absolute path.
+class Workdir:
+    """A run's folder, which all processes see; `buckets.run.BucketRun` is that of a bucket.
+
+    Attributes:
+      address: the folder, as messages name it.
+      path: the folder.
+      is_copied: whether each process has its own folder.
+      is_failing: whether the run must end.
+    """
+
+    is_copied = is_failing = False
+
+    def __init__(self, workdir: str | os.PathLike[str]) -> None:
+        """Checks the path.
+
+        Raises:
+          UserError: it is empty, or an address, which would become a folder "az:" here.
+        """
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(workdir)):
+            raise UserError(
+                f"--workdir {workdir} is neither a folder nor in a bucket: addresses begin with "
+                "gs:// or s3://"
+            )
+        self.path = required_path(workdir, "--workdir").absolute()
+        self.address = str(self.path)
+
+    def hold(self) -> contextlib.AbstractContextManager[None]:
+        """Locks the folder; see `lock_workdir`."""
+        return lock_workdir(self.path)
+
+    def update(self) -> None:
+        """Makes other processes' writes visible; nothing to do in one folder."""
+
+    flush = delete = update
+
+    def exists(self, path: pathlib.Path) -> bool:
+        """Whether the run has written a file."""
+        return path.exists()
+
+    def shown(self, path: pathlib.Path) -> str:
+        """Returns a path in the folder as messages show it."""
+        here = pathlib.Path.cwd()
+        return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+@contextlib.contextmanager
+def open_workdir(
+    workdir: str | os.PathLike[str], *, bucket_timeout: float, log: Callable[[str], None]
+) -> Iterator[Workdir | BucketRun]:
+    """Opens and locks the workdir of a run on all processes.
+
+    Args:
+      workdir: a folder, or an address in a bucket.
+      bucket_timeout: seconds without the bucket after which the run ends.
+      log: prints a line.
 
     Raises:
-      UserError: it is empty, or the address of a bucket, which would become a folder "gs:" here.
+      UserError: the workdir is wrong, cannot be written to, or is in use.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(workdir)):
-        raise UserError(
-            f"--workdir {workdir} is not a folder: mount the bucket as one (gcsfuse, mount-s3), "
-            "at the same path on all hosts, and give that path"
-        )
-    return required_path(workdir, "--workdir").absolute()
+    index = jax.process_index()
+    with contextlib.ExitStack() as stack:
+        with multihost.raise_on_all_hosts():
+            opened: Workdir | BucketRun
+            if is_bucket(workdir):
+                from deeplab_jax.buckets.run import BucketRun
+
+                opened = BucketRun(str(workdir), process=index, patience=bucket_timeout, log=log)
+            else:
+                opened = Workdir(workdir)
+            if index == 0:
+                stack.enter_context(opened.hold())
+        multihost.check_workdir(opened.address, is_copied=opened.is_copied)
+        if opened.is_copied and index > 0:
+            stack.callback(opened.delete)
+        update_copies(opened)
+        yield opened
+
+
+def update_copies(workdir: Workdir | BucketRun) -> None:
+    """Brings the bucket and the other processes' copies up to date with process 0's, if any."""
+    if not workdir.is_copied:
+        return
+    with multihost.raise_on_all_hosts():
+        workdir.flush()
+    with multihost.raise_on_all_hosts():
+        if jax.process_index() > 0:
+            workdir.update()
 
 
 def collect_inputs(summaries: Mapping[str, SampleSummary]) -> Inputs:
@@ -71,8 +152,16 @@ def collect_inputs(summaries: Mapping[str, SampleSummary]) -> Inputs:
     return inputs
 
 
-def check_workdir(folder: pathlib.Path, config: Config, inputs: Inputs) -> None:
-    """Checks that a workdir is free or holds a run of this config with these inputs.
+def check_workdir(
+    workdir: Workdir | BucketRun, folder: pathlib.Path, config: Config, inputs: Inputs
+) -> None:
+    """Checks that a folder is free or holds a run of this config with these inputs.
+
+    Args:
+      workdir: of the run.
+      folder: of one stage: that of the workdir, or one in it.
+      config: of the stage.
+      inputs: see `collect_inputs`.
 
     A run that wrote no checkpoint (for example, because of a mistake in its config) claims nothing.
 
@@ -82,10 +171,10 @@ def check_workdir(folder: pathlib.Path, config: Config, inputs: Inputs) -> None:
     if not step_folders(folder / "checkpoints"):
         return
     check_format(folder)
-    path = folder / "config.json"
+    path, shown = folder / "config.json", workdir.shown(folder)
     if not path.exists():
-        raise UserError(f"{folder} holds checkpoints but no config.json; choose another --workdir")
-    differing = config_lib.differences(_portable(config, folder), _read_json(path))
+        raise UserError(f"{shown} holds checkpoints but no config.json; choose another --workdir")
+    differing = config_lib.differences(_portable(config, workdir.address), _read_json(path))
     if (folder / _INPUTS).exists():
         saved = _read_json(folder / _INPUTS)
         differing = {
@@ -110,19 +199,23 @@ def check_workdir(folder: pathlib.Path, config: Config, inputs: Inputs) -> None:
         if "config.train.steps" in differing:
             advice += (
                 "\nTo train on after the end of this run, start another from its parameters: "
-                f"--config.init.path={folder} and another --workdir. The learning rate then starts "
+                f"--config.init.path={shown} and another --workdir. The learning rate then starts "
                 "again from config.optimizer.learning_rate."
             )
-        raise UserError(f"{folder} holds a run with another config:\n{lines}\n{advice}")
+        raise UserError(f"{shown} holds a run with another config:\n{lines}\n{advice}")
 
 
-def claim_workdir(folder: pathlib.Path, config: Config, inputs: Inputs) -> None:
-    """Creates a workdir and writes the config and the inputs of its run into it.
+def claim_workdir(
+    workdir: Workdir | BucketRun, folder: pathlib.Path, config: Config, inputs: Inputs
+) -> None:
+    """Creates a folder and writes the config and the inputs of its run into it.
+
+    The arguments are those of `check_workdir`.
 
     Raises:
       UserError: the folder cannot be written.
     """
-    files = {"config.json": config_lib.to_json(_portable(config, folder))}
+    files = {"config.json": config_lib.to_json(_portable(config, workdir.address))}
     if not step_folders(folder / "checkpoints"):
         digests = {field: _digest(_path_of(field, config)) for field in _INIT_PATHS}
         files[_INPUTS] = json.dumps(inputs | digests, indent=2) + "\n"
@@ -144,13 +237,10 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return fields
 
 
-def _portable(config: Config, folder: pathlib.Path) -> Config:
+def _portable(config: Config, address: str) -> Config:
     """The config with an `init.path` inside the workdir relative to it, as in a second stage."""
-    path = pathlib.Path(config.init.path)
-    if not config.init.path or not path.is_relative_to(folder):
-        return config
-    relative = str(path.relative_to(folder))
-    return dataclasses.replace(config, init=dataclasses.replace(config.init, path=relative))
+    path = config.init.path.removeprefix(f"{address}/")
+    return dataclasses.replace(config, init=dataclasses.replace(config.init, path=path))
 
 
 def _path_of(field: str, config: Config) -> str:

@@ -11,8 +11,10 @@ _MAX_LISTED_NAMES = 8  # by `listed`
 class UserError(ValueError):
     """Input, configuration or environment is wrong; the message says how to fix it.
 
-    The command line prints the message without a traceback and exits with code 2.
+    The command line prints the message without a traceback and exits with `exit_code`.
     """
+
+    exit_code = 2
 
 
 def print_warning(message: str) -> None:

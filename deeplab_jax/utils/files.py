@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import fnmatch
 import glob
 import os
 import pathlib
 import struct
+import sys
 import tempfile
+import time
 import uuid
 import zlib
 from collections.abc import Iterator, Sequence
@@ -148,6 +151,30 @@ def atomic_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
         partial.mkdir()
         yield partial
         os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: pathlib.Path, name: str = "lock", waiting: str = "") -> Iterator[None]:
+    """Creates and locks a folder; waits for other processes. A killed process's lock is freed.
+
+    Args:
+      folder: The folder.
+      name: Of the lock's file in it; locks of different names are independent.
+      waiting: Printed to stderr when the lock is not free after two seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / name, "a") as file:
+        for _ in range(20):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+        else:
+            if waiting:
+                print(waiting, file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:

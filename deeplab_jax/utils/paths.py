@@ -18,6 +18,11 @@ def user_cache() -> pathlib.Path:
     return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
 
 
+def is_bucket(path: str | os.PathLike[str]) -> bool:
+    """Whether a text is the address of an object or folder in a bucket, see `buckets`."""
+    return str(path).startswith(("gs://", "s3://"))
+
+
 def required_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
     """Returns a path with a leading `~` replaced by the home folder.
 
@@ -26,9 +31,11 @@ def required_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
       name: What the path is, for the error message.
 
     Raises:
-      UserError: The path is empty.
+      UserError: The path is empty, or is an address that `pathlib` has changed.
     """
     text = os.fspath(path)
+    if text.startswith(("gs:/", "s3:/")) and not is_bucket(text):
+        raise UserError(f"{name}: give an address in a bucket as text, not as pathlib.Path: {text}")
     if not text.strip():
         raise UserError(
             f"{name} is empty. If it comes from a shell variable, the variable is unset"

@@ -21,7 +21,7 @@ from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.files import require_writable
-from deeplab_jax.utils.paths import required_path
+from deeplab_jax.utils.paths import is_bucket, required_path
 from deeplab_jax.weights import families, hub, hub_folder, hugging_face, saved_model, torch_file
 from deeplab_jax.weights.families import Recognised
 from deeplab_jax.weights.families.family import BACKBONE
@@ -36,7 +36,7 @@ class Conversion:
 
     Attributes:
       source: The file or folder that was read.
-      destination: The folder or file that was written, or the URL of the repository.
+      destination: The folder or file that was written, or its URL.
       architecture: The model's architecture.
       used: `(name in the source, name in the destination)` of each array.
       dropped: `(name in the source, reason)` of each array that has no counterpart.
@@ -86,10 +86,12 @@ def convert(
       source: A weights file or folder of a codebase that docs/weights.md lists, the name of
         published weights (they are downloaded), or a checkpoint or workdir of this package.
       destination: A new folder; for a checkpoint, a new file with one of `SUFFIXES`, or
-        `hf://org/name`.
+        `hf://org/name`. Folder and file may be in a bucket.
       family: The codebase whose names are read or written, a key of `families.FAMILIES`. Default:
         read what the names tell; write that of the architecture.
-      settings, classes, allow_nonfinite: See `Reading`.
+      settings: FIELD=VALUE texts, which replace what the source or its defaults say, see `Reading`.
+      classes: File of the names of the classes, see `Reading`.
+      allow_nonfinite: Whether to keep NaN and infinite values instead of refusing them.
 
     Raises:
       UserError: The source fits no known architecture, with the differences from the nearest; the
@@ -100,6 +102,13 @@ def convert(
         saved = read_model(source, reading)
         url = hugging_face.push(saved, str(destination))
         return Conversion(saved.path, url, saved.architecture, (), (), ())
+    if is_bucket(destination):
+        from deeplab_jax.buckets import outputs
+
+        outputs.check(str(destination), str(destination), kind="new")
+        with outputs.local_output(destination, checkpoint=True) as (path, _):
+            done = convert(source, path, **vars(reading))
+        return dataclasses.replace(done, destination=str(destination))
     target = required_path(destination, "the destination")
     if target.exists():
         raise UserError(f"{target} exists already; choose another path, or remove it first")

@@ -10,8 +10,8 @@ import re
 from deeplab_jax.utils.download import download_file, file_digest
 from deeplab_jax.utils.errors import UserError, did_you_mean
 from deeplab_jax.utils.files import require_writable
-from deeplab_jax.utils.paths import expand_home, required_path, user_cache
-from deeplab_jax.weights import hugging_face
+from deeplab_jax.utils.paths import expand_home, is_bucket, required_path, user_cache
+from deeplab_jax.weights import hub_folder, hugging_face, saved_model
 
 _TORCHVISION_URL = "https://download.pytorch.org/models/"
 # Model, version and file without ".pth", as in torchvision 0.28's enums of weights. The part after
@@ -86,8 +86,9 @@ def find_weights(source: str | os.PathLike[str], field: str = "") -> pathlib.Pat
     """Returns the folder or file that `source` names, after downloading published weights.
 
     Args:
-      source: A folder, a file, a key of `FILES`, one of `REPOSITORIES`, or `hf://org/name`, with a
-        revision and a path as in `hf://org/name@v1.0/folder/model.safetensors`.
+      source: A folder or file, also in a bucket (`gs://bucket/run`), a key of `FILES`, one of
+        `REPOSITORIES`, or `hf://org/name`, with a revision and a path as in
+        `hf://org/name@v1.0/folder/model.safetensors`.
       field: The config field that gave the source, for the error message.
 
     Raises:
@@ -98,6 +99,8 @@ def find_weights(source: str | os.PathLike[str], field: str = "") -> pathlib.Pat
     if path.is_dir():
         return path
     try:
+        if is_bucket(name):
+            return _from_bucket(name)
         if name in FILES:
             return fetch(name)
         if is_name(name):
@@ -113,6 +116,18 @@ def find_weights(source: str | os.PathLike[str], field: str = "") -> pathlib.Pat
             f"{did_you_mean(name, [*FILES, *REPOSITORIES])}: {', '.join(names)}"
         )
     return path
+
+
+def _from_bucket(url: str) -> pathlib.Path:
+    """Copies the model at an address, of a run the best checkpoint; returns its local path."""
+    from deeplab_jax.buckets import staging
+
+    path = staging.stage_model(url)
+    if not hub_folder.is_checkpoint(path) or (path / "model").is_dir():
+        return path
+    best = saved_model.find_checkpoint(path)  # whose arrays are not here yet
+    run = url.rstrip("/").removesuffix("/checkpoints")
+    return staging.stage_model(f"{run}/checkpoints/{best.name}")
 
 
 def is_name(text: str) -> bool:

@@ -230,8 +230,12 @@ def _require_format(path: pathlib.Path, info: dict[str, Any]) -> None:
         )
 
 
-def orbax_context() -> Any:
-    """Returns the `ocp.Context` with which all checkpoints are written and read."""
+def orbax_context(*, is_copied: bool = False) -> Any:
+    """Returns the `ocp.Context` with which all checkpoints are written and read.
+
+    Args:
+      is_copied: whether each process writes and reads all of it in a folder of its own.
+    """
     from orbax.checkpoint import v1 as ocp  # takes 0.2 s, which weights files do not need
 
     registry = ocp.handlers.local_registry()
@@ -239,6 +243,8 @@ def orbax_context() -> Any:
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="info")
     context = ocp.Context()
     context.checkpointables.registry = registry
+    if is_copied:
+        context.multiprocessing.primary_host = None
     return context
 
 

@@ -15,6 +15,7 @@ from deeplab_jax.data.dataset import Pair
 from deeplab_jax.data.datasets.folder_layout import detect_layout
 from deeplab_jax.data.datasets.splits import split_by_hash
 from deeplab_jax.training.train import set_up
+from deeplab_jax.training.workdir import Workdir
 from deeplab_jax.utils.errors import UserError
 
 
@@ -271,7 +272,7 @@ def test_training_says_once_what_was_found(maker, tmp_path, capfd):
     config.data = maker.config()
     config.data.split, config.data.num_workers, config.data.crop_size = "train", 0, (33,)
     config.train.batch_size = 2
-    set_up(config, tmp_path / "run")
+    set_up(config, Workdir(tmp_path / "run"), tmp_path / "run")
     found = "data: found: images images/{name}.png, masks masks/{name}_mask.png ("
     assert capfd.readouterr().err.count(found) == 1
 

@@ -59,6 +59,18 @@ class Numbered:
         }
 
 
+class Recording(Numbered):
+    """Lists the indices that are read."""
+
+    def __init__(self, sizes):
+        super().__init__(sizes)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
 def numbered(*sizes, channels=3):
     return Dataset(Numbered(sizes, channels), named(*map(str, range(250))), channels)
 
@@ -168,9 +180,11 @@ def square(size):
 
 @pytest.mark.parametrize(("batch_size", "num_hosts"), [(4, 1), (4, 2), (16, 4)])
 def test_each_image_is_evaluated_once(batch_size, num_hosts):
-    dataset = numbered(*[(5 + index, 20 - index) for index in range(10)])
+    source = Recording([(5 + index, 20 - index) for index in range(10)])
+    dataset = Dataset(source, numbered().labels)
     share, seen = batch_size // num_hosts, []
     for host in range(num_hosts):
+        source.read.clear()
         batches = list(
             pipeline.eval_batches(
                 dataset,
@@ -181,7 +195,11 @@ def test_each_image_is_evaluated_once(batch_size, num_hosts):
             )
         )
         assert len(batches) == pipeline.num_eval_batches(dataset, batch_size)
+        own = [index for batch in batches for index in batch["index"] if index >= 0]
+        assert sorted(source.read) == own
         for batch in batches:
+            names = [f"image {index}" if index >= 0 else "" for index in batch["index"]]
+            assert batch["name"].tolist() == names
             assert batch["image"].shape == (share, 24, 24, 3)
             assert batch["label"].shape == (share, 24, 24)
             assert batch["index"].dtype == np.int32
@@ -202,14 +220,18 @@ def test_each_image_is_evaluated_once(batch_size, num_hosts):
 
 def test_larger_images_get_the_next_larger_side():
     dataset = numbered((24, 10), (25, 10), (10, 257), (10, 258))
-    for rows in (None, range(1), range(1, 2)):
-        sides = [
-            batch["image"].shape[1:3]
-            for batch in pipeline.eval_batches(
-                dataset, batch_size=2, shape=square(24), rows=rows, fill=FILL
-            )
+    whole, *parts = (
+        list(pipeline.eval_batches(dataset, batch_size=2, shape=square(24), rows=rows, fill=FILL))
+        for rows in (None, [0], [1])
+    )
+    sides = [[batch["image"].shape[1] for batch in batches] for batches in (whole, *parts)]
+    assert sides == [[257, 513], [24, 257], [257, 513]]
+    for row, part in enumerate(parts):  # each host's own, padded to what is largest
+        padded = [
+            pipeline.pad_batch(batch, (side, side), FILL)
+            for batch, side in zip(part, sides[0], strict=True)
         ]
-        assert sides == [(257, 257), (513, 513)]
+        assert_same(padded, [{k: v[[row]] for k, v in batch.items()} for batch in whole])
     assert [square(513)(1, side)[0] for side in (1, 513, 514, 769, 770)] == [
         *(513, 513, 769, 769, 1025)
     ]

@@ -397,8 +397,8 @@ def test_a_data_dir_that_cannot_be_written(root, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "file"))
     assert "TFDS_DATA_DIR to another folder" in error_of(root)
-    monkeypatch.setenv("TFDS_DATA_DIR", "gs://bucket/data")
-    assert "TFDS_DATA_DIR must be a folder of this machine" in error_of(root)
+    monkeypatch.setenv("TFDS_DATA_DIR", "az://bucket/data")
+    assert "TFDS_DATA_DIR must be a folder, or gs:// or s3://" in error_of(root)
 
 
 # Killed, or two at once.

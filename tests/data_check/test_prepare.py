@@ -188,7 +188,7 @@ def test_the_new_folder_must_be_new_and_elsewhere(maker, tmp_path):
     maker.text("classes.txt", *NAMES)
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert prepare.require_new_folder(str(empty), str(maker.root)) == empty
+    prepare.require_new_folder(str(empty), str(maker.root))
     (empty / "x").touch()
     for out, message in (
         (empty, "exists already"),

@@ -247,16 +247,17 @@ def agreed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("agreed")
     with worker(folder, 2, "mistake") as two:
         codes = two.codes()
-        outcomes = [
-            {
-                name: outcome
-                for line in two.out(number).splitlines()
-                if line.startswith("{")
-                for name, outcome in json.loads(line).items()
-            }
-            for number in (0, 1)
-        ]
-        return outcomes, codes, [two.err(0), two.err(1)], folder
+        return [reported(two, n) for n in (0, 1)], codes, [two.err(0), two.err(1)], folder
+
+
+def reported(job, number):
+    """Outcomes that a process of `process_worker.py` printed, by name."""
+    return {
+        name: outcome
+        for line in job.out(number).splitlines()
+        if line.startswith("{")
+        for name, outcome in json.loads(line).items()
+    }
 
 
 def worker(folder, count, ending):
@@ -328,6 +329,22 @@ def test_each_process_evaluates_a_part_and_all_get_the_sum(agreed, kind, window,
         thresholds, true_positives, *_ = expected["curves"]
         assert len(thresholds) > 50
         assert true_positives[-1] == sum(expected["matrix"][1]) > 0
+
+
+def test_four_processes_read_each_image_once_and_count_as_one_does(tmp_path):
+    with worker(tmp_path, 4, "evaluations") as four:
+        assert four.codes() == [0] * 4, "".join(map(four.err, range(4)))
+        outcomes = [reported(four, number) for number in range(4)]
+    for kind, arguments in tiny.EVALUATIONS.items():
+        alone = tiny.evaluate_recorded(*arguments)
+        images = range(len(tiny.Recording.SIZES))
+        assert alone["read"] == list(images)
+        assert np.count_nonzero(np.sum(alone["matrices"], (0, 1))) >= 3  # classes, predicted
+        for number, outcome in enumerate(outcomes):
+            own = list(images[number::4])
+            assert outcome[kind]["read"] == own, kind
+            assert outcome[kind]["names"] == [f"image {index}" for index in own]
+            assert outcome[kind]["matrices"] == alone["matrices"], kind
 
 
 def test_all_processes_see_a_signal_to_one_at_the_same_call(agreed):

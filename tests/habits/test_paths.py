@@ -16,7 +16,7 @@ from deeplab_jax.cli.main import app
 from deeplab_jax.config import Config, DataConfig
 from deeplab_jax.config import io as config_io
 from deeplab_jax.data.datasets import records
-from deeplab_jax.training.workdir import local_folder
+from deeplab_jax.training.workdir import Workdir
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import hub
 from own_data import Maker
@@ -104,7 +104,7 @@ def test_python_functions_expand_the_home_folder(home):
     done = dl.convert("~/saved", "~/new/model.pth")
     assert done.destination == home / "new" / "model.pth"
     assert done.destination.is_file()
-    assert local_folder("~/run") == home / "run"
+    assert Workdir("~/run").path == home / "run"
     assert hub.find_weights("~/saved", "config.init.path") == home / "saved"
     shutil.copy(ROOT / "configs" / "shapes.py", home / "mine.py")
     assert config_io.from_python("~/mine.py") == config_io.from_python("shapes")

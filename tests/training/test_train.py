@@ -198,10 +198,10 @@ def test_an_unwritable_workdir_is_reported(tmp_path):
         train(tiny.get_config(), tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize("address", ["gs://bucket/run", "s3:/bucket/run"])
-def test_a_bucket_address_is_refused_as_workdir(tmp_path, monkeypatch, address):
+@pytest.mark.parametrize("address", ["az://bucket/run", "s3:/bucket/run", "gs:/bucket/run"])
+def test_an_address_that_is_no_bucket_is_refused_as_workdir(tmp_path, monkeypatch, address):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="mount the bucket"):
+    with pytest.raises(UserError, match="addresses begin with gs:// or s3://"):
         train(tiny.get_config(), address)
     assert list(tmp_path.iterdir()) == []
 

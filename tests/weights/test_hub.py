@@ -1,5 +1,6 @@
 """Published weights: their own URLs, caches, and downloads that go wrong."""
 
+import contextlib
 import hashlib
 import http.server
 import importlib.util
@@ -321,9 +322,15 @@ def test_interrupted_midway_leaves_nothing(web, caches):
     assert web.half_sent.wait(60)
     folder = hub.cache_folder()
     assert [path.suffix for path in files_below(folder)] == [".partial"]
-    process.send_signal(signal.SIGINT)
+    for _ in range(5):
+        # Python loses a KeyboardInterrupt that is raised in the callback of a weak reference, as
+        # after an import ("Exception ignored in ..."). Users then press Ctrl-C again.
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+            break
     _, errors = process.communicate(timeout=60)
-    assert "KeyboardInterrupt" in errors
+    assert process.returncode == -signal.SIGINT, errors
     assert files_below(folder) == []
 
 

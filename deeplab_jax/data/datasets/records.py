@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import collections
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 import itertools
@@ -24,8 +24,11 @@ import tensorflow_datasets as tfds
 from deeplab_jax.data.dataset import Example
 from deeplab_jax.data.io import images, masks
 from deeplab_jax.utils import progress
-from deeplab_jax.utils.errors import UserError
-from deeplab_jax.utils.paths import expand_home
+from deeplab_jax.utils.errors import UserError, print_warning
+from deeplab_jax.utils.files import lock_folder
+from deeplab_jax.utils.paths import expand_home, is_bucket, user_cache
+
+_INFO = "dataset_info.json"  # that TFDS writes last
 
 
 class RecordSource:
@@ -113,11 +116,15 @@ def prepare(
 
     parent = data_dir / name / config
     folder = parent / str(_RecordBuilder.VERSION)
-    if folder.is_dir():
+    if url := _bucket_address(folder):
+        if not folder.is_dir() and (copied := _download(url)):
+            return copied
+    elif folder.is_dir():
         return folder
     try:
         with lock_folder(parent):
             if folder.is_dir():  # another process prepared it meanwhile
+                _upload(folder, url)
                 return folder
             print(f"Preparing {title} from {source} in {parent}", file=sys.stderr)
             # A killed process may have left these. The lock says that no process uses them.
@@ -137,12 +144,56 @@ def prepare(
                         download_dir=scratch,
                         download_config=tfds.download.DownloadConfig(try_download_gcs=False),
                     )
+            _upload(folder, url)
     except (OSError, RuntimeError) as error:  # ArrayRecord's writer raises RuntimeError
         raise UserError(
             f"{folder}: could not be prepared ({error}). Free space there, or set the environment "
             "variable TFDS_DATA_DIR to another folder. No partial folder is left there."
         ) from error
     return folder
+
+
+def _bucket_address(folder: pathlib.Path) -> str:
+    """Returns the address of a folder in `data_dir`; empty if TFDS_DATA_DIR is no bucket."""
+    root = os.environ.get("TFDS_DATA_DIR", "")
+    name = folder.relative_to(data_dir()).as_posix() if is_bucket(root) else ""
+    return name and f"{root.rstrip('/')}/{name}"
+
+
+def _download(url: str) -> pathlib.Path | None:
+    """Copies a prepared folder from a bucket, unless it is not there."""
+    from deeplab_jax.buckets import staging
+    from deeplab_jax.buckets.store import Store, Unreachable
+
+    try:
+        if not Store(url).list(_INFO):
+            return None
+    except Unreachable as error:
+        raise UserError(f"TFDS_DATA_DIR: {error}. Try again later") from error
+    return staging.stage(url, title="training reads each image many times")
+
+
+def _upload(folder: pathlib.Path, url: str) -> None:
+    """Copies a prepared folder to a bucket, unless it is there or `url` is empty.
+
+    Two hosts may do so at once: their files are the same. `_INFO` is written last.
+    """
+    if not url:
+        return
+    from deeplab_jax.buckets.store import Store, Unreachable
+
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    names.remove(_INFO)
+    try:
+        store = Store(url)
+        if not store.list(_INFO):
+            upload = progress.parallel_map(
+                lambda name: store.upload(folder / name, name), names, f"Uploading to {url}"
+            )
+            collections.deque(upload, maxlen=0)
+            store.create(_INFO, (folder / _INFO).read_bytes())
+    except (UserError, Unreachable) as error:
+        print_warning(f"{folder} is only on this machine; others prepare it again: {error}")
 
 
 class _RecordBuilder(tfds.core.GeneratorBasedBuilder):
@@ -221,19 +272,14 @@ def fingerprint(files: Iterable[tuple[str, pathlib.Path]]) -> str:
 def data_dir() -> pathlib.Path:
     """Returns the folder `TFDS_DATA_DIR`, by default `~/tensorflow_datasets`.
 
+    If that is in a bucket, it is the folder in the user's cache whose data sets are shared there.
+
     Raises:
-      UserError: it is not a folder of this machine.
+      UserError: it is another address.
     """
     folder = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    if is_bucket(folder):
+        return user_cache().absolute() / "deeplab_jax" / "tensorflow_datasets"
     if "://" in folder:
-        raise UserError(f"TFDS_DATA_DIR must be a folder of this machine, got {folder}")
+        raise UserError(f"TFDS_DATA_DIR must be a folder, or gs:// or s3://, got {folder}")
     return expand_home(folder).absolute()
-
-
-@contextlib.contextmanager
-def lock_folder(folder: pathlib.Path) -> Iterator[None]:
-    """Creates and locks a folder; waits for other processes. A killed process's lock is freed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -29,6 +29,7 @@ from deeplab_jax.data.dataset import Dataset, Pair
 from deeplab_jax.data.datasets import archives, records
 from deeplab_jax.data.io import lists, masks
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.files import lock_folder
 
 VOC_ARCHIVE = archives.Archive(
     file_name="VOCtrainval_11-May-2012.tar",
@@ -132,7 +133,7 @@ def _prepare(
     def list_records(scratch: pathlib.Path) -> dict[str, list[records.Record]]:
         local = found
         if not root:
-            with records.lock_folder(downloads):
+            with lock_folder(downloads):
                 local = {archive: archives.download(archive, downloads) for archive in needed}
         folders = {
             archive: archives.unpack(local[archive], names, scratch)

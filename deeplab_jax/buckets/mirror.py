@@ -1,0 +1,380 @@
+"""Mirrors the local folder of a run to a bucket, so that each state of the bucket can be resumed.
+
+A checkpoint in a bucket exists once its marker does, `checkpoints/N/commit_success.txt`: written
+after the checkpoint's files and the metrics up to its step, and deleted before its files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from deeplab_jax.buckets.outputs import MARKER, NUM_THREADS
+from deeplab_jax.buckets.store import Entry, Store, Unreachable
+from deeplab_jax.utils.download import file_digest
+from deeplab_jax.utils.errors import UserError, first_line
+
+_CHECKPOINT = re.compile(r"(?:.+?/)?checkpoints/\d+(?=/|$)")
+# In seconds.
+_LOOK = 2.0  # between two looks at the folder
+_PLAIN = 10.0  # between two uploads of files that grow
+_RETRY, _MAX_RETRY = 1.0, 30.0  # after the first failure, doubled at each further one
+_JOIN = 5.0  # that a request in progress may delay the end
+
+_Stamp = tuple[int, int]  # size of a local file, and time of its modification in ns
+_Files = dict[str, _Stamp]  # by name
+
+
+class BucketLost(UserError):
+    """The bucket did not answer for too long; the run is complete in the local folder."""
+
+    exit_code = 1
+
+
+class Mirror:
+    """A thread that mirrors a folder to a store, until it is closed.
+
+    Not mirrored: hidden files, unfinished ones, and the folder `broken`. What is gone from the
+    folder stays in the bucket, except for checkpoints: they are deleted once the folder's newest
+    checkpoint is in the bucket.
+
+    Attributes:
+      is_whole: whether all of the folder was in the bucket when the mirror was closed.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        folder: pathlib.Path,
+        *,
+        patience: float,
+        log: Callable[[str], None],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Starts the thread.
+
+        Args:
+          store: to write to. Nobody else may write to it.
+          folder: to read; its finished checkpoints never change.
+          patience: seconds without an answer of the bucket after which it counts as lost.
+          log: prints a line.
+          check: called before each write; see `Lease.confirm`.
+        """
+        self._store, self._folder, self._patience = store, folder, patience
+        self._log, self._check_lease = log, check
+        # What the bucket holds: an entry as found at the start, or the file that was uploaded.
+        self._objects: dict[str, Entry | _Stamp] = {}
+        self._is_listed = False
+        self._marked: dict[str, dict[str, int]] = {}  # sizes of the files of complete checkpoints
+        self._digests: dict[tuple[str, _Stamp], str] = {}
+        self._requested = self._done = 0  # calls of `flush`
+        self._plain_time = -_PLAIN
+        self._answered = time.monotonic()
+        self._reason = ""  # of the failure, until all is in the bucket again
+        self._failing = threading.Lock()
+        self._fatal: BaseException | None = None
+        self._stopped = self.is_whole = False
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Mirror:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        if error is None:
+            self.close()
+        elif isinstance(error, Exception):
+            with contextlib.suppress(UserError):  # the first error says more
+                self.close()
+        else:  # such as a second Ctrl-C
+            self.stop()
+
+    def check(self) -> None:
+        """Checks that the bucket answers.
+
+        Raises:
+          BucketLost: it does not, for `patience` seconds.
+          UserError: another process took the run over.
+        """
+        if self._fatal is not None:
+            raise self._fatal
+        try:
+            self._check_lease()
+        except Unreachable as error:  # a request of the thread may wait for minutes
+            self._fail(error)
+        if self._reason and time.monotonic() - self._answered > self._patience:
+            checkpoints = _scan(self._folder)[1]
+            times = {
+                name: max(time for _, time in checkpoints[name].values()) for name in checkpoints
+            }
+            newest = self._folder / max(times, key=times.__getitem__) if times else "none yet"
+            raise BucketLost(
+                f"{self._store.url} cannot be reached for more than {self._patience:.0f} s "
+                f"({self._reason}). The run is in {self._folder}, its newest checkpoint: {newest}. "
+                "Once the bucket answers again, the same command on this machine goes on from it"
+            )
+
+    def flush(self) -> None:
+        """Waits until all that the folder holds now is in the bucket.
+
+        Raises:
+          BucketLost: the bucket does not answer for `patience` seconds.
+          UserError: another process took the run over.
+        """
+        self._requested += 1
+        request = self._requested
+        self._wake.set()
+        while self._done < request and self._thread.is_alive():
+            self.check()
+            self._thread.join(0.05)  # in small steps, so that signals are seen
+        if self._done < request:
+            self.check()
+
+    def close(self) -> None:
+        """Does what `flush` does, and ends the thread; the errors are those of `flush`."""
+        try:
+            self.flush()
+            self.is_whole = True
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """Ends the thread without further writes."""
+        self._stopped = True
+        self._wake.set()
+        self._thread.join(0 if self._reason else _JOIN)
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:
+            self._fatal = error
+
+    def _loop(self) -> None:
+        wait, retry = 0.0, _RETRY
+        while True:
+            self._wake.wait(wait)
+            self._wake.clear()
+            if self._stopped:
+                return
+            try:
+                request = self._requested
+                is_more = self._mirror(everything=request > self._done)
+            except (OSError, UserError) as error:
+                if self._stopped:
+                    return
+                with contextlib.suppress(Unreachable):
+                    self._check_lease()  # ends this thread if the lease is lost
+                self._fail(error)
+                wait, retry = retry, min(2 * retry, _MAX_RETRY)
+                continue
+            wait, retry = 0.0 if is_more else _LOOK, _RETRY
+            if not is_more:
+                if self._reason:
+                    self._log(f"{self._store.url} answers again, and has all that was late")
+                self._reason = ""
+                self._done = request
+
+    def _fail(self, error: Exception) -> None:
+        with self._failing:
+            if not self._reason:
+                self._log(
+                    f"{self._store.url} cannot be reached ({first_line(error)}): training goes on, "
+                    f"and saves stay in {self._folder} until it answers"
+                )
+            self._reason = first_line(error)
+
+    def _mirror(self, *, everything: bool) -> bool:
+        """Uploads the newest missing checkpoint and plain files; returns whether there is more.
+
+        Args:
+          everything: whether to upload plain files even if the last upload was just now.
+        """
+        self._check_lease()
+        if not self._reason:
+            self._answered = time.monotonic()
+        plain, checkpoints = _scan(self._folder)
+        if not self._is_listed:
+            self._list()
+        self._delete_gone(checkpoints)
+        missing = [each for each in checkpoints if not self._is_complete(each, checkpoints[each])]
+        newest = max(missing, key=_step, default=None)
+        if newest is not None:
+            self._upload_checkpoint(newest, checkpoints[newest])
+        is_due = time.monotonic() - self._plain_time >= _PLAIN
+        if newest is not None or is_due or everything:
+            for name in plain:
+                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    self._upload(name, is_growing=True)
+            self._plain_time = time.monotonic()
+        if newest is not None:
+            self._mark(newest, checkpoints[newest])
+        return newest is not None
+
+    def _list(self) -> None:
+        """Reads what the bucket has."""
+        found = self._store.list()
+        for name in found:
+            checkpoint, _, file = name.rpartition("/")
+            if file != MARKER or not _CHECKPOINT.fullmatch(checkpoint):
+                continue
+            start = f"{checkpoint}/"
+            try:
+                files = json.loads(self._store.read(name) or b"")["files"]
+                sizes = {start + file: size for file, (size, _) in files.items()}
+            except (ValueError, KeyError, TypeError):  # Orbax's: the run was copied by hand
+                sizes = {each: found[each].size for each in found if each.startswith(start)}
+            self._marked[checkpoint] = sizes
+        self._objects = dict(found)
+        self._is_listed = True
+
+    def _is_complete(self, checkpoint: str, files: _Files) -> bool:
+        """Whether the bucket has a checkpoint with these files.
+
+        It may have more, because a kill can interrupt the deletion of the one here.
+        """
+        sizes = {name: size for name, (size, _) in files.items()}
+        return bool(sizes) and sizes.items() <= self._marked.get(checkpoint, {}).items()
+
+    def _delete_gone(self, checkpoints: dict[str, _Files]) -> None:
+        there = {match[0] for match in map(_CHECKPOINT.match, self._objects) if match}
+        for gone in there - checkpoints.keys():
+            beside = [each for each in checkpoints if _parent(each) == _parent(gone)]
+            newest = max(beside, key=_step, default="")
+            if gone not in self._marked or self._is_complete(newest, checkpoints.get(newest, {})):
+                self._delete(gone)
+
+    def _delete(self, checkpoint: str, keep: Iterable[str] = ()) -> None:
+        """Deletes a checkpoint's marker, then its files."""
+        self._marked.pop(checkpoint, None)
+        names = {name for name in self._objects if name.startswith(f"{checkpoint}/")}
+        for name in sorted(names.difference(keep), key=f"{checkpoint}/{MARKER}".__ne__):
+            self._request(self._store.delete, [name])
+            del self._objects[name]
+
+    def _upload_checkpoint(self, checkpoint: str, files: _Files) -> None:
+        """Uploads the files of a checkpoint without its marker."""
+        self._delete(checkpoint, keep=files)
+
+        def upload(name: str) -> None:
+            if (name, files[name]) not in self._digests:
+                self._digests[name, files[name]] = file_digest(self._folder / name, "sha256")
+            self._upload(name)
+
+        try:
+            _in_threads(upload, files)
+        except (OSError, UserError):
+            if _files_of(self._folder, checkpoint) == files:
+                raise  # else it is being deleted here, and is not marked
+
+    def _mark(self, checkpoint: str, files: _Files) -> None:
+        if _files_of(self._folder, checkpoint) != files:
+            return
+        start, marker = f"{checkpoint}/", f"{checkpoint}/{MARKER}"
+        entries = {
+            name.removeprefix(start): [stamp[0], self._digests[name, stamp]]
+            for name, stamp in files.items()
+        }
+        self._request(self._store.write, marker, json.dumps({"files": entries}).encode())
+        self._objects[marker] = (0, 0)
+        self._marked[checkpoint] = {name: size for name, (size, _) in files.items()}
+        self._digests.clear()
+
+    def _upload(self, name: str, *, is_growing: bool = False) -> None:
+        path = self._folder / name
+        stamp = _stamp(path)  # before the content, so that what is appended later changes it
+        there = self._objects.get(name)
+        if there == stamp:
+            return
+        content = path.read_bytes() if is_growing else None
+        if content is not None and path.name == "metrics.jsonl":
+            content = content[: content.rfind(b"\n") + 1]
+        if isinstance(there, Entry) and there.md5:
+            digest = (
+                file_digest(path, "md5") if content is None else hashlib.md5(content).hexdigest()
+            )
+        if not isinstance(there, Entry) or not there.md5 or there.md5 != digest:
+            if content is None:
+                self._request(self._store.upload, path, name)
+            else:
+                self._request(self._store.write, name, content)
+        self._objects[name] = stamp
+
+    def _request(self, write: Callable[..., None], *arguments: object) -> None:
+        if self._stopped:
+            raise Unreachable("the mirror was stopped")
+        self._check_lease()
+        write(*arguments)
+        self._answered = time.monotonic()
+
+
+def _scan(folder: pathlib.Path) -> tuple[list[str], dict[str, _Files]]:
+    """Returns the names of plain files, and the files of each finished checkpoint by its name."""
+    plain, checkpoints = list[str](), dict[str, _Files]()
+    for top, folders, files in os.walk(folder):
+        place = pathlib.Path(top).relative_to(folder)
+        names = [str(place / each) for each in folders if _is_mirrored(each)]
+        steps = [name for name in names if _CHECKPOINT.fullmatch(name)]
+        checkpoints |= {name: found for name in steps if (found := _files_of(folder, name))}
+        folders[:] = [name.rpartition("/")[2] for name in names if name not in steps]
+        plain += [str(place / each) for each in files if _is_mirrored(each)]
+    return sorted(plain), checkpoints
+
+
+def _is_mirrored(name: str) -> bool:
+    is_unfinished = name.endswith(".partial") or ".orbax-checkpoint-tmp" in name
+    return not name.startswith(".") and not is_unfinished and name != "broken"
+
+
+def _files_of(folder: pathlib.Path, checkpoint: str) -> _Files:
+    found: _Files = {}
+    for top, _, files in os.walk(folder / checkpoint):
+        for path in (pathlib.Path(top, each) for each in files):
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                found[str(path.relative_to(folder))] = _stamp(path)
+    found.pop(f"{checkpoint}/{MARKER}", None)  # Orbax's, with another content
+    return found
+
+
+def _stamp(path: pathlib.Path) -> _Stamp:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _parent(checkpoint: str) -> str:
+    return checkpoint.rpartition("/")[0]
+
+
+def _step(checkpoint: str) -> int:
+    return int(checkpoint.rpartition("/")[2])
+
+
+def _in_threads(function: Callable[[str], None], names: Iterable[str]) -> None:
+    """Calls a function for each name in a few threads, which do not delay the program's end."""
+    waiting, errors = list(names), list[BaseException]()
+
+    def work() -> None:
+        while True:
+            try:
+                function(waiting.pop())
+            except IndexError:
+                return
+            except BaseException as error:
+                errors.append(error)
+                waiting.clear()
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(NUM_THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

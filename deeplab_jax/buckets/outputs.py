@@ -1,0 +1,156 @@
+"""Results of commands in a bucket: written to a temporary folder first, then uploaded."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import Literal
+
+from deeplab_jax.buckets.store import Store, Unreachable, check_address
+from deeplab_jax.utils.download import file_digest
+from deeplab_jax.utils.errors import UserError, print_warning
+from deeplab_jax.utils.paths import is_bucket, user_cache
+from deeplab_jax.utils.progress import parallel_map
+
+MARKER = "commit_success.txt"  # of a checkpoint, which does not exist for readers without it
+NUM_THREADS = 8
+_PATIENCE = 60.0  # seconds for which an upload is tried again
+
+# Uploads a finished file and deletes it here; returns its address. For use in threads.
+Move = Callable[[pathlib.Path], pathlib.Path | str]
+
+
+class _UploadError(UserError):
+    """A file cannot be uploaded."""
+
+
+def check(
+    path: str,
+    subject: str,
+    *,
+    kind: Literal["file", "folder", "new"] = "file",
+    reserved: Collection[str] = (),
+) -> None:
+    """Checks that a result can be written to a bucket, before the work starts.
+
+    Args:
+      path: its address.
+      subject: names it in errors.
+      kind: what it will be; or "new" for what must not exist.
+      reserved: names of files that belong to a run if they are beside its checkpoints.
+
+    Raises:
+      UserError: it exists as something else, or may not be written; or the bucket is unreachable.
+    """
+    try:
+        store, name = _parent(path)
+        if kind == "new" and store.list(name):
+            raise UserError(f"{subject} exists already; choose another path, or remove it first")
+        if kind == "file" and (not name or store.list(name).keys() - {name}):
+            raise UserError(f"{subject} is a folder")
+        if name in reserved and store.list("checkpoints"):
+            raise UserError(f"{subject} belongs to a run, which needs it to resume")
+        (Store(path) if kind == "folder" else store).check_writable()
+    except Unreachable as error:
+        raise UserError(f"{subject} cannot be written to: {error}") from error
+
+
+@contextlib.contextmanager
+def local_output(
+    path: str | os.PathLike[str], *, checkpoint: bool = False
+) -> Iterator[tuple[pathlib.Path, Move]]:
+    """Yields where to write a file or folder on this machine, and then uploads it to a bucket.
+
+    Files beside it are uploaded too, before it, and files directly in a folder after the others. If
+    the block raises, nothing is. A path that is not in a bucket is yielded as it is.
+
+    Args:
+      path: of the result.
+      checkpoint: whether a folder is a checkpoint, which gets a marker that is uploaded last.
+
+    Yields:
+      The path; and a function for files that shall not wait for the end.
+
+    Raises:
+      UserError: the bucket refuses a file, or cannot be reached for a minute. Files are kept then.
+    """
+    if not is_bucket(path):
+        yield pathlib.Path(path), lambda file: file
+        return
+    store, name = _parent(str(path))
+    scratch = pathlib.Path(tempfile.mkdtemp(prefix="deeplab_jax."))
+    top, is_kept = scratch / store.bucket, False
+    local = top / name
+
+    def upload(file: pathlib.Path, *, keep: bool = True) -> str:
+        name = file.relative_to(top).as_posix()
+        _upload(store, file, name)
+        if not keep:
+            file.unlink()
+        return store.url_of(name)
+
+    try:
+        (top if name else scratch).mkdir(exist_ok=True)
+        yield local, functools.partial(upload, keep=False)
+        files = sorted(file for file in top.rglob("*") if file.is_file())
+        last = [file for file in files if local in (file, file.parent)]
+        if checkpoint and local.is_dir():
+            last = [_write_marker(local, files)]
+        for group in ([file for file in files if file not in last], last):
+            title, quiet = f"Uploading to {path}", len(group) <= NUM_THREADS
+            list(parallel_map(upload, group, title, num_threads=NUM_THREADS, quiet=quiet))
+    except _UploadError as error:
+        is_kept = True
+        raise UserError(f"{error}. What was not uploaded is kept in {top}") from error
+    except UserError as error:
+        raise UserError(str(error).replace(str(local), str(path))) from error
+    finally:
+        if not is_kept:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def shown(text: str) -> str:
+    """Replaces paths of local copies in a text, or in JSON, by the addresses in buckets."""
+    cache = os.path.abspath(user_cache() / "deeplab_jax" / "buckets")
+    spelled = "|".join(map(re.escape, (cache, json.dumps(cache)[1:-1])))
+    return re.sub(rf"(?:{spelled})/(gs|s3)/", r"\1://", text)
+
+
+def _write_marker(folder: pathlib.Path, files: list[pathlib.Path]) -> pathlib.Path:
+    sizes = {
+        file.relative_to(folder).as_posix(): [file.stat().st_size, file_digest(file, "sha256")]
+        for file in files
+        if file != folder / MARKER  # Orbax may have written another
+    }
+    (folder / MARKER).write_text(json.dumps({"files": sizes}))
+    return folder / MARKER
+
+
+def _parent(path: str) -> tuple[Store, str]:
+    """Returns the folder of an address, and the name in it; the name is empty for a bucket."""
+    url = check_address(path)
+    folder, _, name = url.rpartition("/")
+    return (Store(url), "") if folder.endswith("/") else (Store(folder), name)
+
+
+def _upload(store: Store, file: pathlib.Path, name: str) -> None:
+    end, pause = time.monotonic() + _PATIENCE, 1.0
+    while True:
+        try:
+            return store.upload(file, name)
+        except UserError as error:
+            raise _UploadError(str(error)) from error
+        except Unreachable as error:
+            if time.monotonic() + pause > end:
+                raise _UploadError(str(error)) from error
+            print_warning(f"{error}; trying again")
+        time.sleep(pause)
+        pause = min(2 * pause, 15)
