@@ -161,7 +161,7 @@ def test_the_drawn_rooms_are_those_of_the_package():
     package = ROOT / "deeplab_jax"
     rooms = {path.parent.name for path in package.glob("*/__init__.py")} - {"configs"}
     assert set().union(*layers) == rooms
-    told = re.findall(r"^\| (\d) \| `(\w+)` \|", ARCHITECTURE, re.M)
+    told = re.findall(r"^\| (\d+) \| `(\w+)` \|", ARCHITECTURE, re.M)
     floors = {room: len(layers) - index for index, layer in enumerate(layers) for room in layer}
     assert {room: int(floor) for floor, room in told} == floors
 

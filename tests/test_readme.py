@@ -1,4 +1,4 @@
-"""The commands and code of README.md work."""
+"""The commands and code of README.md work, and the commands of the pages that continue it."""
 
 import re
 import shlex
@@ -18,17 +18,25 @@ from deeplab_jax.cli.main import app
 from deeplab_jax.config.rules import validate
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = [
-    (kind, text.replace("\\\n", " "))
-    for kind, text in re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("index", "training", "predicting")]
+
+
+def blocks(text, kind):
+    return re.findall(rf"```{kind}\n(.*?)```", text, re.S)
+
+
+COMMANDS = [
+    line
+    for text in [README, *(page.read_text() for page in PAGES)]
+    for block in blocks(text, "sh")
+    for line in block.replace("\\\n", " ").splitlines()
 ]
-COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line]
 TRAINING = [line for line in COMMANDS if line.startswith("python train.py")]
 
 
 @pytest.mark.parametrize("line", TRAINING)
 def test_training_commands_give_valid_configs(line):
-    argv = [a.replace("configs/", f"{ROOT}/configs/") for a in shlex.split(line)[1:]]
+    argv = [a.replace("configs/", f"{ROOT}/configs/") for a in shlex.split(line, comments=True)[1:]]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
@@ -63,7 +71,7 @@ def headings_of(text):
     return re.findall(r"^#+ (.*)$", text, re.M)
 
 
-PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+PYTHON = blocks(README, "python")
 
 
 def test_the_python_example_of_a_segmenter_runs(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """The config of a run: its fields (`schema`), their rules (`rules`), reading it (`io`)."""
 
 from deeplab_jax.config.schema import DATA_PATHS as DATA_PATHS
+from deeplab_jax.config.schema import FREE_FIELDS as FREE_FIELDS
 from deeplab_jax.config.schema import IMAGE_LOSSES as IMAGE_LOSSES
+from deeplab_jax.config.schema import LOGGERS as LOGGERS
 from deeplab_jax.config.schema import PIXEL_LOSSES as PIXEL_LOSSES
 from deeplab_jax.config.schema import PROTOCOLS as PROTOCOLS
 from deeplab_jax.config.schema import RESUMABLE as RESUMABLE

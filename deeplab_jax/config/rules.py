@@ -12,6 +12,7 @@ from typing import Any
 
 from deeplab_jax.config.schema import (
     IMAGE_LOSSES,
+    LOGGERS,
     PIXEL_LOSSES,
     PROTOCOLS,
     Config,
@@ -205,6 +206,9 @@ def _rules(config: Config) -> Iterator[Rule]:
     yield from _data_rules(config)
     yield from _loss_rules(config)
     model, train, evaluation = config.model, config.train, resolve_eval(config)
+    for name in train.loggers:
+        expected = spell_choices([*LOGGERS]) + did_you_mean(name, LOGGERS)
+        yield "train.loggers", expected, name in LOGGERS
     for field in ("eval.output_stride", "second_stage.output_stride"):
         yield _output_stride_rule(field, values[field], model.cascade)
     yield "model.num_classes", "at most 255", model.num_classes is None or model.num_classes <= 255

@@ -152,6 +152,12 @@ class LossConfig:
     upsample: bool = True  # logits to the labels' size; False: labels to the logits' size
 
 
+# What metrics and pictures are written to: see `training.logging.Logger`.
+LOGGERS: Registry[Any] = Registry(
+    "logger", {"tensorboard": "deeplab_jax.training.logging:TensorBoard"}
+)
+
+
 @dataclasses.dataclass
 class TrainConfig:
     """Training: its length, batch and intervals."""
@@ -164,6 +170,8 @@ class TrainConfig:
     eval_every: int = 1000  # steps between evaluations; 0: only at the end
     save_every: int = 500  # steps between checkpoints; 0: only at the end
     keep: int = 2  # number of newest checkpoints to keep, in addition to the best one
+    # Where metrics and pictures go, besides metrics.jsonl and pictures/ (docs/logging.md).
+    loggers: tuple[str, ...] = ("tensorboard",)
 
 
 @dataclasses.dataclass
@@ -244,6 +252,8 @@ RESUMABLE = frozenset(
 
 # Fields that say where the data are. What a run computes depends on the data, not on their place.
 DATA_PATHS = frozenset({"data.root", "data.folder.classes"})
+# Fields that a run may change when it resumes.
+FREE_FIELDS = DATA_PATHS | {"train.loggers"}
 
 
 def output_strides(cascade: int | None) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What a run reports: lines on the terminal, metrics.jsonl, TensorBoard and pictures."""
+"""What a run reports: lines on the terminal, metrics.jsonl, pictures, and to its loggers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 import rich.console
 import rich.progress
+from jaxtyping import UInt8
 
-from deeplab_jax.config import Config, TrainConfig, crop_shape
+from deeplab_jax.config import LOGGERS, Config, TrainConfig, crop_shape
 from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.distributed.preemption import PreemptionHandler
 from deeplab_jax.evaluation.evaluator import Evaluator
 from deeplab_jax.evaluation.tally import Evaluation
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.training.step import Metrics
-from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.errors import UserError, first_line, print_warning
 from deeplab_jax.utils.files import write_bytes, write_png
 from deeplab_jax.visualization.image_grid import prediction_grid
 
@@ -138,43 +139,99 @@ class Progress:
         )
 
 
+class Logger(Protocol):
+    """Where a run's metrics and pictures go, besides metrics.jsonl and pictures/.
+
+    An entry of `config.LOGGERS` is called with the folder of the stage, the config, and the
+    step from which the run starts or resumes; what was logged after that step is logged again.
+    """
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs finite numbers by name, such as "loss" and "eval/miou"."""
+
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Logs an RGB picture."""
+
+    def close(self) -> None:
+        """Ends the run."""
+
+
+class TensorBoard:
+    """The `Logger` "tensorboard": event files in the folder `tensorboard`."""
+
+    def __init__(self, folder: pathlib.Path, config: Config, start_step: int) -> None:
+        # Imported here because it imports PyTorch where that is installed, which takes seconds.
+        from tensorboardX import SummaryWriter
+
+        purge_step = start_step + 1 if start_step else None
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+        self.close = self._writer.close
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
+        self._writer.add_image(name, image, step, dataformats="HWC")
+
+
+class _Loggers:
+    """The loggers that a config names. One that raises is left out from then on, with a warning."""
+
+    def __init__(self, folder: pathlib.Path, config: Config, start_step: int) -> None:
+        self._loggers: dict[str, Logger] = {}
+        for name in config.train.loggers:
+            with self._warning(name):
+                self._loggers[name] = LOGGERS[name](folder, config, start_step)
+
+    def call(self, method: str, *arguments: Any) -> None:
+        """Calls a method of each logger."""
+        for name, logger in list(self._loggers.items()):
+            with self._warning(name):
+                getattr(logger, method)(*arguments)
+
+    @contextlib.contextmanager
+    def _warning(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a service's library raises while it is offline
+            self._loggers.pop(name, None)
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            print_warning(f"the logger {name!r} failed ({reason}); training goes on without it")
+
+
 class MetricWriter:
     """Writes metrics and pictures under a workdir; only the first process writes."""
 
-    def __init__(self, workdir: pathlib.Path, *, start_step: int, enabled: bool) -> None:
+    def __init__(
+        self, workdir: pathlib.Path, config: Config, start_step: int, *, enabled: bool
+    ) -> None:
         """Opens the files and drops entries of an earlier attempt past `start_step`."""
         self._workdir = workdir
         self._enabled = enabled
         if not enabled:
             return
-        # Imported here because it imports PyTorch where that is installed, which takes seconds.
-        from tensorboardX import SummaryWriter
-
         path = workdir / "metrics.jsonl"
         _drop_after(path, start_step)
         self._jsonl = path.open("a", buffering=1)
-        self._tensorboard = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None
-        )
+        self._loggers = _Loggers(workdir, config, start_step)
 
     def write_scalars(self, step: int, values: dict[str, float]) -> None:
-        """Appends a line to metrics.jsonl and TensorBoard's scalars; NaN is written as null."""
+        """Appends a line to metrics.jsonl, with null for NaN, and calls the loggers."""
         if not self._enabled:
             return
         finite = {name: value if np.isfinite(value) else None for name, value in values.items()}
         self._jsonl.write(json.dumps({"step": step} | finite) + "\n")
-        for name, value in finite.items():
-            if value is not None:
-                self._tensorboard.add_scalar(name, value, step)
+        self._loggers.call("scalars", step, {k: v for k, v in finite.items() if v is not None})
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> pathlib.Path | None:
-        """Writes a uint8 RGB picture to `image_path` and to TensorBoard; returns the path."""
+        """Writes a uint8 RGB picture to `image_path`, calls the loggers, and returns the path."""
         if not self._enabled:
             return None
         path = self.image_path(step, name)
         path.parent.mkdir(exist_ok=True)
         write_png(path, image)
-        self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        self._loggers.call("image", step, name, image)
         return path
 
     def image_path(self, step: int, name: str) -> pathlib.Path:
@@ -208,7 +265,7 @@ class MetricWriter:
     def __exit__(self, *_: object) -> None:
         if self._enabled:
             self._jsonl.close()
-            self._tensorboard.close()
+            self._loggers.call("close")
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:

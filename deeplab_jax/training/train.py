@@ -156,7 +156,7 @@ def train_stage(config: Config, workdir: Workdir | BucketRun, folder: pathlib.Pa
             compiled_step()  # while the state is made and workers start
         state, step, miou = restore_or_init(config, model, mesh, checkpoints, progress)
         progress.describe(config, model, train_set, eval_set, mesh, step)
-        writer = stack.enter_context(MetricWriter(folder, start_step=step, enabled=is_writer))
+        writer = stack.enter_context(MetricWriter(folder, config, step, enabled=is_writer))
         stop = stack.enter_context(PreemptionHandler())
         batches = stack.enter_context(train_batches(config, train_set, mesh, step))
         log = StepLog(config.train, writer, progress)

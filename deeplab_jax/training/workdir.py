@@ -180,7 +180,7 @@ def check_workdir(
         differing = {
             field: values
             for field, values in differing.items()
-            if field.removeprefix("config.") not in config_lib.DATA_PATHS
+            if field.removeprefix("config.") not in config_lib.FREE_FIELDS
             and not _is_same_file(field, config, saved)
         }
         for name, value in inputs.items():

@@ -30,6 +30,7 @@ FLOORS: tuple[dict[str, str], ...] = (
         "data": "data sets, augmentation,\ninput pipeline",
     },
     {"config": "every field, its validation, config files"},
+    {"buckets": "runs, models and data at gs:// and s3://"},
     {"utils": "errors, atomic files, registries"},
 )
 _COLORS = ("#e4eef8", "#cee1f2")
