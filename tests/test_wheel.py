@@ -1,61 +1,128 @@
-"""The wheel, installed away from the clone, trains and predicts."""
+"""The source distribution and the wheel that is built from it.
 
+`make dist` runs these tests on the files in `dist/`, with dependencies from the package index.
+"""
+
+import email
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
 
 from conftest import ROOT
 
+RELEASED = os.environ.get("DEEPLAB_JAX_DIST")
+NOT_RELEASED = {".ci/run", ".gitignore"}
+
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"  # a copy, as building leaves files beside what is built
-    for name in ("deeplab_jax", "configs"):
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
-    subprocess.run([*command, f"--wheel-dir={folder}", source], check=True, cwd=folder)
-    (built,) = folder.glob("*.whl")
+def repository() -> set[str]:
+    """The files of the repository, and those that are about to be added."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not in a clone")
+    return {name for name in done.stdout.splitlines() if (ROOT / name).exists()}
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory, repository) -> pathlib.Path:
+    if RELEASED:
+        return pathlib.Path(RELEASED)
+    source = tmp_path_factory.mktemp("source")  # a copy, as building leaves files
+    caches = {"tests/__pycache__/a.pyc", "deeplab_jax/__pycache__/a.pyc", ".cache/a", "runs/a"}
+    for name in repository | caches:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        if name in caches:
+            (source / name).touch()
+        else:
+            shutil.copy(ROOT / name, source / name, follow_symlinks=False)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", source], check=True, capture_output=True
+    )
+    return source / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(dist) -> pathlib.Path:
+    (built,) = dist.glob("*.whl")
     return built
 
 
-def test_it_contains_the_configs_and_py_typed(wheel):
+def test_the_package_index_accepts_them(dist):
+    command = [sys.executable, "-m", "twine", "check", "--strict", *dist.iterdir()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("PASSED") == 2
+
+
+def configs(repository) -> set[str]:
+    """The configs as files of the package, where the repository has a link."""
+    return {f"deeplab_jax/{name}" for name in repository if name.startswith("configs/")}
+
+
+def test_the_source_distribution_is_the_repository_without_caches(dist, repository):
+    (path,) = dist.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        files = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    built = {name for name in files if name.startswith("deeplab_jax.egg-info/")}
+    expected = repository - NOT_RELEASED - {"deeplab_jax/configs"} | configs(repository)
+    assert files - built - {"PKG-INFO", "setup.cfg"} == expected
+
+
+def test_the_wheel_is_the_package_and_the_configs(wheel, repository):
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("configs/voc_os16.py", "configs/paper.py", "py.typed", "cli/main.py"):
-        assert f"deeplab_jax/{name}" in names
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"deeplab_jax"}
+    package = {name for name in repository if name.startswith("deeplab_jax/")}
+    expected = package - {"deeplab_jax/configs"} | configs(repository)
+    assert {name for name in names if ".dist-info/" not in name} == expected
+    assert {"deeplab_jax/configs/voc_os16.py", "deeplab_jax/py.typed"} <= expected
 
 
-def test_it_trains_and_predicts_without_a_clone(wheel, tmp_path):
-    """Uses a new environment, with the dependencies of this one."""
-    environment = tmp_path / "env"
-    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    site = next((environment / "lib").glob("python*/site-packages"))
+def test_the_wheel_names_its_extras(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
-    # Behind the wheel's own folder on the path, so that the clone's package is not found first.
-    ours = next(path for path in map(pathlib.Path, sys.path) if path.name == "site-packages")
-    (site / "packages.pth").write_text(f"{ours}\n")
-    python = environment / "bin" / "python"
+        (name,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    needs = {need.replace(" ", "").replace('"', "'") for need in metadata.get_all("Requires-Dist")}
+    for extra, of_jax in (("cuda", "cuda12"), ("cuda12", "cuda12"), ("cuda13", "cuda13")):
+        assert f"jax[{of_jax}];extra=='{extra}'" in needs
 
-    def command(*arguments):
-        code = "from deeplab_jax.cli.main import main\nmain()"
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> pathlib.Path:
+    """The commands of a new environment, with this one's dependencies (or the package index's)."""
+    environment = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    pip = [sys.executable, "-m", "pip", f"--python={environment}/bin/python", "install", "--quiet"]
+    if not RELEASED:
+        pip.append("--no-deps")
+        site = next(environment.glob("lib/python*/site-packages"))
+        ours = next(path for path in map(pathlib.Path, sys.path) if path.name == "site-packages")
+        # Behind the environment's own folder on the path, so that the clone's package is not found.
+        (site / "packages.pth").write_text(f"{ours}\n")
+    subprocess.run([*pip, wheel], check=True)
+    return environment / "bin"
+
+
+def test_installed_it_trains_predicts_and_runs_the_example_of_the_readme(
+    installed, wheel, tmp_path
+):
+    def run(command, *arguments):
         variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        return subprocess.run(
-            [python, "-I", "-c", code, *map(str, arguments)],
+        done = subprocess.run(
+            [installed / command, *map(str, arguments)],
             capture_output=True,
             text=True,
             cwd=tmp_path,
             env=variables | {"JAX_PLATFORMS": "cpu"},
         )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     short = {
         "train.steps": 3,
@@ -65,23 +132,17 @@ def test_it_trains_and_predicts_without_a_clone(wheel, tmp_path):
         "data.num_workers": 0,
         "data.shapes.num_eval": 2,
     }
-    done = command(
-        "train", "shapes", "--workdir=run", *(f"--config.{k}={v}" for k, v in short.items())
-    )
-    assert done.returncode == 0, done.stderr
-    assert "at step 3" in done.stdout
-    picture = next((tmp_path / "run" / "pictures").glob("*.png"))
-    done = command("predict", "run", picture, "--out", "predicted")
-    assert done.returncode == 0, done.stderr
+    settings = (f"--config.{key}={value}" for key, value in short.items())
+    assert "at step 3" in run("deeplab-jax", "train", "shapes", "--workdir=runs/mine", *settings)
+    picture = next((tmp_path / "runs" / "mine" / "pictures").glob("*.png"))
+    run("deeplab-jax", "predict", "runs/mine", picture, "--out", "predicted")
     assert list((tmp_path / "predicted").glob("*_ids.png"))
-    where = subprocess.run(
-        [python, "-I", "-c", "import deeplab_jax; print(deeplab_jax.__file__)"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-    )
-    assert where.stdout.startswith(str(environment))
+    picture.rename(tmp_path / "photo.jpg")
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    shown = run("python", "-I", "-c", f"{example}\nprint(dl.__version__, dl.__file__)")
+    version, file = shown.split()[-2:]
+    assert wheel.name.startswith(f"deeplab_jax-{version}-")
+    assert file.startswith(str(installed.parent))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Runs whose workdir is in a bucket: whole, killed, cut off from the bucket, by two processes."""
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -182,3 +183,68 @@ def test_checkpoints_without_marks_are_refused_and_kept(bucket):
     with pytest.raises(UserError, match=r"without commit_success\.txt"), held.hold():
         pass
     assert run.read("checkpoints/4/model/a") == b"precious"
+
+
+def hold(address):
+    return BucketRun(address, process=0, patience=5, log=lambda line: None)
+
+
+def test_a_refused_command_leaves_the_local_copy_complete(gs_bucket):
+    code = (
+        "import os, sys; from deeplab_jax.buckets.run import BucketRun\n"
+        "held = BucketRun(sys.argv[1], process=0, patience=5, log=print)\n"
+        "with held.hold():\n"
+        "    held.flush(); print('held', flush=True); sys.stdin.read()\n"
+        "    (held.path / 'config.json').write_text('{}'); os._exit(1)\n"
+    )
+    command = [sys.executable, "-c", code, f"{gs_bucket}/run"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as first:
+        assert first.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="in use by process"), hold(f"{gs_bucket}/run").hold():
+            pass
+        first.stdin.close()
+    again = hold(f"{gs_bucket}/run")
+    with again.hold():
+        assert (again.path / "config.json").exists()
+
+
+def test_a_copy_whose_deletion_was_killed_is_not_used(gs_bucket, monkeypatch):
+    first, rmtree = hold(f"{gs_bucket}/run"), shutil.rmtree
+
+    def begin(folder, **_):
+        (folder / "config.json").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), first.hold():
+        (first.path / "config.json").write_text("{}")
+        monkeypatch.setattr(shutil, "rmtree", begin)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    again = hold(f"{gs_bucket}/run")
+    with again.hold():
+        assert (again.path / "config.json").read_text() == "{}"
+
+
+def test_runs_in_folders_of_another_run_are_left_alone(gs_bucket):
+    """One run at `exp`, another at `exp/b`, in the middle of its first checkpoint."""
+    inner, outer = hold(f"{gs_bucket}/exp/b"), hold(f"{gs_bucket}/exp")
+    unmarked = Store(inner.address)
+    with inner.hold():
+        (inner.path / "config.json").write_text("inner")
+        inner.flush()
+        unmarked.write("checkpoints/4/model/a", b"precious")
+        with outer.hold():
+            assert not list(outer.path.glob("b/*"))
+            (outer.path / "config.json").write_text("outer")
+        assert (inner.path / "config.json").read_text() == "inner"
+        assert unmarked.read("checkpoints/4/model/a") == b"precious"
+    assert Store(outer.address).read("config.json") == b"outer"
+
+
+def test_an_outage_at_the_start_is_no_traceback(own_server, monkeypatch):
+    held = hold(f"{own_server.make_bucket()}/run")
+    own_server.kill()
+    with pytest.raises(UserError) as raised, held.hold():
+        pass
+    assert raised.value.exit_code == 1
+    assert not held.exists(held.path / "pictures" / "a.png")

@@ -116,6 +116,13 @@ def test_mistakes_exit_with_2_and_leave_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_checkpoint_is_converted_to_a_file_only(model, command, tmp_path):
+    code, _, err = command("convert", model, tmp_path / "folder")
+    assert code == 2
+    assert "is a checkpoint: it is converted to a file that ends in .pth" in err
+    assert not (tmp_path / "folder").exists()
+
+
 def test_a_model_torchvision_does_not_have_is_refused(tmp_path):
     model = FunctionalModel(
         architecture("paper_resnet18", num_classes=2, width=0.125, decoder="transposed")

@@ -1,6 +1,7 @@
 """Meshes: results do not depend on the mesh, and impossible meshes are refused."""
 
 import importlib
+import types
 
 import jax
 import numpy as np
@@ -94,6 +95,15 @@ def test_a_process_without_a_device_is_refused():
     devices = [Device(0), Device(0), Device(1), Device(1)]
     with pytest.raises(UserError, match="takes 2 of 4 devices and leaves process 1 none"):
         make_mesh(MeshConfig(data=2), devices)
+
+
+@pytest.mark.parametrize(("data", "space"), [(2, 1), (-1, 4)])
+def test_a_mesh_that_slices_do_not_divide_is_refused(data, space):
+    def device(index):
+        return types.SimpleNamespace(process_index=0, platform="tpu", slice_index=index // 2)
+
+    with pytest.raises(UserError, match="does not divide 8 devices into 4 slices"):
+        make_mesh(MeshConfig(data=data, space=space), [device(index) for index in range(8)])
 
 
 def test_few_rows_of_features_are_refused_with_the_height_that_works():

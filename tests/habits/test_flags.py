@@ -42,6 +42,7 @@ TUPLES = {
     "data.shapes.radius_range": ("0.1,0.2", "0.2,0.3"),
     "eval.scales": ("0.5,1", "0.75"),
     "loss.class_weights": ("1,2,3,4,5", "5,4,3,2,1"),
+    "train.loggers": ("tensorboard,tensorboard", "tensorboard"),
 }
 
 

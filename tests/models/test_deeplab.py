@@ -359,3 +359,11 @@ def test_the_graph_definition_hashes_so_that_it_can_be_jits_key(name):
     model = nnx.eval_shape(lambda: build_model(name, num_classes=2, rngs=nnx.Rngs(0)))
     graph, _ = nnx.split(model)
     assert isinstance(hash(graph), int)
+
+
+def test_build_model_takes_a_name_with_classes_or_an_architecture():
+    with pytest.raises(TypeError, match="build_model needs num_classes with a name"):
+        build_model("paper_resnet18", rngs=nnx.Rngs(0))
+    for options in ({"num_classes": 5}, {"width": 0.25}):
+        with pytest.raises(TypeError, match="are for a name, not for an Architecture"):
+            build_model(narrow(), rngs=nnx.Rngs(0), **options)

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
+from deeplab_jax.models.fusion import fuse_batch_norm
 from deeplab_jax.models.ops.convolution import XLA
 from random_modules import random_variables
 
@@ -39,6 +41,31 @@ def test_fused_logits_are_the_same(x64, variant):
     # Other running statistics give other logits, so the comparison above is not trivial.
     moved = variables._replace(batch_stats={n: v * 2 for n, v in kept.items()})
     assert not np.allclose(both(moved, images)[1][0]["out"], fused["out"], atol=1e-6)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_convolution_with_a_bias_and_any_batch_norm_of_flax_are_fused(affine):
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            key = rngs.params()
+            self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs, bias_init=nnx.initializers.normal())
+            self.norm = nnx.BatchNorm(4, use_scale=affine, use_bias=affine, rngs=rngs)
+            self.norm.mean.set_value(jax.random.normal(key, 4))
+            self.norm.var.set_value(jax.random.uniform(key, 4, minval=0.5, maxval=2))
+
+        def conv_norms(self):
+            return [("conv", "norm")]
+
+        def __call__(self, x):
+            return self.norm(self.conv(x))
+
+    block, images = Block(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (2, 5, 5, 3))
+    block.eval()
+    expected = block(images)
+    for _ in range(2):  # the second time nothing is left to fuse
+        fuse_batch_norm(block)
+        assert not isinstance(block.norm, nnx.BatchNorm)
+        np.testing.assert_allclose(block(images), expected, atol=1e-5)
 
 
 def test_fusing_leaves_no_normalisation_in_the_program():

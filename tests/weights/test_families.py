@@ -262,6 +262,12 @@ def test_what_is_assumed_is_said_and_can_be_overridden(tmp_path):
             deeplab_jax.convert(tmp_path / "a.pth", tmp_path / "c", settings=[wrong])
 
 
+def test_a_normalization_of_values_to_255_is_refused(tmp_path):
+    torch_file.write(tmp_path / "a.pth", narrow("mmseg_resnet18")[2])
+    with pytest.raises(UserError, match=r"values 0\.\.1: divide those of 0\.\.255 by 255"):
+        read_model(tmp_path / "a.pth", Reading(settings=["data.mean=123.7,116.3,103.5"]))
+
+
 def test_smps_rates_do_not_follow_the_output_stride(tmp_path):
     torch_file.write(tmp_path / "a.pth", narrow("smp_resnet18")[2])
     saved = read_model(tmp_path / "a.pth", Reading(settings=["model.output_stride=16"]))
@@ -423,8 +429,8 @@ def test_odd_names_of_classes_become_numbers(tmp_path, names):
     assert read_model(tmp_path / "a.pth").info["classes"] == [f"class {i}" for i in range(5)]
 
 
-def write_mmseg(path, config):
-    arrays = {k: torch.tensor(v) for k, v in narrow("mmseg_resnet50")[2].items()}
+def write_mmseg(path, config, name="mmseg_resnet50"):
+    arrays = {k: torch.tensor(v) for k, v in narrow(name)[2].items()}
     torch.save({"state_dict": arrays, "meta": {"cfg": config}}, path)
 
 
@@ -440,6 +446,23 @@ def write_mmseg(path, config):
 def test_mmsegmentations_config_decides_what_is_computed(tmp_path, config, field, value):
     write_mmseg(tmp_path / "a.pth", config)
     assert getattr(read_model(tmp_path / "a.pth").architecture, field) == value
+
+
+def test_mmsegmentations_dilations_of_small_resnets_are_refused(tmp_path):
+    config = "model = dict(backbone=dict(dilations=(1, 1, 2, 4)))"
+    write_mmseg(tmp_path / "a.pth", config, "mmseg_resnet18")
+    with pytest.raises(UserError, match="contract_dilation=False, which is for ResNet-50 up"):
+        read_model(tmp_path / "a.pth")
+
+
+def test_transformers_config_decides_what_is_computed():
+    def read(**config):
+        return families.recognise(recorded("hf_mobilenet_v2"), config).architecture()
+
+    assert read(tf_padding=False).padding == "symmetric" != read(tf_padding=True).padding
+    assert read(layer_norm_eps=1e-5).backbone_bn_epsilon == 1e-5
+    with pytest.raises(UserError, match="hidden_act='swish', not 'relu6'"):
+        read(hidden_act="swish")
 
 
 @pytest.mark.parametrize("name", ["data_preprocessor", "img_norm_cfg"])
@@ -471,6 +494,9 @@ def test_backbones_that_are_not_known_are_named():
         arrays[name] = np.broadcast_to(np.float32(0), (2 * out, into // 16, *sides))
     with pytest.raises(UserError, match="a ResNeXt"):
         families.architecture_of(arrays)
+    excited = recorded("mmseg_r18_v1c") | {"backbone.layer1.0.se.conv1.conv.weight": np.zeros(1)}
+    with pytest.raises(UserError, match="squeeze-excite"):
+        families.architecture_of(excited)
     stem = {
         "stem.0.weight": np.zeros((4, 3, 4, 4)),
         "stages.0.conv_dw.weight": np.zeros((4, 1, 7, 7)),

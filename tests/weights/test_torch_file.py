@@ -6,6 +6,7 @@ import datetime
 import enum
 import functools
 import pathlib
+import pickletools
 import random
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import safetensors.torch
 import torch_reference
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import torch_file
+from deeplab_jax.weights.torch_format.pickle_writer import pickle_state_dict
 from torch_reference import array_bits, assert_same, bits, torch
 
 FORMATS = {"zip": True, "legacy": False}
@@ -428,6 +430,13 @@ def test_writes_what_it_reads_from_the_same_file(tmp_path):
     torch_file.write(path, {"a": np.arange(10_000)})
     torch_file.write(path, torch_file.read(path))
     assert torch_file.read(path)["a"].tolist() == list(range(10_000))
+
+
+def test_sizes_of_2_gib_and_more_are_written():
+    sizes = [2**31 - 1, 2**31, 2**40]
+    arrays = {str(size): np.broadcast_to(np.float32(0), size) for size in sizes}
+    written = [argument for _, argument, _ in pickletools.genops(pickle_state_dict(arrays))]
+    assert set(sizes) <= set(written)
 
 
 def test_writes_arrays_of_jax(tmp_path):
