@@ -7,6 +7,7 @@ others measure by their own clocks; clocks of two machines are never compared.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -27,6 +28,9 @@ _WATCH = 30.0  # seconds without a renewal after which a holder counts as dead
 _LOOK = 2.0  # seconds between two looks at its lease
 _JOIN = 5.0  # seconds that a renewal in progress may delay a release
 
+# In a local copy that had all that the bucket had; names the copy as its lease does.
+_COMPLETE = ".complete"
+
 _held: set[str] = set()  # nonces of this process's leases
 
 Holder = dict[str, Any]  # content of a lease
@@ -36,9 +40,6 @@ class Lease:
     """The lease of a run, renewed by a thread until it is released.
 
     Attributes:
-      is_own_copy: whether the holder before had the same local copy of the run, which therefore is
-        the newest.
-      is_first: whether nobody has had the run before.
       lost: process and host of the new holder if another process took the run over, else empty.
     """
 
@@ -48,14 +49,15 @@ class Lease:
 
         Args:
           store: of the run.
-          folder: local copy of the run, which is given a random id.
+          folder: local copy of the run.
           log: prints a line.
 
         Raises:
           UserError: another process has the run; the message names it.
           Unreachable: the bucket cannot be reached.
         """
-        own = _new_holder(folder)
+        own = _new_holder()
+        mark = folder / _COMPLETE
         _held.add(own["nonce"])  # before other threads can see the lease
         try:
             while True:
@@ -66,26 +68,29 @@ class Lease:
                 number = max(numbers, default=0) + 1
                 if before:
                     _wait_until_free(store, number - 1, before, log)
-                begin = time.monotonic()
+                if mark.exists() and mark.read_text() == before.get("copy"):
+                    own["copy"] = before["copy"]
+                else:  # until `mark_complete`, which a kill may prevent
+                    mark.unlink(missing_ok=True)
+                    own["copy"] = own["nonce"]
+                begin = _now()
                 # The answer to an earlier attempt may be lost: then the object is there.
                 created = store.create(_name(number), json.dumps(own).encode())
                 found = own if created else _read(store, number)
                 # Meanwhile others may have taken later numbers and deleted this one.
                 if found and found["nonce"] == own["nonce"] and _numbers(store)[-1] == number:
                     store.delete(_name(old) for old in numbers if old < number - 1)
-                    return cls(store, number, own, before, begin)
+                    return cls(store, number, own, mark, begin)
         except BaseException:
             _held.discard(own["nonce"])
             raise
 
     def __init__(
-        self, store: Store, number: int, own: Holder, before: Holder, renewed: float
+        self, store: Store, number: int, own: Holder, mark: pathlib.Path, renewed: float
     ) -> None:
-        self.is_own_copy = before.get("copy") == own["copy"]
-        self.is_first = not before
         self.lost = ""
-        self._store, self._number, self._own = store, number, own
-        self._renewed = renewed  # on `time.monotonic`, a moment before the last renewal
+        self._store, self._number, self._own, self._mark = store, number, own, mark
+        self._renewed = renewed  # by `_now`, a moment before the last renewal
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
@@ -96,17 +101,18 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def check(self) -> None:
-        """Checks that no other process is known to have taken the run over.
+    @property
+    def is_copy_complete(self) -> bool:
+        """Whether the local copy has all that the bucket has: nobody wrote to the bucket since."""
+        return self._mark.exists() and self._mark.read_text() == self._own["copy"]
 
-        Raises:
-          UserError: one has; the message names it.
-        """
-        if self.lost:
-            raise UserError(
-                f"the run {self._store.url} was taken over by {self.lost} while this process could "
-                "not renew its lease; this process stops, and the run goes on there"
-            )
+    def mark_complete(self) -> None:
+        """Records that the local copy has all that the bucket has."""
+        write_bytes(self._mark, self._own["copy"].encode())
+
+    def unmark_complete(self) -> None:
+        """Records that the local copy may lack files, before it is deleted."""
+        self._mark.unlink(missing_ok=True)
 
     def confirm(self) -> None:
         """Checks that no other process can have taken the run over, before a write to it.
@@ -115,8 +121,12 @@ class Lease:
           UserError: one has; the message names it.
           Unreachable: one can have, because the lease was not renewed for `_WATCH` seconds.
         """
-        self.check()
-        if time.monotonic() - self._renewed >= _WATCH:
+        if self.lost:
+            raise UserError(
+                f"the run {self._store.url} was taken over by {self.lost} while this process could "
+                "not renew its lease; this process stops, and the run goes on there"
+            )
+        if _now() - self._renewed >= _WATCH:
             raise Unreachable("the lease of the run could not be renewed")
 
     def release(self) -> None:
@@ -124,21 +134,19 @@ class Lease:
         self._end.set()
         self._thread.join(_JOIN)
         _held.discard(self._own["nonce"])
-        try:
+        with contextlib.suppress(UserError):  # the next process waits until it counts as dead
             self.confirm()
             if not self._thread.is_alive():
                 self._write(ended=True)
-        except (OSError, UserError):
-            pass  # the next process waits until it counts as dead
 
     def _renew(self) -> None:
         while not self._end.wait(_RENEWAL):
-            begin = time.monotonic()
+            begin = _now()
             try:
                 self._write(turn=self._own["turn"] + 1)
                 newest = _numbers(self._store)[-1]
                 holder = _read(self._store, newest)
-            except (OSError, UserError):
+            except UserError:
                 continue
             if newest == self._number:
                 self._renewed = begin
@@ -151,16 +159,12 @@ class Lease:
         self._store.write(_name(self._number), json.dumps(self._own).encode())
 
 
-def _new_holder(folder: pathlib.Path) -> Holder:
-    copy = folder / ".copy-id"
-    if not copy.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(copy, secrets.token_hex(8).encode())
+def _new_holder() -> Holder:
     return {
         "pid": os.getpid(),
+        "started": _started(os.getpid()),
         "host": socket.gethostname(),
         "boot": _boot(),
-        "copy": copy.read_text(),
         "nonce": secrets.token_hex(8),
         "turn": 0,
         "ended": False,
@@ -197,7 +201,21 @@ def _runs(holder: Holder) -> bool:
         return False
     except PermissionError:
         pass  # it runs as another user
-    return True
+    return _started(holder["pid"]) in ("", holder["started"])  # another may have its id now
+
+
+def _started(pid: int) -> str:
+    """Returns when a process started, in ticks since the boot; empty if it cannot be seen."""
+    try:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "ended" if fields[0] in "ZX" else fields[19]
+
+
+def _now() -> float:
+    """Returns the time of a clock that also runs while the machine is suspended, in seconds."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _boot() -> str:

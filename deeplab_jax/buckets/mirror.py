@@ -1,27 +1,27 @@
-"""Mirrors the local folder of a run to a bucket, so that each state of the bucket can be resumed.
-
-A checkpoint in a bucket exists once its marker does, `checkpoints/N/commit_success.txt`: written
-after the checkpoint's files and the metrics up to its step, and deleted before its files.
-"""
+"""Mirrors the local folder of a run to a bucket, each state of which can be resumed."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import pathlib
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable
 
-from deeplab_jax.buckets.outputs import MARKER, NUM_THREADS
-from deeplab_jax.buckets.store import Entry, Store, Unreachable
+from deeplab_jax.buckets.checkpoints import (
+    MARKER,
+    Sums,
+    checkpoint_of,
+    marked_files,
+    marker,
+    sums_of,
+)
+from deeplab_jax.buckets.store import NUM_THREADS, Entry, Store, Unreachable
 from deeplab_jax.utils.download import file_digest
 from deeplab_jax.utils.errors import UserError, first_line
 
-_CHECKPOINT = re.compile(r"(?:.+?/)?checkpoints/\d+(?=/|$)")
 # In seconds.
 _LOOK = 2.0  # between two looks at the folder
 _PLAIN = 10.0  # between two uploads of files that grow
@@ -73,7 +73,7 @@ class Mirror:
         self._objects: dict[str, Entry | _Stamp] = {}
         self._is_listed = False
         self._marked: dict[str, dict[str, int]] = {}  # sizes of the files of complete checkpoints
-        self._digests: dict[tuple[str, _Stamp], str] = {}
+        self._sums: dict[tuple[str, _Stamp], Sums] = {}
         self._requested = self._done = 0  # calls of `flush`
         self._plain_time = -_PLAIN
         self._answered = time.monotonic()
@@ -223,16 +223,12 @@ class Mirror:
         """Reads what the bucket has."""
         found = self._store.list()
         for name in found:
-            checkpoint, _, file = name.rpartition("/")
-            if file != MARKER or not _CHECKPOINT.fullmatch(checkpoint):
-                continue
-            start = f"{checkpoint}/"
-            try:
-                files = json.loads(self._store.read(name) or b"")["files"]
-                sizes = {start + file: size for file, (size, _) in files.items()}
-            except (ValueError, KeyError, TypeError):  # Orbax's: the run was copied by hand
-                sizes = {each: found[each].size for each in found if each.startswith(start)}
-            self._marked[checkpoint] = sizes
+            checkpoint = checkpoint_of(name)
+            if checkpoint and name == f"{checkpoint}/{MARKER}":
+                files = marked_files(checkpoint, self._store.read(name) or b"", found)
+                self._marked[checkpoint] = {
+                    name: sums[0] if sums else found[name].size for name, sums in files.items()
+                }
         self._objects = dict(found)
         self._is_listed = True
 
@@ -245,9 +241,10 @@ class Mirror:
         return bool(sizes) and sizes.items() <= self._marked.get(checkpoint, {}).items()
 
     def _delete_gone(self, checkpoints: dict[str, _Files]) -> None:
-        there = {match[0] for match in map(_CHECKPOINT.match, self._objects) if match}
+        there = set(map(checkpoint_of, self._objects)) - {""}
         for gone in there - checkpoints.keys():
-            beside = [each for each in checkpoints if _parent(each) == _parent(gone)]
+            place = gone.rpartition("/")[0]
+            beside = [each for each in checkpoints if each.rpartition("/")[0] == place]
             newest = max(beside, key=_step, default="")
             if gone not in self._marked or self._is_complete(newest, checkpoints.get(newest, {})):
                 self._delete(gone)
@@ -265,8 +262,8 @@ class Mirror:
         self._delete(checkpoint, keep=files)
 
         def upload(name: str) -> None:
-            if (name, files[name]) not in self._digests:
-                self._digests[name, files[name]] = file_digest(self._folder / name, "sha256")
+            if (name, files[name]) not in self._sums:
+                self._sums[name, files[name]] = sums_of(self._folder / name)
             self._upload(name)
 
         try:
@@ -278,15 +275,12 @@ class Mirror:
     def _mark(self, checkpoint: str, files: _Files) -> None:
         if _files_of(self._folder, checkpoint) != files:
             return
-        start, marker = f"{checkpoint}/", f"{checkpoint}/{MARKER}"
-        entries = {
-            name.removeprefix(start): [stamp[0], self._digests[name, stamp]]
-            for name, stamp in files.items()
-        }
-        self._request(self._store.write, marker, json.dumps({"files": entries}).encode())
-        self._objects[marker] = (0, 0)
+        name = f"{checkpoint}/{MARKER}"
+        sums = {key[0].removeprefix(f"{checkpoint}/"): self._sums[key] for key in files.items()}
+        self._request(self._store.write, name, marker(sums))
+        self._objects[name] = (0, 0)
         self._marked[checkpoint] = {name: size for name, (size, _) in files.items()}
-        self._digests.clear()
+        self._sums.clear()
 
     def _upload(self, name: str, *, is_growing: bool = False) -> None:
         path = self._folder / name
@@ -294,18 +288,15 @@ class Mirror:
         there = self._objects.get(name)
         if there == stamp:
             return
-        content = path.read_bytes() if is_growing else None
-        if content is not None and path.name == "metrics.jsonl":
-            content = content[: content.rfind(b"\n") + 1]
-        if isinstance(there, Entry) and there.md5:
-            digest = (
-                file_digest(path, "md5") if content is None else hashlib.md5(content).hexdigest()
-            )
-        if not isinstance(there, Entry) or not there.md5 or there.md5 != digest:
-            if content is None:
-                self._request(self._store.upload, path, name)
-            else:
+        md5 = there.md5 if isinstance(there, Entry) else ""
+        if is_growing:
+            content = path.read_bytes()
+            if path.name == "metrics.jsonl":
+                content = content[: content.rfind(b"\n") + 1]
+            if not md5 or md5 != hashlib.md5(content, usedforsecurity=False).hexdigest():
                 self._request(self._store.write, name, content)
+        elif not md5 or md5 != file_digest(path, "md5"):
+            self._request(self._store.upload, path, name)
         self._objects[name] = stamp
 
     def _request(self, write: Callable[..., None], *arguments: object) -> None:
@@ -322,7 +313,7 @@ def _scan(folder: pathlib.Path) -> tuple[list[str], dict[str, _Files]]:
     for top, folders, files in os.walk(folder):
         place = pathlib.Path(top).relative_to(folder)
         names = [str(place / each) for each in folders if _is_mirrored(each)]
-        steps = [name for name in names if _CHECKPOINT.fullmatch(name)]
+        steps = [name for name in names if checkpoint_of(f"{name}/")]
         checkpoints |= {name: found for name in steps if (found := _files_of(folder, name))}
         folders[:] = [name.rpartition("/")[2] for name in names if name not in steps]
         plain += [str(place / each) for each in files if _is_mirrored(each)]
@@ -349,27 +340,22 @@ def _stamp(path: pathlib.Path) -> _Stamp:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _parent(checkpoint: str) -> str:
-    return checkpoint.rpartition("/")[0]
-
-
 def _step(checkpoint: str) -> int:
     return int(checkpoint.rpartition("/")[2])
 
 
 def _in_threads(function: Callable[[str], None], names: Iterable[str]) -> None:
     """Calls a function for each name in a few threads, which do not delay the program's end."""
-    waiting, errors = list(names), list[BaseException]()
+    waiting, errors = iter(list(names)), list[BaseException]()
 
     def work() -> None:
-        while True:
-            try:
-                function(waiting.pop())
-            except IndexError:
-                return
-            except BaseException as error:
-                errors.append(error)
-                waiting.clear()
+        try:
+            for name in waiting:
+                if errors:
+                    return
+                function(name)
+        except BaseException as error:
+            errors.append(error)
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(NUM_THREADS)]
     for thread in threads:

@@ -14,14 +14,12 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Literal
 
-from deeplab_jax.buckets.store import Store, Unreachable, check_address
-from deeplab_jax.utils.download import file_digest
+from deeplab_jax.buckets.checkpoints import MARKER, marker, sums_of
+from deeplab_jax.buckets.store import NUM_THREADS, Store, Unreachable, check_address
 from deeplab_jax.utils.errors import UserError, print_warning
 from deeplab_jax.utils.paths import is_bucket, user_cache
 from deeplab_jax.utils.progress import parallel_map
 
-MARKER = "commit_success.txt"  # of a checkpoint, which does not exist for readers without it
-NUM_THREADS = 8
 _PATIENCE = 60.0  # seconds for which an upload is tried again
 
 # Uploads a finished file and deletes it here; returns its address. For use in threads.
@@ -50,17 +48,14 @@ def check(
     Raises:
       UserError: it exists as something else, or may not be written; or the bucket is unreachable.
     """
-    try:
-        store, name = _parent(path)
-        if kind == "new" and store.list(name):
-            raise UserError(f"{subject} exists already; choose another path, or remove it first")
-        if kind == "file" and (not name or store.list(name).keys() - {name}):
-            raise UserError(f"{subject} is a folder")
-        if name in reserved and store.list("checkpoints"):
-            raise UserError(f"{subject} belongs to a run, which needs it to resume")
-        (Store(path) if kind == "folder" else store).check_writable()
-    except Unreachable as error:
-        raise UserError(f"{subject} cannot be written to: {error}") from error
+    store, name = _parent(path)
+    if kind == "new" and store.list(name):
+        raise UserError(f"{subject} exists already; choose another path, or remove it first")
+    if kind == "file" and (not name or store.list(name).keys() - {name}):
+        raise UserError(f"{subject} is a folder")
+    if name in reserved and store.list("checkpoints"):
+        raise UserError(f"{subject} belongs to a run, which needs it to resume")
+    (Store(path) if kind == "folder" else store).check_writable()
 
 
 @contextlib.contextmanager
@@ -103,7 +98,10 @@ def local_output(
         files = sorted(file for file in top.rglob("*") if file.is_file())
         last = [file for file in files if local in (file, file.parent)]
         if checkpoint and local.is_dir():
-            last = [_write_marker(local, files)]
+            last = [local / MARKER]  # instead of Orbax's, if there is one
+            parts = [file for file in files if file not in last]
+            sums = {file.relative_to(local).as_posix(): sums_of(file) for file in parts}
+            last[0].write_bytes(marker(sums))
         for group in ([file for file in files if file not in last], last):
             title, quiet = f"Uploading to {path}", len(group) <= NUM_THREADS
             list(parallel_map(upload, group, title, num_threads=NUM_THREADS, quiet=quiet))
@@ -124,16 +122,6 @@ def shown(text: str) -> str:
     return re.sub(rf"(?:{spelled})/(gs|s3)/", r"\1://", text)
 
 
-def _write_marker(folder: pathlib.Path, files: list[pathlib.Path]) -> pathlib.Path:
-    sizes = {
-        file.relative_to(folder).as_posix(): [file.stat().st_size, file_digest(file, "sha256")]
-        for file in files
-        if file != folder / MARKER  # Orbax may have written another
-    }
-    (folder / MARKER).write_text(json.dumps({"files": sizes}))
-    return folder / MARKER
-
-
 def _parent(path: str) -> tuple[Store, str]:
     """Returns the folder of an address, and the name in it; the name is empty for a bucket."""
     url = check_address(path)
@@ -147,9 +135,7 @@ def _upload(store: Store, file: pathlib.Path, name: str) -> None:
         try:
             return store.upload(file, name)
         except UserError as error:
-            raise _UploadError(str(error)) from error
-        except Unreachable as error:
-            if time.monotonic() + pause > end:
+            if not isinstance(error, Unreachable) or time.monotonic() + pause > end:
                 raise _UploadError(str(error)) from error
             print_warning(f"{error}; trying again")
         time.sleep(pause)

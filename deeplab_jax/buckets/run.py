@@ -9,23 +9,23 @@ import shutil
 from collections.abc import Callable, Iterator
 
 from deeplab_jax.buckets import staging
+from deeplab_jax.buckets.checkpoints import MARKER, checkpoint_of
 from deeplab_jax.buckets.lease import Lease
 from deeplab_jax.buckets.mirror import BucketLost, Mirror
-from deeplab_jax.buckets.outputs import MARKER
-from deeplab_jax.buckets.store import Store
+from deeplab_jax.buckets.store import Store, Unreachable
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.files import lock_folder
 from deeplab_jax.utils.paths import user_cache
 
-# In a local copy that has all that the bucket had when its lease was taken.
-_COMPLETE = ".complete"
-# What a run never reads: leases, TensorBoard's events, pictures.
-_NOT_READ = re.compile(r"\.|(.+/)?(tensorboard|pictures)/")
+# What a run reads besides its checkpoints.
+_READ = re.compile(r"(?:stage1/)?[^/]*\.jsonl?")
 
 
 class BucketRun:
     """The local copy of a run in a bucket.
 
-    Each process has its own. That of process 0 is mirrored to the bucket.
+    Each process has its own. That of process 0 is mirrored to the bucket. The files of a run are
+    those of a workdir: other objects below its address, such as another run, are left alone.
 
     Attributes:
       address: of the run in the bucket.
@@ -51,10 +51,10 @@ class BucketRun:
         """
         self._store = Store(url)
         self.address = self._store.url
+        # Its own folder, so that the copy of a run at `address/name` is not in it.
         folder = user_cache() / "deeplab_jax" / "runs" / self.address.replace("://", "/")
-        self.path = folder.with_name(f"{folder.name}.process-{process}") if process else folder
+        self.path = folder / f"process-{process}"
         self._patience, self._log = patience, log
-        self._lease: Lease | None = None
         self._mirror: Mirror | None = None
 
     @contextlib.contextmanager
@@ -66,43 +66,45 @@ class BucketRun:
 
         Raises:
           UserError: another process has the run, or the bucket cannot be written.
+          Unreachable: the bucket cannot be reached at the start.
           BucketLost: the bucket did not answer for `patience` seconds.
         """
         self._store.check_writable()
-        self.path.mkdir(parents=True, exist_ok=True)
-        complete = self.path / _COMPLETE
-        was_complete = complete.exists()
-        complete.unlink(missing_ok=True)  # until it is known who had the run last
-        with Lease.take(self._store, self.path, self._log) as self._lease:
-            if self._lease.is_own_copy and was_complete:
+        self._check_markers()
+        with (
+            Lease.take(self._store, self.path, self._log) as lease,
+            # Hosts may share a cache; one that has lost the lease may not have noticed yet.
+            lock_folder(self.path, ".lock", f"{self.path}: waiting for the process that has it"),
+        ):
+            if lease.is_copy_complete:
                 self._log(f"{self.address}: going on from the local copy {self.path}")
-                complete.touch()
             else:
-                if self._lease.is_first:
-                    self._check_markers()
                 self.update()
+                lease.mark_complete()
             self._mirror = Mirror(
-                self._store,
-                self.path,
+                *(self._store, self.path),
                 patience=self._patience,
                 log=self._log,
-                check=self._lease.confirm,
+                check=lease.confirm,
             )
             try:
                 with self._mirror:
                     yield
             finally:
                 if self._mirror.is_whole:
+                    lease.unmark_complete()
                     self.delete()
 
     def _check_markers(self) -> None:
         """Refuses a bucket whose checkpoints are not marked: the mirror would delete them.
 
         Raises:
-          UserError: no checkpoint is marked, and none can be of an earlier attempt.
+          UserError: no checkpoint is marked, and none can be of an earlier attempt: there is no
+            lease.
         """
-        files = [name for name in self._store.list() if "checkpoints/" in name]
-        if files and not any(name.endswith(f"/{MARKER}") for name in files):
+        names = self._store.list()
+        files = [name for name in names if checkpoint_of(name) or name.startswith(".lease/")]
+        if files and not any(name.startswith(".lease/") or name.endswith(MARKER) for name in files):
             raise UserError(
                 f"{self.address} holds checkpoints without {MARKER}, which marks those that are "
                 "complete. Copy the run there again, with all its files, or choose another "
@@ -111,21 +113,19 @@ class BucketRun:
 
     def update(self) -> None:
         """Makes the local copy what the bucket has, without what a run never reads."""
-        (self.path / _COMPLETE).unlink(missing_ok=True)
-        for child in self.path.iterdir() if self.path.exists() else ():
+        self.path.mkdir(parents=True, exist_ok=True)
+        for child in self.path.iterdir():
             if child.is_dir():
                 shutil.rmtree(child)
             elif not child.name.startswith("."):
                 child.unlink()
-        self.path.mkdir(parents=True, exist_ok=True)
         if self._store.list():
             staging.stage(
                 self.address,
-                lambda name: not _NOT_READ.match(name),
+                lambda name: bool(checkpoint_of(name) or _READ.fullmatch(name)),
                 title="the run goes on from there",
                 into=self.path,
             )
-        (self.path / _COMPLETE).touch()
 
     def flush(self) -> None:
         """Waits until all that is local is in the bucket."""
@@ -139,19 +139,19 @@ class BucketRun:
         Raises:
           UserError: another process has taken the run over.
         """
-        if self._lease is None or self._mirror is None:
-            return False
-        self._lease.check()
         try:
-            self._mirror.check()
+            if self._mirror is not None:
+                self._mirror.check()
         except BucketLost:
             return True
         return False
 
     def exists(self, path: pathlib.Path) -> bool:
-        """Whether the run has written a file, here or in an earlier attempt."""
-        name = path.relative_to(self.path).as_posix()
-        return path.exists() or bool(self._store.list(name))
+        """Whether the run is known to have written a file, here or in an earlier attempt."""
+        try:
+            return path.exists() or bool(self._store.list(path.relative_to(self.path).as_posix()))
+        except Unreachable:
+            return False
 
     def shown(self, path: pathlib.Path) -> str:
         """Returns the address of a file or folder of the local copy."""

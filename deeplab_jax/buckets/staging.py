@@ -16,8 +16,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from rich.filesize import decimal
 
-from deeplab_jax.buckets.outputs import MARKER, NUM_THREADS
-from deeplab_jax.buckets.store import Entry, Store, Unreachable, check_address
+from deeplab_jax.buckets.checkpoints import MARKER, Sums, checkpoint_of, marked_files
+from deeplab_jax.buckets.store import NUM_THREADS, Entry, Store, Unreachable, check_address
 from deeplab_jax.utils.download import file_digest
 from deeplab_jax.utils.errors import UserError, listed
 from deeplab_jax.utils.files import atomic_path, lock_folder, require_writable
@@ -27,7 +27,6 @@ from deeplab_jax.utils.progress import parallel_map
 _PAUSES = (0.0, 1.0, 2.0, 4.0)  # seconds before each try to read a file
 _MANY_BYTES, _MANY_FILES = 20_000_000, 100  # from which on copying is shown
 _STALE = 3600.0  # seconds after which a partial file is that of a killed process
-_CHECKPOINT = re.compile(r"((?:.+/)?checkpoints/\d+)/.*", re.S)
 # Names that cannot be files below a folder, or are those of `stage` itself.
 _NO_FILE = re.compile(rb"^/|//|/$|(^|/)(\.\.?|\.staging-[^/]*|[^/]{256,})(/|$)|\0|.{2001}", re.S)
 _MODEL = "a model is read from local files"
@@ -70,11 +69,8 @@ def stage(
     copy = _Copy(url, wanted or (lambda name: True), folder, cache / f"{state}.index")
     with lock_folder(cache, state, f"{url}: waiting for another process that copies it"):
         for _ in range(3):
-            try:
-                if copy.update(title):
-                    return folder
-            except Unreachable as error:
-                raise UserError(f"{error}. Try again later") from error
+            if copy.update(title):
+                return folder
     raise UserError(f"{url}: objects are deleted while they are read. Run the command again")
 
 
@@ -91,10 +87,7 @@ def stage_model(url: str) -> pathlib.Path:
       UserError: there is no model; or as `stage`.
     """
     url = check_address(url)
-    try:
-        names = Store(url).list()
-    except Unreachable as error:
-        raise UserError(f"{error}. Try again later") from error
+    names = Store(url).list()
     if any(re.match(r"checkpoints/\d+/", name) for name in names):
         return _stage_run(url, url, r"checkpoints/\d+/(?!model/|training/)")
     if match := re.fullmatch(r"(.+)/checkpoints(?:/(\d+))?", url):
@@ -156,10 +149,10 @@ class _Copy:
         if not listing:
             raise UserError(f"{url}: nothing is there. Check the address")
         found = {name: entry for name, entry in listing.items() if self._wanted(name)}
-        digests, incomplete = self._read_markers(listing, set(map(_checkpoint_of, found)) - {""})
-        found = {n: entry for n, entry in found.items() if _checkpoint_of(n) not in incomplete}
+        marked, incomplete = self._read_markers(listing, set(map(checkpoint_of, found)) - {""})
+        found = {n: entry for n, entry in found.items() if checkpoint_of(n) not in incomplete}
         _check_names(url, found)
-        self._remove_others(found, set(map(_checkpoint_of, listing)) - incomplete)
+        self._remove_others(found, set(map(checkpoint_of, listing)) - incomplete)
         needed = self._outdated(found)
         total = sum(found[name].size for name in needed)
         self._require_space(total)
@@ -179,12 +172,12 @@ class _Copy:
                 try:
                     if problem:  # it may have changed since it was listed
                         entry = self._store.list(name)[name]
-                    self._download(name, entry, digests.get(name))
+                    self._download(name, entry, marked.get(name))
                     return None
                 except (FileNotFoundError, KeyError):
                     is_gone.set()
                     return None
-                except OSError as error:
+                except (Unreachable, OSError) as error:
                     problem = str(error)
             has_failed.set()
             return problem
@@ -202,23 +195,19 @@ class _Copy:
 
     def _read_markers(
         self, listing: Mapping[str, Entry], checkpoints: Iterable[str]
-    ) -> tuple[dict[str, str], set[str]]:
-        """Returns the SHA-256 of files by name, and the checkpoints that are not complete."""
-        digests, incomplete = dict[str, str](), set[str]()
+    ) -> tuple[dict[str, Sums | None], set[str]]:
+        """Returns what markers say about files, and the checkpoints that are not complete."""
+        marked, incomplete = dict[str, Sums | None](), set[str]()
         for checkpoint in checkpoints:
-            marker = self._store.read(f"{checkpoint}/{MARKER}")
-            try:  # Orbax writes another text into a file of this name
-                files = json.loads(marker or b"")["files"].items()
-                marked = {f"{checkpoint}/{name}": (size, sha) for name, (size, sha) in files}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                marked = {}
-            if marker is None or any(
-                name not in listing or listing[name].size != size
-                for name, (size, _) in marked.items()
+            content = self._store.read(f"{checkpoint}/{MARKER}")
+            files = marked_files(checkpoint, content or b"", listing)
+            if content is None or any(
+                name not in listing or (sums and listing[name].size != sums[0])
+                for name, sums in files.items()
             ):
                 incomplete.add(checkpoint)
-            digests |= {name: sha for name, (_, sha) in marked.items()}
-        return digests, incomplete
+            marked |= files
+        return marked, incomplete
 
     def _remove_others(self, found: Collection[str], checkpoints: Collection[str]) -> None:
         """Deletes local files that are wanted but not found, and files of other checkpoints."""
@@ -232,7 +221,7 @@ class _Copy:
                 elif path.name.startswith(".staging-"):  # of `stage`, in the folder of a bucket
                     is_old = False
                 else:
-                    checkpoint = _checkpoint_of(name)
+                    checkpoint = checkpoint_of(name)
                     is_gone = bool(checkpoint) and checkpoint not in checkpoints
                     is_old = name not in found and (is_gone or self._wanted(name))
                 if is_old:
@@ -281,12 +270,12 @@ class _Copy:
                 "another disk"
             )
 
-    def _download(self, name: str, entry: Entry, sha256: str | None) -> None:
+    def _download(self, name: str, entry: Entry, sums: Sums | None) -> None:
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as partial:
             self._store.download(name, partial, entry)
-            if sha256 and file_digest(partial, "sha256") != sha256:
+            if sums and file_digest(partial, "sha256") != sums[1]:
                 raise UserError(
                     f"{self._store.url_of(name)} is damaged: its SHA-256 is not the one in the "
                     f"checkpoint's {MARKER}. Use another checkpoint"
@@ -297,11 +286,6 @@ class _Copy:
     def _record(self, name: str, entry: Entry) -> None:
         with self._index.open("ab", buffering=0) as file:  # one write, also beside other threads'
             file.write(f"\n{json.dumps([name, entry.tag, entry.time_ns])}".encode())
-
-
-def _checkpoint_of(name: str) -> str:
-    match = _CHECKPOINT.fullmatch(name)
-    return match[1] if match else ""
 
 
 def _check_names(url: str, names: Collection[str]) -> None:

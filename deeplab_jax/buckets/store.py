@@ -17,15 +17,21 @@ from typing import Any
 from deeplab_jax.utils.download import file_digest
 from deeplab_jax.utils.errors import UserError, first_line
 
+NUM_THREADS = 8  # that send requests at once
 _SECONDS = 15.0  # without a byte of an answer
 _EXTRAS = {"gs": ("gcs", "gcsfs.core"), "s3": ("s3", "s3fs")}
 # What the services call the permission for each action.
 _PERMISSIONS = {
-    "gs": {"read": "storage.objects.get", "list": "storage.objects.list"},
-    "s3": {"read": "s3:GetObject", "list": "s3:ListBucket"},
+    ("gs", "read"): "storage.objects.get",
+    ("gs", "list"): "storage.objects.list",
+    ("gs", "write"): "storage.objects.create",
+    ("gs", "delete"): "storage.objects.delete",
+    ("s3", "read"): "s3:GetObject",
+    ("s3", "list"): "s3:ListBucket",
+    ("s3", "write"): "s3:PutObject",
+    ("s3", "delete"): "s3:DeleteObject",
 }
-_PERMISSIONS["gs"] |= {"write": "storage.objects.create", "delete": "storage.objects.delete"}
-_PERMISSIONS["s3"] |= {"write": "s3:PutObject", "delete": "s3:DeleteObject"}
+_CREATE = {"gs": "gcloud storage buckets create", "s3": "aws s3 mb"}
 _CREDENTIALS = {
     "gs": "run `gcloud auth application-default login`, or give the machine a service account",
     "s3": "run `aws configure`, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the "
@@ -33,8 +39,10 @@ _CREDENTIALS = {
 }
 
 
-class Unreachable(OSError):
+class Unreachable(UserError):
     """The bucket cannot be reached, or answers with an error of its own; later it may."""
+
+    exit_code = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +65,8 @@ class Entry:
 class Store:
     """The objects below an address; their names are relative to it.
 
-    All methods raise UserError for what a user must mend (bucket, permission, credentials), and
-    Unreachable for what may pass. The service's library tries several times before that.
+    All methods raise UserError for what a user must mend (bucket, permission, credentials), of
+    which Unreachable is what may pass. The service's library tries several times before that.
     """
 
     def __init__(self, url: str) -> None:
@@ -175,7 +183,7 @@ class Store:
         """Translates the errors of the two libraries."""
         try:
             yield
-        except (Unreachable, UserError):
+        except UserError:
             raise
         except Exception as error:
             url = self.url_of(name)
@@ -187,14 +195,14 @@ class Store:
                     raise
                 problem = (
                     f"{url}: there is no bucket {self.bucket!r}, or you may not see it. Check the "
-                    f"name, or create it: {_create(self.url)}"
+                    f"name, or create it: `{_CREATE[self.scheme]} {self.scheme}://{self.bucket}`"
                 )
             elif "Credentials" in kind or kind == "DefaultCredentialsError" or status == 401:
                 problem = f"{url}: no valid credentials ({text}): {_CREDENTIALS[self.scheme]}"
             elif isinstance(error, PermissionError) or text.startswith("Forbidden"):
-                permission = _PERMISSIONS[self.scheme][action]
+                permission = _PERMISSIONS[self.scheme, action]
                 problem = f"{url}: not permitted to {action} ({text}). Needed: {permission}"
-            elif isinstance(error, (ValueError, TypeError, AttributeError)):
+            elif isinstance(error, (TypeError, AttributeError)):
                 raise
             else:
                 raise Unreachable(f"{url}: {text}") from error
@@ -254,9 +262,3 @@ def _entry(info: Mapping[str, Any]) -> Entry:
         md5 = base64.b64decode(info.get("md5Hash", "")).hex()
     time_ns = int((info.get("LastModified") or info["mtime"]).timestamp() * 1e9)
     return Entry(int(info["size"]), tag, md5, time_ns)
-
-
-def _create(url: str) -> str:
-    scheme, _, path = url.partition("://")
-    tool = "gcloud storage buckets create" if scheme == "gs" else "aws s3 mb"
-    return f"`{tool} {scheme}://{path.partition('/')[0]}`"

@@ -77,22 +77,25 @@ def raise_on_all_hosts() -> Iterator[None]:
         return
     failure: Exception | None = None
     message: str | None = None
+    code = UserError.exit_code
     try:
         yield
     except UserError as error:
-        message = str(error)
+        message, code = str(error), error.exit_code
     except Exception as error:
         failure, message = error, f"{type(error).__name__}: {error}"
-    outcomes = allgather([socket.gethostname(), message])
+    outcomes = allgather([socket.gethostname(), message, code])
     if failure is not None:
         raise failure  # with its traceback
     failed = [(process, *outcome) for process, outcome in enumerate(outcomes) if outcome[1]]
-    if len(failed) == len(outcomes) and len({message for _, _, message in failed}) == 1:
-        raise UserError(failed[0][2])
-    if failed:
-        raise UserError(
-            "\n".join(f"process {n} ({host}): {text}" for n, host, text in failed[:_MAX_LISTED])
-        )
+    if not failed:
+        return
+    lines = [f"process {n} ({host}): {text}" for n, host, text, _ in failed[:_MAX_LISTED]]
+    if len(failed) == len(outcomes) and len({text for _, _, text, _ in failed}) == 1:
+        lines = [failed[0][2]]
+    raised = UserError("\n".join(lines))
+    raised.exit_code = max(code for *_, code in failed)
+    raise raised
 
 
 def check_equal(config: Config, inputs: Facts) -> None:

@@ -78,11 +78,6 @@ class Workdir:
         """Locks the folder; see `lock_workdir`."""
         return lock_workdir(self.path)
 
-    def update(self) -> None:
-        """Makes other processes' writes visible; nothing to do in one folder."""
-
-    flush = delete = update
-
     def exists(self, path: pathlib.Path) -> bool:
         """Whether the run has written a file."""
         return path.exists()
@@ -120,7 +115,7 @@ def open_workdir(
             if index == 0:
                 stack.enter_context(opened.hold())
         multihost.check_workdir(opened.address, is_copied=opened.is_copied)
-        if opened.is_copied and index > 0:
+        if not isinstance(opened, Workdir) and index > 0:
             stack.callback(opened.delete)
         update_copies(opened)
         yield opened
@@ -128,7 +123,7 @@ def open_workdir(
 
 def update_copies(workdir: Workdir | BucketRun) -> None:
     """Brings the bucket and the other processes' copies up to date with process 0's, if any."""
-    if not workdir.is_copied:
+    if isinstance(workdir, Workdir):
         return
     with multihost.raise_on_all_hosts():
         workdir.flush()

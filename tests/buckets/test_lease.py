@@ -63,6 +63,7 @@ class MemoryStore:
         """Writes the lease of a process on this machine that was killed, except for `fields`."""
         holder = {
             "pid": DEAD,
+            "started": lease_lib._started(fields.get("pid", DEAD)),
             "host": socket.gethostname(),
             "boot": lease_lib._boot(),
             "copy": "its copy",
@@ -84,6 +85,7 @@ def take(tmp_path):
     taken = []
 
     def take(store, copy="copy", log=lambda line: None):
+        (tmp_path / copy).mkdir(exist_ok=True)
         taken.append(Lease.take(store, tmp_path / copy, log))
         return taken[-1]
 
@@ -106,9 +108,10 @@ def is_soon(condition) -> bool:
 def test_one_run_after_another(bucket, tmp_path):
     store = Store(f"{bucket}/runs/a")
     for number, copy, is_own in [(1, "a", False), (2, "a", True), (3, "b", False), (4, "a", False)]:
+        (tmp_path / copy).mkdir(exist_ok=True)
         with Lease.take(store, tmp_path / copy, pytest.fail) as held:
-            assert held.is_own_copy is is_own
-            held.check()
+            assert held.is_copy_complete is is_own
+            held.mark_complete()
             held.confirm()
             assert numbers(store) == [number - 1, number][number == 1 :]
             with pytest.raises(
@@ -150,14 +153,47 @@ def test_one_of_many_wins(bucket, tmp_path, monkeypatch):
 def test_a_dead_process_on_this_machine_is_followed_at_once(memory, take):
     memory.put(6)
     memory.put(7)
-    assert not take(memory, log=pytest.fail).is_own_copy
+    assert not take(memory, log=pytest.fail).is_copy_complete
     assert numbers(memory) == [7, 8]
+
+
+def test_another_process_with_the_id_of_a_dead_one_is_not_that(memory, take):
+    memory.put(1, pid=os.getppid(), started="before")
+    take(memory, log=pytest.fail)
+    assert numbers(memory) == [1, 2]
+
+
+def test_a_process_that_nobody_waits_for_is_dead(memory, take):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        memory.put(1, pid=process.pid)
+        with pytest.raises(UserError, match=f"in use by process {process.pid}"):
+            take(memory)
+        process.kill()
+        assert is_soon(lambda: lease_lib._started(process.pid) == "ended")
+        take(memory, log=pytest.fail)
+
+
+def test_a_copy_is_complete_until_another_is_begun(memory, take, tmp_path):
+    take(memory).mark_complete()
+    memory.failing = {"list"}
+    with pytest.raises(Unreachable):
+        take(memory)
+    memory.failing = set()
+    memory.put(2, copy=memory.holder(1)["copy"])
+    for _ in range(2):  # killed before anything else
+        assert take(memory).is_copy_complete
+        memory.put(max(numbers(memory)) + 1, copy=memory.holder(max(numbers(memory)))["copy"])
+    memory.put(max(numbers(memory)) + 1)  # of another copy
+    for _ in range(2):
+        assert not take(memory).is_copy_complete
+        memory.put(max(numbers(memory)) + 1, copy=memory.holder(max(numbers(memory)))["copy"])
 
 
 def test_a_killed_process_is_followed_and_its_copy_known(gs_bucket, tmp_path):
     code = (
         "import os, pathlib, signal; from deeplab_jax.buckets.lease import Lease, Store\n"
-        f"Lease.take(Store('{gs_bucket}/run'), pathlib.Path('{tmp_path}'), print)\n"
+        f"held = Lease.take(Store('{gs_bucket}/run'), pathlib.Path('{tmp_path}'), print)\n"
+        "held.mark_complete()\n"
         "print('taken', flush=True); signal.pause()"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -170,7 +206,7 @@ def test_a_killed_process_is_followed_and_its_copy_known(gs_bucket, tmp_path):
         process.kill()
         process.wait()
     with Lease.take(store, tmp_path, pytest.fail) as held:
-        assert held.is_own_copy
+        assert held.is_copy_complete
 
 
 @pytest.mark.parametrize("other", [{"host": "other"}, {"boot": "of a container"}])
@@ -251,7 +287,6 @@ def test_an_outage_ends_no_lease(memory, take, monkeypatch):
     held.confirm()
     memory.failing = {"write"}
     time.sleep(0.3)
-    held.check()
     with pytest.raises(Unreachable, match="could not be renewed"):
         held.confirm()
     memory.failing = set()
@@ -265,11 +300,10 @@ def test_a_lost_lease_is_noticed(memory, take, monkeypatch):
     held = take(memory)
     memory.put(2, host="other")
     assert is_soon(lambda: held.lost)
-    for check in (held.check, held.confirm):
-        with pytest.raises(
-            UserError, match=f"gs://bucket/run was taken over by process {DEAD} on host other while"
-        ):
-            check()
+    with pytest.raises(
+        UserError, match=f"gs://bucket/run was taken over by process {DEAD} on host other while"
+    ):
+        held.confirm()
     held.release()
     assert not memory.holder(1)["ended"]
 

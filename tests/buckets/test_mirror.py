@@ -567,11 +567,19 @@ def test_a_stopped_mirror_writes_nothing_more(run):
     assert len(store.actions) == 1
 
 
-def test_an_unexpected_error_is_raised(run):
+@pytest.mark.parametrize("error", [ZeroDivisionError, IndexError])
+def test_an_unexpected_error_is_raised(run, error):
     store = RecordingStore()
-    store.error = ZeroDivisionError("by zero")
-    with mirror(store, run) as active, pytest.raises(ZeroDivisionError):
+
+    def fail(name):
+        if name.startswith("checkpoints/10/model/"):
+            raise error("in a library")
+
+    store.before = fail
+    run.train(10)
+    with mirror(store, run) as active, pytest.raises(error):
         active.close()
+    assert "checkpoints/10/commit_success.txt" not in store.objects
 
 
 def test_the_end_of_the_block(run):

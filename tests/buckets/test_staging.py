@@ -229,7 +229,7 @@ def test_a_bucket_that_does_not_answer(gs_bucket, monkeypatch):
         raise Unreachable("no answer")
 
     monkeypatch.setattr(Store, "list", fail)
-    with pytest.raises(UserError, match=r"no answer\. Try again later"):
+    with pytest.raises(UserError, match="no answer"):
         stage(f"{gs_bucket}/set", title="a test")
 
 

@@ -180,7 +180,7 @@ def _upload(folder: pathlib.Path, url: str) -> None:
     """
     if not url:
         return
-    from deeplab_jax.buckets.store import Store, Unreachable
+    from deeplab_jax.buckets.store import Store
 
     names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
     names.remove(_INFO)
@@ -192,7 +192,7 @@ def _upload(folder: pathlib.Path, url: str) -> None:
             )
             collections.deque(upload, maxlen=0)
             store.create(_INFO, (folder / _INFO).read_bytes())
-    except (UserError, Unreachable) as error:
+    except UserError as error:
         print_warning(f"{folder} is only on this machine; others prepare it again: {error}")
 
 
