@@ -1,11 +1,12 @@
-"""Kills a run whose workdir is in a bucket, again and again, and compares its end with a whole run.
+"""Kills a run whose workdir is in a bucket, or takes the bucket away, and checks how it ends.
 
   PYTHONPATH=tests python -m benchmarks.bucket_kills --kills=20
 
 The buckets are the stand-ins of the tests, on this machine: an emulator of Google Cloud Storage and
 moto's S3. Each kill is a SIGKILL at a random moment; before every third attempt the local copy is
-deleted, as on another host. Prints one line a kind of bucket; the results are in
-benchmarks/results/bucket_kills.json.
+deleted, as on another host. Then, in another run, the server stops answering for `--outage` seconds
+while a checkpoint is uploaded. The ends are compared with those of local runs. Prints one line a
+kind of bucket; the results are in benchmarks/results/bucket_kills.json.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from deeplab_jax.buckets import staging
 from deeplab_jax.buckets.store import Store
 
 FLAGS = ("--config.train.steps=40", "--config.train.eval_every=20", "--config.train.log_every=1")
+LONG = ("--config.train.steps=4000", "--config.train.eval_every=0", "--config.train.save_every=100")
 RESULTS = pathlib.Path(__file__).parent / "results" / "bucket_kills.json"
 
 
@@ -54,6 +56,26 @@ def kill_and_resume(address: str, cache: pathlib.Path, kills: int, seed: int, fl
         process.communicate()
         steps_seen.append(step)
         killed += 1
+
+
+def survive_outage(server: bucket_servers.Server, address: str, seconds: float) -> dict:
+    """Freezes the server while a checkpoint is uploaded; returns which, and the last step."""
+    process = tiny.start_command(address, *LONG)
+    store = Store(address)
+    while True:
+        names = [name for name in store.list() if "/checkpoints/" in f"/{name}"]
+        folders = {name.rpartition("checkpoints/")[2].split("/")[0] for name in names}
+        marked = {name.split("/")[-2] for name in names if name.endswith("commit_success.txt")}
+        if marked and folders - marked:
+            break
+    server.freeze()
+    time.sleep(seconds)
+    server.thaw()
+    _, said = tiny.finish(process)
+    steps = [
+        int(line.split()[1].split("/")[0]) for line in said.splitlines() if line[:5] == "step "
+    ]
+    return {"uploading": sorted(folders - marked), "steps": max(steps)}
 
 
 def end_state(address: str, folder: pathlib.Path) -> tuple[dict, list[dict]]:
@@ -89,12 +111,14 @@ def problems(address: str, whole: pathlib.Path, folder: pathlib.Path) -> list[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--outage", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
         top = pathlib.Path(scratch)
         tiny.finish(tiny.start_command(top / "whole", *FLAGS))
+        tiny.finish(tiny.start_command(top / "long", *LONG))
         for scheme in ("gs", "s3"):
             server = bucket_servers.Server(scheme, top / scheme)
             os.environ |= server.environment | {"XDG_CACHE_HOME": str(top / f"{scheme}-cache")}
@@ -104,8 +128,13 @@ def main() -> None:
             result = kill_and_resume(address, cache, arguments.kills, arguments.seed)
             result["seconds"] = round(time.monotonic() - begin)
             result["differences"] = problems(address, top / "whole", top / f"{scheme}-end")
-            results[scheme] = result
-            print(scheme, json.dumps(result), flush=True)
+            begin, address = time.monotonic(), f"{server.make_bucket()}/runs/b"
+            outage = survive_outage(server, address, arguments.outage)
+            outage["seconds"] = round(time.monotonic() - begin)
+            outage["differences"] = problems(address, top / "long", top / f"{scheme}-long")
+            result["differences"] += outage["differences"]
+            results[scheme] = result | {"outage": outage}
+            print(scheme, json.dumps(results[scheme]), flush=True)
             server.kill()
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     sys.exit(any(result["differences"] for result in results.values()))

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 import urllib.request
 import uuid
 
@@ -133,6 +134,17 @@ def own_server(request, monkeypatch, tmp_path) -> Server:
     _use(server, monkeypatch, tmp_path)
     yield server
     server.kill()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Lets gcsfs try again without the pauses of half a minute."""
+
+    async def no_pause(seconds):
+        pass
+
+    retry = pytest.importorskip("gcsfs.retry")
+    monkeypatch.setattr(retry, "asyncio", types.SimpleNamespace(sleep=no_pause))
 
 
 def _serve_gs(port: int, folder: pathlib.Path) -> None:

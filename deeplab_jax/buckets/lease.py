@@ -34,6 +34,7 @@ _COMPLETE = ".complete"
 _held: set[str] = set()  # nonces of this process's leases
 
 Holder = dict[str, Any]  # content of a lease
+_FIELDS = {"pid", "started", "host", "boot", "copy", "nonce", "turn", "ended"}
 
 
 class Lease:
@@ -241,5 +242,15 @@ def _numbers(store: Store) -> list[int]:
 
 
 def _read(store: Store, number: int) -> Holder | None:
+    """Returns the content of a lease; None if there is no such lease."""
     content = store.read(_name(number))
-    return None if content is None else json.loads(content)
+    if content is None:
+        return None
+    with contextlib.suppress(ValueError):
+        found = json.loads(content)
+        if isinstance(found, dict) and found.keys() >= _FIELDS and isinstance(found["pid"], int):
+            return found
+    raise UserError(
+        f"{store.url_of(_name(number))} is damaged, so that nobody can know who has the run. "
+        "Delete it if no process uses the run, or choose another --workdir"
+    )

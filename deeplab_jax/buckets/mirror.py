@@ -132,8 +132,12 @@ class Mirror:
         self._requested += 1
         request = self._requested
         self._wake.set()
+        is_told = False
         while self._done < request and self._thread.is_alive():
             self.check()
+            if self._reason and not is_told:
+                self._log(f"waiting for {self._store.url}, up to {self._patience:.0f} s")
+                is_told = True
             self._thread.join(0.05)  # in small steps, so that signals are seen
         if self._done < request:
             self.check()
@@ -187,8 +191,8 @@ class Mirror:
         with self._failing:
             if not self._reason:
                 self._log(
-                    f"{self._store.url} cannot be reached ({first_line(error)}): training goes on, "
-                    f"and saves stay in {self._folder} until it answers"
+                    f"{self._store.url} cannot be reached ({first_line(error)}): saves stay in "
+                    f"{self._folder} until it answers"
                 )
             self._reason = first_line(error)
 

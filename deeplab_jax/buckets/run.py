@@ -14,7 +14,7 @@ from deeplab_jax.buckets.lease import Lease
 from deeplab_jax.buckets.mirror import BucketLost, Mirror
 from deeplab_jax.buckets.store import Store, Unreachable
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.utils.files import lock_folder
+from deeplab_jax.utils.files import lock_folder, require_writable
 from deeplab_jax.utils.paths import user_cache
 
 # What a run reads besides its checkpoints.
@@ -69,6 +69,11 @@ class BucketRun:
           Unreachable: the bucket cannot be reached at the start.
           BucketLost: the bucket did not answer for `patience` seconds.
         """
+        self._log(f"workdir {self.address}, local copy {self.path}")
+        try:
+            require_writable(self.path, create=True)
+        except UserError as error:
+            raise UserError(f"{error}. Set XDG_CACHE_HOME to a folder with room") from None
         self._store.check_writable()
         self._check_markers()
         with (

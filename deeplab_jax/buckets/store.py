@@ -171,9 +171,11 @@ class Store:
 
     def check_writable(self) -> None:
         """Writes and deletes a small object, so that a missing permission is known early."""
-        probe = f".probe-{secrets.token_hex(4)}"
-        self.write(probe, b"")
-        self.delete([probe])
+        probe = self._path(f".probe-{secrets.token_hex(4)}")
+        with self._errors("write", ""):
+            self._fs.pipe_file(probe, b"")
+        with self._errors("delete", ""):
+            self._fs.rm_file(probe)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
@@ -215,11 +217,12 @@ def check_address(url: str) -> str:
     Raises:
       UserError: it is not of the form `gs://bucket/path` or `s3://bucket/path`.
     """
-    match = re.fullmatch(r"(gs|s3)://([a-zA-Z0-9][\w.-]+)((?:/[^/]+)*)/?", url)
-    if not match or {".", ".."} & set(match[3].split("/")):
+    match = re.fullmatch(r"(gs|s3)://([a-zA-Z0-9][\w.-]{2,})((?:/[^/]+)*)/?", url)
+    parts = match[3].split("/") if match else []
+    if not match or {".", ".."} & set(parts) or max(len(part.encode()) for part in parts) > 200:
         raise UserError(
-            f"{url} is not an address in a bucket: expected {url[:2]}://BUCKET/PATH, with single "
-            "slashes between its parts"
+            f"{url} is not an address in a bucket: expected {url[:2]}://BUCKET/PATH, a bucket of 3 "
+            "characters or more, and single slashes between names of at most 200 bytes"
         )
     return url.removesuffix("/")
 

@@ -42,7 +42,9 @@ def exit_on_user_error() -> Iterator[None]:
         _exit_at_once(end.code)
         raise
     except UserError as error:
-        message, code = str(error), error.exit_code
+        outputs: Any = sys.modules.get("deeplab_jax.buckets.outputs")
+        message = outputs.shown(str(error)) if outputs else str(error)
+        code = error.exit_code
     except OSError as error:
         if error.errno in _PATH_ERRORS and error.filename:
             message = f"{error.filename}: {error.strerror}"

@@ -21,7 +21,7 @@ class PreemptionHandler:
     handlers, `should_stop` is always false.
 
     Attributes:
-      name: name of the signal, or "request", once `should_stop` has returned true.
+      name: what stopped the run, once `should_stop` has returned true.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,8 @@ class PreemptionHandler:
             pending, self._pending = self._pending, multihost.start_max(number)
             number = 0 if pending is None else int(jax.device_get(pending))
         if number:
-            self.name = "request" if number == _REQUEST else signal.Signals(number).name
+            is_signal = number != _REQUEST
+            self.name = signal.Signals(number).name if is_signal else "an outage of its bucket"
         return bool(number)
 
     def request(self) -> None:

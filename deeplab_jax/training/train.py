@@ -194,7 +194,7 @@ def train_stage(config: Config, workdir: Workdir | BucketRun, folder: pathlib.Pa
         if stopped:
             progress.message(f"stopped by {stop.name} at step {step}; saved. Run again to go on.")
         path = writer.image_path(step, PREDICTIONS)
-        if not picture and workdir.exists(path):  # of a finished run that ran again
+        if not picture and not stopped and workdir.exists(path):  # of a finished run that ran again
             picture = workdir.shown(path)
     return Result(step, miou, picture, stopped)
 

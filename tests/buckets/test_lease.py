@@ -26,6 +26,9 @@ class MemoryStore:
 
     url = "gs://bucket/run"
 
+    def url_of(self, name):
+        return f"{self.url}/{name}"
+
     def __init__(self):
         self.objects, self.failing, self._lock = {}, set(), threading.Lock()
 
@@ -332,3 +335,10 @@ def test_a_take_without_the_bucket_leaves_nothing(memory, take):
     with pytest.raises(Unreachable):
         take(memory)
     assert not lease_lib._held
+
+
+@pytest.mark.parametrize("content", [b'{"pid": 47', b"[1]", b"{}", b'{"pid": 4711}', b"\xff"])
+def test_a_damaged_lease_is_named(memory, take, content):
+    memory.objects[".lease/000003.json"] = content
+    with pytest.raises(UserError, match=r"\.lease/000003\.json is damaged.*Delete it"):
+        take(memory)

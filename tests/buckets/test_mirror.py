@@ -443,8 +443,8 @@ def test_an_outage_is_waited_for(run, error):
     assert [int(name.split("/")[1]) for name in markers] == [20, 10]  # the newest first
     assert checkpoints(store.objects) == [10, 20]
     assert lines == [
-        f"gs://bucket/run cannot be reached ({error}): training goes on, and saves stay in "
-        f"{run.folder} until it answers",
+        f"gs://bucket/run cannot be reached ({error}): saves stay in {run.folder} until it answers",
+        "waiting for gs://bucket/run, up to 60 s",
         "gs://bucket/run answers again, and has all that was late",
     ]
 
@@ -483,7 +483,7 @@ def test_a_longer_outage_ends_the_run_with_the_newest_checkpoint_named(run):
     store.error = None
     time.sleep(0.3)
     assert store.actions == []  # nothing is written after the end
-    assert len(lines) == 1
+    assert len(lines) == 2
 
 
 def test_progress_in_an_outage_is_no_loss(run):

@@ -69,7 +69,7 @@ def test_a_run_in_a_bucket_is_a_local_run(bucket, unbroken, tmp_path):
 
 def test_a_run_killed_repeatedly_ends_as_if_never_killed(server, bucket, unbroken, tmp_path):
     address = f"{bucket}/run"
-    kill_and_resume(address, tmp_path / "cache", 3, seed=1, flags=STEPS)
+    kill_and_resume(address, tmp_path / "cache", 2, seed=1, flags=STEPS)
     assert problems(address, unbroken, tmp_path / "end") == []
 
 
@@ -121,27 +121,21 @@ def test_without_the_bucket_for_good_the_local_copy_is_named(own_server, unbroke
 
 def test_two_processes_run_in_one_bucket(gs_bucket, tmp_path):
     address = f"{gs_bucket}/run"
-    calm = "--config.optimizer.learning_rate=0.001"  # at 0.05 rounding becomes visible
-    finish(start_command(tmp_path / "one", *STEPS, calm))
-
-    def both(*flags):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        common = (f"--coordinator=localhost:{port}", "--num_processes=2", *STEPS, *flags)
-        return [
-            start_command(address, *common, f"--process_id={n}", "--config.mesh.data=2")
-            for n in range(2)
-        ]
-
-    flags = (calm, "--config.mesh.fully_sharded=true")
-    first, second = both(*flags)
-    read_until(first, "step 5/")
-    for process in (first, second):
-        process.kill()
-        process.communicate()
-    for process in both(*flags):
-        finish(process)
+    # At a learning rate of 0.05 rounding becomes visible.
+    flags = (*STEPS, "--config.optimizer.learning_rate=0.001", "--config.mesh.data=-1")
+    flags = (*flags, "--config.mesh.fully_sharded=true", "--config.train.eval_every=0")
+    finish(start_command(tmp_path / "one", *flags))
+    process = start_command(address, *flags)
+    read_until(process, "step 5/")
+    process.kill()
+    process.communicate()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = (*flags, f"--coordinator=localhost:{port}", "--num_processes=2")
+    both = [start_command(address, *flags, f"--process_id={n}") for n in range(2)]
+    said = [finish(process)[1] for process in both]
+    assert "from step" in said[0]
     state, metrics = end_state(address, tmp_path / "end")
     assert [entry["step"] for entry in metrics if "loss" in entry] == list(range(1, 9))
     for name, value in tiny.saved_state(tmp_path / "one").items():
@@ -195,7 +189,7 @@ def hold(address):
 def test_a_refused_command_leaves_the_local_copy_complete(gs_bucket):
     code = (
         "import os, sys; from deeplab_jax.buckets.run import BucketRun\n"
-        "held = BucketRun(sys.argv[1], process=0, patience=5, log=print)\n"
+        "held = BucketRun(sys.argv[1], process=0, patience=5, log=len)\n"
         "with held.hold():\n"
         "    held.flush(); print('held', flush=True); sys.stdin.read()\n"
         "    (held.path / 'config.json').write_text('{}'); os._exit(1)\n"
@@ -248,7 +242,8 @@ def test_runs_in_folders_of_another_run_are_left_alone(gs_bucket):
     assert Store(outer.address).read("config.json") == b"outer"
 
 
-def test_an_outage_at_the_start_is_no_traceback(own_server, monkeypatch):
+@pytest.mark.usefixtures("impatient")
+def test_an_outage_at_the_start_is_no_traceback(own_server):
     held = hold(f"{own_server.make_bucket()}/run")
     own_server.kill()
     with pytest.raises(UserError) as raised, held.hold():
