@@ -257,14 +257,14 @@ def test_a_copy_that_was_killed_goes_on(bucket, downloads):
     tree = {f"{index:02}": f"{index}".encode() * 1000 for index in range(40)}
     fill(f"{bucket}/set", tree)
     with child(f"{bucket}/set", 0.2) as process:
-        for _ in range(12):
+        for _ in range(16):  # each is printed before it gets its final name, in one of 8 threads
             process.stdout.readline()
         process.send_signal(signal.SIGKILL)
     folder = local_path(f"{bucket}/set")
     partial = [path for path in folder.iterdir() if path.suffix == ".partial"]
     assert partial  # it was in the middle of some
     there = {path.name for path in folder.iterdir()} & tree.keys()
-    assert 12 <= len(there) < 40
+    assert 8 <= len(there) < 40
     assert all((folder / name).read_bytes() == tree[name] for name in there)
     index = next(folder.parent.glob(".staging-*.index"))
     index.write_bytes(index.read_bytes()[:-5])  # a line that the kill cut short
