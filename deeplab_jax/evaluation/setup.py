@@ -20,6 +20,8 @@ from deeplab_jax.evaluation.evaluator import Evaluator
 from deeplab_jax.inference.positive import resolve as resolve_positive
 from deeplab_jax.inference.segmenter import Segmenter, load
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.paths import is_bucket
+from deeplab_jax.weights import hub
 
 
 def prepare(
@@ -52,6 +54,8 @@ def prepare(
       UserError: an option, the model or the data is wrong, or the model and the data differ in
         classes or channels.
     """
+    if is_bucket(checkpoint):  # copied once, for its config and its arrays
+        checkpoint = str(hub.find_weights(checkpoint))
     base = base_config(data, checkpoint)
     config = Config(data=base.data, eval=eval_config(checkpoint, base, settings))
     config.data.root = root or config.data.root

@@ -122,6 +122,16 @@ def mirror(store, run, *, patience=60.0, log=pytest.fail, check=lambda: None):
     mirror.stop()
 
 
+def mirrored(run, *steps) -> RecordingStore:
+    """Trains to each of the steps, and returns a store to which the run was then mirrored."""
+    store = RecordingStore()
+    for step in steps:
+        run.train(step)
+    with mirror(store, run) as active:
+        active.close()
+    return store
+
+
 def is_soon(condition) -> bool:
     end = time.monotonic() + 10
     while not condition() and time.monotonic() < end:
@@ -334,11 +344,7 @@ def test_a_checkpoint_that_is_made_again_replaces_the_first(run):
 
 def test_a_newer_checkpoint_that_is_gone_goes_before_metrics_without_its_steps(run):
     """A run that could not read its newest checkpoint went back to the one before."""
-    store = RecordingStore()
-    for step in (10, 20):
-        run.train(step)
-    with mirror(store, run) as active:
-        active.close()
+    store = mirrored(run, 10, 20)
     before = dict(store.objects)
     store.actions.clear()
     (run.folder / "broken").mkdir()
@@ -366,11 +372,7 @@ def test_without_local_checkpoints_none_is_deleted(run):
 
 
 def test_a_checkpoint_that_a_kill_left_in_part_stays_whole_in_the_bucket(run):
-    store = RecordingStore()
-    for step in (10, 20):
-        run.train(step)
-    with mirror(store, run) as active:
-        active.close()
+    store = mirrored(run, 10, 20)
     (run.folder / "checkpoints/10/model/manifest.ocdbt").unlink()
     store.actions.clear()
     with mirror(store, run) as active:
