@@ -46,7 +46,7 @@ from deeplab_jax.evaluation.confusion import confusion_matrix, scores
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.training.train import resolve_architecture, train
 from deeplab_jax.utils.files import write_bytes
-from deeplab_jax.weights.torchvision import from_model
+from deeplab_jax.weights import families
 from speed import measure
 from speed.cases import AUX_WEIGHT
 from speed.theirs import import_torchvision
@@ -107,7 +107,7 @@ def run_theirs(config: Config, dataset: Dataset, val: Dataset) -> dict[str, Any]
         weights=None, weights_backbone=None, aux_loss=True, num_classes=val.labels.num_classes
     )
     ours = FunctionalModel(resolve_architecture(config, dataset))
-    arrays = from_model(ours.init(jax.random.key(config.seed)))
+    arrays = families.from_model(ours.init(jax.random.key(config.seed)), ours.architecture)
     model.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in arrays.items()})
     model = model.to(device, memory_format=torch.channels_last).train()
     decayed, others = [], []

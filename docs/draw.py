@@ -1,4 +1,4 @@
-"""Draws the pictures of `docs/guide.md` and `docs/architecture.md`.
+"""Draws the pictures of `docs/guide.md`, `docs/architecture.md` and `docs/augmentation.md`.
 
 python docs/draw.py all
 python docs/draw.py atrous --out atrous.png
@@ -13,7 +13,7 @@ from typing import Annotated
 
 import jax
 import typer
-from drawing import architecture, aspp, atrous, labels, network, training, units
+from drawing import architecture, aspp, atrous, augmentation, labels, network, training, units
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -40,6 +40,15 @@ PICTURES: dict[str, Callable[[], Figure]] = {
         training.poly,
         network.heads,
         architecture.architecture,
+        augmentation.photometric,
+        augmentation.color_jitter,
+        augmentation.gray,
+        augmentation.blur,
+        augmentation.rotation,
+        augmentation.max_class_share,
+        augmentation.cutmix,
+        augmentation.classmix,
+        augmentation.copy_paste,
     )
 }
 

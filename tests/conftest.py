@@ -29,7 +29,9 @@ install_import_hook(
         "deeplab_jax.evaluation.confusion",
         "deeplab_jax.inference.sliding_window",
         "deeplab_jax.utils.files",
+        "deeplab_jax.data.color",
         "deeplab_jax.data.io.images",
+        "deeplab_jax.data.mixing",
         "deeplab_jax.models.backbones.mobilenet",
         "deeplab_jax.models.backbones.resnet",
         "deeplab_jax.models.decoders",
@@ -50,6 +52,7 @@ install_import_hook(
         "deeplab_jax.inference.files",
         "deeplab_jax.training.class_weights",
         "deeplab_jax.training.losses",
+        "deeplab_jax.training.receipt",
     ],
     "shape_checks.check",
 )

@@ -25,7 +25,7 @@ from deeplab_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "configs.json"
-TABLES = ("configs/paper.py", "configs/study.py")
+TABLES = ("configs/paper.py", "configs/study.py", "configs/speedrun.py")
 
 
 def rows_of(path: str) -> list[str]:
@@ -35,8 +35,8 @@ def rows_of(path: str) -> list[str]:
 
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.py"))
-PAPER, STUDIES = map(rows_of, TABLES)
-ALL = sorted([*(path for path in FILES if path not in TABLES), *PAPER, *STUDIES])
+PAPER, STUDIES, SPEEDRUNS = map(rows_of, TABLES)
+ALL = sorted([*(path for path in FILES if path not in TABLES), *PAPER, *STUDIES, *SPEEDRUNS])
 STUDY_BASE = "configs/study.py:base"
 STUDY = [path for path in STUDIES if path != STUDY_BASE]
 

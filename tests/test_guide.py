@@ -1,4 +1,4 @@
-"""`docs/guide.md`: its pictures and numbers are those of the code. Also the map of rooms."""
+"""`docs/guide.md`: its pictures and numbers are those of the code. Also other pages' pictures."""
 
 import importlib.util
 import itertools
@@ -29,7 +29,8 @@ DOCS = ROOT / "docs"
 GUIDE = (DOCS / "guide.md").read_text()
 FLAT = " ".join(GUIDE.split())
 ARCHITECTURE = (DOCS / "architecture.md").read_text()
-EMBEDDED = re.findall(r"!\[[^\]]+\]\(images/(\w+)\.png\)", GUIDE + ARCHITECTURE)
+PAGES = GUIDE + ARCHITECTURE + (DOCS / "augmentation.md").read_text()
+EMBEDDED = re.findall(r"!\[[^\]]+\]\(images/(\w+)\.png\)", PAGES)
 COMMANDS = [
     line
     for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.S)
@@ -67,7 +68,7 @@ def test_each_picture_is_used_once_and_has_its_command():
         assert any(f"images/{path.name})" in page for page in pages), path
     for name in EMBEDDED:
         command = f"python docs/draw.py {name.replace('_', '-')}"
-        _, _, after = (GUIDE + ARCHITECTURE).partition(f"(images/{name}.png)\n\n```sh\n")
+        _, _, after = PAGES.partition(f"(images/{name}.png)\n\n```sh\n")
         assert after.startswith(f"{command}\n```"), name
 
 
@@ -87,7 +88,7 @@ def test_commands_exist():
 def test_files_are_small():
     sizes = [(DOCS / "images" / f"{name}.png").stat().st_size for name in EMBEDDED]
     assert max(sizes) < 130_000
-    assert sum(sizes) < 1_000_000
+    assert sum(sizes) < 1_300_000
 
 
 def test_fields_exist():

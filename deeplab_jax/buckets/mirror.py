@@ -295,7 +295,7 @@ class Mirror:
         md5 = there.md5 if isinstance(there, Entry) else ""
         if is_growing:
             content = path.read_bytes()
-            if path.name == "metrics.jsonl":
+            if path.suffix == ".jsonl":
                 content = content[: content.rfind(b"\n") + 1]
             if not md5 or md5 != hashlib.md5(content, usedforsecurity=False).hexdigest():
                 self._request(self._store.write, name, content)

@@ -1,4 +1,4 @@
-"""`deeplab-jax data check` and `deeplab-jax data prepare`."""
+"""`deeplab-jax data check`, `deeplab-jax data prepare` and `deeplab-jax data crops`."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ Workers = Annotated[int, typer.Option(help="Number of threads; 0: one per CPU.",
 
 @data.callback()
 def _commands() -> None:
-    """Check your own images and masks before a training, or write them as a plain data set.
+    """Check your own images and masks, write them as a plain data set, or draw training crops.
 
     `deeplab-jax data check --help` explains the command and its options.
 
     Examples:
       deeplab-jax data check my_data
       deeplab-jax data prepare my_data clean_data
+      deeplab-jax data crops configs/shapes.py crops.png
     """
 
 
@@ -131,6 +132,45 @@ def prepare(
         sep="\n",
         markup=False,
     )
+
+
+@data.command()
+def crops(
+    config: Annotated[
+        str, options.path_argument("Config file, or name of a config, as train takes it.")
+    ],
+    out: Annotated[str, options.path_argument("File of the picture, a PNG.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="FIELD=VALUE of the config: data.augment.blur=1; repeatable."),
+    ] = None,
+    count: Annotated[int, typer.Option(help="Number of crops.", min=1)] = 12,
+) -> None:
+    """Draw the first training crops of a config, as it augments them, each with its label.
+
+    Examples:
+      deeplab-jax data crops configs/shapes.py crops.png --set data.augment.mix=classmix
+    """
+    from deeplab_jax import data as data_lib
+    from deeplab_jax.buckets.outputs import local_output
+    from deeplab_jax.config import io as config_io
+    from deeplab_jax.config import rules
+    from deeplab_jax.data import oversampling, pipeline
+    from deeplab_jax.utils.files import write_png
+    from deeplab_jax.visualization import image_grid, overlays
+
+    outputs.check("OUT", out, ".png")
+    values = config_io.override(config_io.from_python(config), settings or ())
+    rules.validate(values)
+    dataset = data_lib.load(values.data, values.data.split)
+    dataset = oversampling.apply(values.data, dataset, quiet=True)
+    batch = pipeline.train_batch(dataset, values.data, batch_size=count, seed=values.seed, step=0)
+    tiles = []
+    for image, label in zip(batch["image"], batch["label"], strict=True):
+        pictures = overlays.to_rgb(image), overlays.blend(image, label, dataset.labels)
+        tiles += [("", image_grid.resized(picture, 200)) for picture in pictures]
+    with local_output(out) as (file, _):
+        write_png(file, image_grid.image_grid(tiles, 6, 200))
 
 
 def _check(

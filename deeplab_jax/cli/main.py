@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from deeplab_jax.cli.bisect import bisect
 from deeplab_jax.cli.convert import convert
 from deeplab_jax.cli.data import data
 from deeplab_jax.cli.errors import escape_unprintable, exit_on_user_error
@@ -21,6 +22,7 @@ from deeplab_jax.cli.export import export
 from deeplab_jax.cli.plan import plan
 from deeplab_jax.cli.predict import predict
 from deeplab_jax.cli.push import push
+from deeplab_jax.cli.replay import replay
 from deeplab_jax.cli.submit import submit
 from deeplab_jax.cli.summary import summary
 from deeplab_jax.cli.warm import warm
@@ -66,7 +68,9 @@ def train(context: typer.Context) -> None:
     command(context.args)
 
 
-for command in (evaluate, predict, warm, convert, push, export, summary, plan, submit):
+for command in (
+    *(evaluate, predict, warm, convert, push, export, summary, plan, submit, replay, bisect),
+):
     app.command()(command)
 app.add_typer(data, name="data")
 

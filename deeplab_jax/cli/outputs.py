@@ -105,6 +105,16 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
+def cause_lines(causes: Sequence[str]) -> list[str]:
+    """Returns the lines that name the likely causes of a difference."""
+    if not causes:
+        return [
+            "likely cause: nothing that a receipt records: files of the data or weights, the "
+            "hardware, or a program that does not always give the same bits (docs/receipts.md)"
+        ]
+    return ["likely cause:", *(f"  {cause}" for cause in causes)]
+
+
 def console(json_path: str = "") -> Console:
     """Returns the console for tables: stdout, or stderr if --json prints to stdout."""
     chosen = Console(stderr=json_path == STDOUT, highlight=False, soft_wrap=True)

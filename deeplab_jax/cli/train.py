@@ -74,7 +74,7 @@ class _TextParser(flags.ArgumentParser):
 
 flags.FLAGS["config"].parser = _ConfigParser()
 # The parsers of ml_collections take no None, and join the values of a tuple that is given twice.
-for _type in (bool, int, float, str, tuple, object):
+for _type in (bool, int, float, str, tuple, dict, object):
     config_flags.register_flag_parser_for_type(_type, _TextParser())
 
 

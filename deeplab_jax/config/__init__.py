@@ -4,9 +4,12 @@ from deeplab_jax.config.schema import DATA_PATHS as DATA_PATHS
 from deeplab_jax.config.schema import FREE_FIELDS as FREE_FIELDS
 from deeplab_jax.config.schema import IMAGE_LOSSES as IMAGE_LOSSES
 from deeplab_jax.config.schema import LOGGERS as LOGGERS
+from deeplab_jax.config.schema import MIXES as MIXES
 from deeplab_jax.config.schema import PIXEL_LOSSES as PIXEL_LOSSES
 from deeplab_jax.config.schema import PROTOCOLS as PROTOCOLS
 from deeplab_jax.config.schema import RESUMABLE as RESUMABLE
+from deeplab_jax.config.schema import SCHEDULES as SCHEDULES
+from deeplab_jax.config.schema import AugmentConfig as AugmentConfig
 from deeplab_jax.config.schema import Config as Config
 from deeplab_jax.config.schema import DataConfig as DataConfig
 from deeplab_jax.config.schema import EvalConfig as EvalConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import difflib
@@ -201,6 +202,9 @@ def _parse(text: str, hint: Any) -> Any:
     if text.lower() == "none" and (hint is object or type(None) in union_types(hint)):
         return None
     hint = union_types(hint)[0]
+    if typing.get_origin(hint) is dict:
+        pairs = (part.split("=", 1) for part in text.split(",") if part.strip())
+        return {name.strip(): _parse_scalar(value.strip()) for name, value in pairs}
     if hint is object:  # `loss.class_weights`: None, "auto" or numbers
         hint = tuple[float, ...]
     if typing.get_origin(hint) is tuple:
@@ -208,6 +212,13 @@ def _parse(text: str, hint: Any) -> Any:
         parts = (part.strip().strip("'\"") for part in text.strip("()[] ").split(","))
         return tuple(element(part) for part in parts if part)
     return _BOOLEANS[text.lower()] if hint is bool else hint(text)
+
+
+def _parse_scalar(text: str) -> Any:
+    """Returns the number, truth value or None that a text spells, or else the text."""
+    with contextlib.suppress(ValueError, SyntaxError):
+        return ast.literal_eval(text.title() if text.isalpha() else text)
+    return text
 
 
 def unknown_field(name: str) -> str:

@@ -10,12 +10,16 @@ import typing
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from deeplab_jax.config import optimizers
 from deeplab_jax.config.schema import (
     IMAGE_LOSSES,
     LOGGERS,
+    MIXES,
     PIXEL_LOSSES,
     PROTOCOLS,
+    SCHEDULES,
     Config,
+    OptimizerConfig,
     flatten,
     output_strides,
     resolve_eval,
@@ -31,9 +35,17 @@ _FROM_0: Range = ("0 or more", lambda value: value >= 0)
 _FROM_1: Range = ("1 or more", lambda value: value >= 1)
 _ABOVE_0: Range = ("above 0", lambda value: 0 < value < math.inf)
 _0_TO_1: Range = ("in [0, 1]", lambda value: 0 <= value <= 1)
+_TO_1: Range = ("above 0 and at most 1", lambda value: 0 < value <= 1)
 _0_TO_BELOW_1: Range = ("in [0, 1)", lambda value: 0 <= value < 1)
 
 _RANGES: dict[str, Range] = {
+    "data.augment.photometric": _0_TO_1,
+    "data.augment.color_jitter": _0_TO_1,
+    "data.augment.gray": _0_TO_1,
+    "data.augment.blur": _0_TO_1,
+    "data.augment.rotation": ("degrees, 0 to 180", lambda angle: 0 <= angle <= 180),
+    "data.augment.max_class_share": _TO_1,
+    "data.augment.mix_probability": _0_TO_1,
     "data.duplicates": _FROM_1,
     "data.num_workers": _FROM_0,
     "data.folder.val_fraction": _0_TO_1,
@@ -47,9 +59,12 @@ _RANGES: dict[str, Range] = {
     "optimizer.momentum": _0_TO_BELOW_1,
     "optimizer.weight_decay": _FROM_0,
     "optimizer.head_multiplier": _ABOVE_0,
+    "optimizer.layer_decay": _TO_1,
     "optimizer.clip_norm": _FROM_0,
     "optimizer.ema_decay": _0_TO_BELOW_1,
     "loss.focal_gamma": _FROM_0,
+    "loss.label_smoothing": _0_TO_BELOW_1,
+    "loss.hard_pixel_fraction": _TO_1,
     "loss.aux_weight": _FROM_0,
     "train.steps": _FROM_1,
     "train.batch_size": _FROM_1,
@@ -57,6 +72,7 @@ _RANGES: dict[str, Range] = {
     "train.eval_every": _FROM_0,
     "train.save_every": _FROM_0,
     "train.keep": _FROM_1,
+    "train.receipt_every": _FROM_0,
     "eval.batch_size": _FROM_1,
     "eval.size": _FROM_1,
     "eval.num_pictures": _FROM_0,
@@ -120,6 +136,7 @@ _TYPE_NAMES: dict[Any, str] = {
     tuple[int, ...]: "whole numbers (a,b,...)",
     tuple[float, ...]: "numbers (a,b,...)",
     tuple[str, ...]: "names (a,b,...)",
+    dict[str, Any]: "arguments (name=value,...)",
 }
 
 
@@ -148,7 +165,7 @@ def _has_type(value: Any, hint: Any) -> bool:
         return isinstance(value, (tuple, list)) and all(_has_type(v, element) for v in value)
     if hint in (int, float) and isinstance(value, bool):
         return False
-    return isinstance(value, (int, float) if hint is float else hint)
+    return isinstance(value, (int, float) if hint is float else typing.get_origin(hint) or hint)
 
 
 def model_rules(model: Any) -> Iterator[Rule]:
@@ -205,6 +222,7 @@ def _rules(config: Config) -> Iterator[Rule]:
         yield f"model.{field}", expected, holds
     yield from _data_rules(config)
     yield from _loss_rules(config)
+    yield from _optimizer_rules(config.optimizer)
     model, train, evaluation = config.model, config.train, resolve_eval(config)
     for name in train.loggers:
         expected = spell_choices([*LOGGERS]) + did_you_mean(name, LOGGERS)
@@ -279,6 +297,16 @@ def _data_rules(config: Config) -> Iterator[Rule]:
         f"--config.data.mean={neutral} --config.data.std={neutral}",
         data.name != "folder" or len(data.mean) == folder.channels,
     )
+    mix = data.augment.mix
+    expected = f"empty, {spell_choices(MIXES)}{did_you_mean(mix, MIXES)}"
+    yield "data.augment.mix", expected, mix in ("", *MIXES)
+    for field in ("photometric", "color_jitter", "gray"):
+        yield (
+            f"data.augment.{field}",
+            f"0 for images of {len(data.mean)} channels (data.mean): it changes colours, and only "
+            "images of 1 channel (grey) or 3 (RGB) have them",
+            getattr(data.augment, field) == 0 or len(data.mean) in (1, 3),
+        )
     masks = ("auto", "ids", "colors", "binary")
     yield "data.folder.masks_hold", spell_choices(masks), folder.masks_hold in masks
     threshold = folder.threshold
@@ -318,6 +346,24 @@ def _data_rules(config: Config) -> Iterator[Rule]:
     )
 
 
+def _optimizer_rules(optimizer: OptimizerConfig) -> Iterator[Rule]:
+    name, schedule = optimizer.name, optimizer.schedule
+    expected = spell_choices(SCHEDULES) + did_you_mean(schedule, SCHEDULES)
+    yield "optimizer.schedule", expected, schedule in SCHEDULES
+    for field, expected in optimizers.problems(optimizer):
+        yield f"optimizer.{field}", expected, False
+    yield (
+        "optimizer.momentum",
+        f"left out with optimizer.name = {name}: set what it has in optimizer.arguments",
+        name == "sgd" or optimizer.momentum == OptimizerConfig.momentum,
+    )
+    yield (
+        "optimizer.decoupled_weight_decay",
+        f"false with optimizer.name = {name}: it is for sgd; adamw, lion and lamb always decouple",
+        name == "sgd" or not optimizer.decoupled_weight_decay,
+    )
+
+
 def _loss_rules(config: Config) -> Iterator[Rule]:
     loss, decoder = config.loss, config.model.decoder
     names = [*PIXEL_LOSSES, *IMAGE_LOSSES]
@@ -338,7 +384,11 @@ def _loss_rules(config: Config) -> Iterator[Rule]:
         f"None with loss.name = {loss.name}, which weighs classes alike",
         weights is None or loss.name not in IMAGE_LOSSES,
     )
-    yield "loss.hard_pixel_fraction", "above 0 and at most 1", 0 < loss.hard_pixel_fraction <= 1
+    yield (
+        "loss.label_smoothing",
+        f"0 with loss.name = {loss.name}: it is defined for cross_entropy",
+        loss.label_smoothing == 0 or loss.name == "cross_entropy",
+    )
     yield (
         "loss.hard_pixel_fraction",
         f"1 with loss.name = {loss.name}, which is a mean over images, not pixels",

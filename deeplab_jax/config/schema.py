@@ -76,6 +76,23 @@ class FolderConfig:
     channels: int = 3  # channels of the images: 3 is RGB, 1 grey, 4 RGBA, or any other number
 
 
+MIXES = ("cutmix", "classmix", "copy_paste")
+
+
+@dataclasses.dataclass
+class AugmentConfig:
+    """Augmentation besides scale, crop and flip; all is off by default (docs/augmentation.md)."""
+
+    photometric: float = 0.0  # probability of photometric distortion, as in SSD and mmseg
+    color_jitter: float = 0.0  # strength s, 0..1, of torchvision's ColorJitter(s, s, s, s / 4)
+    gray: float = 0.0  # probability that an image loses its colours
+    blur: float = 0.0  # probability of a Gaussian blur, sigma 0.1 to 2 pixels
+    rotation: float = 0.0  # largest angle, degrees, in either direction
+    max_class_share: float = 1.0  # of a class in a crop; 10 places of the crop are tried
+    mix: str = ""  # pastes parts of a second crop: "cutmix", "classmix" or "copy_paste"
+    mix_probability: float = 0.5  # that a crop is mixed with another
+
+
 @dataclasses.dataclass
 class DataConfig:
     """The data set and its augmentation; paths may be in a bucket: gs://bucket/path."""
@@ -94,6 +111,7 @@ class DataConfig:
     ignore_label: int = 255  # label of pixels that count neither in the loss nor in the metrics
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, in 0..1; ImageNet's
     std: tuple[float, ...] = (0.229, 0.224, 0.225)  # of each channel, in 0..1; ImageNet's
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     num_workers: int = 2  # processes that prepare batches; 0: threads of the main process
     folder: FolderConfig = dataclasses.field(default_factory=FolderConfig)
     shapes: ShapesConfig = dataclasses.field(default_factory=ShapesConfig)
@@ -112,16 +130,27 @@ class InitConfig:
     allow_missing: str = ""  # regular expression: variables that the file may lack
 
 
+SCHEDULES = ("poly", "cosine", "constant")
+
+
 @dataclasses.dataclass
 class OptimizerConfig:
-    """SGD with momentum and the "poly" schedule, lr = learning_rate * (1 - step/steps)^power."""
+    """The optimizer, one of optax, and its learning rate; see docs/training.md."""
 
+    name: str = "sgd"  # or "adamw", "lion", or another optimizer of optax
+    # Its further arguments, as in b1=0.9,b2=0.95.
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     learning_rate: float = 0.007  # at the start, after warm-up
+    schedule: str = "poly"  # learning_rate * (1 - step/steps)^power; or "cosine", "constant"
     power: float = 0.9  # of the "poly" schedule
-    momentum: float = 0.9  # of SGD
+    momentum: float = 0.9  # of "sgd"
     weight_decay: float = 1e-4  # on kernels only, not on biases and batch norm
+    # Whether the weight decay of "sgd" bypasses momentum. That of adamw, lion, lamb, ... always
+    # does; other optimizers have it added to the gradient.
+    decoupled_weight_decay: bool = False
     warmup_steps: int = 0  # steps in which the learning rate rises linearly from 0
     head_multiplier: float = 1.0  # factor for the learning rate of all layers but the backbone's
+    layer_decay: float = 1.0  # factor for the backbone's rate, once more for each earlier stage
     clip_norm: float = 0.0  # largest global norm of the gradient; 0: no clipping
     ema_decay: float = 0.0  # of the moving average of parameters, which is evaluated; 0: none
     accumulate: int = 1  # number of parts of a batch, computed one after the other to save memory
@@ -144,6 +173,7 @@ class LossConfig:
 
     name: str = "cross_entropy"  # or "focal", "dice", "lovasz", or a registered name
     focal_gamma: float = 2.0  # exponent gamma of the focal loss
+    label_smoothing: float = 0.0  # share of a pixel's target that is spread over all classes
     # None: equal weights; one number per class; or "auto": from the class frequencies of the
     # training split.
     class_weights: object = None  # (`object`, because the command line parses no such union)
@@ -170,6 +200,9 @@ class TrainConfig:
     eval_every: int = 1000  # steps between evaluations; 0: only at the end
     save_every: int = 500  # steps between checkpoints; 0: only at the end
     keep: int = 2  # number of newest checkpoints to keep, in addition to the best one
+    # Steps between digests of all arrays in receipt.jsonl (docs/receipts.md); 0: no receipt.
+    receipt_every: int = 100
+    strict_resume: bool = False  # resume only with the versions and images of the checkpoint
     # Where metrics and pictures go, besides metrics.jsonl and pictures/ (docs/logging.md).
     loggers: tuple[str, ...] = ("tensorboard",)
 
@@ -181,7 +214,7 @@ class SecondStageConfig:
     steps: int = 0  # number of training steps; 0: no second stage
     output_stride: int | None = None  # None: that of the first stage
     split: str = ""  # training split; empty: that of the first stage
-    learning_rate: float = 0.001  # at the start of the stage, whose "poly" schedule is its own
+    learning_rate: float = 0.001  # at the start of the stage, whose schedule is its own
     freeze_bn: bool = True  # as train.freeze_bn
 
 
@@ -213,7 +246,7 @@ class MeshConfig:
 
     data: int = -1  # devices along the batch; -1: all devices / `space`
     space: int = 1  # devices along the height of each image
-    fully_sharded: bool = False  # shard parameters and momentum over `data`, to save memory
+    fully_sharded: bool = False  # shard parameters and optimizer state over `data`, to save memory
 
 
 @dataclasses.dataclass
@@ -241,6 +274,8 @@ RESUMABLE = frozenset(
         "train.eval_every",
         "train.save_every",
         "train.keep",
+        "train.receipt_every",
+        "train.strict_resume",
         "eval.batch_size",
         "eval.num_pictures",
         "mesh.data",
@@ -250,6 +285,8 @@ RESUMABLE = frozenset(
 )
 
 
+# Fields that are dictionaries; all others in a config's tree are its sections.
+DICT_FIELDS = frozenset({"optimizer.arguments"})
 # Fields that say where the data are. What a run computes depends on the data, not on their place.
 DATA_PATHS = frozenset({"data.root", "data.folder.classes"})
 # Fields that a run may change when it resumes.
@@ -289,7 +326,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
         name = prefix + name
-        leaves |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        is_section = isinstance(value, dict) and name not in DICT_FIELDS
+        leaves |= flatten(value, f"{name}.") if is_section else {name: value}
     return leaves
 
 

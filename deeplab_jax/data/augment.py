@@ -1,15 +1,18 @@
-"""Random scale, crop and flip of an image and its label as one affine warp."""
+"""Random scale, crop, flip and rotation of an image and its label as one affine warp."""
 
 from __future__ import annotations
+
+import math
 
 import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from deeplab_jax.data.labels import IGNORE
+from deeplab_jax.data.labels import IGNORE, class_counts
 
 # cv2.warpAffine accepts border colours of up to four channels.
 _MAX_WARP_CHANNELS = 4
+_MAX_TRIES = 10  # crops that are drawn to satisfy `max_class_share`, as in mmsegmentation
 
 
 def augment(
@@ -21,6 +24,8 @@ def augment(
     scale_range: tuple[float, float],
     flip: bool,
     fill: UInt8[np.ndarray, " c"],
+    rotation: float = 0.0,
+    max_class_share: float = 1.0,
     out: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[UInt8[np.ndarray, "crop_h crop_w c"], UInt8[np.ndarray, "crop_h crop_w"]]:
     """Scales, crops, flips and pads an image and its label as in the paper, section 4.1.
@@ -32,21 +37,40 @@ def augment(
     Args:
       image: an image with any number of channels.
       label: the class ids of the image.
-      rng: a generator for this image; four uniform numbers are drawn.
+      rng: a generator for this image. Four uniform numbers are drawn; then one if images are
+        rotated, and two for each further place of the crop.
       crop: height and width of the result, pixels.
       scale_range: smallest and largest scale.
       flip: whether to mirror half of the images.
       fill: colour of the image's padding; the label's is `labels.IGNORE`.
+      rotation: largest angle, degrees. The image turns about the centre of its visible part by an
+        angle that is uniform in -rotation..rotation.
+      max_class_share: up to 10 places of the crop are drawn until no class covers more than this
+        fraction of the valid pixels, and there is one; the last is taken as it is. Source: mmseg's
+        `RandomCrop(cat_max_ratio)`.
       out: arrays for the result; None: new ones.
     """
     draws = rng.random(4)
     scale = scale_range[0] + draws[0] * (scale_range[1] - scale_range[0])
-    top, left = (
-        int(draw * (max(int(scale * side) - crop_side, 0) + 1))
-        for draw, side, crop_side in zip(draws[1:3], label.shape, crop, strict=True)
-    )
     mirror = flip and draws[3] < 0.5
-    return warp(image, label, crop_matrix(scale, top, left, crop[1], mirror), crop, fill, out)
+    angle = rotation * (2 * rng.random() - 1) if rotation else 0.0
+    place = draws[1:3]
+    for tries in reversed(range(_MAX_TRIES if max_class_share < 1 else 1)):
+        top, left = (
+            int(draw * (max(int(scale * side) - crop_side, 0) + 1))
+            for draw, side, crop_side in zip(place, label.shape, crop, strict=True)
+        )
+        matrix = crop_matrix(scale, top, left, crop[1], mirror)
+        if angle:
+            y, x = (
+                (start + min(scale * side, crop_side) / 2) / scale - 0.5
+                for start, side, crop_side in zip((top, left), label.shape, crop, strict=True)
+            )
+            matrix = rotate(matrix, angle, (x, y))
+        if not tries or _largest_share(_warp_label(label, matrix, crop)) <= max_class_share:
+            break
+        place = rng.random(2)
+    return warp(image, label, matrix, crop, fill, out)
 
 
 def crop_matrix(
@@ -71,6 +95,26 @@ def crop_matrix(
     return np.array([[x_step / scale, 0, x_shift], [0, 1 / scale, y_shift]])
 
 
+def rotate(
+    matrix: Float[np.ndarray, "2 3"], degrees: float, center: tuple[float, float]
+) -> Float[np.ndarray, "2 3"]:
+    """Returns the affine map to the image that `matrix` gives, turned about a point of the image.
+
+    Args:
+      matrix: affine map from pixels of the crop to pixels of the image.
+      degrees: angle by which the image turns clockwise.
+      center: x and y of the point, in OpenCV's axes.
+    """
+    turn = cv2.getRotationMatrix2D(center, degrees, 1.0)
+    return turn @ np.vstack([matrix, (0, 0, 1)])
+
+
+def _largest_share(label: UInt8[np.ndarray, "h w"]) -> float:
+    """The largest class's fraction of the valid pixels; infinite if there is no valid pixel."""
+    counts = class_counts(label, IGNORE)
+    return counts.max() / counts.sum() if counts.any() else math.inf
+
+
 def warp(
     image: UInt8[np.ndarray, "h w c"],
     label: UInt8[np.ndarray, "h w"],
@@ -93,9 +137,8 @@ def warp(
     if out is None:
         out = np.empty((*shape, num_channels), np.uint8), np.empty(shape, np.uint8)
     warped, warped_label = out
-    size, border = (shape[1], shape[0]), cv2.BORDER_CONSTANT
     linear = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    nearest = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
+    size, border = (shape[1], shape[0]), cv2.BORDER_CONSTANT
     whole = warped if num_channels <= _MAX_WARP_CHANNELS else None
     for first in range(0, num_channels, _MAX_WARP_CHANNELS):
         part = (..., slice(first, first + _MAX_WARP_CHANNELS))
@@ -103,5 +146,17 @@ def warp(
         group = cv2.warpAffine(image[part], matrix, size, whole, linear, border, color)
         if whole is None:
             warped[part] = group.reshape(*shape, -1)
-    cv2.warpAffine(label, matrix, size, warped_label, nearest, border, IGNORE)
+    _warp_label(label, matrix, shape, warped_label)
     return out
+
+
+def _warp_label(
+    label: UInt8[np.ndarray, "h w"],
+    matrix: Float[np.ndarray, "2 3"],
+    shape: tuple[int, int],
+    out: np.ndarray | None = None,
+) -> UInt8[np.ndarray, "out_h out_w"]:
+    """Warps a label as `warp` does."""
+    nearest = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
+    size, border = (shape[1], shape[0]), cv2.BORDER_CONSTANT
+    return cv2.warpAffine(label, matrix, size, out, nearest, border, IGNORE)

@@ -14,8 +14,8 @@ from typing import TypedDict
 import numpy as np
 from jaxtyping import Int32, Shaped, UInt8
 
-from deeplab_jax.config import DataConfig, crop_shape
-from deeplab_jax.data import randomness
+from deeplab_jax.config import AugmentConfig, DataConfig, crop_shape
+from deeplab_jax.data import color, mixing, randomness
 from deeplab_jax.data.augment import augment
 from deeplab_jax.data.dataset import Dataset, Example, read_example
 from deeplab_jax.data.labels import IGNORE
@@ -69,7 +69,7 @@ def train_batches(
 
     Args:
       dataset: the training split.
-      config: crop size, scale range, flip, mean and number of workers.
+      config: crop size, augmentation, mean and number of workers.
       batch_size: number of images per step, over all hosts.
       seed: seed of the order and the augmentation.
       start_step: the step of the first batch.
@@ -79,19 +79,28 @@ def train_batches(
       UserError: the data set is empty, or its number of channels differs from that of
         `config.mean`. The iterator raises one for a damaged example.
     """
-    fill = mean_pixel(config)
-    _check(dataset, fill)
-    source = _TrainSource(
-        dataset=dataset,
-        batch_size=batch_size,
-        rows=range(batch_size) if rows is None else rows,
-        fill=fill,
-        seed=seed,
-        crop=crop_shape(config),
-        scale_range=(config.scale_range[0], config.scale_range[1]),
-        flip=config.flip,
-    )
+    source = _train_source(dataset, config, batch_size=batch_size, seed=seed, rows=rows)
     return BatchIterator(source, start_step, config.num_workers)
+
+
+def train_batch(
+    dataset: Dataset,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    step: int,
+    rows: Sequence[int] | None = None,
+) -> Batch:
+    """Returns one batch of `train_batches`, made in this thread."""
+    source = _train_source(dataset, config, batch_size=batch_size, seed=seed, rows=rows)
+    return source.batch(step, np.empty)
+
+
+def train_index(size: int, seed: int, position: int) -> int:
+    """Returns which of `size` examples is at a position in the endless sequence of epochs."""
+    epoch, offset = divmod(position, size)
+    return int(randomness.permutation(size, seed, epoch)[offset])
 
 
 def eval_batches(
@@ -187,6 +196,7 @@ class _TrainSource:
     crop: tuple[int, int]
     scale_range: tuple[float, float]
     flip: bool
+    augment: AugmentConfig
 
     def __len__(self) -> int:
         return _NUM_STEPS
@@ -204,20 +214,60 @@ class _TrainSource:
         size = len(self.dataset.source)
         for image, label, row in zip(batch["image"], batch["label"], self.rows, strict=True):
             position = step * self.batch_size + row  # in the sequence of epochs
-            epoch, offset = divmod(position, size)
-            index = int(randomness.permutation(size, self.seed, epoch)[offset])
-            example = read_example(self.dataset, index)
-            augment(
-                example["image"],
-                example["label"],
-                randomness.generator(self.seed, randomness.AUGMENT, position),
-                crop=self.crop,
-                scale_range=self.scale_range,
-                flip=self.flip,
-                fill=self.fill,
-                out=(image, label),
-            )
+            rng = randomness.generator(self.seed, randomness.AUGMENT, position)
+            self._draw(train_index(size, self.seed, position), rng, (image, label))
+            if self.augment.mix:
+                self._mix(randomness.generator(self.seed, randomness.MIX, position), (image, label))
         return batch
+
+    def _draw(self, index: int, rng: np.random.Generator, out: mixing.Crop) -> None:
+        """Draws a crop of an example into the arrays `out`."""
+        example = read_example(self.dataset, index)
+        augment(
+            example["image"],
+            example["label"],
+            rng,
+            crop=self.crop,
+            scale_range=self.scale_range,
+            flip=self.flip,
+            fill=self.fill,
+            rotation=self.augment.rotation,
+            max_class_share=self.augment.max_class_share,
+            out=out,
+        )
+        color.distort(out[0], self.augment, rng)
+
+    def _mix(self, rng: np.random.Generator, crop: mixing.Crop) -> None:
+        """Pastes parts of a crop of any example onto a crop, with the config's probability."""
+        chance, choice = rng.random(2)
+        if chance < self.augment.mix_probability:
+            other = np.empty_like(crop[0]), np.empty_like(crop[1])
+            self._draw(int(choice * len(self.dataset.source)), rng, other)
+            mask = mixing.MASKS[self.augment.mix](other[1], rng, self.dataset.labels)
+            mixing.paste(crop, other, mask)
+
+
+def _train_source(
+    dataset: Dataset,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    rows: Sequence[int] | None,
+) -> _TrainSource:
+    fill = mean_pixel(config)
+    _check(dataset, fill)
+    return _TrainSource(
+        dataset=dataset,
+        batch_size=batch_size,
+        rows=range(batch_size) if rows is None else rows,
+        fill=fill,
+        seed=seed,
+        crop=crop_shape(config),
+        scale_range=(config.scale_range[0], config.scale_range[1]),
+        flip=config.flip,
+        augment=config.augment,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 # Independent streams of random numbers from one seed.
-ORDER, AUGMENT, SHAPES_TRAIN, SHAPES_VAL = range(4)
+ORDER, AUGMENT, SHAPES_TRAIN, SHAPES_VAL, MIX = range(5)
 
 
 def _philox(seed: int, stream: int, index: int) -> np.random.Philox:

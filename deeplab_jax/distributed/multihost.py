@@ -7,11 +7,8 @@ communicate nor read anything.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
 import json
 import pathlib
-import platform
 import secrets
 import socket
 import time
@@ -28,9 +25,8 @@ from jaxtyping import Array, Int32
 from deeplab_jax import config as config_lib
 from deeplab_jax.config import Config
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.versions import byte_versions
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-_SOURCE = pathlib.Path(__file__).parents[1]
 _MAX_LISTED = 8  # differences in one message
 _VISIBLE_SECONDS = 20.0  # for a file of one host to appear on the others of a shared file system
 
@@ -115,22 +111,11 @@ def check_equal(config: Config, inputs: Facts) -> None:
         for name, value in config_lib.flatten(config).items()
         if name not in config_lib.DATA_PATHS
     }
-    facts["version of python"] = platform.python_version()
-    for package in PACKAGES:
-        facts[f"version of {package}"] = importlib.metadata.version(package)
-    facts["source files of deeplab_jax"] = source_digest()
+    facts |= {f"version of {name}": version for name, version in byte_versions().items()}
     hosts, values = zip(*allgather([socket.gethostname(), facts | inputs]), strict=True)
     message = describe_differences(hosts, values)
     if message:
         raise UserError(message)
-
-
-def source_digest() -> str:
-    """Returns a digest of the names and contents of this package's source files."""
-    digest = hashlib.sha256()
-    for path in sorted(_SOURCE.rglob("*.py")):
-        digest.update(str(path.relative_to(_SOURCE)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
 
 
 def describe_differences(hosts: Sequence[str], facts: Sequence[Facts]) -> str:

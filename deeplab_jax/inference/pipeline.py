@@ -23,7 +23,7 @@ from jaxtyping import UInt8
 
 from deeplab_jax.data.io.images import read_image, read_size
 from deeplab_jax.data.io.masks import write_ids
-from deeplab_jax.data.labels import LabelSet
+from deeplab_jax.data.labels import LabelSet, class_counts
 from deeplab_jax.inference.files import ImageResult, OutputError
 from deeplab_jax.inference.padding import PaddedShape
 from deeplab_jax.inference.positive import PositiveClass, choose_ids
@@ -125,7 +125,7 @@ def predict_images(
         except UserError as error:
             return image.index, error
         moved = {kind: move(file) if move else file for kind, file in files.items()}
-        counts = overlays.class_counts(ids, labels.num_classes)
+        counts = class_counts(ids, labels.num_classes)
         return image.index, ImageResult(image.path, (ids.shape[0], ids.shape[1]), counts, moved)
 
     num_threads = cv2.getNumThreads()

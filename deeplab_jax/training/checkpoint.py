@@ -30,11 +30,19 @@ from deeplab_jax.weights.saved_model import METRIC, orbax_context, quiet_orbax
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """The state of a run after `step` steps, with the mIoU of its evaluation if there was one."""
+    """The state of a run after `step` steps.
+
+    Attributes:
+      state: the arrays.
+      step: number of steps taken.
+      miou: mean IoU of its evaluation, if there was one.
+      info: description of the model, as it was saved.
+    """
 
     state: TrainState
     step: int
     miou: float | None
+    info: dict[str, Any]
 
 
 class Checkpoints:
@@ -121,7 +129,8 @@ class Checkpoints:
             if broken:
                 self._set_aside(broken)
             state = _from_trees(trees, abstract)
-            return Restored(state, found.step, (found.metrics or {}).get(METRIC))
+            miou = (found.metrics or {}).get(METRIC)
+            return Restored(state, found.step, miou, trees["info"])
         if broken:
             steps = "\n".join(f"  step {step}: {reason}" for step, reason in broken)
             raise UserError(
@@ -201,6 +210,24 @@ class Checkpoints:
             f"the disk that holds {self._directory} is full ({detail}); earlier checkpoints are "
             "intact. Free some space and run the same command again: it resumes from the newest."
         )
+
+
+def read_state(folder: pathlib.Path, abstract: TrainState) -> TrainState:
+    """Reads the state of one checkpoint, without a change to its folder.
+
+    Args:
+      folder: of the checkpoint.
+      abstract: shapes, dtypes and shardings of the state.
+
+    Raises:
+      UserError: the checkpoint cannot be read.
+    """
+    try:
+        with quiet_orbax(), orbax_context():
+            trees = ocp.load_checkpointables(folder, _to_trees(abstract))
+    except Exception as error:  # a damaged file can make the reader raise anything
+        raise UserError(f"{folder} cannot be read: {first_line(error)}") from error
+    return _from_trees(trees, abstract)
 
 
 def _to_trees(state: TrainState) -> dict[str, Any]:

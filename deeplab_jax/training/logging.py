@@ -8,7 +8,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -212,7 +212,7 @@ class MetricWriter:
         if not enabled:
             return
         path = workdir / "metrics.jsonl"
-        _drop_after(path, start_step)
+        drop_after(path, start_step)
         self._jsonl = path.open("a", buffering=1)
         self._loggers = _Loggers(workdir, config, start_step)
 
@@ -268,7 +268,7 @@ class MetricWriter:
             self._loggers.call("close")
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
+def drop_after(path: pathlib.Path, step: int) -> None:
     """Keeps the lines up to a step, without a line that a kill cut short."""
     if not path.exists():
         return
@@ -286,10 +286,23 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
 class StepLog:
     """Collects the metrics of steps without blocking the device, and writes their means."""
 
-    def __init__(self, config: TrainConfig, writer: MetricWriter, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        writer: MetricWriter,
+        progress: Progress,
+        flush_first: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Starts the clock.
+
+        Args:
+          config, writer, progress: of the run.
+          flush_first: called by `flush`, even if the loss is then found not to be finite.
+        """
         self._config = config
         self._writer = writer
         self._progress = progress
+        self._flush_first = flush_first
         self._pending: list[tuple[int, dict[str, Any]]] = []
         self.restart_clock()
 
@@ -324,6 +337,7 @@ class StepLog:
         Raises:
           UserError: a loss or gradient is not finite; the message names the step.
         """
+        self._flush_first()
         if not self._pending:
             return
         fetched = [(step, jax.device_get(metrics)) for step, metrics in self._pending]

@@ -50,14 +50,26 @@ def loss_sum(
     Args:
       logits: float32 or wider, at any resolution; resized bilinearly to that of the labels.
       labels: class ids; `labels.IGNORE` marks pixels that do not count.
-      config: the loss. `class_weights` and `hard_pixel_fraction` apply to pixel losses.
+      config: the loss. `class_weights` and `hard_pixel_fraction` apply to pixel losses, and
+        `label_smoothing` to the cross-entropy, as in torch (arXiv 1512.00567, section 7).
       align_corners: how the model resizes its logits, see `models.ops.resize`.
     """
     if config.name in IMAGE_LOSSES:
         upsampled = resize_bilinear(logits, *labels.shape[1:], align_corners=align_corners)
         return jnp.sum(IMAGE_LOSSES[config.name](upsampled, labels))
-    losses = PIXEL_LOSSES[config.name](cross_entropy(logits, labels, align_corners), config)
-    losses *= pixel_weights(labels, config.class_weights)
+    smoothing, class_weights = config.label_smoothing, config.class_weights
+    if smoothing:
+        # Class c gets the target t_c = smoothing * weight_c / classes at every pixel. Logits whose
+        # weighted mean is 0 give `sum_c -t_c log p_c` = `sum_c t_c` times the normalizer.
+        table = jnp.asarray(class_weights or (1.0,) * logits.shape[-1], logits.dtype)
+        logits -= jnp.sum(logits * table, axis=-1, keepdims=True) / jnp.sum(table)
+    losses, *normalizers = cross_entropy(
+        logits, labels, align_corners, with_normalizers=smoothing > 0
+    )
+    losses = PIXEL_LOSSES[config.name](losses, config) * pixel_weights(labels, class_weights)
+    if smoothing:
+        spread = jnp.mean(table) * normalizers[0] * pixel_weights(labels)
+        losses = (1 - smoothing) * losses + smoothing * spread
     if config.hard_pixel_fraction < 1:
         valid = labels != IGNORE
         k = config.hard_pixel_fraction * jnp.sum(valid)
@@ -106,19 +118,25 @@ def pixel_weights(labels: Labels, class_weights: object = None) -> PixelMap:
 
 
 def cross_entropy(
-    logits: Float[Array, "n ho wo classes"], labels: Labels, align_corners: bool = False
-) -> PixelMap:
+    logits: Float[Array, "n ho wo classes"],
+    labels: Labels,
+    align_corners: bool = False,
+    with_normalizers: bool = False,
+) -> tuple[PixelMap, ...]:
     """Returns `-log p` of each pixel's class; for ignored pixels that of class 0, which is finite.
+
+    `with_normalizers` also returns the logarithm of the sum of `exp(logits)`.
 
     Logits at another resolution than the labels are resized bilinearly, some rows at a time, in the
     forward and the backward pass: the full-resolution logits are never in memory as a whole.
     """
     targets = jnp.where(labels == IGNORE, 0, labels)
     if logits.shape[1:3] == labels.shape[1:]:
-        return jax.nn.logsumexp(logits, axis=-1) - _target_logits(logits, targets)
+        normalizers = jax.nn.logsumexp(logits, axis=-1)
+        return normalizers - _target_logits(logits, targets), normalizers
     few_rows = logits.shape[1], labels.shape[2]  # so that this is small
     widened = resize_bilinear(logits, *few_rows, align_corners=align_corners)
-    return _cross_entropy_by_rows(widened, targets, align_corners)
+    return _cross_entropy_by_rows(widened, targets, align_corners, with_normalizers)
 
 
 def _target_logits(logits: Logits, targets: Labels) -> PixelMap:
@@ -168,16 +186,19 @@ def _upsampled(wide: Array, block: _RowBlock) -> Logits:
     return precise_einsum("nHh,nhWc->nHWc", broadcast_to_batch(block.matrix, wide), window)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _cross_entropy_by_rows(
-    wide: Float[Array, "n ho w classes"], targets: Labels, align_corners: bool
-) -> PixelMap:
-    return _cross_entropy_by_rows_forward(wide, targets, align_corners)[0]
+    wide: Float[Array, "n ho w classes"],
+    targets: Labels,
+    align_corners: bool,
+    with_normalizers: bool,
+) -> tuple[PixelMap, ...]:
+    return _cross_entropy_by_rows_forward(wide, targets, align_corners, with_normalizers)[0]
 
 
 def _cross_entropy_by_rows_forward(
-    wide: Array, targets: Labels, align_corners: bool
-) -> tuple[PixelMap, tuple[Array, ...]]:
+    wide: Array, targets: Labels, align_corners: bool, with_normalizers: bool
+) -> tuple[tuple[PixelMap, ...], tuple[Array, ...]]:
     def block_loss(_: None, block: _RowBlock) -> tuple[None, tuple[Array, Array]]:
         logits = _upsampled(wide, block)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
@@ -186,24 +207,32 @@ def _cross_entropy_by_rows_forward(
     blocks = _row_blocks(wide, targets, align_corners)
     _, (losses, normalizers) = lax.scan(block_loss, None, blocks)
     n, height, width = targets.shape
-    losses = jnp.moveaxis(losses, 0, 1).reshape(n, -1, width)[:, :height]
-    return losses, (wide, targets, normalizers)
+    blocks_of_maps = (losses, normalizers)[: 1 + with_normalizers]
+    maps = (jnp.moveaxis(x, 0, 1).reshape(n, -1, width)[:, :height] for x in blocks_of_maps)
+    return tuple(maps), (wide, targets, normalizers)
 
 
 def _cross_entropy_by_rows_backward(
-    align_corners: bool, residuals: tuple[Array, ...], cotangent: PixelMap
+    align_corners: bool,
+    with_normalizers: bool,
+    residuals: tuple[Array, ...],
+    cotangents: tuple[PixelMap, ...],
 ) -> tuple[Array, np.ndarray]:
     wide, targets, normalizers = residuals
     n, height, width = targets.shape
     rows = normalizers.shape[2]
-    cotangent = jnp.pad(cotangent, ((0, 0), (0, _NUM_BLOCKS * rows - height), (0, 0)))
-    cotangents = jnp.moveaxis(cotangent.reshape(n, _NUM_BLOCKS, rows, width), 1, 0)
+
+    def by_block(cotangent: PixelMap) -> Array:
+        padded = jnp.pad(cotangent, ((0, 0), (0, _NUM_BLOCKS * rows - height), (0, 0)))
+        return jnp.moveaxis(padded.reshape(n, _NUM_BLOCKS, rows, width), 1, 0)
 
     def add_block(gradient: Array, inputs: Any) -> tuple[Array, None]:
-        block, normalizer, cotangent = inputs
+        block, normalizer, (cotangent, *of_normalizer) = inputs
         logits = _upsampled(wide, block)
         probabilities = jnp.exp(logits - normalizer[..., None])
         error = (probabilities - _is_target(logits, block.targets)) * cotangent[..., None]
+        for cotangent in of_normalizer:
+            error += probabilities * cotangent[..., None]
         window_gradient = precise_einsum(
             "nHh,nHWc->nhWc", broadcast_to_batch(block.matrix, wide), error
         )
@@ -212,7 +241,7 @@ def _cross_entropy_by_rows_backward(
         )
         return lax.dynamic_update_slice_in_dim(gradient, window_gradient, block.start, axis=1), None
 
-    blocks = (_row_blocks(wide, targets, align_corners), normalizers, cotangents)
+    blocks = (_row_blocks(wide, targets, align_corners), normalizers, [*map(by_block, cotangents)])
     gradient, _ = lax.scan(add_block, jnp.zeros_like(wide), blocks)
     return gradient, np.zeros(targets.shape, jax.dtypes.float0)
 

@@ -17,7 +17,7 @@ from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.inference.compilation import ONE_GPU_OPTIONS
 from deeplab_jax.models.functional import Arrays, FunctionalModel, Variables, normalize
 from deeplab_jax.training import losses
-from deeplab_jax.training.optimizer import poly_schedule
+from deeplab_jax.training.optimizer import make_schedule
 from deeplab_jax.training.state import TrainState, abstract_state, optimizer_of, shardings_of
 
 Metrics = dict[str, Float[Array, ""]]
@@ -39,7 +39,7 @@ def make_train_step(model: FunctionalModel, config: Config, mesh: Mesh) -> Train
     """
     ema_decay = config.optimizer.ema_decay
     height, _ = crop_shape(config.data)
-    schedule = poly_schedule(config.optimizer, config.train.steps)
+    schedule = make_schedule(config.optimizer, config.train.steps)
     tx = optimizer_of(config, model.abstract.params)
     model = mesh_lib.spatially_partitioned(model, mesh)
 

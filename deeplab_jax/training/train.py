@@ -12,8 +12,8 @@ import functools
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,15 +34,19 @@ from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.training import class_weights
 from deeplab_jax.training.checkpoint import Checkpoints
 from deeplab_jax.training.logging import PREDICTIONS, MetricWriter, Progress, StepLog
+from deeplab_jax.training.provenance import MADE_WITH, Provenance, provenance
+from deeplab_jax.training.receipt import ReceiptWriter, start_facts
 from deeplab_jax.training.state import TrainState, abstract_state, init_state, shardings_of
 from deeplab_jax.training.step import TrainStep, make_train_step
 from deeplab_jax.training.workdir import (
+    Inputs,
     Workdir,
     check_workdir,
     claim_workdir,
     collect_inputs,
     lock_workdir,
     open_workdir,
+    portable,
     update_copies,
 )
 from deeplab_jax.utils.errors import UserError, print_warning
@@ -131,7 +135,8 @@ def train_stage(config: Config, workdir: Workdir | BucketRun, folder: pathlib.Pa
     (config, seed, step, arrays), so a run that was killed and resumed ends with the same arrays as
     one that was not.
     """
-    config, model, train_set, eval_set, mesh = set_up(config, workdir, folder)
+    parts = set_up(config, workdir, folder)
+    config, model, train_set, eval_set, mesh, inputs, origin = parts
     compiled_step = functools.cache(lambda: compile_step(config, model, mesh))
     evaluator = Evaluator(model, eval_set, config, mesh)
     info = describe(
@@ -142,6 +147,7 @@ def train_stage(config: Config, workdir: Workdir | BucketRun, folder: pathlib.Pa
         resize="random scale, bilinear, half-pixel centres",
         size=config_lib.crop_shape(config.data),
     )
+    info[MADE_WITH] = origin.info
     is_writer = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(config.train, enabled=is_writer))
@@ -154,12 +160,15 @@ def train_stage(config: Config, workdir: Workdir | BucketRun, folder: pathlib.Pa
         stack.callback(checkpoints.close)  # waits for a save in progress, however the run ends
         if checkpoints.newest_step != config.train.steps:
             compiled_step()  # while the state is made and workers start
-        state, step, miou = restore_or_init(config, model, mesh, checkpoints, progress)
+        state, step, miou = restore_or_init(config, model, mesh, checkpoints, progress, origin)
         progress.describe(config, model, train_set, eval_set, mesh, step)
         writer = stack.enter_context(MetricWriter(folder, config, step, enabled=is_writer))
         stop = stack.enter_context(PreemptionHandler())
         batches = stack.enter_context(train_batches(config, train_set, mesh, step))
-        log = StepLog(config.train, writer, progress)
+        recorded = portable(config, workdir.address)
+        facts = start_facts(recorded, mesh, inputs, origin, len(train_set.source), step)
+        receipt = ReceiptWriter(folder, config, mesh, facts)
+        log = StepLog(config.train, writer, progress, receipt.flush)
         start, picture = step, ""
         while True:
             if workdir.is_failing:
@@ -178,6 +187,7 @@ def train_stage(config: Config, workdir: Workdir | BucketRun, folder: pathlib.Pa
 
             last = step == config.train.steps or stopping
             save = last or miou is not None or is_due(step, config.train.save_every, config)
+            receipt.add_state(step, state, is_due=save)
             if save and step > start:
                 log.flush()  # raises on a non-finite loss, so that such a state is never saved
                 checkpoints.save(state, step, info, miou, wait=last)
@@ -186,9 +196,10 @@ def train_stage(config: Config, workdir: Workdir | BucketRun, folder: pathlib.Pa
 
             with log.waiting_for_data():
                 batch = mesh_lib.to_global(next(batches), mesh, config.train.batch_size)
+            step, miou = step + 1, None
             with jax.transfer_guard("disallow"):
                 state, metrics = compiled_step().result()(state, batch)
-            step, miou = step + 1, None
+                receipt.add_step(step, batch, metrics)
             log.add(step, metrics)
         stopped = stopping and step < config.train.steps
         if stopped:
@@ -199,47 +210,82 @@ def train_stage(config: Config, workdir: Workdir | BucketRun, folder: pathlib.Pa
     return Result(step, miou, picture, stopped)
 
 
-def set_up(
-    config: Config, workdir: Workdir | BucketRun, folder: pathlib.Path
-) -> tuple[Config, FunctionalModel, Dataset, Dataset, Mesh]:
-    """Validates a stage, loads its data and claims its folder.
+class Parts(NamedTuple):
+    """The parts of a stage.
 
-    Returns:
-      The config with class weights as numbers, the model, the training and evaluation sets, and
-      the mesh.
+    Attributes:
+      config: of the stage; `set_up` makes its class weights numbers.
+      model: of the config's architecture, with the classes and channels of the data.
+      train_set: the training split, with oversampling applied.
+      eval_set: the evaluation split.
+      mesh: devices.
+      inputs: see `collect_inputs`.
+      origin: provenance of what this process computes.
+    """
+
+    config: Config
+    model: FunctionalModel
+    train_set: Dataset
+    eval_set: Dataset
+    mesh: Mesh
+    inputs: Inputs
+    origin: Provenance
+
+
+def set_up(config: Config, workdir: Workdir | BucketRun, folder: pathlib.Path) -> Parts:
+    """Validates a stage, loads its data and claims its folder.
 
     Raises:
       UserError: on all hosts, if any host finds a mistake or hosts disagree.
     """
     is_writer = jax.process_index() == 0
-    use_compilation_cache()
     with multihost.raise_on_all_hosts():
-        rules.validate(config)
-        mesh = mesh_lib.make_mesh(config.mesh)
-        mesh_lib.check_batch(
-            "config.train.batch_size", config.train.batch_size, mesh, config.optimizer.accumulate
+        parts = load_parts(
+            config,
+            lambda inputs: check_workdir(workdir, folder, config, inputs),
+            quiet=not is_writer,
         )
-        train_set = data_lib.load(config.data, config.data.split)
-        eval_set = data_lib.load(config.data, config.data.eval_split)
-        for note in dict.fromkeys((*train_set.notes, *eval_set.notes)):
-            _print(f"data: {note}")
-        model = FunctionalModel(resolve_architecture(config, train_set))
-        height, stride = config_lib.crop_shape(config.data)[0], model.architecture.output_stride
-        mesh_lib.check_height("config.data.crop_size", height, stride, mesh)
-        splits = {config.data.split: train_set, config.data.eval_split: eval_set}
-        summaries = summarize_splits(config, splits, quiet=not is_writer)
-        inputs = collect_inputs(summaries)
-        check_workdir(workdir, folder, config, inputs)
-        train_set = oversampling.apply(config.data, train_set, quiet=not is_writer)
-    multihost.check_equal(config, inputs)
+    multihost.check_equal(config, parts.inputs | parts.origin.facts)
     with multihost.raise_on_all_hosts():
         if is_writer:
-            claim_workdir(workdir, folder, config, inputs)
+            claim_workdir(workdir, folder, config, parts.inputs)
     if not workdir.is_copied:
         multihost.check_shared(folder)
     with multihost.raise_on_all_hosts():
-        loss = class_weights.resolve(config.loss, train_set, quiet=not is_writer)
-    return dataclasses.replace(config, loss=loss), model, train_set, eval_set, mesh
+        loss = class_weights.resolve(config.loss, parts.train_set, quiet=not is_writer)
+    return parts._replace(config=dataclasses.replace(config, loss=loss))
+
+
+def load_parts(config: Config, check: Callable[[Inputs], None], *, quiet: bool) -> Parts:
+    """Validates a stage and loads its data; writes nothing.
+
+    Args:
+      config: of the stage.
+      check: called with what identifies the data, before work that takes long.
+      quiet: whether to print nothing about the data.
+
+    Raises:
+      UserError: there is a mistake in the config or the data; or as `check`.
+    """
+    use_compilation_cache()
+    rules.validate(config)
+    mesh = mesh_lib.make_mesh(config.mesh)
+    mesh_lib.check_batch(
+        "config.train.batch_size", config.train.batch_size, mesh, config.optimizer.accumulate
+    )
+    train_set = data_lib.load(config.data, config.data.split)
+    eval_set = data_lib.load(config.data, config.data.eval_split)
+    for note in () if quiet else dict.fromkeys((*train_set.notes, *eval_set.notes)):
+        _print(f"data: {note}")
+    model = FunctionalModel(resolve_architecture(config, train_set))
+    height, stride = config_lib.crop_shape(config.data)[0], model.architecture.output_stride
+    mesh_lib.check_height("config.data.crop_size", height, stride, mesh)
+    splits = {config.data.split: train_set, config.data.eval_split: eval_set}
+    inputs = collect_inputs(summarize_splits(config, splits, quiet=quiet))
+    check(inputs)
+    train_set = oversampling.apply(config.data, train_set, quiet=quiet)
+    origin = provenance(config, train_set)
+    return Parts(config, model, train_set, eval_set, mesh, inputs, origin)
 
 
 def summarize_splits(
@@ -270,15 +316,31 @@ def restore_or_init(
     mesh: Mesh,
     checkpoints: Checkpoints,
     progress: Progress,
+    origin: Provenance,
 ) -> tuple[TrainState, int, float | None]:
-    """Restores the newest intact checkpoint, or initializes; returns state, step and mIoU."""
+    """Restores the newest intact checkpoint, or initializes; returns state, step and mIoU.
+
+    Raises:
+      UserError: no checkpoint can be read, or `train.strict_resume` refuses it.
+    """
     abstract = abstract_state(config, model, mesh)
     restored = checkpoints.restore(abstract)
     if restored is not None:
+        with multihost.raise_on_all_hosts():
+            if restored.step < config.train.steps and jax.process_index() == 0:
+                strict = config.train.strict_resume
+                origin.check_resume(restored.info, restored.step, strict=strict)
         return restored.state, restored.step, restored.miou
-    variables = initialize.init_variables(config, model, log=progress.message)
+    return first_state(config, model, mesh, progress.message), 0, None
+
+
+def first_state(
+    config: Config, model: FunctionalModel, mesh: Mesh, log: Callable[[str], None]
+) -> TrainState:
+    """Returns the state before the first step."""
+    variables = initialize.init_variables(config, model, log=log)
     state = initialize.on_host(functools.partial(init_state, config), lambda: variables)
-    return mesh_lib.device_put(state, shardings_of(abstract)), 0, None
+    return mesh_lib.device_put(state, shardings_of(abstract_state(config, model, mesh)))
 
 
 def compile_step(

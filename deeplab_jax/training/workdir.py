@@ -169,7 +169,7 @@ def check_workdir(
     path, shown = folder / "config.json", workdir.shown(folder)
     if not path.exists():
         raise UserError(f"{shown} holds checkpoints but no config.json; choose another --workdir")
-    differing = config_lib.differences(_portable(config, workdir.address), _read_json(path))
+    differing = config_lib.differences(portable(config, workdir.address), _read_json(path))
     if (folder / _INPUTS).exists():
         saved = _read_json(folder / _INPUTS)
         differing = {
@@ -181,7 +181,7 @@ def check_workdir(
         for name, value in inputs.items():
             if value == saved.get(name):
                 continue
-            if name.startswith(_PIXELS):
+            if name.startswith(_PIXELS) and not config.train.strict_resume:
                 print_warning(
                     f"{name}: not as at the start of this run. Either the images were changed, or "
                     "another OpenCV decodes them; the run will not end with the same bits"
@@ -210,7 +210,7 @@ def claim_workdir(
     Raises:
       UserError: the folder cannot be written.
     """
-    files = {"config.json": config_lib.to_json(_portable(config, workdir.address))}
+    files = {"config.json": config_lib.to_json(portable(config, workdir.address))}
     if not step_folders(folder / "checkpoints"):
         digests = {field: _digest(_path_of(field, config)) for field in _INIT_PATHS}
         files[_INPUTS] = json.dumps(inputs | digests, indent=2) + "\n"
@@ -232,7 +232,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return fields
 
 
-def _portable(config: Config, address: str) -> Config:
+def portable(config: Config, address: str) -> Config:
     """The config with an `init.path` inside the workdir relative to it, as in a second stage."""
     path = config.init.path.removeprefix(f"{address}/")
     return dataclasses.replace(config, init=dataclasses.replace(config.init, path=path))

@@ -69,13 +69,14 @@ def prediction_grid(
     for name, image, truth, ids in rows:
         panels = (to_rgb(image), blend(image, truth, labels), blend(image, ids, labels))
         titles = (name, "label", "prediction")
-        tiles += zip(titles, (_resized(panel, width) for panel in panels), strict=True)
+        tiles += zip(titles, (resized(panel, width) for panel in panels), strict=True)
         shown |= {int(i) for i in np.union1d(truth, ids) if i < labels.num_classes}
     grid = image_grid(tiles, 3, width)
     return np.concatenate([grid, legend(class_entries(sorted(shown), labels), grid.shape[1])])
 
 
-def _resized(panel: Picture, width: int) -> Picture:
+def resized(panel: Picture, width: int) -> Picture:
+    """Resizes a picture to a width in pixels; its height follows."""
     height = max(1, round(width * panel.shape[0] / panel.shape[1]))
     # Small images are enlarged by repeated pixels, so that what the network saw can be seen.
     method = cv2.INTER_AREA if panel.shape[1] > width else cv2.INTER_NEAREST

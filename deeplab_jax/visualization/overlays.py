@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Int, Integer, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from deeplab_jax.data.labels import IGNORE, LabelSet, is_background
+from deeplab_jax.data.labels import IGNORE, LabelSet, class_counts, is_background
 
 Picture = UInt8[np.ndarray, "_ _ 3"]
 Color = tuple[int, int, int]
@@ -24,16 +24,6 @@ INK: Color = (40, 40, 40)
 _MIN_SIDE = 320  # pixels; an image is enlarged until its shorter side has as many,
 _MAX_ENLARGED = 1280  # pixels; but its longer side no more than these
 _HEAT = 0.7  # opacity of the colour map over the grey image
-
-
-def class_counts(
-    ids: Integer[np.ndarray, "h w"], num_classes: int
-) -> Int[np.ndarray, " num_classes"]:
-    """Counts the pixels of each class."""
-    if ids.dtype == np.uint8 and ids.size < 2**24:  # faster, and exact up to here: float32
-        counts = cv2.calcHist([ids], [0], None, [256], [0, 256])
-        return counts[:num_classes].ravel().astype(np.int64)
-    return np.bincount(np.ravel(ids), minlength=num_classes)[:num_classes]
 
 
 def percentage(pixels: int, total: int) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from deeplab_jax.config import Config
-from deeplab_jax.training.optimizer import poly_schedule
+from deeplab_jax.training.optimizer import make_schedule
 from deeplab_jax.visualization import plots
 from deeplab_jax.visualization.plots import BLUE, GREEN, GREY, INK, ORANGE
 
@@ -23,9 +23,9 @@ def poly() -> Figure:
     steps = np.linspace(0, num_steps, 301)
     linear = dataclasses.replace(first, power=1.0)
     other = dataclasses.replace(first, learning_rate=second.learning_rate)
-    axes.plot(steps, poly_schedule(linear, num_steps)(steps), color=ORANGE, linewidth=1.5)
-    axes.plot(steps, poly_schedule(first, num_steps)(steps), color=BLUE, linewidth=2.2)
-    axes.plot(num_steps + steps, poly_schedule(other, num_steps)(steps), color=GREEN, linewidth=2.2)
+    axes.plot(steps, make_schedule(linear, num_steps)(steps), color=ORANGE, linewidth=1.5)
+    axes.plot(steps, make_schedule(first, num_steps)(steps), color=BLUE, linewidth=2.2)
+    axes.plot(num_steps + steps, make_schedule(other, num_steps)(steps), color=GREEN, linewidth=2.2)
     axes.axvline(num_steps, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
     count = f"{num_steps:,}".replace(",", " ")
     for x, y, words, color in (

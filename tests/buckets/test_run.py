@@ -16,6 +16,7 @@ from bucket_kills import end_state, kill_and_resume, problems
 from deeplab_jax.buckets.checkpoints import checkpoint_of
 from deeplab_jax.buckets.run import BucketRun
 from deeplab_jax.buckets.store import Store
+from deeplab_jax.training import receipt
 from deeplab_jax.training.train import FIRST_STAGE, train
 from deeplab_jax.utils.errors import UserError
 from tiny import finish, start_command
@@ -61,6 +62,13 @@ def test_a_run_in_a_bucket_is_a_local_run(bucket, unbroken, tmp_path):
     # It is done, and says so again.
     again, _ = finish(start_command(address, *STEPS))
     assert again == out
+    read, local = receipt.read(receipt.local_run(address)), receipt.read(unbroken)
+    assert (read.steps, read.states) == (local.steps, local.states)
+    before = Store(address).list()
+    command = [sys.executable, "-m", "deeplab_jax.cli", "replay", address, "--steps=6:8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert "from checkpoint 6\nsteps 7 to 8 equal bit for bit" in done.stdout, done.stderr
+    assert Store(address).list() == before
     config = tiny.get_config()
     config.seed = 1
     with pytest.raises(UserError, match=rf"{address} holds a run with another config(.|\n)*seed"):
@@ -150,6 +158,21 @@ def test_two_stages_run_in_one_bucket(gs_bucket, tmp_path):
     config = json.loads((tmp_path / "end" / "config.json").read_text())
     assert config["init"]["path"] == "stage1/checkpoints/2"
     assert checkpoint_of(f"{FIRST_STAGE}/checkpoints/2/x") == f"{FIRST_STAGE}/checkpoints/2"
+
+
+def test_other_versions_are_noticed_in_a_bucket(gs_bucket, capfd, monkeypatch):
+    config = tiny.get_config()
+    config.train.steps, config.train.eval_every = 4, 0
+    train(config, f"{gs_bucket}/run")
+    store = Store(f"{gs_bucket}/run")
+    store.delete(["checkpoints/4/commit_success.txt"])  # as if it was killed while it saved
+    monkeypatch.setattr("cv2.__version__", "4.13.0")
+    config.train.strict_resume = True
+    with pytest.raises(UserError, match=r"those of checkpoint 2:\n  opencv: "):
+        train(config, f"{gs_bucket}/run")
+    config.train.strict_resume = False
+    assert train(config, f"{gs_bucket}/run").step == 4
+    assert "-> 4.13.0 (" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("complete", [True, False])

@@ -1,4 +1,4 @@
-"""`deeplab-jax data check`, as a user runs it."""
+"""`deeplab-jax data check` and `data crops`, as a user runs them."""
 
 import json
 import re
@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 
 from conftest import ROOT
 from deeplab_jax import config as config_lib
+from deeplab_jax import data as data_lib
 from deeplab_jax.cli.data_settings import DataSettings, data_options
 from deeplab_jax.cli.main import app
 from deeplab_jax.config import io as config_io
 from deeplab_jax.config.rules import validate
+from deeplab_jax.data import pipeline
 from deeplab_jax.utils.errors import UserError
 from own_data import NAMES, Maker
 
@@ -62,6 +64,40 @@ def test_tables_json_and_sheet(maker, tmp_path):
     assert report["classes"][1]["name"] == "traffic light"
     assert set(report["classes"][1]) == {"id", "name", "color", "pixels", "share", "images"}
     assert Image.open(tmp_path / "sheet.png").size[0] == 6 * 248 + 8
+
+
+def test_crops_of_a_run_are_drawn(tmp_path, command):
+    """The pixels are those of the first batch, as are the labels, whose background stays clear."""
+    settings = ["--set=data.crop_size=50,40", "--set=data.augment.mix=cutmix"]
+    settings += ["--set=data.augment.photometric=1", "--set=seed=3"]
+    arguments = ["data", "crops", "shapes", tmp_path / "crops.png", *settings, "--count=4"]
+    assert command(*arguments) == (0, "", "")
+    picture = np.asarray(Image.open(tmp_path / "crops.png"))
+    config = config_io.override(config_io.from_python("shapes"), [each[6:] for each in settings])
+    with pipeline.train_batches(
+        data_lib.load(config.data, "train"), config.data, batch_size=2, seed=3, start_step=0
+    ) as batches:
+        (first, second) = (next(batches) for _ in range(2))
+    for index in range(4):
+        batch, row = (first, second)[index // 2], index % 2
+        top, left = 258 * (index // 3), 8 + 416 * (index % 3)
+        image, label = (
+            picture[top : top + 250, x : x + 200][2::5, 2::5] for x in (left, left + 208)
+        )
+        np.testing.assert_array_equal(image, batch["image"][row])
+        clear = np.isin(batch["label"][row], (0, 255))
+        np.testing.assert_array_equal((label == image).all(axis=2), clear)
+
+
+def test_crops_of_wrong_settings(tmp_path, command):
+    for setting, message in {
+        "data.augment.mix=classmx": "data.augment.mix must be .*did you mean 'classmix'",
+        "data.augment.rotation=400": "data.augment.rotation must be degrees, 0 to 180, got 400",
+    }.items():
+        code, _, err = command("data", "crops", "shapes", tmp_path / "x.png", f"--set={setting}")
+        assert code == 2
+        assert re.search(message, err)
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_settings_of_a_config_and_those_that_override_it(maker, tmp_path):

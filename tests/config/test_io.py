@@ -65,6 +65,12 @@ def test_a_config_file_without_a_config_is_reported(tmp_path, text, message):
         ("model.output_stride=8", 8),
         ("model.output_stride=None", None),
         ("model.width=0.5", 0.5),
+        ("optimizer.arguments=nesterov=True", {"nesterov": True}),
+        (
+            "optimizer.arguments=nesterov=false, accumulator_dtype='bfloat16'",
+            {"nesterov": False, "accumulator_dtype": "bfloat16"},
+        ),
+        ("optimizer.arguments=", {}),
         ("loss.class_weights=auto", "auto"),
         ("loss.class_weights=1,0.5", (1.0, 0.5)),
         ("loss.class_weights=none", None),
@@ -82,6 +88,13 @@ def test_settings_have_the_types_of_their_fields(setting, value):
     assert config == Config()
     if not setting.startswith(("data.root", "init")):
         validate(changed)
+
+
+def test_values_of_arguments_have_the_types_that_they_spell():
+    setting = "optimizer.arguments=b1=0,b2=1,eps=1e-3,mu_dtype=none,threshold=5"
+    found = config_io.override(Config(), [setting]).optimizer.arguments
+    assert found == {"b1": 0, "b2": 1, "eps": 1e-3, "mu_dtype": None, "threshold": 5}
+    assert [type(value) for value in found.values()] == [int, int, float, type(None), int]
 
 
 @pytest.mark.parametrize(

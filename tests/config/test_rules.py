@@ -14,6 +14,7 @@ from conftest import ROOT
 from deeplab_jax import config as config_lib
 from deeplab_jax.cli.errors import exit_on_user_error
 from deeplab_jax.config import Config
+from deeplab_jax.config import io as config_io
 from deeplab_jax.config.rules import validate
 from deeplab_jax.utils.errors import UserError
 
@@ -46,8 +47,28 @@ def test_configs_are_valid_and_documented(path):
         ("data.std", (1.0,), "as many finite numbers above 0 as data.mean"),
         ("data.std", (1.0, 1.0, math.inf), "as many finite numbers above 0 as data.mean"),
         ("data.mean", (0.5, 0.5, math.nan), "finite numbers"),
+        ("data.augment.photometric", 1.5, r"in \[0, 1\], got 1.5"),
+        ("data.augment.color_jitter", -0.1, r"in \[0, 1\]"),
+        ("data.augment.blur", math.nan, r"in \[0, 1\]"),
+        ("data.augment.rotation", 400, "degrees, 0 to 180, got 400"),
+        ("data.augment.max_class_share", 0.0, "above 0 and at most 1"),
+        ("data.augment.mix", "cut_mix", r"empty, cutmix, classmix or copy_paste .*'cutmix'\?"),
         ("optimizer.accumulate", 3, "must divide train.batch_size = 16"),
         ("optimizer.warmup_steps", 30_000, "below train.steps = 30000"),
+        ("optimizer.name", "adamv", r"an optimizer of optax \(did you mean 'adam'\?\): .* lion"),
+        ("optimizer.name", "warmup_cosine_decay_schedule", "an optimizer of optax"),
+        ("optimizer.name", "scale_by_learning_rate", "an optimizer of optax"),
+        ("optimizer.name", "lbfgs", "gradient and a schedule alone; optax says: .*value_fn"),
+        ("optimizer.name", "sm3", "gradient and a schedule alone; optax says"),
+        ("optimizer.schedule", "cosin", r"poly, cosine or constant \(did you mean 'cosine'\?\)"),
+        ("optimizer.arguments", {"beta1": 1}, r"\(nesterov, .*\) without 'beta1'"),
+        ("optimizer.arguments", {"nesterof": True}, r"\(did you mean 'nesterov'\?\)"),
+        ("optimizer.arguments", {"nesterov": 1}, "with true or false for nesterov"),
+        ("optimizer.arguments", {"momentum": 0.5}, "which is the field optimizer.momentum"),
+        ("optimizer.arguments", {"accumulator_dtype": "float99"}, "optax says: .*float99"),
+        ("optimizer.arguments", "b1", r"arguments \(name=value,...\)"),
+        ("optimizer.layer_decay", 1.5, "above 0 and at most 1"),
+        ("loss.label_smoothing", 1.0, r"in \[0, 1\)"),
         ("optimizer.learning_rate", "0.1", "must be a number, got '0.1'"),
         ("train.steps", 1.5, "must be a whole number"),
         ("train.freeze_bn", 1, "must be true or false"),
@@ -62,6 +83,77 @@ def test_a_wrong_value_is_named(field, value, message):
     setattr(operator.attrgetter(branch)(config), name, value)
     with pytest.raises(UserError, match=f"config.{field} .*{message}"):
         validate(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"momentum": 0.8}, "optimizer.momentum must be left out with optimizer.name = adamw"),
+        ({"decoupled_weight_decay": True}, "optimizer.decoupled_weight_decay must be false"),
+        ({"arguments": {"b1": "x"}}, "optax says: .*, got {'b1': 'x'}"),
+        ({"arguments": {"b1": True}}, "with a number or a text for b1"),
+        ({"arguments": {"weight_decay": 1}}, "which is the field optimizer.weight_decay"),
+        ({"arguments": {"mask": None}}, r"optax.adamw \(b1, b2, .*\) without 'mask'"),
+        ({"arguments": {"b3": 1, "c": 2}}, "(?s)without 'b3' .*without 'c'"),
+    ],
+)
+def test_wrong_values_of_adamw_are_named(fields, message):
+    config = Config()
+    config.optimizer = config_lib.OptimizerConfig(name="adamw", **fields)
+    with pytest.raises(UserError, match=message):
+        validate(config)
+
+
+def test_every_optimizer_of_optax_that_steps_from_gradients_is_taken():
+    import optax
+
+    for name in ("adam", "adamw", "lion", "rmsprop", "lamb", "lars", "adafactor", "adabelief"):
+        assert hasattr(optax, name)
+        config = Config()
+        config.optimizer.name = name
+        validate(config)
+
+
+def test_validation_uses_no_device():
+    """Processes of a pod validate before they connect, and devices are found only after."""
+    code = """
+from deeplab_jax.config import Config, OptimizerConfig
+from deeplab_jax.config.rules import validate
+import sys
+validate(Config())
+assert "optax" not in sys.modules
+validate(Config(optimizer=OptimizerConfig(name="adamw", arguments={"b1": 0.8})))
+import jax
+jax.config.update("jax_platforms", "none")  # fails if a device were there already
+try:
+    jax.devices()
+except RuntimeError as error:
+    print("no device was found before:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "no device was found before" in done.stdout, done.stderr
+
+
+def test_smoothing_is_for_the_cross_entropy():
+    config = Config()
+    config.loss.name, config.loss.label_smoothing = "focal", 0.1
+    with pytest.raises(UserError, match=r"label_smoothing must be 0 with loss\.name = focal"):
+        validate(config)
+
+
+@pytest.mark.parametrize("field", ["photometric", "color_jitter", "gray"])
+def test_colours_are_changed_only_where_there_are_any(field):
+    config = Config()
+    setattr(config.data.augment, field, 0.5)
+    for channels, message in {1: None, 3: None, 4: "4 channels", 2: "2 channels"}.items():
+        config.data.mean = config.data.std = (0.5,) * channels
+        if message is None:
+            validate(config)
+            continue
+        with pytest.raises(UserError, match=rf"data.augment.{field} must be 0 .*{message}"):
+            validate(config)
+    config.data.augment = config_lib.AugmentConfig(blur=0.5, rotation=10.0, mix="classmix")
+    validate(config)
 
 
 def test_all_wrong_values_are_named_together():
@@ -83,6 +175,19 @@ def test_differences_name_fields_and_skip_those_that_may_change():
     }
     ours.optimizer.learning_rate = 0.1
     assert config_lib.differences(ours, stored) == {}
+
+
+def test_a_dictionary_is_one_field(tmp_path):
+    config = Config()
+    config.optimizer.name, config.optimizer.arguments = "adamw", {"b1": 0.8, "nesterov": True}
+    assert config_lib.flatten(config)["optimizer.arguments"] == config.optimizer.arguments
+    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    read = config_io.from_json(tmp_path / "config.json")
+    assert read == config
+    read.optimizer.arguments["b1"] = 0.9
+    assert list(config_lib.differences(config, json.loads(config_lib.to_json(read)))) == [
+        "config.optimizer.arguments"
+    ]
 
 
 def test_fields_that_may_change_exist():

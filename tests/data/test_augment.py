@@ -98,8 +98,9 @@ def test_a_crop_at_scale_1_is_a_copy(mirror):
     crop=st.tuples(st.integers(20, 100), st.integers(20, 100)),
     scale=st.floats(0.5, 2.0),
     axis=st.sampled_from([0, 1]),
+    rotation=st.sampled_from([0.0, 15.0, 180.0]),
 )
-def test_label_stays_on_the_image(seed, shape, crop, scale, axis):
+def test_label_stays_on_the_image(seed, shape, crop, scale, axis, rotation):
     """The image's colour ramps over its rows or columns, the label counts them.
 
     So the colour tells where a pixel came from, to a fraction of a pixel, and the label must be
@@ -116,6 +117,7 @@ def test_label_stays_on_the_image(seed, shape, crop, scale, axis):
         scale_range=(scale, scale),
         flip=True,
         fill=np.zeros(2, np.uint8),
+        rotation=rotation,
     )
     whole = warped[:, :, 1] == 255  # nothing of the padding is mixed in
     error = (warped[:, :, 0].astype(float) - 40) / step - label
@@ -240,3 +242,186 @@ def test_warp_fills_rows_of_a_batch(shape, channels):
     warped, warped_label = warp(image, label, matrix, (7, 9), fill)
     np.testing.assert_array_equal(warped, images[1], strict=True)
     np.testing.assert_array_equal(warped_label, labels[1], strict=True)
+
+
+# --- Rotation ----------------------------------------------------------------------------------
+
+
+class Sequence:
+    """A generator whose draws are given, one after the other."""
+
+    def __init__(self, *draws):
+        self._draws = list(draws)
+
+    def random(self, count=None):
+        drawn = [self._draws.pop(0) for _ in range(count or 1)]
+        return np.array(drawn) if count else drawn[0]
+
+
+def turned(image, draw, rotation, crop, mirror=False, scale=1.0):
+    label = np.arange(image.shape[0] * image.shape[1]).reshape(image.shape[:2]) % 251
+    warped, warped_label = augment(
+        image,
+        label.astype(np.uint8),
+        Sequence(0.0, 0.0, 0.0, 0.0, draw),
+        crop=crop,
+        scale_range=(scale, scale),
+        flip=mirror,
+        fill=np.zeros(3, np.uint8),
+        rotation=rotation,
+    )
+    return warped, warped_label, label
+
+
+@pytest.mark.parametrize(("draw", "turns"), [(0.0, 1), (1.0, -1)])
+def test_a_quarter_turn(draw, turns):
+    """By 90 degrees to each side; a draw of 1, which does not occur, is the other end."""
+    image, _ = random_example(np.random.default_rng(0), (21, 21), 3)
+    warped, warped_label, label = turned(image, draw, 90, (21, 21))
+    np.testing.assert_array_equal(warped, np.rot90(image, turns))
+    np.testing.assert_array_equal(warped_label, np.rot90(label, turns))
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("crop", [(16, 12), (25, 40), (16, 40)])
+def test_half_a_turn_is_about_the_centre_of_the_visible_part(crop, mirror):
+    """An image that is smaller than the crop turns where it is, beside the padding."""
+    image, _ = random_example(np.random.default_rng(0), (20, 30), 3)
+    still, still_label, _ = turned(image, 0.5, 180, crop, mirror)
+    warped, warped_label, _ = turned(image, 0.0, 180, crop, mirror)
+    height, width = np.minimum(crop, (20, 30))
+    columns = slice(crop[1] - width, None) if mirror else slice(width)
+    for ours, before in ((warped, still), (warped_label, still_label)):
+        expected = before.copy()
+        expected[:height, columns] = before[:height, columns][::-1, ::-1]
+        np.testing.assert_array_equal(ours, expected)
+
+
+def test_centroids_of_image_and_label_are_where_the_draws_put_them():
+    """Of a disc under scale, crop, flip and rotation.
+
+    That of the image to 0.05 pixels; that of the label, which has whole pixels and so a standard
+    deviation of 0.03, to 0.25; both to 0.02 on average.
+    """
+    y, x = np.mgrid[:121, :141]
+    disc = np.clip(20.5 - np.hypot(y - 63, x - 72), 0, 1)  # radius 20, with a soft edge
+    image, crop = np.rint(200 * disc)[:, :, None].astype(np.uint8), (160, 150)
+    errors = []
+    for seed in range(200):
+        warped, label = augment(
+            image,
+            (disc > 0.5).astype(np.uint8),
+            np.random.default_rng(seed),
+            crop=crop,
+            scale_range=(1.0, 2.0),
+            flip=True,
+            fill=np.zeros(1, np.uint8),
+            rotation=180.0,
+        )
+        draws = np.random.default_rng(seed).random(5)
+        scale = 1 + draws[0]
+        sides = [int(scale * side) for side in image.shape[:2]]
+        top, left = (
+            int(draw * (max(side - length, 0) + 1))
+            for draw, side, length in zip(draws[1:3], sides, crop, strict=True)
+        )
+        # As complex numbers x + iy in the crop, from its corner, before it is mirrored.
+        point = scale * (72.5 + 63.5j) - complex(left, top)
+        height, width = (min(scale * n, m) for n, m in zip((121, 141), crop, strict=True))
+        centre = complex(width, height) / 2
+        point = centre + (point - centre) * np.exp(1j * np.deg2rad(360 * draws[4] - 180))
+        if draws[3] < 0.5:
+            point = complex(crop[1] - point.real, point.imag)
+        expected = np.array([point.imag - 0.5, point.real - 0.5])
+        margin = 22 * scale
+        if (expected > margin).all() and (expected < np.array(crop) - 1 - margin).all():
+            weights = np.stack([warped[:, :, 0].astype(float), (label == 1).astype(float)])
+            centroids = [(np.indices(crop) * each).sum((1, 2)) / each.sum() for each in weights]
+            errors.append(np.array(centroids) - expected)
+    assert len(errors) > 50
+    assert np.abs(errors)[:, 0].max() < 0.05
+    assert np.abs(errors)[:, 1].max() < 0.25
+    assert np.abs(np.mean(errors, axis=0)).max() < 0.02
+
+
+def test_angles_are_uniform_in_both_directions():
+    """500 angles, read from the slope of a ramp."""
+    ramp = np.repeat(np.arange(40, 140, dtype=np.uint8)[None], 100, axis=0)[:, :, None]
+    rng, angles = np.random.default_rng(0), []
+    for _ in range(500):
+        warped, _ = augment(
+            ramp,
+            np.zeros((100, 100), np.uint8),
+            rng,
+            crop=(100, 100),
+            scale_range=(1.0, 1.0),
+            flip=False,
+            fill=np.zeros(1, np.uint8),
+            rotation=30.0,
+        )
+        rows, columns = np.gradient(warped[30:70, 30:70, 0].astype(float))
+        angles.append(np.rad2deg(np.arctan2(rows.mean(), columns.mean())))
+    quantiles = 30 * (2 * (np.arange(500) + 0.5) / 500 - 1)
+    # Kolmogorov's bound at a probability of 1e-4.
+    np.testing.assert_allclose(np.sort(angles), quantiles, atol=60 * 2.2 / np.sqrt(500))
+
+
+# --- Crops bounded by the share of a class -----------------------------------------------------
+
+
+def share(label):
+    counts = np.bincount(label[label != IGNORE], minlength=1)
+    return counts.max() / counts.sum() if counts.sum() else np.inf
+
+
+@pytest.mark.parametrize("limit", [0.6, 0.75, 0.95])
+def test_places_are_drawn_until_no_class_has_more_than_its_share(limit):
+    """A plain loop over slices of the label, with the same draws."""
+    label = np.zeros((60, 80), np.uint8)
+    label[:, 52:] = 1
+    label[:10] = IGNORE
+    num_tries = []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        place = rng.random(4)[1:3]
+        num_tries.append(0)
+        while num_tries[-1] < 10:
+            num_tries[-1] += 1
+            top, left = int(place[0] * 41), int(place[1] * 61)
+            expected = label[top : top + 20, left : left + 20]
+            if share(expected) <= limit:
+                break
+            place = rng.random(2)
+        _, ours = augment(
+            label[:, :, None],
+            label,
+            np.random.default_rng(seed),
+            crop=(20, 20),
+            scale_range=(1.0, 1.0),
+            flip=False,
+            fill=np.zeros(1, np.uint8),
+            max_class_share=limit,
+        )
+        np.testing.assert_array_equal(ours, expected)
+    assert {1, 2, 10} <= set(num_tries)
+
+
+def test_a_crop_with_a_valid_pixel_is_preferred():
+    """Of a label that is valid on a third of its width, the first place mostly is not."""
+    label = np.full((20, 300), IGNORE, np.uint8)
+    label[:10, :100], label[10:, :100] = 0, 1
+    valid = {1.0: 0, 0.75: 0}
+    for limit, seed in itertools.product(valid, range(100)):
+        _, ours = augment(
+            label[:, :, None],
+            label,
+            np.random.default_rng(seed),
+            crop=(20, 20),
+            scale_range=(1.0, 1.0),
+            flip=False,
+            fill=np.zeros(1, np.uint8),
+            max_class_share=limit,
+        )
+        valid[limit] += (ours != IGNORE).any()
+    assert valid[1.0] < 60
+    assert valid[0.75] >= 95

@@ -1,5 +1,6 @@
 """Batches are a function of (seed, step) on any number of workers."""
 
+import dataclasses
 import functools
 import pickle
 import sys
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from deeplab_jax import data
-from deeplab_jax.config import DataConfig, ShapesConfig
+from deeplab_jax.config import MIXES, AugmentConfig, DataConfig, ShapesConfig
 from deeplab_jax.data import pipeline, randomness
+from deeplab_jax.data.augment import crop_matrix, warp
 from deeplab_jax.data.dataset import Dataset, read_example
 from deeplab_jax.data.labels import IGNORE, named
 from deeplab_jax.utils.errors import UserError
@@ -169,6 +171,89 @@ def test_workers_change_nothing(num_workers):
     config = shapes_config()
     config.num_workers = num_workers
     assert_same(expected, first_batches(5, config, start_step=7))
+
+
+def augmented_config(mix, **fields):
+    """A config with all augmentations on."""
+    augmentation = AugmentConfig(
+        photometric=0.8,
+        color_jitter=0.4,
+        gray=0.3,
+        blur=0.5,
+        rotation=20.0,
+        max_class_share=0.75,
+        mix=mix,
+    )
+    return shapes_config(augment=dataclasses.replace(augmentation, **fields))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_augmented_batches_depend_only_on_seed_and_step(mix):
+    config = augmented_config(mix)
+    whole = first_batches(5, config)
+    assert_same(whole, first_batches(5, config))
+    assert_same(whole[3:], first_batches(2, config, start_step=3))
+    parts = [first_batches(5, config, rows=rows) for rows in ([0, 1], [2, 3])]
+    joined = [
+        {name: np.concatenate([one[name], other[name]]) for name in one}
+        for one, other in zip(*parts, strict=True)
+    ]
+    assert_same(whole, joined)
+    larger = first_batches(2, config, batch_size=8)  # the same sequence in other batches
+    for name in ("image", "label"):
+        ours = np.concatenate([batch[name] for batch in whole[:4]])
+        np.testing.assert_array_equal(ours, np.concatenate([batch[name] for batch in larger]))
+    config.num_workers = 2
+    assert_same(whole, first_batches(5, config))
+    assert (whole[0]["image"] != first_batches(1, config, seed=4)[0]["image"]).any()
+
+
+def test_without_augmentations_crops_are_those_of_four_draws():
+    """A plain loop: a scale, the crop's place and a flip, and nothing else."""
+    dataset = data.load(shapes_config(), "train")
+    (batch,) = first_batches(1, start_step=4)
+    for row, position in enumerate(range(16, 20)):
+        example = dataset.source[randomness.permutation(10, 3, position // 10)[position % 10]]
+        draws = randomness.generator(3, randomness.AUGMENT, position).random(4)
+        scale = 0.5 + 1.5 * draws[0]
+        top, left = (
+            int(draw * (max(int(scale * 32) - side, 0) + 1))
+            for draw, side in zip(draws[1:3], (24, 20), strict=True)
+        )
+        matrix = crop_matrix(scale, top, left, 20, draws[3] < 0.5)
+        image, label = warp(example["image"], example["label"], matrix, (24, 20), FILL)
+        np.testing.assert_array_equal(batch["image"][row], image)
+        np.testing.assert_array_equal(batch["label"][row], label)
+
+
+def test_colours_leave_labels_and_places_as_they_are():
+    config = shapes_config(augment=AugmentConfig(gray=1.0))
+    for plain, ours in zip(first_batches(3), first_batches(3, config), strict=True):
+        np.testing.assert_array_equal(plain["label"], ours["label"])
+        grey = plain["image"] @ np.array([0.299, 0.587, 0.114])
+        np.testing.assert_allclose(ours["image"], grey[..., None].repeat(3, -1), atol=0.51)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_crops_are_mixed_with_crops_of_any_example(probability):
+    """Images hold their index, so the ids of a row tell which two examples it is made of."""
+    dataset = numbered(*[(24, 20)] * 10)
+    config = shapes_config(flip=False, scale_range=(1.0, 1.0))
+    config.augment = AugmentConfig(mix="cutmix", mix_probability=probability)
+    with pipeline.train_batches(dataset, config, batch_size=100, seed=1, start_step=0) as batches:
+        batch = [next(batches) for _ in range(5)]
+    others = []
+    for step, row in np.ndindex(5, 100):
+        label, image = batch[step]["label"][row], batch[step]["image"][row]
+        np.testing.assert_array_equal(image, label[:, :, None].repeat(3, 2))
+        base = randomness.permutation(10, 1, (100 * step + row) // 10)[row % 10]
+        assert (label == base).any()
+        others += set(np.unique(label)) - {base}
+    # One in ten is mixed with itself.
+    expected = 450 * probability
+    assert len(others) == pytest.approx(expected, abs=4 * np.sqrt(500 / 4) if probability else 0)
+    if probability:
+        assert set(others) == set(range(10))
 
 
 # Evaluation.
@@ -332,5 +417,6 @@ def test_a_source_pickles():
         crop=(8, 8),
         scale_range=(1.0, 1.0),
         flip=False,
+        augment=AugmentConfig(),
     )
     assert len(pickle.dumps(source)) < 2000

@@ -4,6 +4,7 @@ Arguments: host:port of process 0, number of processes, index of this one, folde
 each outcome as a line of JSON.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -11,8 +12,11 @@ import os
 import pathlib
 import signal
 import sys
+from unittest import mock
 
+import cv2
 import jax
+import numpy as np
 
 import tiny
 from deeplab_jax import data as data_lib
@@ -22,7 +26,9 @@ from deeplab_jax.distributed.preemption import PreemptionHandler
 from deeplab_jax.inference import predictor
 from deeplab_jax.inference.positive import PositiveClass
 from deeplab_jax.inference.predictor import Predictor
+from deeplab_jax.training.provenance import provenance
 from deeplab_jax.training.workdir import collect_inputs
+from deeplab_jax.utils import versions
 from deeplab_jax.utils.errors import UserError
 
 
@@ -41,19 +47,36 @@ def check(seed=0, shapes_seed=0):
         split: statistics.summarize_sample(data_lib.load(config.data, split), (33, 33))
         for split in ("train", "val")
     }
-    inputs = collect_inputs(summaries)
+    origin = provenance(config, data_lib.load(config.data, "train"))
+    inputs = collect_inputs(summaries) | origin.facts
     multihost.check_equal(dataclasses.replace(config, seed=seed), inputs)
 
 
 def check_versions(number):
-    true_version, true_digest = importlib.metadata.version, multihost.source_digest
-    if number == 1:
-        importlib.metadata.version = lambda name: "0.0" if name == "optax" else true_version(name)
-        multihost.source_digest = lambda: "changed"
-    try:
+    true_version = importlib.metadata.version
+
+    def version(name):
+        return "0.0" if name in ("optax", "pillow") else true_version(name)
+
+    with contextlib.ExitStack() as stack:
+        if number == 1:
+            stack.enter_context(mock.patch("importlib.metadata.version", version))
+            stack.enter_context(
+                mock.patch.object(versions, "source_digest", return_value="changed")
+            )
+            stack.enter_context(mock.patch("cv2.__version__", "4.13.0"))
         check()
-    finally:
-        importlib.metadata.version, multihost.source_digest = true_version, true_digest
+
+
+def check_warp(number):
+    """Process 1 has the same versions, but another OpenCV inside."""
+    warp = cv2.warpAffine
+
+    def other_warp(image, *arguments):
+        return np.bitwise_xor(warped := warp(image, *arguments), 1, out=warped)
+
+    with mock.patch("cv2.warpAffine", other_warp if number else warp):
+        check()
 
 
 def raise_mistakes(mistakes):
@@ -94,6 +117,7 @@ def agree(number, folder):
     report("config", lambda: check(seed=number))
     report("data", lambda: check(shapes_seed=number))
     report("versions", lambda: check_versions(number))
+    report("warp", lambda: check_warp(number))
     report("one fails", lambda: raise_mistakes([None, UserError("no folder x")]))
     report("both fail alike", lambda: raise_mistakes([UserError("no folder x")] * 2))
     report("one folder", lambda: multihost.check_shared(folder))

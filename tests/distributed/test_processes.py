@@ -21,6 +21,7 @@ from conftest import ROOT
 from deeplab_jax.distributed import launch
 from deeplab_jax.distributed.multihost import describe_differences
 from deeplab_jax.inference.positive import PositiveClass
+from deeplab_jax.training import receipt
 from deeplab_jax.training.train import train
 from deeplab_jax.utils.errors import UserError
 
@@ -136,6 +137,12 @@ def assert_same_curve(workdir, other):
                 np.testing.assert_allclose(entry[name], wanted[name], rtol=1e-5, err_msg=name)
         else:
             assert entry == wanted
+    batches = [
+        {step: line["batch"] for step, line in receipt.read(each).steps.items()}
+        for each in (workdir, other)
+    ]
+    assert {"loss" in entry and entry["step"] for entry in found} - {False} == batches[0].keys()
+    assert batches[0].items() <= batches[1].items()
 
 
 def assert_same_end(workdir, other):
@@ -285,8 +292,10 @@ HOST = re.escape(socket.gethostname())
         ("data", r"(?s)config.data.shapes.seed: .*images of train .*\n.*images of val .*: \""),
         (
             "versions",
-            r'(?s)version of optax: .*; "0.0" on process 1 .*deeplab_jax: .*; "changed" on process',
+            r'(?s)version of optax: .*; "0.0" on process 1 .*pillow: .*; "0.0" on process 1 .*'
+            r'opencv: .*; "4\.13\.0 .*deeplab_jax source: .*; "changed" on process',
         ),
+        ("warp", r"first training crop, of image \S+: \"\w{16}\" on process 0 .*; \"\w{16}\" on"),
         ("one fails", rf"^refused: process 1 \({HOST}\): no folder x$"),
         ("both fail alike", "^refused: no folder x$"),
         ("one folder", None),

@@ -42,6 +42,7 @@ TUPLES = {
     "data.shapes.radius_range": ("0.1,0.2", "0.2,0.3"),
     "eval.scales": ("0.5,1", "0.75"),
     "loss.class_weights": ("1,2,3,4,5", "5,4,3,2,1"),
+    "optimizer.arguments": ("nesterov=false", "nesterov=true"),
     "train.loggers": ("tensorboard,tensorboard", "tensorboard"),
 }
 
@@ -70,7 +71,11 @@ def parse():
 
 
 def test_all_tuples_are_tried():
-    tuples = {name for name, hint in HINTS.items() if "tuple" in str(hint) or hint is object}
+    tuples = {
+        name
+        for name, hint in HINTS.items()
+        if "tuple" in str(hint) or "dict" in str(hint) or hint is object
+    }
     assert tuples == TUPLES.keys()
 
 

@@ -19,6 +19,7 @@ OUTPUTS = {
     "submit --out": ["submit", "none.pth", "--out={}.tgz"],
     "data check --json": ["data", "check", "none", "--json={}.json"],
     "data check --sheet": ["data", "check", "none", "--sheet={}.png"],
+    "data crops": ["data", "crops", "none.py", "{}.png"],
 }
 
 

@@ -24,7 +24,7 @@ from own_data import Maker
 NO_PATHS = {
     *("split", "protocol", "scales", "heatmap", "height", "width", "batch", "output", "layout"),
     *("platforms", "size", "topology", "settings", "competition", "masks_hold", "mask_name"),
-    *("repository", "message", "license", "family"),
+    *("repository", "message", "license", "family", "steps"),
     *("image_pattern", "mask_pattern", "positive", "sizes"),
 }
 

@@ -74,6 +74,14 @@ def test_memory_is_the_state_twice_and_its_share_of_the_batch(compiled, arch):
     )
 
 
+def test_memory_holds_both_moments_of_adamw(compiled, arch):
+    config = get_config(optimizer=OptimizerConfig(name="adamw"))
+    lowered = plan.lower(config, arch, mesh_lib.make_mesh(config.mesh))
+    added = plan.read(lowered.compile(), V5E)["memory"].aliased - compiled["memory"].aliased
+    params = FunctionalModel(arch).abstract.params
+    assert added == bytes_of(params) + 4  # a moment more than SGD, and Adam's count of steps
+
+
 def test_what_is_summed_over_devices_is_gradients_statistics_and_the_loss(compiled):
     variables = tiny.Run(tiny.get_config()).start().variables
     scalars = 2 * 4  # sum and count of the loss

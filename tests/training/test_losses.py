@@ -84,6 +84,40 @@ def test_cross_entropy_is_torchs(class_weights):
     agree(ours, torch_value_and_gradient(reference, logits))
 
 
+@pytest.mark.parametrize("smoothing", [0.05, 0.4])
+@pytest.mark.parametrize("class_weights", [None, (0.2, 0.0, 3.0, 0.5)])
+@pytest.mark.parametrize(
+    ("low", "high", "align_corners"),
+    [((7, 5), (7, 5), False), ((3, 3), (33, 20), False), ((2, 5), (9, 17), True)],
+)
+def test_label_smoothing_is_torchs(low, high, align_corners, class_weights, smoothing):
+    logits, _ = batch(6, (2, *low))
+    _, labels = batch(7, (2, *high))
+    config = LossConfig(label_smoothing=smoothing, class_weights=class_weights)
+    weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float64)
+
+    def reference(theirs):
+        resized = theirs.permute(0, 3, 1, 2)
+        if low != high:
+            resized = torch.nn.functional.interpolate(
+                resized, high, mode="bilinear", align_corners=align_corners
+            )
+        return torch.nn.functional.cross_entropy(
+            resized,
+            torch.tensor(labels.astype(np.int64)),
+            weight=weight,
+            ignore_index=IGNORE,
+            label_smoothing=smoothing,
+        )
+
+    def mean_loss(logits, labels):
+        total = losses.loss_sum(logits, labels, config, align_corners=align_corners)
+        return losses.mean(total, losses.loss_count(labels, config))
+
+    value, gradient = jax.jit(jax.value_and_grad(mean_loss))(logits, labels)
+    agree((value, np.asarray(gradient)), torch_value_and_gradient(reference, logits))
+
+
 @pytest.mark.parametrize(
     ("gamma", "class_weights"),
     [(0.0, (0.2, 1.0, 3.0, 0.5)), (0.5, None), (2.0, (0.2, 1.0, 3.0, 0.5)), (5.0, None)],
@@ -244,8 +278,10 @@ def test_lovasz_of_a_hard_prediction_is_one_minus_the_iou():
 
 # All losses
 
-SETTINGS = [{"name": name} for name in [*config_lib.PIXEL_LOSSES, *config_lib.IMAGE_LOSSES]] + [
-    {"hard_pixel_fraction": 0.25}
+SETTINGS = [
+    *({"name": name} for name in [*config_lib.PIXEL_LOSSES, *config_lib.IMAGE_LOSSES]),
+    {"label_smoothing": 0.1},
+    {"hard_pixel_fraction": 0.25},
 ]
 
 
@@ -298,8 +334,13 @@ def test_a_sharded_batch_has_the_same_loss(name):
 )
 @pytest.mark.parametrize(
     "config",
-    [LossConfig(), LossConfig(name="focal", hard_pixel_fraction=0.3), LossConfig(name="dice")],
-    ids=lambda config: config.name,
+    [
+        LossConfig(),
+        LossConfig(name="focal", hard_pixel_fraction=0.3),
+        LossConfig(name="dice"),
+        LossConfig(label_smoothing=0.2, hard_pixel_fraction=0.3),
+    ],
+    ids=lambda config: f"{config.name}-{config.label_smoothing}",
 )
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_low_logits_give_the_loss_of_the_upsampled_ones(x64, low, high, config, align_corners):

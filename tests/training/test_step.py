@@ -10,6 +10,7 @@ import torch
 
 import tiny
 from deeplab_jax.config import MeshConfig
+from deeplab_jax.data.labels import IGNORE
 from deeplab_jax.distributed.mesh import check_batch, make_mesh
 from deeplab_jax.models.functional import Variables, normalize
 from deeplab_jax.training.losses import downsample_labels
@@ -31,6 +32,17 @@ def flat(tree):
 def test_the_loss_falls():
     _, history = tiny.Run(config_with()).train(8)
     assert np.mean([h["loss"] for h in history[-2:]]) < 0.9 * history[0]["loss"]
+
+
+def test_a_batch_without_a_valid_pixel_moves_no_parameter():
+    run = tiny.Run(config_with(optimizer={"weight_decay": 0.0}))
+    start = run.start()
+    before = jax.device_get(start.variables.params)
+    (batch,) = run.batches(1)
+    state, metrics = run.step(start, batch | {"label": jnp.full_like(batch["label"], IGNORE)})
+    assert float(metrics["loss"]) == 0
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.variables.params), before)
+    assert np.isfinite(flat(state.variables.batch_stats)).all()
 
 
 def test_rematerialisation_changes_nothing():

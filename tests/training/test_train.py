@@ -113,6 +113,26 @@ def test_a_finished_run_costs_nothing_and_shows_its_result(unbroken):
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
+def test_adamw_resumes_bit_for_bit(tmp_path):
+    config = overridden(
+        optimizer__name="adamw",
+        optimizer__arguments={"b2": 0.95, "mu_dtype": "bfloat16"},
+        optimizer__learning_rate=0.003,
+        optimizer__schedule="cosine",
+        optimizer__layer_decay=0.8,
+        loss__label_smoothing=0.1,
+        train__keep=9,
+    )
+    train(config, tmp_path / "run")
+    expected = tiny.saved_state(tmp_path / "run")
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    train(config, tmp_path / "run")
+    resumed = tiny.saved_state(tmp_path / "run")
+    assert_same(resumed, expected)
+    assert {value.dtype.name for name, value in resumed.items() if ".mu" in name} == {"bfloat16"}
+
+
 def test_it_resumes_on_another_number_of_devices(unbroken, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(unbroken[0], workdir)

@@ -67,7 +67,7 @@ def test_blend_rounds_down(weight):
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32])
 def test_counts_of_classes(dtype):
     ids = np.array([[0, 2, 2], [2, 255, 0]], np.uint8).astype(dtype)
-    counts = overlays.class_counts(ids, 4)
+    counts = labels.class_counts(ids, 4)
     assert counts.dtype == np.int64
     np.testing.assert_array_equal(counts, [2, 0, 3, 0])
 

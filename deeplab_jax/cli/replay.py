@@ -1,0 +1,89 @@
+"""`deeplab-jax replay`."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from typing import Annotated
+
+import typer
+
+from deeplab_jax.cli import options, outputs
+from deeplab_jax.utils.errors import UserError
+
+
+def replay(
+    run: Annotated[
+        str,
+        options.path_argument(
+            "Workdir, also in a bucket; of two stages, its folder stage1 for the first."
+        ),
+    ],
+    steps: Annotated[
+        str,
+        typer.Option(
+            help="FIRST:LAST, from the state after FIRST steps to that after LAST. Default: from "
+            "the newest checkpoint to the last step."
+        ),
+    ] = "",
+    from_start: Annotated[
+        bool, typer.Option("--from-start", help="Start from the initial state, not a checkpoint.")
+    ] = False,
+    root: Annotated[str, options.path_option("Folder of the data. Default: the run's.")] = "",
+    keep_batches: Annotated[
+        str,
+        options.path_option("Write the batches to this folder, for bisect on another machine."),
+    ] = "",
+    json_file: options.Json = "",
+) -> None:
+    """Take steps of a run again, and compare them bit for bit with its receipt.
+
+    Batches, losses, gradients and states are compared, and the first difference is named. The exit
+    code is 0 if all is equal, else 1. The run is only read.
+
+    Examples:
+      deeplab-jax replay runs/voc
+      deeplab-jax replay runs/voc --steps 1000:1010
+      deeplab-jax replay runs/voc --steps 0:20 --keep-batches batches
+    """
+    from deeplab_jax.training import replay as replay_lib
+    from deeplab_jax.utils.files import require_writable
+    from deeplab_jax.utils.progress import track
+
+    outputs.check("--json", json_file, ".json")
+    if keep_batches:
+        require_writable(pathlib.Path(keep_batches), "--keep-batches", create=True)
+    console = outputs.console(json_file)
+    result = replay_lib.replay(
+        run,
+        _parse_steps(steps),
+        from_start=from_start,
+        root=root,
+        keep_batches=keep_batches,
+        log=lambda text: console.print(text, markup=False),
+        track=lambda steps: track(steps, "replay", len(steps)),
+    )
+    difference = result.difference
+    if difference is None and result.steps:
+        lines = [
+            f"steps {result.steps[0]} to {result.steps[1]} equal bit for bit: batches, losses and "
+            f"gradients; and {result.num_states} states"
+        ]
+    else:
+        lines = [f"DIFFERS: {difference} (run | here)"]
+        if result.image:
+            lines.append(f"  image {result.image['index']} of the epoch: {result.image['name']}")
+        lines += outputs.cause_lines(result.causes)
+    console.print(*lines, sep="\n", markup=False)
+    outputs.write_json(json_file, result.to_json())
+    if difference:
+        raise typer.Exit(1)
+
+
+def _parse_steps(text: str) -> tuple[int, int] | None:
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if text and not match:
+        raise UserError(
+            f"--steps must be FIRST:LAST, as 1000:1010 for the steps 1001 to 1010, got {text!r}"
+        )
+    return (int(match[1]), int(match[2])) if match else None

@@ -1,0 +1,202 @@
+"""Receipts: digests, what is written, and runs that stop, resume or have several devices."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from deeplab_jax.distributed import mesh as mesh_lib
+from deeplab_jax.training import receipt
+from deeplab_jax.training.train import first_state, train
+from deeplab_jax.utils.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("shared_steps")
+MASK = np.uint64(2**32 - 1)
+
+
+def get_config(**fields):
+    config = tiny.get_config()
+    config.model.width = 0.0625
+    config.train.steps, config.train.eval_every, config.train.save_every = 4, 0, 2
+    for name, value in fields.items():
+        branch, field = name.split("__")
+        setattr(getattr(config, branch), field, value)
+    return config
+
+
+def plain_digest(words):
+    """The digest of a row of words in 64-bit integers of NumPy."""
+    words = np.asarray(words, np.uint64).ravel()
+    position = np.arange(words.size, dtype=np.uint64)
+    mixed = words ^ (position * 0x9E3779B1 & MASK)
+    mixed = (mixed ^ mixed >> 16) * 0x85EBCA6B & MASK
+    mixed = (mixed ^ mixed >> 13) * 0xC2B2AE35 & MASK
+    mixed ^= mixed >> 16
+    weighted = mixed * (2 * position + 1) & MASK
+    return [int(mixed.sum() & MASK), int(weighted.sum() & MASK)]
+
+
+def noise(*shape):
+    return np.random.default_rng(sum(shape)).integers(0, 256, shape, np.uint8)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 7])
+def test_digest_of_images_is_that_of_plain_integers(channels):
+    image, label = noise(2, 3, 5, channels), noise(2, 3, 5)
+    found = receipt.digest_images(jnp.asarray(image), jnp.asarray(label))
+    planes = np.concatenate([label[..., None], image], axis=-1)
+    planes = np.pad(planes, ((0, 0), (0, 0), (0, 0), (0, -planes.shape[-1] % 4)))
+    words = planes.view("<u4").reshape(2, -1).tolist()
+    assert found.tolist() == [plain_digest(row) for row in words]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+@pytest.mark.parametrize("shape", [(), (3, 4)])
+def test_digest_of_an_array_is_that_of_its_bits(dtype, shape):
+    array = jnp.asarray(noise(*shape, 1).reshape(shape)).astype(dtype)
+    size = array.dtype.itemsize
+    words = np.frombuffer(np.asarray(array).tobytes(), f"<u{size}").tolist()
+    assert receipt.digest_array(array).tolist() == plain_digest(words)
+
+
+def test_digests_tell_signs_places_and_flipped_bits_apart():
+    words = [np.zeros(20, np.uint32)]
+    for index in range(20):
+        for bit in range(32):
+            words.append(words[0].copy())
+            words[-1][index] ^= np.uint32(1 << bit)
+    signs = words[0].copy()
+    signs[:2] = np.float32(-0.0).view(np.uint32)  # the differences cancel in a plain sum
+    swapped = [np.arange(20, dtype=np.uint32), np.arange(20, dtype=np.uint32)]
+    swapped[1][[3, 4]] = 4, 3
+    digests = receipt.digest_rows(jnp.asarray(np.stack([*words, signs, *swapped])))
+    for lane in digests.T:
+        assert len(set(lane.tolist())) == 1 + 20 * 32 + 3
+
+
+@pytest.mark.parametrize(("data", "space"), [(4, 1), (2, 2), (1, 4)])
+def test_digests_do_not_depend_on_the_mesh(data, space):
+    config = get_config()
+    rows = {"image": noise(4, 33, 9, 3), "label": noise(4, 33, 9)}
+    digests = []
+    for config.mesh.data, config.mesh.space in ((1, 1), (data, space)):
+        mesh = mesh_lib.make_mesh(config.mesh)
+        batch = mesh_lib.to_global(rows, mesh, 4)
+        digests.append(receipt.spell(receipt.batch_digester(33, mesh)(batch)))
+    assert digests[0] == digests[1]
+    assert len(set(receipt.split_digests(digests[0]))) == 4
+
+
+def test_digests_of_a_sharded_state_are_those_of_one_device():
+    config = get_config()
+    found = []
+    for config.mesh.data, config.mesh.fully_sharded in ((1, False), (4, True)):
+        run = tiny.Run(config)
+        state = jax.device_get(receipt.digest_state(run.start(), run.mesh))
+        found.append({name: receipt.spell(digest) for name, digest in state.items()})
+    assert found[0] == found[1]
+    assert "params/backbone.layer1.0.conv1.kernel" in found[0]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    train(get_config(), workdir)
+    return workdir
+
+
+def test_lines_have_the_bits_of_the_steps(whole):
+    read = receipt.read(whole)
+    run = tiny.Run(get_config())
+    state = first_state(run.config, run.model, run.mesh, print)
+    for step, batch in enumerate(run.batches(4), start=1):
+        state, metrics = run.step(state, batch)
+        assert read.steps[step] == {
+            name: np.asarray(value).view(np.uint32).item().to_bytes(4).hex()
+            for name, value in metrics.items()
+        } | {"batch": receipt.spell(receipt.digest_images(batch["image"], batch["label"]))}
+        if step % 2 == 0:
+            found = jax.device_get(receipt.named_arrays(state))
+            assert read.states[step] == {
+                name: "".join(f"{sum:08x}" for sum in plain_digest(array.ravel().view(np.uint32)))
+                for name, array in found.items()
+            }
+    assert [*read.steps] == [1, 2, 3, 4]
+    assert [*read.states] == [0, 2, 4]
+    (start,) = read.starts
+    assert start["step"] == 0
+    assert start["versions"]["jax"] == jax.__version__
+    assert start["config"]["data.crop_size"] == [33]
+    assert start["data"]["examples in an epoch"] == 24
+
+
+def test_a_run_without_a_receipt_has_the_same_bits(whole, tmp_path):
+    train(get_config(train__receipt_every=0), tmp_path)
+    assert not (tmp_path / receipt.FILE).exists()
+    ours, theirs = tiny.saved_state(tmp_path), tiny.saved_state(whole)
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_states_are_digested_every_few_steps(tmp_path):
+    train(get_config(train__receipt_every=3), tmp_path)
+    assert [*receipt.read(tmp_path).states] == [0, 2, 3, 4]
+
+
+def test_a_resumed_run_goes_on_with_its_receipt(whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    path = tmp_path / receipt.FILE
+    path.write_text(path.read_text()[:-100])  # as a kill leaves it
+    train(get_config(), tmp_path)
+    resumed, once = receipt.read(tmp_path), receipt.read(whole)
+    assert resumed.steps == once.steps
+    assert resumed.states == once.states
+    assert [start["step"] for start in resumed.starts] == [0, 2]
+    assert resumed.start_of(2)["step"] == 0
+    assert resumed.start_of(3)["step"] == 2
+
+
+def test_a_finished_run_that_runs_again_leaves_its_receipt(whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    before = (tmp_path / receipt.FILE).read_bytes()
+    train(get_config(), tmp_path)
+    assert (tmp_path / receipt.FILE).read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_is_in_the_receipt(tmp_path):
+    with pytest.raises(UserError, match="is not finite"):
+        train(get_config(optimizer__learning_rate=1e30), tmp_path)
+    last = max(receipt.read(tmp_path).steps.items())[1]
+    assert not np.isfinite(np.array(int(last["loss"], 16), np.uint32).view(np.float32))
+
+
+def test_receipts_that_cannot_be_read(whole, tmp_path):
+    with pytest.raises(UserError, match=r"holds no receipt\.jsonl"):
+        receipt.read(tmp_path)
+    path = tmp_path / receipt.FILE
+    path.write_text("")
+    with pytest.raises(UserError, match="is empty: the run was stopped"):
+        receipt.read(path)
+    path.write_text('{"step": 1, "loss": 0.5}\n')  # metrics.jsonl
+    with pytest.raises(UserError, match="line 1, is no line of a receipt"):
+        receipt.read(path)
+    lines = (whole / receipt.FILE).read_text().splitlines()
+    path.write_text("\n".join([lines[0], "{", *lines[1:]]))
+    with pytest.raises(UserError, match="line 2, is no line of a receipt"):
+        receipt.read(path)
+    path.write_text("\n".join([json.dumps(json.loads(lines[0]) | {"receipt": 99}), *lines[1:]]))
+    with pytest.raises(UserError, match="has format 99, and this version"):
+        receipt.read(path)
+
+
+def test_a_receipt_cut_short_is_read_up_to_there(whole, tmp_path):
+    path = tmp_path / receipt.FILE
+    path.write_text((whole / receipt.FILE).read_text()[:-100])
+    read = receipt.read(path)
+    assert [*read.states] == [0, 2]
+    assert "is cut short" in read.notes[0]
