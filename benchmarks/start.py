@@ -200,51 +200,76 @@ def _init(model: Any, phases: Phases) -> None:
 
 
 def _train(name: str, phases: Phases, dtype: str, on_cpu: bool) -> None:
-    import jax
-    import jax.numpy as jnp
-
-    from benchmarks.speed import ours
-    from benchmarks.speed.cases import Case
-    from deeplab_jax.config import Config, DataConfig, LossConfig, MeshConfig
-    from deeplab_jax.distributed import mesh as mesh_lib
-    from deeplab_jax.training.state import abstract_state
-    from deeplab_jax.training.step import make_train_step
-
-    size, backbone, stride = {
-        "train": ((361, 481), "resnet50", 8),
-        "train101": ((513, 513), "resnet101", 16),
-    }[name]
-    batch = 2 if on_cpu else 16
-    case = Case("train", backbone, stride, batch, *size, dtype)
     with phases.measure("model"):
-        model = ours.model_of(case)
-        config = Config(
-            data=DataConfig(crop_size=size), loss=LossConfig(aux_weight=0.5), mesh=MeshConfig(1)
-        )
-        mesh = mesh_lib.make_mesh(config.mesh)
-        step: Any = make_train_step(model, config, mesh)
-        state = abstract_state(config, model, mesh)
-    shape = batch, *size
-    images = jax.ShapeDtypeStruct((*shape, 3), jnp.uint8)
-    arrays = {"image": images, "label": jax.ShapeDtypeStruct(shape, jnp.uint8)}
+        training = TrainingStep(name, dtype, batch_size=2 if on_cpu else 16)
     with phases.measure("trace"):
-        traced = step.trace(state, arrays)
+        traced = training.step.trace(*training.arguments)
     with phases.measure("lower"):
         lowered = traced.lower()
     with phases.measure("compile", xla=True):
         program = lowered.compile()
+    _first_runs(phases, training.runner(program))
 
-    def zeros(x: Any, sharding: Any) -> Any:
-        return jax.device_put(jnp.zeros(x.shape, x.dtype), sharding)
 
-    kept = [jax.tree.map(lambda x: zeros(x, x.sharding), state)]
-    placed = jax.tree.map(lambda x: zeros(x, mesh_lib.image_sharding(mesh)), arrays)
+class TrainingStep:
+    """The training step of a case, with random parameters and images.
 
-    def run() -> Any:
-        kept[0], metrics = program(kept[0], placed)
-        return metrics
+    Attributes:
+      step: the jitted step.
+      arguments: shapes of its arguments.
+    """
 
-    _first_runs(phases, run)
+    def __init__(self, name: str, dtype: str, batch_size: int) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        from benchmarks.speed import ours
+        from benchmarks.speed.cases import Case
+        from deeplab_jax.config import Config, DataConfig, LossConfig, MeshConfig
+        from deeplab_jax.distributed import mesh as mesh_lib
+        from deeplab_jax.training.state import abstract_state
+        from deeplab_jax.training.step import make_train_step
+
+        size, backbone, stride = {
+            "train": ((361, 481), "resnet50", 8),
+            "train101": ((513, 513), "resnet101", 16),
+        }[name]
+        model = ours.model_of(Case("train", backbone, stride, batch_size, *size, dtype))
+        config = Config(
+            data=DataConfig(crop_size=size), loss=LossConfig(aux_weight=0.5), mesh=MeshConfig(1)
+        )
+        mesh = mesh_lib.make_mesh(config.mesh)
+        sharding = mesh_lib.image_sharding(mesh)
+        self.step: Any = make_train_step(model, config, mesh)
+        shapes = {"image": (batch_size, *size, 3), "label": (batch_size, *size)}
+        batch = {
+            key: jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding)
+            for key, shape in shapes.items()
+        }
+        self.arguments = (abstract_state(config, model, mesh), batch)
+
+    def runner(self, program: Any) -> Callable[[], Any]:
+        """Returns a function that starts a step of a compiled program."""
+        import jax
+        import numpy as np
+
+        rng = np.random.default_rng(0)
+
+        def draw(x: Any) -> Any:
+            if np.issubdtype(x.dtype, np.integer):
+                values = rng.integers(0, 21, x.shape)
+            else:  # scales and variances are near 1
+                values = 0.02 * rng.standard_normal(x.shape, np.float32) + (x.ndim == 1)
+            return jax.device_put(np.asarray(values, x.dtype), x.sharding)
+
+        state, batch = jax.tree.map(draw, self.arguments)
+        kept = [state]
+
+        def run() -> Any:
+            kept[0], metrics = program(kept[0], batch)
+            return metrics
+
+        return run
 
 
 def report(result: dict[str, Any]) -> str:

@@ -179,7 +179,7 @@ _ELEMENTWISE = (
 )
 # Functions that resize a map, and whether with aligned corners.
 _RESIZES = {"resize_bilinear_unpadded": False, "resize_aligned_unpadded": True}
-_CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+_CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 
 
 class _Reader:

@@ -44,6 +44,7 @@ def loss_sum(
     config: LossConfig,
     *,
     align_corners: bool = False,
+    kernel: bool = False,
 ) -> Scalar:
     """Returns the sum of the config's loss over pixels (pixel losses) or images (image losses).
 
@@ -53,6 +54,7 @@ def loss_sum(
       config: the loss. `class_weights` and `hard_pixel_fraction` apply to pixel losses, and
         `label_smoothing` to the cross-entropy, as in torch (arXiv 1512.00567, section 7).
       align_corners: how the model resizes its logits, see `models.ops.resize`.
+      kernel: whether to use `cross_entropy_kernel`, see `step.has_cross_entropy_kernel`.
     """
     if config.name in IMAGE_LOSSES:
         upsampled = resize_bilinear(logits, *labels.shape[1:], align_corners=align_corners)
@@ -64,7 +66,7 @@ def loss_sum(
         table = jnp.asarray(class_weights or (1.0,) * logits.shape[-1], logits.dtype)
         logits -= jnp.sum(logits * table, axis=-1, keepdims=True) / jnp.sum(table)
     losses, *normalizers = cross_entropy(
-        logits, labels, align_corners, with_normalizers=smoothing > 0
+        logits, labels, align_corners, with_normalizers=smoothing > 0, kernel=kernel
     )
     losses = PIXEL_LOSSES[config.name](losses, config) * pixel_weights(labels, class_weights)
     if smoothing:
@@ -122,13 +124,15 @@ def cross_entropy(
     labels: Labels,
     align_corners: bool = False,
     with_normalizers: bool = False,
+    kernel: bool = False,
 ) -> tuple[PixelMap, ...]:
     """Returns `-log p` of each pixel's class; for ignored pixels that of class 0, which is finite.
 
     `with_normalizers` also returns the logarithm of the sum of `exp(logits)`.
 
     Logits at another resolution than the labels are resized bilinearly, some rows at a time, in the
-    forward and the backward pass: the full-resolution logits are never in memory as a whole.
+    forward and the backward pass: the full-resolution logits are never in memory as a whole. With
+    `kernel` they are only in registers, see `cross_entropy_kernel`.
     """
     targets = jnp.where(labels == IGNORE, 0, labels)
     if logits.shape[1:3] == labels.shape[1:]:
@@ -136,6 +140,11 @@ def cross_entropy(
         return normalizers - _target_logits(logits, targets), normalizers
     few_rows = logits.shape[1], labels.shape[2]  # so that this is small
     widened = resize_bilinear(logits, *few_rows, align_corners=align_corners)
+    if kernel and widened.dtype == jnp.float32:
+        from deeplab_jax.training import cross_entropy_kernel  # imports Pallas
+
+        maps = cross_entropy_kernel.cross_entropy(widened, targets, align_corners)
+        return maps[: 1 + with_normalizers]
     return _cross_entropy_by_rows(widened, targets, align_corners, with_normalizers)
 
 

@@ -14,7 +14,7 @@ from deeplab_jax.data.labels import IGNORE
 from deeplab_jax.distributed.mesh import check_batch, make_mesh
 from deeplab_jax.models.functional import Variables, normalize
 from deeplab_jax.training.losses import downsample_labels
-from deeplab_jax.training.step import gradients
+from deeplab_jax.training.step import global_norm, gradients
 from deeplab_jax.utils.errors import UserError
 
 
@@ -177,6 +177,14 @@ def test_dropout_follows_the_step_and_the_seed():
     later = dataclasses.replace(state, step=state.step + 1)
     assert loss(state, batch) == loss(state, batch)
     assert loss(state, batch) != loss(later, batch)
+
+
+def test_the_global_norm_is_that_of_all_gradients():
+    rng = np.random.default_rng(0)
+    grads = {str(i): rng.standard_normal(shape) for i, shape in enumerate([(3,), (2, 4), (5,)])}
+    for some in (grads, {"1": grads["1"]}, {"0": grads["0"]}):
+        expected = np.sqrt(sum(np.sum(x**2) for x in some.values()))
+        assert global_norm(some) == pytest.approx(expected)
 
 
 def test_metrics_of_a_step():

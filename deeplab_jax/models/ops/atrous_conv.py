@@ -58,6 +58,8 @@ def atrous_conv(
         # any size JAX cannot prove that the output sizes agree.
         if strides == 1 or not any_size:
             by_platform["cpu"] = _valid_taps
+        if strides == 1 and not any_size and x.shape[1] * x.shape[2] > 1:
+            by_platform["cuda"] = lambda x, kernel, **_: _pointwise_on_cuda(x, kernel)
     elif strides == 1 and kernel_dilation > 1 and not any_size:
         if _taps_win_on_cpu(x.shape, kernel.shape, kernel_dilation):
             by_platform["cpu"] = _on_cpu
@@ -123,6 +125,18 @@ def _native(x: Array, kernel: Array, *, strides: int, kernel_dilation: int) -> A
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[3] // kernel.shape[2],
     )
+
+
+def _pointwise_on_cuda(x: Array, kernel: Array) -> Array:
+    """A 1x1 convolution as a product of matrices in the dtype of the map.
+
+    XLA:GPU compiles and times 70 of cuDNN's candidates for each convolution, and few for a product.
+    cuDNN's gradient of a kernel has another order of axes than the kernel: XLA's kernel that
+    transposes it and updates the parameter takes 22 us for 256 -> 1024 channels on an H200.
+    """
+    n, height, width, channels = x.shape
+    product = x.reshape(n * height * width, channels) @ kernel[0, 0]
+    return product.reshape(n, height, width, -1)
 
 
 def _valid_taps(x: Array, kernel: Array, *, strides: int, kernel_dilation: int) -> Array:

@@ -167,6 +167,21 @@ def test_bfloat16_is_rounded_once(method):
     np.testing.assert_allclose(np.asarray(ours, np.float64), expected, rtol=2**-8, atol=1e-3)
 
 
+def test_a_pointwise_product_has_the_gradients_of_the_native_convolution(x64):
+    x, kernel = (jnp.asarray(a) for a in random_case(5, 7, 1))
+
+    def gradients(conv):
+        value, gradient = jax.vjp(conv, x, kernel)
+        return value, *gradient(jnp.cos(value))
+
+    def native(x, kernel):
+        return atrous_conv(x, kernel, method="native")
+
+    ours, expected = gradients(atrous._pointwise_on_cuda), gradients(native)
+    for mine, theirs in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-11)
+
+
 def lowered(platform, k, in_channels, size, rate, gradient=False, method=None):
     """Returns the StableHLO of the convolution for a platform, which need not be available."""
 
@@ -193,6 +208,7 @@ def lowered(platform, k, in_channels, size, rate, gradient=False, method=None):
         ("cpu", 3, 32, 33, 18, False),  # 40 %, but of too few channels
         ("tpu", 1, 64, 33, 1, False),
         ("tpu", 3, 2048, 33, 18, False),
+        ("cuda", 1, 64, 33, 1, True),
         ("cuda", 3, 2048, 33, 18, False),
     ],
 )
