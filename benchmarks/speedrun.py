@@ -4,6 +4,8 @@
     python -m benchmarks.speedrun camvid --root camvid --track weights --weights resnet18.pth
     python -m benchmarks.speedrun --table      # the table of docs/speedrun.md
 
+Files of --json and --keep are written after each seed.
+
 Each seed trains in a process of its own with a recipe of configs/speedrun.py, in full. The clock
 runs from the creation of the process to the end of the first evaluation at or above the target.
 Caches of compiled programs are empty at the start of each.
@@ -19,12 +21,13 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deeplab_jax import config as config_lib
@@ -32,6 +35,7 @@ from deeplab_jax.cli.errors import exit_on_user_error
 from deeplab_jax.config import Config, rules
 from deeplab_jax.config import io as config_io
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.files import write_bytes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "results" / "speedrun.json"
@@ -122,8 +126,8 @@ def read_evaluations(workdir: pathlib.Path) -> list[tuple[int, float]]:
     return found
 
 
-def make_record(args: argparse.Namespace, workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains with each seed and returns the record, as JSON.
+def make_records(args: argparse.Namespace, workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Trains with each seed; yields the record of the seeds so far after each, as JSON.
 
     Raises:
       UserError: a setting is wrong, a workdir is in use, or a training failed.
@@ -149,6 +153,12 @@ def make_record(args: argparse.Namespace, workdir: pathlib.Path) -> dict[str, An
             times = time_training(command, folder, args.target, **({} if args.warm else cold))
         runs.append({"seed": seed} | times)
         print(", ".join(f"{name} {value}" for name, value in runs[-1].items()), flush=True)
+        yield _record(args, recipe, runs, folder)
+
+
+def _record(
+    args: argparse.Namespace, recipe: Config, runs: list[dict[str, Any]], folder: pathlib.Path
+) -> dict[str, Any]:
     start = json.loads((folder / "receipt.jsonl").open().readline())
     seconds = [run["seconds"] for run in runs]
     return {
@@ -162,21 +172,23 @@ def make_record(args: argparse.Namespace, workdir: pathlib.Path) -> dict[str, An
         "cpu_cores": os.cpu_count(),
         "xla_flags": start["devices"]["XLA_FLAGS"],
         "versions": start["versions"],
-        "config": row,
+        "config": f"configs/speedrun.py:{TRACKS[args.data, args.track].row}",
         "settings": args.set,
         "weights": args.weights and pathlib.Path(args.weights).name,
-        "seeds": runs,
+        "seeds": list(runs),
         "kept": args.keep and args.keep.name,
-        "deviations": deviations(args, recipe, folder),
+        "deviations": deviations(args, recipe, folder, len(runs)),
     }
 
 
-def deviations(args: argparse.Namespace, recipe: Config, run: pathlib.Path) -> list[str]:
+def deviations(
+    args: argparse.Namespace, recipe: Config, run: pathlib.Path, num_seeds: int
+) -> list[str]:
     """Returns why a result is no record, from its flags and from what a run wrote of its data."""
     track = TRACKS[args.data, args.track]
     reasons = {
         f"--target {args.target}, not {track.target}": args.target < track.target,
-        f"{len(args.seeds)} seeds, not 3": len(args.seeds) < 3,
+        f"{num_seeds} seeds, not 3": num_seeds < 3,
         "--warm kept compiled programs": args.warm,
         "metrics and receipts are not kept: give --keep": not args.keep,
     }
@@ -264,16 +276,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.table:
         print(table(json.loads(RECORDS.read_text())))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the training too
     workdir = args.workdir / f"{args.data}-{args.track}"
-    record = make_record(args, workdir)
+    earlier = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    for record in make_records(args, workdir):
+        if args.keep:
+            keep(workdir, [run["seed"] for run in record["seeds"]], args.keep)
+        if args.json:
+            write_bytes(args.json, (json.dumps([*earlier, record], indent=1) + "\n").encode())
     print(f"median of the seconds: {record['median_seconds']} (None: a seed missed the target)")
     for deviation in record["deviations"]:
         print(f"no record: {deviation}")
-    if args.keep:
-        keep(workdir, args.seeds, args.keep)
-    if args.json:
-        records = json.loads(args.json.read_text()) if args.json.exists() else []
-        args.json.write_text(json.dumps([*records, record], indent=1) + "\n")
     return 0
 
 

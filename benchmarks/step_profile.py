@@ -35,9 +35,9 @@ _SHAPE = re.compile(r"\b(\w+)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 # The first kind whose pattern is in a kernel's name; names of cuDNN and cuBLAS vary by version.
 _KINDS = {
-    "loss": r"forward_kernel|backward_kernel",
+    "loss": r"^(forward|backward)_kernel",
+    "convolutions": r"implicit_gemm|cudnn|nhwc|nchw",
     "products of matrices": r"nvjet|gemm|splitK",
-    "convolutions": r"xmma|cutlass|cudnn|implicit|nhwc|nchw",
     "transposes, copies": r"transpose|copy|memcpy|Memset|concatenate",
     "reductions": r"reduce",
     "element-wise": r"",

@@ -135,7 +135,7 @@ def test_another_recipe_can_be_a_record_but_another_protocol_cannot(tmp_path, se
     inputs |= {"classes of val": [str(number) for number in range(11)]}
     (tmp_path / "inputs.json").write_text(json.dumps(inputs))
     args = speedrun.parse(["camvid", "--root=x", "--keep=kept"])
-    assert speedrun.deviations(args, recipe, tmp_path) == deviations
+    assert speedrun.deviations(args, recipe, tmp_path, 3) == deviations
 
 
 def test_the_table_has_the_fastest_record_first_and_no_others():
