@@ -35,7 +35,7 @@ from deeplab_jax.cli.errors import exit_on_user_error
 from deeplab_jax.config import Config, rules
 from deeplab_jax.config import io as config_io
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.utils.files import write_bytes
+from deeplab_jax.utils.files import require_writable, write_bytes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "results" / "speedrun.json"
@@ -268,6 +268,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--weights FILE and --track weights belong together")
     if args.target is None and not args.table:
         args.target = TRACKS[args.data, args.track].target
+    if len({*args.seeds}) < len(args.seeds):
+        parser.error("--seeds must differ")
+    if args.target is not None and not 0 <= args.target <= 1:
+        parser.error("--target is a mIoU, from 0 to 1")
     return args
 
 
@@ -277,6 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(table(json.loads(RECORDS.read_text())))
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the training too
+    for option, folder in (("--json", args.json and args.json.parent), ("--keep", args.keep)):
+        if folder:
+            require_writable(folder, option, create=True)
     workdir = args.workdir / f"{args.data}-{args.track}"
     earlier = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
     for record in make_records(args, workdir):

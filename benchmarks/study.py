@@ -3,8 +3,9 @@
 Trains the rows of configs/study.py with several seeds, and evaluates the base with other settings
 too. Writes the results as JSON, draws them, and prints the tables of docs/study.md.
 
-    python benchmarks/study.py --jobs 2               # an hour and a half on two cores
+    python benchmarks/study.py --jobs 2               # two hours on two cores
     python benchmarks/study.py --only base,os8 --seeds 1
+    python benchmarks/study.py --only 'recipe*'
     python benchmarks/study.py --set train.steps=20 --workdir runs/trial   # a quick test
     python benchmarks/study.py --recorded study.json --plot study.png
 
@@ -14,6 +15,7 @@ Run again with the same --workdir, it resumes. On a GPU, one run at a time is fa
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import pathlib
 import statistics
@@ -89,6 +91,32 @@ GROUPS: dict[str, tuple[Row, ...]] = {
     ),
 }
 
+# The first row of each group is the base of the others.
+RECIPES: dict[str, tuple[Row, ...]] = {
+    "Recipes, 700 steps": (
+        Row("recipe", "SGD, poly, random scale and flip"),
+        Row("recipe_cosine", "cosine schedule"),
+        Row("recipe_adamw", "AdamW, cosine schedule"),
+        Row("recipe_decoupled", "decoupled weight decay"),
+        Row("recipe_ema", "EMA of the parameters"),
+        Row("recipe_smoothing", "label smoothing of 0.1"),
+        Row("recipe_photometric", "photometric distortion"),
+        Row("recipe_jitter", "colour jitter of 0.5"),
+        Row("recipe_blur", "blur"),
+        Row("recipe_rotation", "rotation by up to 45 degrees"),
+        Row("recipe_class_share", "class share of at most 0.75"),
+        Row("recipe_cutmix", "CutMix"),
+        Row("recipe_classmix", "ClassMix"),
+        Row("recipe_copy_paste", "copy-paste"),
+        Row("recipe_modern", "AdamW, cosine schedule, copy-paste"),
+    ),
+    "Recipes, 1400 steps": (
+        Row("recipe_long", "SGD, poly, random scale and flip"),
+        Row("recipe_long_copy_paste", "copy-paste"),
+        Row("recipe_long_modern", "AdamW, cosine schedule, copy-paste"),
+    ),
+}
+
 _OS8 = ("--output-stride", "8")
 _SCALES = (*_OS8, "--scales", "0.5,0.75,1,1.25,1.5,1.75")
 _FLIP = (*_SCALES, "--flip")
@@ -141,13 +169,18 @@ def trainings(
     workdir: pathlib.Path, seeds: int, settings: Sequence[str], only: Sequence[str]
 ) -> list[Training]:
     """Returns all seeds of all configs, ordered by seed."""
-    names = dict.fromkeys(row.name for rows in GROUPS.values() for row in rows)
     return [
         Training(name, seed, tuple(settings), workdir / name / f"seed{seed}")
         for seed in range(seeds)
-        for name in names
+        for name in _names()
         if name not in SCORINGS and (not only or name in only)
     ]
+
+
+def _names() -> list[str]:
+    """Returns all rows, each once."""
+    groups = (*GROUPS.values(), *RECIPES.values())
+    return list(dict.fromkeys(row.name for rows in groups for row in rows))
 
 
 def scorings(trained: Sequence[Training], only: Sequence[str]) -> list[Scoring]:
@@ -185,8 +218,9 @@ def make_record(runs: Sequence[Run], settings: Sequence[str]) -> Record:
 
 
 def tables(record: Record) -> str:
-    """Returns Markdown tables of the results of each row, and of the paper's claims."""
-    return "\n".join([*_rows(record), "", *_claims(record)]) + "\n"
+    """Returns Markdown tables of each row, of the paper's claims and of the recipes."""
+    parts = [list(part(record)) for part in (_rows, _claims, _recipes)]
+    return "\n\n".join("\n".join(part) for part in parts if len(part) > 2) + "\n"
 
 
 def _rows(record: Record) -> Iterator[str]:
@@ -202,8 +236,8 @@ def _rows(record: Record) -> Iterator[str]:
             values = [100 * value for value in miou[row.name]]
             config = "" if row.name in SCORINGS else f"`{row.name}`"
             cost = f"{gflop[row.name]:.3f}" if row.name in gflop else ""
-            spread = f"{min(values):.1f} to {max(values):.1f}"
-            yield f"| {row.words} | {config} | {statistics.mean(values):.1f} | {spread} | {cost} |"
+            mean = f"{statistics.mean(values):.1f}"
+            yield f"| {row.words} | {config} | {mean} | {spread(values)} | {cost} |"
 
 
 def _claims(record: Record) -> Iterator[str]:
@@ -213,10 +247,27 @@ def _claims(record: Record) -> Iterator[str]:
         if {claim.better, claim.worse} <= record["miou"].keys():
             gains = differences(record, claim.better, claim.worse)
             tables = ", ".join(str(number) for number in dict.fromkeys(claim.tables))
-            by_seed = ", ".join(f"{gain:+.1f}" for gain in gains)
             yield (
                 f"| {claim.words} | {tables} | {claim.paper[0] - claim.paper[1]:+.2f} | "
-                f"{statistics.mean(gains):+.1f} | {by_seed} | {verdict(gains)} |"
+                f"{statistics.mean(gains):+.1f} | {by_seed(gains)} | {verdict(gains)} |"
+            )
+
+
+def _recipes(record: Record) -> Iterator[str]:
+    yield "| | config | mIoU, % | range | points over the base | by seed | better here |"
+    yield "|---|---|---:|---:|---:|---|---|"
+    for title, (base, *others) in RECIPES.items():
+        known = [row for row in (base, *others) if {row.name, base.name} <= record["miou"].keys()]
+        if known:
+            yield f"| **{title}** | | | | | | |"
+        for row in known:
+            values = [100 * value for value in record["miou"][row.name]]
+            gains = differences(record, row.name, base.name)
+            gain = f"{statistics.mean(gains):+.1f} | {by_seed(gains)} | {verdict(gains)}"
+            yield (
+                f"| {row.words}{', the base' * (row is base)} | `{row.name}` | "
+                f"{statistics.mean(values):.1f} | {spread(values)} | "
+                f"{' | | ' if row is base else gain} |"
             )
 
 
@@ -224,6 +275,14 @@ def differences(record: Record, better: str, worse: str) -> list[float]:
     """Returns the difference in mIoU between two rows, in points, for each seed."""
     pairs = zip(record["miou"][better], record["miou"][worse], strict=True)
     return [100 * (one - other) for one, other in pairs]
+
+
+def by_seed(gains: Sequence[float]) -> str:
+    return ", ".join(f"{gain:+.1f}" for gain in gains)
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{min(values):.1f} to {max(values):.1f}"
 
 
 def verdict(gains: Sequence[float]) -> str:
@@ -238,10 +297,10 @@ def verdict(gains: Sequence[float]) -> str:
 
 def main() -> None:
     arguments = _parse()
-    only = [name for name in arguments.only.split(",") if name]
-    known = dict.fromkeys(row.name for rows in GROUPS.values() for row in rows)
-    if unknown := set(only) - set(known):
-        raise UserError(f"--only: no row {', '.join(sorted(unknown))}; rows: {', '.join(known)}")
+    known, patterns = _names(), [name for name in arguments.only.split(",") if name]
+    if unknown := [pattern for pattern in patterns if not fnmatch.filter(known, pattern)]:
+        raise UserError(f"--only: no row {', '.join(unknown)}; rows: {', '.join(known)}")
+    only = [name for pattern in patterns for name in fnmatch.filter(known, pattern)]
     if arguments.seeds < 1 or arguments.jobs < 1:
         raise UserError("--seeds and --jobs must be 1 or more")
     trained = trainings(arguments.workdir, arguments.seeds, arguments.settings, only)
@@ -270,11 +329,11 @@ def main() -> None:
 
 def plot(record: Record) -> Figure:
     miou = record["miou"]
-    groups = {
-        title: [(row.words, miou.get(row.name, [])) for row in rows]
-        for title, rows in GROUPS.items()
-    }
-    return study_figures.seeds_figure(groups, miou.get(BASE, []))
+    groups, bases = {}, {}
+    for title, rows in (GROUPS | RECIPES).items():
+        groups[title] = [(row.words, miou.get(row.name, [])) for row in rows]
+        bases[title] = miou.get(rows[0].name if title in RECIPES else BASE, [])
+    return study_figures.seeds_figure(groups, bases)
 
 
 def _parse() -> argparse.Namespace:
@@ -289,7 +348,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--jobs", type=int, default=1, help="number of parallel runs, which share the cores"
     )
-    parser.add_argument("--only", default="", help="rows, as in base,os8,eval_os8; default: all")
+    parser.add_argument(
+        "--only", default="", help="rows, as in base,os8,eval_os8 or recipe*; default: all"
+    )
     parser.add_argument(
         "--set",
         action="append",

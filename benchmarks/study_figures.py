@@ -25,15 +25,16 @@ _SPAN = 0.4  # mIoU from left to right; lower values are written as numbers
 
 
 def seeds_figure(
-    groups: Mapping[str, Sequence[tuple[str, Sequence[float]]]], base: Sequence[float]
+    groups: Mapping[str, Sequence[tuple[str, Sequence[float]]]],
+    bases: Mapping[str, Sequence[float]],
 ) -> Figure:
-    """Draws a line per row, a dot per seed and a mark at their mean; a band spans the base's seeds.
+    """Draws a line per row, a dot per seed and a mark at their mean; a band spans a base's seeds.
 
     The values of rows far below all others are written as numbers, so that the others spread out.
 
     Args:
       groups: title -> rows, each with its description and the mIoU, 0..1, of each seed.
-      base: mIoU of the base's seeds.
+      bases: title -> mIoU of the seeds of the group's base.
     """
     shown = {title: [row for row in rows if row[1]] for title, rows in groups.items()}
     shown = {title: rows for title, rows in shown.items() if rows}
@@ -46,10 +47,11 @@ def seeds_figure(
     axes = plots.chart_axes(sheet, left, top, plots.WIDTH - left - 24, chart_height)
     plots.clean_axes(axes, grid="x")
     axes.set(xlim=(100 * low - 0.5, 100 * high + 0.5), ylim=(chart_height, 0), yticks=[])
-    if base:
-        axes.axvspan(100 * min(base), 100 * max(base), color="#ececec", zorder=0)
     y = 0.0
     for title, rows in shown.items():
+        if base := bases[title]:
+            band = [y, y + _TITLE + _ROW * len(rows)]
+            axes.fill_betweenx(band, 100 * min(base), 100 * max(base), color="#ececec", zorder=0)
         y += _TITLE
         plots.text(sheet, 20, top + y - 12, title, size=10.5, weight="bold")
         for words, row in rows:

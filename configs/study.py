@@ -3,7 +3,8 @@
     python configs/study.py                   # lists the rows
     python train.py --config configs/study.py:os8 --workdir runs/study/os8
 
-The base is a narrow ResNet-50 on shapes of all sizes; each row changes some of its fields.
+The base is a narrow ResNet-50 on shapes of all sizes; each row changes some of its fields. The rows
+"recipe..." compare recipes of today on few images; their base is "recipe".
 """
 
 import dataclasses
@@ -39,6 +40,59 @@ def _half_and_half(steps: int) -> dict[str, Any]:
     }
 
 
+# The base of the recipes: a smaller network, and few images, so that augmentation may matter.
+_RECIPE: dict[str, Any] = {
+    "model.architecture": "paper_resnet18",
+    "model.width": 0.25,
+    "data.shapes.size": 65,
+    "data.shapes.num_train": 100,
+    "data.shapes.max_shapes": 3,
+    "data.shapes.radius_range": (0.12, 0.4),
+    "data.crop_size": (65,),
+    "data.scale_range": (0.75, 1.5),
+    "eval.size": 65,
+    "train.steps": 700,
+    "train.eval_every": 0,
+    "train.save_every": 0,
+}
+_COSINE = {"optimizer.schedule": "cosine"}
+_ADAMW = {
+    "optimizer.name": "adamw",
+    "optimizer.learning_rate": 0.01,
+    "optimizer.weight_decay": 0.05,
+}
+_MODERN = {**_ADAMW, **_COSINE, "data.augment.mix": "copy_paste"}
+_LONG = {"train.steps": 1400}
+# With momentum 0.9, a weight decay in the gradient acts tenfold.
+_DECOUPLED = {"optimizer.decoupled_weight_decay": True, "optimizer.weight_decay": 1e-3}
+# Recipes of today, each a change of their base.
+_RECIPES: dict[str, Row] = {
+    "recipe": Row("ResNet-18, 100 images of 65 pixels: SGD, poly, random scale and flip", {}),
+    "recipe_cosine": Row("cosine schedule", _COSINE),
+    "recipe_adamw": Row("AdamW with the cosine schedule", _ADAMW | _COSINE),
+    "recipe_decoupled": Row("decoupled weight decay of 0.001", _DECOUPLED),
+    "recipe_ema": Row("EMA of the parameters, decay 0.99", {"optimizer.ema_decay": 0.99}),
+    "recipe_smoothing": Row("label smoothing of 0.1", {"loss.label_smoothing": 0.1}),
+    "recipe_photometric": Row("photometric distortion", {"data.augment.photometric": 1.0}),
+    "recipe_jitter": Row("colour jitter of strength 0.5", {"data.augment.color_jitter": 0.5}),
+    "recipe_blur": Row("blur of every second crop", {"data.augment.blur": 0.5}),
+    "recipe_rotation": Row("rotation by up to 45 degrees", {"data.augment.rotation": 45.0}),
+    "recipe_class_share": Row(
+        "at most 0.75 of a crop is one class", {"data.augment.max_class_share": 0.75}
+    ),
+    "recipe_cutmix": Row("CutMix, every second crop", {"data.augment.mix": "cutmix"}),
+    "recipe_classmix": Row("ClassMix, every second crop", {"data.augment.mix": "classmix"}),
+    "recipe_copy_paste": Row("copy-paste, every second crop", {"data.augment.mix": "copy_paste"}),
+    "recipe_modern": Row("AdamW, cosine schedule and copy-paste", _MODERN),
+    "recipe_long": Row("twice as many steps", _LONG),
+    "recipe_long_copy_paste": Row(
+        "the same with copy-paste", {**_LONG, "data.augment.mix": "copy_paste"}
+    ),
+    "recipe_long_modern": Row(
+        "the same with AdamW, cosine schedule and copy-paste", _MODERN | _LONG
+    ),
+}
+
 ROWS: dict[str, Row] = {
     "base": Row("output stride 16, no multi-grid, rates 2, 4, 6, image pooling", {}),
     # Strides and rates. ASPP's rates scale with the output stride, as in the paper.
@@ -71,6 +125,7 @@ ROWS: dict[str, Row] = {
         "images of 129 pixels",
         {"data.shapes.size": 129, "data.crop_size": (129,), "eval.size": 129},
     ),
+    **{name: Row(row.text, _RECIPE | row.fields) for name, row in _RECIPES.items()},
 }
 
 
@@ -105,4 +160,4 @@ def get_config(row: str = "base") -> Config:
 
 
 if __name__ == "__main__":
-    print("\n".join(f"{name:<15}{row.text}" for name, row in ROWS.items()))
+    print("\n".join(f"{name:<24}{row.text}" for name, row in ROWS.items()))

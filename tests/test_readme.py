@@ -1,5 +1,6 @@
 """The commands and code of README.md work, and the commands of the pages that continue it."""
 
+import argparse
 import re
 import shlex
 import subprocess
@@ -9,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import typer
-from absl import flags
-from ml_collections import config_flags
 
 import small_checkpoint
 from conftest import ROOT
 from deeplab_jax.cli.main import app
+from deeplab_jax.config import io as config_io
 from deeplab_jax.config.rules import validate
 
 README = (ROOT / "README.md").read_text()
@@ -36,13 +36,14 @@ TRAINING = [line for line in COMMANDS if line.startswith("python train.py")]
 
 @pytest.mark.parametrize("line", TRAINING)
 def test_training_commands_give_valid_configs(line):
-    argv = [a.replace("configs/", f"{ROOT}/configs/") for a in shlex.split(line, comments=True)[1:]]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    flags.DEFINE_string("workdir", None, "", flag_values=values)
-    assert values(argv) == ["train.py"]
-    assert values.workdir
-    validate(values.config)
+    argv = [a.replace("configs/", f"{ROOT}/configs/") for a in shlex.split(line, comments=True)[2:]]
+    known = argparse.ArgumentParser()
+    known.add_argument("--config", required=True)
+    known.add_argument("--workdir", required=True)
+    values, overrides = known.parse_known_args(argv)
+    assert all(flag.startswith("--config.") for flag in overrides)
+    settings = [flag.removeprefix("--config.") for flag in overrides]
+    validate(config_io.override(config_io.from_python(values.config), settings))
 
 
 def test_there_are_training_commands():

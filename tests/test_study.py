@@ -8,7 +8,9 @@ import re
 import runpy
 import sys
 
+import numpy as np
 import pytest
+from matplotlib.collections import PolyCollection
 
 from conftest import ROOT
 from deeplab_jax import config as config_lib
@@ -16,8 +18,11 @@ from deeplab_jax.utils.errors import UserError
 from deeplab_jax.visualization import plots
 from drawings import BOUND, difference, texts
 
-RECORD = ROOT / "benchmarks" / "results" / "study_cpu.json"
-CONFIGS = set(runpy.run_path(str(ROOT / "configs" / "study.py"))["ROWS"])
+RESULTS = ROOT / "benchmarks" / "results"
+RECORD = RESULTS / "study_cpu.json"
+ROWS = set(runpy.run_path(str(ROOT / "configs" / "study.py"))["ROWS"])
+RECIPES = {name for name in ROWS if name.startswith("recipe")}
+CONFIGS = ROWS - RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +103,7 @@ def test_the_workdir_of_two_stages_is_that_of_the_second(study, tmp_path):
 def test_every_config_is_a_row_and_every_claim_names_rows(study):
     rows = {row.name for group in study.GROUPS.values() for row in group}
     assert rows == CONFIGS | set(study.SCORINGS)
+    assert {row.name for group in study.RECIPES.values() for row in group} == RECIPES
     assert {name for claim in study.CLAIMS for name in (claim.better, claim.worse)} <= rows
     runs = study.trainings(pathlib.Path("w"), 2, [], ["base", "eval_os8"])
     assert [(run.name, run.seed) for run in runs] == [("base", 0), ("base", 1)]
@@ -136,19 +142,61 @@ def test_a_claim_is_seen_if_all_seeds_agree(study):
     assert "Multi-grid" in text  # because of its row "base"
 
 
-def test_the_document_has_the_recorded_table_and_picture(study, tmp_path):
-    record = json.loads(RECORD.read_text())
+_TWO_BASES = {
+    "gflop_an_image": {},
+    "miou": {
+        "base": [0.5, 0.6],
+        "recipe": [0.75, 0.8],
+        "recipe_adamw": [0.77, 0.78],
+        "recipe_ema": [0.76, 0.81],
+    },
+}
+
+
+def test_recipes_are_compared_with_their_base_seed_by_seed(study):
+    header, _, *lines = study.tables(_TWO_BASES).splitlines()[-6:]
+    assert header.startswith("| | config | mIoU, % | range | points over the base |")
+    assert lines.pop(0).startswith("| **Recipes, 700 steps** |")
+    cells = [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines]
+    assert cells == [
+        ["`recipe`", "77.5", "75.0 to 80.0", "", "", ""],
+        ["`recipe_adamw`", "77.5", "77.0 to 78.0", "+0.0", "+2.0, -2.0", "no: seeds disagree"],
+        ["`recipe_ema`", "78.5", "76.0 to 81.0", "+1.0", "+1.0, +1.0", "yes"],
+    ]
+
+
+def test_the_band_of_a_group_is_that_of_its_base(study):
+    axes = study.plot(_TWO_BASES).axes[-1]
+    bands = [each for each in axes.collections if isinstance(each, PolyCollection)]
+    spans = [band.get_paths()[0].get_extents().intervalx for band in bands]
+    *groups, recipes = np.array(spans)
+    assert len(groups) == 6  # those that have the row "base"
+    np.testing.assert_allclose(groups, [[50, 60]] * 6)
+    np.testing.assert_allclose(recipes, [75, 80])
+
+
+@pytest.mark.parametrize(
+    ("file", "rows", "picture", "words", "changed"),
+    [
+        ("study_cpu", None, "study", {"Output stride", "16, the base of all groups below"}, "os8"),
+        ("recipes_cpu", RECIPES, "study_recipes", {"AdamW, cosine schedule"}, "recipe_adamw"),
+    ],
+)
+def test_the_document_has_the_recorded_table_and_picture(
+    study, file, rows, picture, words, changed, tmp_path
+):
+    record = json.loads((RESULTS / f"{file}.json").read_text())
     assert record["settings"] == []
     assert {len(values) for values in record["miou"].values()} == {3}
-    assert record["miou"].keys() == CONFIGS | set(study.SCORINGS)
+    assert record["miou"].keys() == (rows or CONFIGS | set(study.SCORINGS))
     assert study.tables(record) in (ROOT / "docs" / "study.md").read_text()
     figure, path = study.plot(record), tmp_path / "study.png"
     plots.save(path, figure)
-    assert difference(path, "study") < BOUND
-    assert {"Output stride", "16, the base of all groups below"} <= set(texts(figure))
-    record["miou"]["os8"][0] -= 0.01
+    assert difference(path, picture) < BOUND
+    assert words <= set(texts(figure))
+    record["miou"][changed][0] -= 0.01
     plots.save(path, study.plot(record))
-    assert difference(path, "study") > BOUND
+    assert difference(path, picture) > BOUND
 
 
 def test_a_recorded_study_is_shown_and_drawn_without_training(study, monkeypatch, capsys, tmp_path):
@@ -159,6 +207,17 @@ def test_a_recorded_study_is_shown_and_drawn_without_training(study, monkeypatch
     assert capsys.readouterr().out.strip() == study.tables(json.loads(RECORD.read_text())).strip()
     assert plot.exists()
     assert not (tmp_path / "runs").exists()
+
+
+def test_only_takes_patterns(study, monkeypatch):
+    runs = []
+    monkeypatch.setattr(study, "run_all", lambda given, jobs: runs.extend(given))
+    monkeypatch.setattr(study, "make_record", lambda *_: {"miou": {}, "gflop_an_image": {}})
+    options = ["--only", "recipe_?ong*,eval_os8,os8", "--seeds", "1"]
+    monkeypatch.setattr(sys, "argv", ["study", *options])
+    study.main()
+    long = ["recipe_long", "recipe_long_copy_paste", "recipe_long_modern"]
+    assert [run.name for run in runs] == ["os8", *long]
 
 
 @pytest.mark.parametrize(

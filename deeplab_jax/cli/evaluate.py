@@ -14,22 +14,17 @@ from deeplab_jax.utils.errors import UserError, print_warning
 
 if TYPE_CHECKING:
     from deeplab_jax.evaluation.tally import Evaluation
+    from deeplab_jax.inference.calibration import Calibration
 
 
 @options.evaluation_options
 def evaluate(
     settings: dict[str, Any],
     checkpoint: options.Checkpoint,
-    data: Annotated[
-        str,
-        options.path_option(
-            "Data set (voc, coco, cityscapes, ade20k, folder, shapes), or config file whose "
-            "data section to use. Default: the data set of the training."
-        ),
-    ] = "",
-    root: Annotated[str, options.path_option("Folder of the data. Default: the config's.")] = "",
-    split: Annotated[str, typer.Option(help="Default: the config's eval_split, val.")] = "",
-    limit: Annotated[int, typer.Option(min=0, help="Only the first N images; 0: all.")] = 0,
+    data: options.Data = "",
+    root: options.Root = "",
+    split: options.Split = "",
+    limit: options.Limit = 0,
     boundary: Annotated[
         bool, typer.Option("--boundary", help="Also compute the boundary IoU.")
     ] = False,
@@ -43,6 +38,15 @@ def evaluate(
     ] = "",
     positive: options.Positive = "",
     threshold: options.Threshold = None,
+    unsure: Annotated[
+        bool,
+        typer.Option(
+            "--unsure",
+            help="Also measure the risk and coverage of the rule for unsure pixels, see calibrate. "
+            "Predicts all images once more, as predict does.",
+        ),
+    ] = False,
+    calibration: options.Calibration = "",
     curves: Annotated[
         str,
         options.path_option(
@@ -62,10 +66,13 @@ def evaluate(
       deeplab-jax evaluate deeplabv3_resnet50_coco-cd0a2569.pth --data voc --protocol torchvision
       deeplab-jax evaluate runs/mine --data configs/folder.py --bootstrap 1000 --confusion c.png
       deeplab-jax evaluate runs/cracks --curves curves.png --threshold 0.35
+      deeplab-jax evaluate runs/voc --unsure --json scores.json
     """
     from deeplab_jax.buckets.outputs import shown
     from deeplab_jax.evaluation import report, setup
+    from deeplab_jax.evaluation.calibration import measure
     from deeplab_jax.evaluation.confusion import bootstrap_miou
+    from deeplab_jax.inference.calibration import require_calibration
     from deeplab_jax.inference.positive import missing
     from deeplab_jax.visualization import plots
 
@@ -74,6 +81,8 @@ def evaluate(
     outputs.check("--curves", curves, *plots.SUFFIXES, ".json")
     if curves and curves in (confusion, json_file):
         raise UserError(f"--curves needs a file of its own, got {curves}")
+    if unsure and threshold is not None:
+        raise UserError("--unsure is about the most probable class: leave --threshold out")
     config, segmenter, evaluator, warnings = setup.prepare(
         *(checkpoint, data, settings),
         root=root,
@@ -81,7 +90,9 @@ def evaluate(
         limit=limit,
         positive=positive,
         threshold=threshold,
+        calibration=calibration,
     )
+    rule = require_calibration(segmenter) if unsure else None
     if curves and evaluator.positive is None:
         raise missing("--curves", evaluator.dataset.labels)
 
@@ -98,6 +109,10 @@ def evaluate(
             "data check"
         )
     seconds = time.perf_counter() - started
+    curve = None
+    if rule:
+        with outputs.progress_bar("unsure pixels", evaluation.num_images) as advance:
+            curve = measure(segmenter, evaluator.dataset, rule, advance)
     interval = None
     if evaluation.matrices is not None:
         interval = bootstrap_miou(evaluation.matrices, num_resamples=bootstrap)
@@ -126,8 +141,13 @@ def evaluate(
     lines = _summary(evaluation, interval, facts)
     if binary:
         lines += ["", *_binary_summary(binary)]
+    scores = report.to_json(evaluation, interval)
+    if rule and curve:
+        found = curve.at(rule.threshold)
+        lines += ["", *_risk_summary(rule, found)]
+        scores["unsure"] = found | {"stated_risk": rule.risk, "points": curve.points()}
     console.print("", *lines, sep="\n", markup=False)
-    outputs.write_json(json_file, facts | report.to_json(evaluation, interval))
+    outputs.write_json(json_file, facts | scores)
     if confusion:
         figure = plots.confusion_plot(evaluation.matrix, evaluation.labels)
         outputs.save_figure(confusion, figure)
@@ -191,6 +211,16 @@ def _summary(
         f"{facts['seconds']:.1f} s, {facts['images_per_second']:.2f} images/s, "
         f"{programs} program{'' if programs == 1 else 's'} compiled in it"
     )
+    return [f"{name:<24}{value}" for name, value in rows.items()]
+
+
+def _risk_summary(rule: Calibration, found: dict[str, Any]) -> list[str]:
+    """Returns what the rule for unsure pixels gives on these images, one number per line."""
+    rows = {
+        "unsure": f"{_percent(1 - found['coverage'])} % of the pixels, {rule.rule()}",
+        "risk %": f"{_percent(found['risk'])}  ({rule.promise()})",
+        "wrong of the others %": _percent(found["wrong_of_sure"]),
+    }
     return [f"{name:<24}{value}" for name, value in rows.items()]
 
 

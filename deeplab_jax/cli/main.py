@@ -14,8 +14,10 @@ from typing import Annotated
 import typer
 
 from deeplab_jax.cli.bisect import bisect
+from deeplab_jax.cli.calibrate import calibrate
 from deeplab_jax.cli.convert import convert
 from deeplab_jax.cli.data import data
+from deeplab_jax.cli.demo import demo
 from deeplab_jax.cli.errors import escape_unprintable, exit_on_user_error
 from deeplab_jax.cli.evaluate import evaluate
 from deeplab_jax.cli.export import export
@@ -69,7 +71,8 @@ def train(context: typer.Context) -> None:
 
 
 for command in (
-    *(evaluate, predict, warm, convert, push, export, summary, plan, submit, replay, bisect),
+    *(evaluate, calibrate, predict, warm, convert, push, export, demo),
+    *(summary, plan, submit, replay, bisect),
 ):
     app.command()(command)
 app.add_typer(data, name="data")

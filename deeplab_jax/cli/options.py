@@ -77,6 +77,22 @@ Overlap = Annotated[
         help="Fraction of a window that the next window covers again. Default: the run's, else 0.5."
     ),
 ]
+Data = Annotated[
+    str,
+    path_option(
+        "Data set (voc, coco, cityscapes, ade20k, folder, shapes), or config file whose data "
+        "section to use. Default: the data set of the training."
+    ),
+]
+Root = Annotated[str, path_option("Folder of the data. Default: the config's.")]
+Split = Annotated[str, typer.Option(help="Default: the config's eval_split, val.")]
+Limit = Annotated[int, typer.Option(min=0, help="Only the first N images; 0: all.")]
+Calibration = Annotated[
+    str,
+    path_option(
+        "File that `deeplab-jax calibrate` wrote. Default: that in the checkpoint's folder."
+    ),
+]
 Positive = Annotated[
     str,
     typer.Option(

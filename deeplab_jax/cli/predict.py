@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,7 +27,10 @@ def predict(
     settings: dict[str, Any],
     checkpoint: options.Checkpoint,
     images: Annotated[
-        list[str], options.path_argument("Image files, folders (searched recursively) or patterns.")
+        list[str],
+        options.path_argument(
+            "Image files, folders (searched recursively for images), patterns, videos, or camera:0."
+        ),
     ],
     out: Annotated[str, options.path_option("Folder for the results; created if it is missing.")],
     heatmap: Annotated[
@@ -38,17 +43,39 @@ def predict(
     opacity: Annotated[
         float, typer.Option(min=0, max=1, help="Opacity of the class colours over the image.")
     ] = 0.5,
+    smooth: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Weight of earlier frames of a video in a running mean of probabilities."
+        ),
+    ] = 0.0,
+    every: Annotated[int, typer.Option(min=1, help="Segment one of so many frames.")] = 1,
+    frames: Annotated[
+        int,
+        typer.Option(min=0, help="Stop after so many frames of a video or camera; 0: at the end."),
+    ] = 0,
     positive: options.Positive = "",
     threshold: options.Threshold = None,
+    unsure: Annotated[
+        bool,
+        typer.Option(
+            "--unsure", help="Also mark the pixels at which the model is unsure; see calibrate."
+        ),
+    ] = False,
+    calibration: options.Calibration = "",
     json_file: options.Json = "",
 ) -> None:
-    """Segment images: class ids, overlays with a legend, and the area of each class.
+    """Segment images and videos: class ids, overlays with a legend, and the area of each class.
 
     For each image NAME, the folder OUT gets NAME_ids.png, a palette PNG whose pixel values are
-    class ids, and NAME_overlay.png. Files that are not images are reported at the end, when all
+    class ids, and NAME_overlay.png; with --unsure also NAME_unsure.png, which is 255 where the
+    model is unsure and 0 elsewhere. Files that are not images are reported at the end, when all
     other files are done. Of folders and patterns, pictures that deeplab-jax wrote are left out.
     Scales, mirrored images and windows are those with which the run was evaluated during its
     training, unless the options say otherwise.
+
+    For each video NAME, OUT gets NAME_overlay.mp4, without sound, and NAME_areas.csv with the share
+    of each class in each frame. Ctrl-C ends the recording of a camera.
 
     Examples:
       deeplab-jax predict runs/voc photo.jpg --out predicted
@@ -56,19 +83,38 @@ def predict(
       deeplab-jax predict deeplabv3_resnet101 'photos/*.jpg' --out predicted --heatmap dog
       deeplab-jax predict runs/cracks photos/ --out predicted --threshold 0.35
       deeplab-jax predict runs/voc huge.tif --out predicted --window 1025 --scales 0.75,1 --flip
+      deeplab-jax predict runs/voc photos/ --out predicted --unsure
+      deeplab-jax predict runs/voc clip.mp4 --out predicted --smooth 0.8
+      deeplab-jax predict runs/voc camera:0 --out predicted --frames 300
     """
     from deeplab_jax.buckets.outputs import local_output, shown
     from deeplab_jax.data.labels import class_id
-    from deeplab_jax.inference import files, pipeline, predictor, segmenter
+    from deeplab_jax.inference import files, pipeline, predictor, segmenter, video
+    from deeplab_jax.inference.calibration import require_calibration
     from deeplab_jax.inference.positive import resolve
     from deeplab_jax.utils.errors import UserError, raise_problems
     from deeplab_jax.utils.paths import is_bucket
     from deeplab_jax.utils.progress import track
 
-    inputs, num_own = files.find_images(images, out)
+    cameras = [name for name in images if re.fullmatch(video.CAMERA, name)]
+    inputs, num_own = files.find_images([name for name in images if name not in cameras], out)
+    is_video = [path for path in inputs if path.suffix.lower() in files.VIDEO_SUFFIXES]
+    videos = {path: inputs.pop(path) for path in is_video}
+    videos |= {pathlib.Path(name): pathlib.Path(name.replace(":", "_")) for name in cameras}
+    if videos and (heatmap or side_by_side or unsure):
+        raise UserError(
+            "--heatmap, --side-by-side and --unsure are for images: predict videos without them"
+        )
+    if not videos and (smooth or every > 1 or frames):
+        raise UserError("--smooth, --every and --frames are for videos and cameras")
+    if not smooth < 1:
+        raise UserError(f"--smooth must be 0 or more and below 1, got {smooth:g}")
     outputs.check_folder("--out", out)
     outputs.check("--json", json_file, ".json")
-    model = segmenter.load(checkpoint, **settings, wait=False)
+    if unsure and threshold is not None:
+        raise UserError("--unsure is about the most probable class: leave --threshold out")
+    model = segmenter.load(checkpoint, **settings, calibration=calibration or None, wait=False)
+    rule = require_calibration(model) if unsure else None
     if positive and threshold is None:
         raise UserError("--positive needs --threshold: without it, the most probable class counts")
     chosen = None if threshold is None else resolve(model.labels, positive, threshold)
@@ -84,15 +130,31 @@ def predict(
             heatmap_classes=tuple(classes),
             side_by_side=side_by_side,
             positive=chosen,
+            unsure=unsure,
             move=move if is_bucket(out) else None,
         )
         stack.callback(predictions.close)
-        for result in track(predictions, "predict", len(inputs)):
+        for result in track(predictions, "predict", len(inputs)) if inputs else ():
             resume_collector()
             if isinstance(result, UserError):
                 problems.append(shown(str(result)))
             else:
                 results.append(result)
+        for source, name in videos.items():
+            resume_collector()
+            try:
+                result = video.predict_video(
+                    *(model, source, folder / name),
+                    opacity=opacity,
+                    every=every,
+                    move=move if is_bucket(out) else None,
+                    max_frames=frames,
+                    smooth=smooth,
+                    positive=chosen,
+                )
+                results.append(result)
+            except UserError as error:
+                problems.append(shown(f"{source}: {error}"))
 
     console = outputs.console(json_file)
     if num_own:
@@ -110,21 +172,30 @@ def predict(
             f"segmented in windows of {predictor.DEFAULT_WINDOW} (--window 0: as whole images)"
         )
     if results:
-        columns = ["class", "colour", "pixels", "share", "images"]
+        columns = ["class", "colour", "pixels", "share", "files" if videos else "images"]
         rows = _area_rows(results, files.total_counts(results, model.labels), model.labels)
+        rows += [_unsure_row(results)] if rule else []
         if len(results) == 1:
             columns, rows = columns[:-1], [row[:-1] for row in rows]
         console.print(outputs.table(columns, rows, num_text_columns=2))
-        noun = "image" if len(results) == 1 else "images"
-        console.print(f"{len(results)} {noun} in {out}", markup=False)
+        noun = "video" if videos and not inputs else "image" if not videos else "file"
+        console.print(f"{len(results)} {noun}{'s' * (len(results) > 1)} in {out}", markup=False)
+        for one in results:
+            if isinstance(one, files.VideoResult):
+                about = f"{one.num_frames} frames, {one.rate:g} per second, without sound"
+                console.print("; ".join([f"{one.path}: {about}", *one.notes]), markup=False)
     report: dict[str, Any] = {"checkpoint": str(model.path)}
     if chosen:
         report |= {"positive": model.labels.names[chosen.class_id], "threshold": threshold}
         console.print(f"{report['positive']}: from probability {threshold:g} on", markup=False)
+    if rule:
+        console.print(f"unsure {rule.rule()}; {rule.promise()}", markup=False)
+        report["unsure"] = {name: getattr(rule, name) for name in ("threshold", "risk", "of")}
     report |= files.to_json(results, model.labels)
     outputs.write_json(json_file, report | {"problems": problems})
-    num_failed = len(inputs) - len(results)
-    raise_problems(f"{num_failed} of {len(inputs)} images could not be predicted", problems)
+    number, noun = len(inputs) + len(videos), "files" if videos else "images"
+    failed = f"{number - len(results)} of {number} {noun} could not be predicted"
+    raise_problems(failed, problems)
 
 
 def _area_rows(
@@ -147,3 +218,14 @@ def _area_rows(
             ]
         )
     return rows
+
+
+def _unsure_row(results: list[ImageResult]) -> list[str | Text]:
+    """Returns the row of the unsure pixels, which the rows of classes count too."""
+    from deeplab_jax.visualization.overlays import percentage
+
+    pixels = [one.unsure or 0 for one in results]
+    total = sum(int(one.counts.sum()) for one in results)
+    num_images = sum(count > 0 for count in pixels)
+    area = f"{sum(pixels):,}", percentage(sum(pixels), total)
+    return ["unsure", "hatched", *area, str(num_images)]

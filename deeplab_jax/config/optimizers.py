@@ -105,4 +105,6 @@ def _refusal(config: OptimizerConfig) -> str:
         before, after = jax.eval_shape(step, {"kernel": jax.ShapeDtypeStruct((3, 5), "float32")})
     except Exception as error:  # whatever optax raises for a value
         return first_line(error)
+    if any(jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(before)):
+        return "its state holds a random key"
     return "" if before == after else "a step changes the dtypes or shapes of the state"

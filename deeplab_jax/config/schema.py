@@ -339,10 +339,13 @@ def to_json(config: Config) -> str:
 def differences(ours: Config, theirs: dict[str, Any]) -> dict[str, str]:
     """Compares a config with the parsed JSON of another, except for the fields in `RESUMABLE`.
 
+    Fields that the other lacks, because an earlier version wrote it, have their defaults.
+
     Returns:
       The values of each differing field, such as `{"config.train.steps": "10 here, 20 there"}`.
     """
-    here, there = flatten(json.loads(to_json(ours))), flatten(theirs)
+    here, default = (flatten(json.loads(to_json(each))) for each in (ours, type(ours)()))
+    there = default | flatten(theirs)
     absent = "absent"
     return {
         f"config.{name}": f"{here.get(name, absent)} here, {there.get(name, absent)} there"

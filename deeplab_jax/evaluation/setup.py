@@ -34,6 +34,7 @@ def prepare(
     limit: int = 0,
     positive: str = "",
     threshold: float | None = None,
+    calibration: str = "",
     load_split: Callable[[DataConfig, str], Dataset] = data_lib.load,
 ) -> tuple[Config, Segmenter, Evaluator, list[str]]:
     """Loads the model and the split that a command's options name; errors name the options.
@@ -44,6 +45,7 @@ def prepare(
       root, split: empty: as in `base_config`.
       limit: largest number of images; 0: all.
       positive, threshold: see `inference.positive.resolve`.
+      calibration: see `inference.segmenter.load`; empty: the default.
       load_split: loads a split.
 
     Returns:
@@ -65,20 +67,60 @@ def prepare(
     try:
         rules.validate(config)
         config.eval = dataclasses.replace(resolve_eval(config), output_stride=stride)
-        segmenter = load(checkpoint, output_stride=stride)
+        ours = config.eval
+        segmenter = load(
+            checkpoint,
+            output_stride=stride,
+            scales=ours.scales,
+            flip=ours.flip,
+            window=ours.window if ours.protocol == "native" else ours.window or None,
+            overlap=ours.overlap,
+            calibration=calibration or None,
+        )
     except UserError as error:
         text = re.sub(r"^architecture \w+: output_stride", "--output-stride", str(error))
         field = re.compile(r"(?:config\.)?eval\.(\w+)")
         raise UserError(field.sub(lambda m: "--" + m[1].replace("_", "-"), text)) from None
-    dataset = load_split(config.data, config.data.eval_split)
-    if limit:
-        first = np.arange(min(limit, len(dataset.source)))
-        dataset = dataclasses.replace(dataset, source=IndexedSource(dataset.source, first))
+    dataset = _first(load_split(config.data, config.data.eval_split), limit)
     warnings = check_compatible(segmenter.labels, segmenter.architecture.in_channels, dataset)
     chosen = resolve_positive(dataset.labels, positive, threshold)
     config.data.mean, config.data.std = segmenter.mean, segmenter.std
     evaluator = Evaluator(segmenter.model, dataset, config, make_mesh(config.mesh), chosen)
     return config, segmenter, evaluator, warnings
+
+
+def load_data(
+    data: str, checkpoint: str, *, root: str = "", split: str = "", limit: int = 0
+) -> tuple[DataConfig, Dataset]:
+    """Loads the split that a command's options name, without a model; see `prepare`."""
+    config = Config(data=base_config(data, checkpoint).data)
+    config.data.root = root or config.data.root
+    config.data.eval_split = split or config.data.eval_split
+    rules.validate(config)
+    return config.data, _first(data_lib.load(config.data, config.data.eval_split), limit)
+
+
+def _first(dataset: Dataset, limit: int) -> Dataset:
+    """Returns the first images of a split; all for limit 0."""
+    if not limit:
+        return dataset
+    first = np.arange(min(limit, len(dataset.source)))
+    return dataclasses.replace(dataset, source=IndexedSource(dataset.source, first))
+
+
+def training_warning(checkpoint: str, config: DataConfig) -> list[str]:
+    """Returns a warning if a model was trained on the split `eval_split`, as its name tells."""
+    run = config_io.from_run(checkpoint)
+    if run is not None and (run.data.name, run.data.root) != (config.name, config.root):
+        return []
+    trained, split = "train" if run is None else run.data.split, config.eval_split
+    if split not in trained and split not in ("train", "trainval", "trainaug"):
+        return []
+    perhaps = "" if run else ", by its name,"
+    return [
+        f"the model was{perhaps} trained on the split {split}, where it is right more often than "
+        "on new images. So the temperatures and the risk do not hold: give another --split"
+    ]
 
 
 def eval_config(checkpoint: str, base: Config, settings: Mapping[str, Any]) -> EvalConfig:

@@ -45,11 +45,10 @@ def compare(program: Program, exported: Callable[[np.ndarray], np.ndarray]) -> l
     variables = jax.device_put(program.saved.variables)
     channels = program.model.architecture.in_channels
     comparisons = []
-    for shape in _shapes(program.dimensions):
-        for name, images in _images(*shape, channels):
-            logits = np.asarray(reference(variables, images))
-            result = exported(images)
-            comparisons.append(Comparison(shape, name, *difference(program.output, logits, result)))
+    for shape, name, images in pictures(program.dimensions, channels):
+        logits = np.asarray(reference(variables, images))
+        result = exported(images)
+        comparisons.append(Comparison(shape, name, *difference(program.output, logits, result)))
     return comparisons
 
 
@@ -88,10 +87,19 @@ def difference(
     return float(np.abs(error).max() / largest), float(np.mean(ids == result.argmax(axis=-1)))
 
 
-def _shapes(dimensions: Dimensions) -> list[tuple[int, int, int]]:
-    """Returns `SYMBOLIC_SHAPES` with the fixed dimensions replaced, without duplicates."""
+def pictures(
+    dimensions: Dimensions, channels: int
+) -> Iterator[tuple[tuple[int, int, int], str, UInt8[np.ndarray, "n h w c"]]]:
+    """Yields a shape, "noise" or "smooth", and images that show it.
+
+    The shapes are `SYMBOLIC_SHAPES` with the fixed dimensions replaced, without duplicates.
+    """
     batch, height, width = dimensions
-    return list(dict.fromkeys((batch or n, height or h, width or w) for n, h, w in SYMBOLIC_SHAPES))
+    for shape in dict.fromkeys(
+        (batch or n, height or h, width or w) for n, h, w in SYMBOLIC_SHAPES
+    ):
+        for name, images in _images(*shape, channels):
+            yield shape, name, images
 
 
 def _images(

@@ -12,7 +12,7 @@ import jax
 import jax.extend
 import numpy as np
 
-from deeplab_jax.export import onnx, stablehlo
+from deeplab_jax.export import onnx, quantise, stablehlo
 from deeplab_jax.export.compare import Comparison, compare
 from deeplab_jax.export.program import OUTPUTS, Dimensions, Program
 from deeplab_jax.models.ops.resize import MAX_SIDE
@@ -34,7 +34,8 @@ class Export:
       num_bytes: size of the file.
       comparisons: its differences from the model.
       limit: largest allowed difference.
-      nodes: for ONNX, the number of nodes of each type, the most frequent first.
+      nodes: for ONNX, the float32 file's number of nodes of each type, the most frequent first.
+      change: for a lower precision, its differences from the float32 file.
     """
 
     path: pathlib.Path | str
@@ -42,6 +43,7 @@ class Export:
     comparisons: tuple[Comparison, ...]
     limit: float
     nodes: dict[str, int]
+    change: quantise.Change | None = None
 
 
 def export(
@@ -54,6 +56,7 @@ def export(
     output: str = "ids",
     platforms: Sequence[str] = stablehlo.PLATFORMS,
     layout: str = "nhwc",
+    quantisation: quantise.Quantisation | None = None,
 ) -> Export:
     """Writes a model with its pre- and post-processing as StableHLO or ONNX.
 
@@ -69,11 +72,13 @@ def export(
       output: a name in `program.OUTPUTS`.
       platforms: for StableHLO, names in `stablehlo.PLATFORMS`.
       layout: for ONNX, the layout of images, probabilities and logits: "nhwc" or "nchw".
+      quantisation: for ONNX, a lower precision; None: float32.
 
     Raises:
       UserError: an argument is invalid; there is no model, or it cannot be exported; a package of
-        the extra `onnx` is missing; the file cannot be written; or the program differs from the
-        model.
+        the extra `onnx` is missing; the file cannot be written; calibration images are missing or
+        cannot be read; the program differs from the model; or a lower precision changes the class
+        of too many pixels.
     """
     if is_bucket(destination):
         from deeplab_jax.buckets import outputs
@@ -88,11 +93,14 @@ def export(
                 output=output,
                 platforms=platforms,
                 layout=layout,
+                quantisation=quantisation,
             )
         return dataclasses.replace(done, path=str(destination))
     path = required_path(destination, "the destination")
     dimensions = Dimensions(batch, height, width)
     _check(path, dimensions, output)
+    if quantisation:
+        quantise.check(quantisation, path)
     if path.suffix == ".onnx":
         onnx.check(layout)
     # Always on CPU, because accelerators round products to fewer digits, each in its own way.
@@ -104,6 +112,9 @@ def export(
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         program = Program(read_model(checkpoint), output, dimensions)
         nodes: dict[str, int] = {}
+        change = None
+        if quantisation:
+            images = quantise.read_images(quantisation, checkpoint, program)
         load: Callable[[pathlib.Path], Callable[[np.ndarray], np.ndarray]]
         if path.suffix == ".onnx":
             graph = onnx.to_onnx(program, layout)
@@ -115,12 +126,16 @@ def export(
                 partial.write_bytes(content)
                 comparisons = compare(program, load(partial))
                 _require_equal(path, comparisons, output, LIMITS[path.suffix])
+                if quantisation:
+                    change = quantise.quantise(partial, quantisation.precision, *images)
+                    _require_few_changes(path, quantisation, change)
                 if path.suffix == ".stablehlo":
                     text = json.dumps(program.description, indent=2) + "\n"
                     write_bytes(path.with_name(path.name + ".json"), text.encode())
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    return Export(path, len(content), tuple(comparisons), LIMITS[path.suffix], nodes)
+    num_bytes = change.num_bytes[1] if change else len(content)
+    return Export(path, num_bytes, tuple(comparisons), LIMITS[path.suffix], nodes, change)
 
 
 def _check(path: pathlib.Path, dimensions: Dimensions, output: str) -> None:
@@ -153,4 +168,21 @@ def _require_equal(
         raise UserError(
             f"{path} was not written: its {output} differ from the model's by more than "
             f"{limit:g} of the largest logit:\n" + "\n".join(lines)
+        )
+
+
+def _require_few_changes(
+    path: pathlib.Path, wanted: quantise.Quantisation, change: quantise.Change
+) -> None:
+    if change.changed > wanted.max_changed:
+        advice = "Keep float32, or raise max_changed"
+        if wanted.precision == "int8":
+            advice = (
+                "Calibrate with more images like those that the model will see "
+                "(num_calibration), export in float16, or raise max_changed"
+            )
+        raise UserError(
+            f"{path} was not written: in {wanted.precision}, {change.changed:.2%} of the pixels of "
+            f"{change.num_images} images change class, and max_changed allows "
+            f"{wanted.max_changed:.2%}. {advice}"
         )

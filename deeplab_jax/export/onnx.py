@@ -89,6 +89,15 @@ def count_nodes(model: ModelProto) -> dict[str, int]:
     return dict(collections.Counter(node.op_type for node in model.graph.node).most_common())
 
 
+def description(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the facts about the model that a file holds, see `Program.description`."""
+    import onnx
+
+    facts = {each.key: each.value for each in onnx.load(path).metadata_props}
+    names = ("output_stride", "side_multiple", "classes", "palette", "mean", "std")
+    return facts | {name: json.loads(facts[name]) for name in names}
+
+
 def load(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
     """Loads a file in onnxruntime on CPU, as a function of uint8 `[n, h, w, c]`."""
     import onnxruntime

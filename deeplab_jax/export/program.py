@@ -102,9 +102,12 @@ class Program:
         """Facts about the model that a user of the file needs, for JSON."""
         architecture = self.model.architecture
         names = ("classes", "palette", "mean", "std")
+        stride = architecture.output_stride
         return {
             "architecture": architecture.name,
-            "output_stride": architecture.output_stride,
+            "output_stride": stride,
+            # Best sides of images are a multiple of it plus 1, see `inference.views`.
+            "side_multiple": stride if architecture.padding == "same" else 1,
             "output": self.output,
             **{name: self.saved.info[name] for name in names},
         }

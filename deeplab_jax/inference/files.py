@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import glob
+import math
 import os
 import pathlib
 import re
@@ -21,7 +22,13 @@ from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.files import find_files, is_own_picture, match_files
 from deeplab_jax.utils.paths import is_bucket
 
-_OUTPUT = re.compile(r"(_ids|_overlay|_side_by_side|_heatmap_.+)\.png$")
+# Suffixes by which arguments are videos, lower case.
+VIDEO_SUFFIXES = frozenset(
+    (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".webm", ".wmv")
+)
+_OUTPUT = re.compile(
+    r"(_ids|_overlay|_side_by_side|_unsure|_heatmap_.+)\.png$|_overlay\.(mp4|avi)$"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +40,29 @@ class ImageResult:
       size: height and width, pixels.
       counts: pixels of each class.
       files: the written files, or their addresses in a bucket, by kind.
+      unsure: number of unsure pixels; None unless requested.
     """
 
     path: pathlib.Path
     size: tuple[int, int]
     counts: Int[np.ndarray, " classes"]
     files: dict[str, pathlib.Path | str]
+    unsure: int | None = dataclasses.field(default=None, kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoResult(ImageResult):
+    """The prediction of a video; `counts` are over all frames.
+
+    Attributes:
+      num_frames: that were predicted.
+      rate: frames per second of the overlay.
+      notes: how the overlay differs from the video.
+    """
+
+    num_frames: int
+    rate: float
+    notes: tuple[str, ...]
 
 
 class OutputError(UserError):
@@ -48,12 +72,12 @@ class OutputError(UserError):
 def find_images(
     arguments: Iterable[str], out: str | os.PathLike[str]
 ) -> tuple[dict[pathlib.Path, pathlib.PurePath], int]:
-    """Finds the images that files, folders and patterns name, each once.
+    """Finds the images and videos that files, folders and patterns name, each once.
 
-    Of a folder, all image files below it are taken that `find_files` finds; the outputs' names keep
-    its subfolders. Pictures that this package wrote are left out of folders and patterns. A file
-    that is named is taken even if it is not an image or does not exist: predicting it raises the
-    error.
+    Of a folder, all image files below it are taken that `find_files` finds, but no videos; the
+    outputs' names keep its subfolders. What this package wrote is left out of folders and patterns.
+    A file that is named is taken even if it is not an image or does not exist: predicting it raises
+    the error.
 
     Args:
       arguments: paths and shell patterns, which may contain `**`. What is in a bucket is copied to
@@ -74,15 +98,18 @@ def find_images(
     for argument in map(_stage, arguments):
         path = pathlib.Path(argument)
         if os.path.isdir(path):
-            files = sorted(file for file in find_files(path) if file.suffix.lower() in SUFFIXES)
-            matches = {file: file.relative_to(path) for file in files}
+            files = sorted(find_files(path))
+            images = [file for file in files if file.suffix.lower() in SUFFIXES]
+            matches = {file: file.relative_to(path) for file in images}
             problem = "the folder contains no image files"
+            if any(file.suffix.lower() in VIDEO_SUFFIXES for file in files):
+                problem += f" (its videos: name them, or use a pattern such as '{argument}/*.mp4')"
         elif not os.path.exists(path) and glob.has_magic(argument):
             matches = {file: pathlib.Path(file.name) for file in match_files(argument)}
             problem = "no file matches the pattern"
         else:
             matches, problem = {path: pathlib.Path(path.name)}, ""
-        outputs = {file for file in matches if problem and is_own_picture(file)}
+        outputs = {file for file in matches if problem and _is_own(file)}
         own |= outputs
         if len(outputs) == len(matches):
             but = f" but what deeplab-jax wrote ({len(outputs)})" if outputs else ""
@@ -106,6 +133,13 @@ def find_images(
     return dict(zip(paths, _unique_names(paths, relatives, taken), strict=True)), len(own)
 
 
+def _is_own(file: pathlib.Path) -> bool:
+    """Whether this package wrote a picture, or a video with its areas beside it."""
+    base = _OUTPUT.sub("", file.name)
+    is_overlay = base != file.name and file.suffix in VIDEO_SUFFIXES
+    return is_own_picture(file) or (is_overlay and file.with_name(f"{base}_areas.csv").exists())
+
+
 def _stage(argument: str) -> str:
     """Copies images from a bucket; returns their local path or pattern, or a local argument."""
     if not is_bucket(argument):
@@ -113,10 +147,11 @@ def _stage(argument: str) -> str:
     from deeplab_jax.buckets import staging
 
     names = argument.split("/")
+    suffixes = {*SUFFIXES, pathlib.PurePath(argument).suffix.lower()} - {""}
     depth = next((i for i, name in enumerate(names) if glob.has_magic(name)), len(names))
     folder = staging.stage(
         "/".join(names[:depth]),
-        lambda name: not name or name.lower().endswith(tuple(SUFFIXES)),
+        lambda name: not name or name.lower().endswith(tuple(suffixes)),
         title="images to segment",
     )
     return os.path.join(folder, *names[depth:])
@@ -161,20 +196,23 @@ def total_counts(results: Sequence[ImageResult], labels: LabelSet) -> Int[np.nda
 
 
 def to_json(results: Sequence[ImageResult], labels: LabelSet) -> dict[str, Any]:
-    """Returns pixels and fractions of the classes that occur, for each image and in total."""
-    return {
-        "images": [
-            {
-                "image": str(result.path),
-                "height": result.size[0],
-                "width": result.size[1],
-                "classes": _class_areas(result.counts, labels),
-                "files": {kind: str(file) for kind, file in result.files.items()},
-            }
-            for result in results
-        ],
-        "total": _class_areas(total_counts(results, labels), labels),
-    }
+    """Returns pixels and fractions of the classes that occur, for each file and in total."""
+    report: dict[str, Any] = {"images": []}
+    for one in results:
+        found: dict[str, Any] = {
+            "height": one.size[0],
+            "width": one.size[1],
+            "classes": _class_areas(one.counts, labels),
+            "files": {kind: str(file) for kind, file in one.files.items()},
+        }
+        if one.unsure is not None:
+            found["unsure"] = {"pixels": one.unsure, "share": one.unsure / math.prod(one.size)}
+        if isinstance(one, VideoResult):
+            about = {"frames": one.num_frames, "rate": one.rate, "notes": list(one.notes)}
+            report.setdefault("videos", []).append({"video": str(one.path), **about, **found})
+        else:
+            report["images"].append({"image": str(one.path), **found})
+    return report | {"total": _class_areas(total_counts(results, labels), labels)}
 
 
 def _class_areas(counts: np.ndarray, labels: LabelSet) -> dict[str, dict[str, Any]]:

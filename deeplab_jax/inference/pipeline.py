@@ -15,11 +15,11 @@ import pathlib
 import re
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
 from deeplab_jax.data.io.images import read_image, read_size
 from deeplab_jax.data.io.masks import write_ids
@@ -41,7 +41,7 @@ MAX_PIXELS = 24_000_000
 
 
 @dataclasses.dataclass
-class _Image:
+class PipelineImage:
     """An image in the pipeline.
 
     Attributes:
@@ -63,6 +63,9 @@ class _Image:
     predicted: Any = None
 
 
+_ImageT = TypeVar("_ImageT", bound=PipelineImage)
+
+
 def predict_images(
     segmenter: Segmenter,
     inputs: Mapping[pathlib.Path, pathlib.Path],
@@ -71,6 +74,7 @@ def predict_images(
     heatmap_classes: Sequence[int] = (),
     side_by_side: bool = False,
     positive: PositiveClass | None = None,
+    unsure: bool = False,
     move: Callable[[pathlib.Path], pathlib.Path | str] | None = None,
 ) -> Generator[ImageResult | UserError, None, None]:
     """Predicts images and writes their class ids, overlays and other pictures.
@@ -85,6 +89,7 @@ def predict_images(
       heatmap_classes: ids of the classes whose probabilities are drawn.
       side_by_side: whether to draw the image and its overlay in a row too.
       positive: class that a threshold predicts, if any.
+      unsure: whether to write a mask of the unsure pixels, and to hatch them; without `positive`.
       move: moves a finished file and returns its new path, see `buckets.outputs`; called in
         threads, MAX_IMAGES more than otherwise, which mostly wait. Its errors end the prediction.
 
@@ -96,11 +101,13 @@ def predict_images(
       UserError: the model cannot be read; or as `move` raises.
     """
     predictor, labels = segmenter.predictor, segmenter.labels
-    function: Function = "probabilities" if heatmap_classes else "ids"
-    arguments = () if heatmap_classes else (positive,)
-    num_values = labels.num_classes if heatmap_classes else 1  # of a pixel's prediction
+    calibration = segmenter.calibration if unsure else None
+    needs_all = bool(heatmap_classes) or calibration is not None
+    function: Function = "probabilities" if needs_all else "ids"
+    arguments = () if needs_all else (positive,)
+    num_values = labels.num_classes if needs_all else 1  # of a pixel's prediction
 
-    def read(image: _Image) -> _Image:
+    def read(image: PipelineImage) -> PipelineImage:
         try:
             channels = segmenter.architecture.in_channels
             image.pixels = read_image(image.path, channels, upright=True)
@@ -109,24 +116,28 @@ def predict_images(
             image.predicted = error
         return image
 
-    def write(image: _Image) -> tuple[int, ImageResult | UserError]:
+    def write(image: PipelineImage) -> tuple[int, ImageResult | UserError]:
         if isinstance(image.predicted, UserError):
             error = str(image.predicted).removeprefix(f"{image.path}: ")
             return image.index, UserError(f"{image.path}: {error}")
-        heat = {}
-        if heatmap_classes:
+        heat, mask = {}, None
+        if needs_all:
             heat = {index: image.predicted[..., index] for index in heatmap_classes}
             scores = None if positive is None else image.predicted[..., positive.class_id]
             ids = choose_ids(image.predicted, scores, positive).astype(np.uint8)
+            if calibration is not None:
+                mask = calibration.sureness(image.predicted, ids) < calibration.threshold
         else:
             ids = image.predicted[0]
         try:
-            files = _write(image, ids, heat, labels, opacity, side_by_side)
+            files = _write(image, ids, heat, labels, opacity, side_by_side, mask)
         except UserError as error:
             return image.index, error
         moved = {kind: move(file) if move else file for kind, file in files.items()}
         counts = class_counts(ids, labels.num_classes)
-        return image.index, ImageResult(image.path, (ids.shape[0], ids.shape[1]), counts, moved)
+        num_unsure = None if mask is None else int(mask.sum())
+        size = (ids.shape[0], ids.shape[1])
+        return image.index, ImageResult(image.path, size, counts, moved, unsure=num_unsure)
 
     num_threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # there is a thread per CPU already
@@ -138,14 +149,14 @@ def predict_images(
             sizes = list(pool.map(read_size, inputs))
             predictor.plan([size for size in sizes if size], function, *arguments)
             read_ahead = bounded_map(
-                *(pool, read, (_Image(i, *paths) for i, paths in enumerate(inputs.items()))),
+                *(pool, read, (PipelineImage(i, *paths) for i, paths in enumerate(inputs.items()))),
                 max_items=MAX_IMAGES,
                 max_weight=MAX_PIXELS,
                 weight=lambda image: math.prod(sizes[image.index] or (MAX_PIXELS,)),
             )
             _ = segmenter.variables  # raises what is wrong with the model
             written = bounded_map(
-                *(pool, write, _predict(predictor, read_ahead, function, *arguments)),
+                *(pool, write, predict_batches(predictor, read_ahead, function, *arguments)),
                 max_items=MAX_IMAGES,
                 max_weight=MAX_PIXELS / num_values,
                 weight=lambda image: math.prod(image.pixels.shape[:2]),
@@ -173,23 +184,23 @@ def _in_order(
             following += 1
 
 
-def _predict(
-    predictor: Predictor, images: Iterable[_Image], function: Function, *arguments: Any
-) -> Iterator[_Image]:
+def predict_batches(
+    predictor: Predictor, images: Iterable[_ImageT], function: Function, *arguments: Any
+) -> Iterator[_ImageT]:
     """Predicts images in batches of one padded shape; yields a batch when the next is started."""
-    groups: dict[PaddedShape | None, list[_Image]] = {}
-    started = collections.deque[tuple[list[_Image], Callable[[], list[Any]]]]()
+    groups: dict[PaddedShape | None, list[_ImageT]] = {}
+    started = collections.deque[tuple[list[_ImageT], Callable[[], list[Any]]]]()
     # On a CPU, whose processors one batch keeps busy, a second one would only need memory.
     max_started = 0 if predictor.max_batch == 1 else 1
 
-    def finish(max_started: int) -> Iterator[_Image]:
+    def finish(max_started: int) -> Iterator[_ImageT]:
         while len(started) > max_started:
             group, get_predictions = started.popleft()
             for one, predicted in zip(group, get_predictions(), strict=True):
                 one.predicted = predicted
                 yield one
 
-    def start(group: list[_Image]) -> Iterator[_Image]:
+    def start(group: list[_ImageT]) -> Iterator[_ImageT]:
         pixels = [image.pixels for image in group]
         started.append((group, predictor.start(function, pixels, *arguments)))
         yield from finish(max_started)
@@ -210,12 +221,13 @@ def _predict(
 
 
 def _write(
-    image: _Image,
+    image: PipelineImage,
     ids: UInt8[np.ndarray, "h w"],
     heat: Mapping[int, np.ndarray],
     labels: LabelSet,
     opacity: float,
     side_by_side: bool,
+    unsure: Bool[np.ndarray, "h w"] | None,
 ) -> dict[str, pathlib.Path]:
     """Draws and writes the pictures of an image; returns their paths by kind.
 
@@ -233,7 +245,12 @@ def _write(
         base.parent.mkdir(parents=True, exist_ok=True)
         write_ids(files["ids"], ids, labels)
         for kind, draw in blended.items():
-            write_png(files[kind], draw(image.pixels, ids, labels, opacity=opacity))
+            picture = draw(image.pixels, ids, labels, opacity=opacity, unsure=unsure)
+            write_png(files[kind], picture)
+        if unsure is not None:
+            file = files["unsure"] = base.with_name(f"{base.name}_unsure.png")
+            grey = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
+            write_png(file, unsure.astype(np.uint8) * 255, grey)
         for index, probability in heat.items():
             name = labels.names[index]
             plain = re.sub(r"[^\w-]+", "_", name)

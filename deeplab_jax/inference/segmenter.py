@@ -19,6 +19,8 @@ from deeplab_jax.config import Config, resolve_eval
 from deeplab_jax.config import io as config_io
 from deeplab_jax.data.io.images import read_image
 from deeplab_jax.data.labels import LabelSet
+from deeplab_jax.inference import calibration as calibration_lib
+from deeplab_jax.inference.calibration import Calibration
 from deeplab_jax.inference.compilation import jit_inference, use_compilation_cache
 from deeplab_jax.inference.positive import PositiveClass
 from deeplab_jax.inference.predictor import Predictor, TestTimeAugmentation
@@ -41,6 +43,7 @@ def load(
     flip: bool | None = None,
     window: int | None = None,
     overlap: float | None = None,
+    calibration: str | os.PathLike[str] | None = None,
     wait: bool = True,
 ) -> Segmenter:
     """Loads a trained model, to predict as its run was evaluated.
@@ -58,6 +61,8 @@ def load(
       window: side, pixels, of the windows that larger images are cut into; 0: never cut an image.
         Default: 1025 for images of more than 4 million pixels, 0 for others.
       overlap: smallest fraction of a window that the next one covers too. Default: 0.5.
+      calibration: file that `deeplab-jax calibrate` wrote. Default: `calibration.json` in the
+        checkpoint's folder, if it is there.
       wait: whether to wait for the arrays. If not, they are read in a thread, so that programs can
         be compiled meanwhile, and `Segmenter.variables` raises what reading them raised.
 
@@ -91,7 +96,9 @@ def load(
         architecture = saved.architecture.at_output_stride(output_stride)
         info = saved.info | {"architecture": dataclasses.asdict(architecture)}
         saved = dataclasses.replace(saved, info=info)
-    segmenter = Segmenter(saved, tta)
+    if calibration is not None and not is_bucket(calibration):
+        calibration = required_path(calibration, "the path of the calibration")
+    segmenter = Segmenter(saved, tta, calibration)
     if wait:
         _ = segmenter.variables
     return segmenter
@@ -108,10 +115,16 @@ class Segmenter:
       model: pure functions with fused batch norm, see `FunctionalModel.fused`.
       mean, std: of the channels, 0..1, for normalization.
       tta: views and windows of each image.
+      calibration: temperatures and the rule for unsure pixels; None if there are none.
       predictor: its programs.
     """
 
-    def __init__(self, saved: SavedModel, tta: TestTimeAugmentation) -> None:
+    def __init__(
+        self,
+        saved: SavedModel,
+        tta: TestTimeAugmentation,
+        calibration: str | os.PathLike[str] | None = None,
+    ) -> None:
         """Reads the arrays in a thread, and puts them on the default device."""
         self.path: pathlib.Path = saved.path
         self.info: dict[str, Any] = saved.info
@@ -130,6 +143,12 @@ class Segmenter:
         self.mean: tuple[float, ...] = tuple(saved.info["mean"])
         self.std: tuple[float, ...] = tuple(saved.info["std"])
         self.tta = tta
+        beside = self.path / calibration_lib.NAME
+        if calibration is None and beside.is_file():
+            calibration = beside
+        self.calibration: Calibration | None = None
+        if calibration is not None:
+            self.calibration = calibration_lib.read(calibration, self.classes)
         self.predictor = Predictor(
             self.model, self._variables.result, mean=self.mean, std=self.std, tta=tta
         )

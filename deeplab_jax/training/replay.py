@@ -47,8 +47,8 @@ def choose_window(
             )
         steps = usable[-1], newest
     first, last = steps
-    absent = [step for step in range(first + 1, last + 1) if step not in covered.steps]
-    if not 0 <= first < last or absent:
+    is_covered = all(step in covered.steps for step in range(first + 1, last + 1))
+    if not 0 <= first < last or not is_covered:
         raise UserError(
             f"--steps {first}:{last} must be two of the steps that {covered.path} covers, or 0 and "
             f"one of them: {covered.covered}, where 7:9 are steps 8 and 9"

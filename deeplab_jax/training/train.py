@@ -198,8 +198,9 @@ def train_stage(config: Config, workdir: Workdir | BucketRun, folder: pathlib.Pa
                 batch = mesh_lib.to_global(next(batches), mesh, config.train.batch_size)
             step, miou = step + 1, None
             with jax.transfer_guard("disallow"):
+                digest = receipt.digest_batch(batch)
                 state, metrics = compiled_step().result()(state, batch)
-                receipt.add_step(step, batch, metrics)
+            receipt.add_step(step, digest, metrics)
             log.add(step, metrics)
         stopped = stopping and step < config.train.steps
         if stopped:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from deeplab_jax.data.labels import IGNORE, LabelSet, class_counts, is_background
@@ -75,10 +76,19 @@ def overlay(
     labels: LabelSet,
     *,
     opacity: float = 0.5,
+    num_rows: int | None = None,
+    unsure: Bool[np.ndarray, "h w"] | None = None,
 ) -> Picture:
-    """Draws `blend` above a legend of the classes that occur; arguments as for `blend`."""
-    panel = _enlarged(blend(image, ids, labels, opacity))
-    return _captioned(panel, functools.partial(legend, _area_entries(ids, labels)))
+    """Draws `blend` above a legend of the classes that occur.
+
+    Args:
+      image, ids, labels, opacity: as for `blend`.
+      num_rows: of the legend, see `legend`.
+      unsure: pixels to hatch.
+    """
+    panel = _hatched(_enlarged(blend(image, ids, labels, opacity)), unsure)
+    draw = functools.partial(legend, _area_entries(ids, labels, unsure), num_rows=num_rows)
+    return _captioned(panel, draw)
 
 
 def side_by_side(
@@ -87,13 +97,14 @@ def side_by_side(
     labels: LabelSet,
     *,
     opacity: float = 0.5,
+    unsure: Bool[np.ndarray, "h w"] | None = None,
 ) -> Picture:
-    """Draws the image, `blend` on its right, and the legend below; arguments as for `blend`."""
+    """Draws the image, `overlay` on its right, and the legend below; arguments as there."""
     left = _enlarged(to_rgb(image))
-    right = _enlarged(blend(image, ids, labels, opacity))
+    right = _hatched(_enlarged(blend(image, ids, labels, opacity)), unsure)
     size = _font_size(left)
     panel = np.concatenate([left, blank(left.shape[0], size // 2), right], axis=1)
-    return _captioned(panel, functools.partial(legend, _area_entries(ids, labels)), size)
+    return _captioned(panel, functools.partial(legend, _area_entries(ids, labels, unsure)), size)
 
 
 def heatmap(
@@ -116,7 +127,7 @@ def heatmap(
 # --- Legends -----------------------------------------------------------------------------------
 
 # Colour (None: an empty swatch), name, and a note behind the name.
-Entry = tuple[Color | None, str, str]
+Entry = tuple[Color | Literal["hatched"] | None, str, str]
 
 
 def class_entries(ids: Iterable[int], labels: LabelSet) -> list[Entry]:
@@ -128,7 +139,7 @@ def class_entries(ids: Iterable[int], labels: LabelSet) -> list[Entry]:
 
 
 def legend(
-    entries: Sequence[Entry], width: int, font_size: int = 14
+    entries: Sequence[Entry], width: int, font_size: int = 14, num_rows: int | None = None
 ) -> UInt8[np.ndarray, "rows width 3"]:
     """Draws swatches with names and notes, broken into lines; long names are cut.
 
@@ -136,10 +147,11 @@ def legend(
       entries: to draw, in this order.
       width: of the legend, pixels.
       font_size: pixels.
+      num_rows: number of lines; entries that need more are left out. None: as many as they need.
     """
     letters = font(font_size)
     swatch, gap, line = font_size, font_size // 2, round(1.6 * font_size)
-    placed: list[tuple[int, int, Color | None, str, str]] = []  # x, row, colour, name, note
+    placed: list[tuple[int, int, Entry]] = []  # x, row
     x, row = gap, 0
     for color, name, note in entries:
         note = f" {note}" if note else ""
@@ -147,15 +159,19 @@ def legend(
         length = swatch + gap + round(_length(letters, name + note))
         if x + length + gap > width and x > gap:
             x, row = gap, row + 1
-        placed.append((x, row, color, name, note))
+        placed.append((x, row, (color, name, note)))
         x += length + 2 * gap
+    if num_rows is not None:
+        placed, row = [one for one in placed if one[1] < num_rows], num_rows - 1
     pixels = blank((row + 1) * line + gap, width)
     frame = max(1, font_size // 16)
-    for x, row, color, name, note in placed:
+    for x, row, (color, name, note) in placed:
         top = row * line + gap
         pixels[top : top + swatch, x : x + swatch] = INK
         inside = slice(top + frame, top + swatch - frame), slice(x + frame, x + swatch - frame)
-        pixels[inside] = (255, 255, 255) if color is None else color
+        pixels[inside] = color if isinstance(color, tuple) else (255, 255, 255)
+        if color == "hatched":
+            pixels[inside] = _hatched(pixels[inside], np.full(pixels[inside].shape[:2], True))
         left = x + swatch + gap
         for words, start in ((name, 0.0), (note, _length(letters, name))):
             draw = _draw_text if font_size < 32 else _draw_text.__wrapped__  # else gigabytes
@@ -182,14 +198,19 @@ def _is_clear(index: int, labels: LabelSet) -> bool:
     return index == 0 and is_background(labels.names[0])
 
 
-def _area_entries(ids: UInt8[np.ndarray, "h w"], labels: LabelSet) -> list[Entry]:
-    """The classes that occur with their area in percent, the largest first."""
+def _area_entries(
+    ids: UInt8[np.ndarray, "h w"], labels: LabelSet, unsure: Bool[np.ndarray, "h w"] | None = None
+) -> list[Entry]:
+    """The classes that occur with their area in percent, the largest first; then what is unsure."""
     counts = class_counts(ids, labels.num_classes)
     order = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
-    return [
+    entries: list[Entry] = [
         (color, name, percentage(int(counts[index]), ids.size))
         for index, (color, name, _) in zip(order, class_entries(order, labels), strict=True)
     ]
+    if unsure is not None:
+        entries.append(("hatched", "unsure", percentage(int(unsure.sum()), ids.size)))
+    return entries
 
 
 def _scale_bar(name: str, width: int, font_size: int) -> Picture:
@@ -255,6 +276,26 @@ def _captioned(
     padded = blank(panel.shape[0], width)
     padded[:, : panel.shape[1]] = panel
     return np.concatenate([padded, draw_caption(width, font_size)])
+
+
+def _hatched(panel: Picture, unsure: Bool[np.ndarray, "_ _"] | None) -> Picture:
+    """Draws diagonal lines over pixels, white beside dark: they show on any colour.
+
+    Args:
+      panel: to draw on.
+      unsure: the pixels, before the panel was enlarged; None: none.
+    """
+    if unsure is None:
+        return panel
+    height, width = panel.shape[:2]
+    line = max(1, round(max(height, width) / 500))
+    phase = np.add.outer(np.arange(height, dtype=np.int32), np.arange(width, dtype=np.int32))
+    phase = phase % (7 * line) // line
+    mask = unsure.repeat(height // len(unsure), axis=0).repeat(width // unsure.shape[1], axis=1)
+    result = panel.copy()
+    result[mask & (phase == 0)] = 255
+    result[mask & (phase == 1)] = INK
+    return result
 
 
 def _enlarged(panel: Picture) -> Picture:

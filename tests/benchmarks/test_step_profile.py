@@ -17,7 +17,7 @@ ENTRY %main (x: f32[4,8], y: bf16[8,2]) -> bf16[4,2] {
   %x = f32[4,8]{1,0} parameter(0)
   %y = bf16[8,2]{1,0} parameter(1)
   %sum = f32[4,8]{1,0} fusion(%x, %x), kind=kLoop, calls=%fused_add
-  %product = (bf16[4,2]{1,0}, s8[1024]{0}) custom-call(%sum, %y), custom_call_target="__cublas$lt$matmul"
+  %product = (bf16[4,2]{1,0}, s8[1024]{0}) custom-call(%sum, %y), custom_call_target="__cublas"
   ROOT %result = bf16[4,2]{1,0} get-tuple-element(%product), index=0
 }
 """

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -127,6 +128,22 @@ def test_predictions(command, model, bucket, here):
     text = result["areas.json"].decode().replace(f"{bucket}/some/out/", "out/")
     assert text == expected["areas.json"].decode()
     assert printed[1] == printed[0].replace("in out", f"in {bucket}/some/out")
+
+
+def test_a_video_from_a_bucket_to_a_bucket(command, model, bucket, here):
+    writer = cv2.VideoWriter("clip.avi", cv2.VideoWriter.fourcc(*"FFV1"), 25, (56, 40))
+    for _ in range(3):
+        writer.write(np.full((40, 56, 3), 90, np.uint8))
+    writer.release()
+    Store(f"{bucket}/clips").upload(here / "clip.avi", "clip.avi")
+    flags = ["--out", f"{bucket}/out", "--json", "-"]
+    code, out, err = command("predict", model, f"{bucket}/clips/*.avi", *flags)
+    assert code == 0, err
+    (entry,) = json.loads(out)["videos"]
+    files = {"overlay": "clip_overlay.mp4", "areas": "clip_areas.csv"}
+    assert entry["video"] == f"{bucket}/clips/clip.avi"
+    assert entry["files"] == {kind: f"{bucket}/out/{name}" for kind, name in files.items()}
+    assert objects(f"{bucket}/out").keys() == set(files.values())
 
 
 def test_predictions_beside_images_in_a_bucket(command, model, bucket, here):

@@ -60,6 +60,7 @@ def test_configs_are_valid_and_documented(path):
         ("optimizer.name", "scale_by_learning_rate", "an optimizer of optax"),
         ("optimizer.name", "lbfgs", "gradient and a schedule alone; optax says: .*value_fn"),
         ("optimizer.name", "sm3", "gradient and a schedule alone; optax says"),
+        ("optimizer.name", "noisy_sgd", "its state holds a random key"),
         ("optimizer.schedule", "cosin", r"poly, cosine or constant \(did you mean 'cosine'\?\)"),
         ("optimizer.arguments", {"beta1": 1}, r"\(nesterov, .*\) without 'beta1'"),
         ("optimizer.arguments", {"nesterof": True}, r"\(did you mean 'nesterov'\?\)"),
@@ -175,6 +176,12 @@ def test_differences_name_fields_and_skip_those_that_may_change():
     }
     ours.optimizer.learning_rate = 0.1
     assert config_lib.differences(ours, stored) == {}
+    del stored["optimizer"]["name"]  # by a version without this field
+    assert config_lib.differences(ours, stored) == {}
+    ours.optimizer.name = "adamw"
+    assert config_lib.differences(ours, stored) == {
+        "config.optimizer.name": "adamw here, sgd there"
+    }
 
 
 def test_a_dictionary_is_one_field(tmp_path):

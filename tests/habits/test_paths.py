@@ -24,8 +24,8 @@ from own_data import Maker
 NO_PATHS = {
     *("split", "protocol", "scales", "heatmap", "height", "width", "batch", "output", "layout"),
     *("platforms", "size", "topology", "settings", "competition", "masks_hold", "mask_name"),
-    *("repository", "message", "license", "family", "steps"),
-    *("image_pattern", "mask_pattern", "positive", "sizes"),
+    *("repository", "message", "license", "family", "steps", "host"),
+    *("image_pattern", "mask_pattern", "positive", "sizes", "of", "precision"),
 }
 
 

@@ -105,7 +105,7 @@ def test_a_full_disk_in_a_writer_ends_all(loaded, monkeypatch):
 def test_a_picture_that_does_not_fit_in_memory_is_the_error_of_its_image(loaded, monkeypatch):
     overlay = pipeline.overlays.overlay
 
-    def draw(pixels, ids, labels, *, opacity):
+    def draw(pixels, ids, labels, *, opacity, unsure):
         if len(ids) == 40:
             raise MemoryError
         return overlay(pixels, ids, labels, opacity=opacity)

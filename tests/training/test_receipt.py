@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +104,28 @@ def test_digests_of_a_sharded_state_are_those_of_one_device():
     assert "params/backbone.layer1.0.conv1.kernel" in found[0]
 
 
+_SHARDED = """
+import types, jax, jax.numpy as jnp
+jax.config.update("jax_num_cpu_devices", 2)
+from deeplab_jax.config import MeshConfig
+from deeplab_jax.distributed import mesh as mesh_lib
+from deeplab_jax.training import receipt
+mesh = mesh_lib.make_mesh(MeshConfig(fully_sharded=True))
+arrays = {str(number): jnp.ones((2, 100_000)) for number in range(100)}
+arrays = mesh_lib.device_put(arrays, mesh_lib.shardings(arrays, mesh, fully_sharded=True))
+variables = types.SimpleNamespace(params=arrays, batch_stats={})
+state = types.SimpleNamespace(variables=variables, opt_state={}, ema_params=None)
+print(len(jax.device_get(receipt.digest_state(state, mesh))))
+"""
+
+
+def test_digests_of_a_sharded_state_do_not_wait_for_each_other_on_cpus():
+    # In a process of its own with as few threads as devices; this one has more.
+    command = [sys.executable, "-c", _SHARDED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout == "100\n", done.stderr[-2000:]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
@@ -188,6 +212,10 @@ def test_receipts_that_cannot_be_read(whole, tmp_path):
     lines = (whole / receipt.FILE).read_text().splitlines()
     path.write_text("\n".join([lines[0], "{", *lines[1:]]))
     with pytest.raises(UserError, match="line 2, is no line of a receipt"):
+        receipt.read(path)
+    state = json.loads(lines[1])
+    path.write_text("\n".join([lines[0], json.dumps(state | {"state": "0" * 16}), *lines[2:]]))
+    with pytest.raises(UserError, match="line 2, is no line of a receipt: a state has one digest"):
         receipt.read(path)
     path.write_text("\n".join([json.dumps(json.loads(lines[0]) | {"receipt": 99}), *lines[1:]]))
     with pytest.raises(UserError, match="has format 99, and this version"):

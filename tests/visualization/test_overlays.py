@@ -196,3 +196,19 @@ def test_text_of_large_pictures_is_not_kept():
     for font_size, kept in ((40, 0), (14, 2)):
         overlays.legend([((1, 2, 3), "fox", "9 %")], 900, font_size)
         assert overlays._draw_text.cache_info().currsize == kept
+
+
+def test_unsure_pixels_are_hatched_and_no_others():
+    image, ids = blank(400, 500), np.ones((400, 500), np.uint8)
+    mask = np.zeros((400, 500), bool)
+    mask[100:200, 50:300] = True
+    plain = overlays.overlay(image, ids, CLASSES)
+    hatched = overlays.overlay(image, ids, CLASSES, unsure=mask)
+    changed = (plain[:400, :500] != hatched[:400, :500]).any(axis=2)
+    assert not changed[~mask].any()
+    lines = hatched[:400][mask]
+    for color in ((255, 255, 255), overlays.INK):
+        assert 0.1 < (lines == color).all(axis=1).mean() < 0.2
+    assert (changed[mask].mean()) < 0.4  # the colours of the classes show between the lines
+    # The legend has one entry more.
+    assert (plain[400:] != hatched[400:]).any()

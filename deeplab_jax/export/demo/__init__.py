@@ -1,0 +1,1 @@
+"""A page that segments images in the browser, with an exported model."""
