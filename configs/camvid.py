@@ -1,8 +1,9 @@
 """CamVid on one GPU: 367 + 101 street scenes of 480 x 360 pixels with 11 classes.
 
 Not run at full length with this code. docs/own_data.md has a short run on two CPU cores. The recipe
-is the paper's: in docs/study.md, AdamW, the cosine schedule and ClassMix gained nothing certain in
-400 steps of small crops.
+is the paper's. From random parameters, two other recipes were run: in docs/study.md, AdamW, the
+cosine schedule and ClassMix gained nothing certain in 400 steps of small crops; the recipe of
+configs/speedrun.py, 800 steps with AdamW, reached a mIoU of 56 % in 57 s on an H200.
 
     python train.py --config configs/camvid.py --workdir runs/camvid --config.data.root=camvid
 

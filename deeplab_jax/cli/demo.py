@@ -82,8 +82,9 @@ def _write(checkpoint: str, folder: pathlib.Path, calibration: str, runtime: str
     from deeplab_jax.weights import hub, hub_folder, saved_model
 
     path = hub.find_weights(checkpoint)
-    if not calibration and hub_folder.is_checkpoint(path):
-        beside = saved_model.find_checkpoint(path) / NAME
+    if not calibration:
+        model = saved_model.find_checkpoint(path) if hub_folder.is_checkpoint(path) else path
+        beside = model / NAME  # as `inference.segmenter` finds it
         calibration = str(beside) if beside.is_file() else ""
     about = write_site(
         checkpoint, folder, output="logits" if calibration else "ids", runtime=runtime

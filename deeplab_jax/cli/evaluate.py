@@ -83,6 +83,8 @@ def evaluate(
         raise UserError(f"--curves needs a file of its own, got {curves}")
     if unsure and threshold is not None:
         raise UserError("--unsure is about the most probable class: leave --threshold out")
+    if calibration and not unsure:
+        raise UserError("--calibration is for --unsure, which is missing")
     config, segmenter, evaluator, warnings = setup.prepare(
         *(checkpoint, data, settings),
         root=root,

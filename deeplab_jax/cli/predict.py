@@ -113,6 +113,8 @@ def predict(
     outputs.check("--json", json_file, ".json")
     if unsure and threshold is not None:
         raise UserError("--unsure is about the most probable class: leave --threshold out")
+    if calibration and not unsure:
+        raise UserError("--calibration is for --unsure, which is missing")
     model = segmenter.load(checkpoint, **settings, calibration=calibration or None, wait=False)
     rule = require_calibration(model) if unsure else None
     if positive and threshold is None:
@@ -182,7 +184,8 @@ def predict(
         console.print(f"{len(results)} {noun}{'s' * (len(results) > 1)} in {out}", markup=False)
         for one in results:
             if isinstance(one, files.VideoResult):
-                about = f"{one.num_frames} frames, {one.rate:g} per second, without sound"
+                noun = "frame" if one.num_frames == 1 else "frames"
+                about = f"{one.num_frames} {noun}, {one.rate:g} per second, without sound"
                 console.print("; ".join([f"{one.path}: {about}", *one.notes]), markup=False)
     report: dict[str, Any] = {"checkpoint": str(model.path)}
     if chosen:

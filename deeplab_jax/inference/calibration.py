@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -129,10 +130,13 @@ def read(path: str | os.PathLike[str], classes: Sequence[str]) -> Calibration:
         for problem in type_problems(found, ""):
             raise ValueError(problem)
         num_classes = len(found.classes)
-        if len(found.temperatures) != num_classes or not all(t > 0 for t in found.temperatures):
+        is_valid = [0 < t < math.inf for t in found.temperatures]
+        if len(is_valid) != num_classes or not all(is_valid):
             raise ValueError("temperatures must be one number above 0 for each class")
         if not (0 <= found.threshold <= 2 and 0 <= (found.of or 0) < num_classes):
             raise ValueError("its threshold or class does not exist")
+        if not 0 < found.risk < 1:  # also NaN, which JSON cannot report
+            raise ValueError(f"its risk is {found.risk:g}, expected above 0 and below 1")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(

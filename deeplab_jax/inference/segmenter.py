@@ -115,7 +115,6 @@ class Segmenter:
       model: pure functions with fused batch norm, see `FunctionalModel.fused`.
       mean, std: of the channels, 0..1, for normalization.
       tta: views and windows of each image.
-      calibration: temperatures and the rule for unsure pixels; None if there are none.
       predictor: its programs.
     """
 
@@ -143,12 +142,9 @@ class Segmenter:
         self.mean: tuple[float, ...] = tuple(saved.info["mean"])
         self.std: tuple[float, ...] = tuple(saved.info["std"])
         self.tta = tta
-        beside = self.path / calibration_lib.NAME
-        if calibration is None and beside.is_file():
-            calibration = beside
-        self.calibration: Calibration | None = None
+        self._calibration = calibration
         if calibration is not None:
-            self.calibration = calibration_lib.read(calibration, self.classes)
+            _ = self.calibration  # raises now if the file is not valid
         self.predictor = Predictor(
             self.model, self._variables.result, mean=self.mean, std=self.std, tta=tta
         )
@@ -168,6 +164,17 @@ class Segmenter:
     def palette(self) -> UInt8[np.ndarray, "256 3"]:
         """Colour of each id."""
         return self.labels.palette()
+
+    @functools.cached_property
+    def calibration(self) -> Calibration | None:
+        """Temperatures and the rule for unsure pixels; None if there are none.
+
+        The file beside the checkpoint is read where it is used, so that a damaged one does not keep
+        the model from predicting, or from being calibrated anew. Raises UserError if it is damaged.
+        """
+        beside = self.path / calibration_lib.NAME
+        file = self._calibration or (beside if beside.is_file() else None)
+        return calibration_lib.read(file, self.classes) if file else None
 
     @property
     def num_compilations(self) -> int:

@@ -145,6 +145,9 @@ def predict_frames(
     Raises:
       UserError: frames do not fit on the device, or the model takes others than RGB.
     """
+    channels = segmenter.architecture.in_channels
+    if channels != 3:
+        raise UserError(f"the model takes images of {channels} channels: those of videos are RGB")
     predictor = segmenter.predictor
     function: Function = "probabilities" if smooth else "ids"
     arguments = () if smooth else (positive,)

@@ -46,6 +46,7 @@ class _Info:
     std: tuple[float, ...]
     resize: str
     input_size: tuple[int, ...]
+    made_with: dict = dataclasses.field(default_factory=dict)  # type: ignore[type-arg]
 
 
 def weights_name(names: Iterable[str]) -> str | None:

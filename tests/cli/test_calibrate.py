@@ -1,6 +1,8 @@
 """`deeplab-jax calibrate`, and the calibration in `predict` and `evaluate`."""
 
+import dataclasses
 import json
+import math
 
 import cv2
 import numpy as np
@@ -13,6 +15,7 @@ from deeplab_jax import config
 from deeplab_jax import data as data_lib
 from deeplab_jax.config import Config, DataConfig, EvalConfig, ShapesConfig
 from deeplab_jax.data.labels import named
+from deeplab_jax.inference.calibration import Calibration
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.utils.errors import UserError
@@ -177,11 +180,34 @@ def test_mistakes_are_one_message(run, command, kind):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 9}', '{"format": 1, "of": "disc"}'])
-def test_a_damaged_calibration_is_an_error(run, file, text):
+BAD_VALUES = (
+    {"risk": math.nan},
+    {"temperatures": [1, 1, 1, 1, math.inf]},
+    {"threshold": 3.0},
+    {"of": "disc"},
+)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 9}', *BAD_VALUES])
+def test_a_damaged_calibration_is_an_error_where_it_is_used(run, file, text):
+    if isinstance(text, dict):
+        good = Calibration(1, NAMES, {}, 1.0, (1.0,) * 5, 0.5, 0.1, None, {})
+        text = json.dumps(dataclasses.asdict(good) | text)
     file.write_text(text)
-    with pytest.raises(UserError, match=r"calibration\.json cannot be read as a calibration"):
-        dl.load(run)
+    message = r"calibration\.json cannot be read as a calibration"
+    segmenter = dl.load(run)
+    segmenter.predict(np.zeros((9, 9, 3), np.uint8))
+    with pytest.raises(UserError, match=message):
+        _ = segmenter.calibration
+    with pytest.raises(UserError, match=message):
+        dl.load(run, calibration=file)
+
+
+def test_a_damaged_calibration_is_replaced(run, command, file):
+    file.write_text("{")
+    code, _, err = command("calibrate", run, "--risk", 0.3)
+    assert code == 0, err
+    assert dl.load(run).calibration.risk == 0.3
 
 
 def test_a_threshold_of_a_class_and_a_video_have_no_unsure_pixels(run, command, tmp_path):
@@ -192,3 +218,7 @@ def test_a_threshold_of_a_class_and_a_video_have_no_unsure_pixels(run, command, 
         code, _, err = command(*arguments, "--threshold", 0.5, "--unsure")
         assert code == 2
         assert "--unsure is about the most probable class: leave --threshold out" in err
+    for arguments in (("predict", run, "x.png", "--out", tmp_path), ("evaluate", run)):
+        code, _, err = command(*arguments, "--calibration", "x.json")
+        assert code == 2
+        assert "--calibration is for --unsure" in err

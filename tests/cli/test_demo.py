@@ -22,6 +22,8 @@ from deeplab_jax.export.demo import runtime as runtime_lib
 from deeplab_jax.export.demo.server import Handler, make_server
 from deeplab_jax.inference.calibration import FORMAT, NAME, Calibration
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.weights import hub_folder
+from deeplab_jax.weights.convert import read_model
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -285,8 +287,9 @@ def test_the_folder_is_complete_and_served(command, model, tmp_path, fake_runtim
                 assert answer.headers["Content-Type"] == kind
                 assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
                 assert answer.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
-        with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(f"{url}.map")
+        for missing in (f"{url}.map", f"{url}%00", f"{url}/../../../../etc/passwd"):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                urllib.request.urlopen(missing)
         code, _, err = command("demo", model, "--port", server.server_port)
         assert code == 2
         assert f"cannot serve at 127.0.0.1 port {server.server_port}: Address already in use" in err
@@ -295,6 +298,15 @@ def test_the_folder_is_complete_and_served(command, model, tmp_path, fake_runtim
     code, _, err = command("demo", model, "--export-dir", folder, "--runtime", fake_runtime)
     assert code == 2
     assert "exists already; choose a new folder" in err
+
+
+def test_the_calibration_beside_weights_as_on_the_hub(command, model, tmp_path, fake_runtime):
+    hub_folder.write(read_model(model), tmp_path / "fox")
+    names = dl.load(model).classes
+    found = Calibration(FORMAT, names, {}, 1.0, (1.0,) * 3, 0.5, 0.1, None, {})
+    found.write(tmp_path / "fox" / NAME)
+    write_site(command, tmp_path / "fox", tmp_path / "site", fake_runtime)
+    assert (tmp_path / "site" / NAME).read_bytes() == (tmp_path / "fox" / NAME).read_bytes()
 
 
 def test_it_serves_until_ctrl_c(model, fake_runtime):

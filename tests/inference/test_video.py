@@ -21,6 +21,7 @@ from deeplab_jax.config import ShapesConfig
 from deeplab_jax.data.datasets import shapes
 from deeplab_jax.inference import video
 from deeplab_jax.inference.positive import PositiveClass
+from deeplab_jax.utils.errors import UserError
 
 CLIP = pathlib.Path("clip.avi")
 OUT = pathlib.Path("out/clip")
@@ -317,6 +318,13 @@ def test_what_is_no_video_is_an_error(predict, capfd, make, message):
     if "folder" not in message:
         assert "1 of 2 files could not be predicted" in err
         assert sorted(os.listdir("out")) == ["clip_areas.csv", "clip_overlay.mp4"]
+
+
+def test_a_model_of_grey_images_is_an_error():
+    write(scenes(2))
+    grey = types.SimpleNamespace(architecture=types.SimpleNamespace(in_channels=1))
+    with pytest.raises(UserError, match=r"takes images of 1 channels: those of videos are RGB"):
+        next(video.predict_frames(grey, video.VideoReader(CLIP)))
 
 
 def test_a_camera_that_is_absent(predict, camera):

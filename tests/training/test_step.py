@@ -1,6 +1,7 @@
 """The training step: its parts, alone and on several devices."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from deeplab_jax.data.labels import IGNORE
 from deeplab_jax.distributed.mesh import check_batch, make_mesh
 from deeplab_jax.models.functional import Variables, normalize
 from deeplab_jax.training.losses import downsample_labels
-from deeplab_jax.training.step import global_norm, gradients
+from deeplab_jax.training.step import global_norm, gradients, has_cross_entropy_kernel
 from deeplab_jax.utils.errors import UserError
 
 
@@ -177,6 +178,24 @@ def test_dropout_follows_the_step_and_the_seed():
     later = dataclasses.replace(state, step=state.step + 1)
     assert loss(state, batch) == loss(state, batch)
     assert loss(state, batch) != loss(later, batch)
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "devices", "expected"),
+    [
+        ("gpu", "9.0", 1, True),
+        ("gpu", "8.0", 1, True),
+        ("gpu", "7.5", 1, False),
+        ("gpu", "gfx90a", 1, False),  # AMD
+        ("gpu", "9.0", 2, False),
+        ("cpu", "", 1, False),
+    ],
+)
+def test_gpus_with_the_cross_entropy_kernel(monkeypatch, backend, capability, devices, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    device = types.SimpleNamespace(compute_capability=capability)
+    mesh = types.SimpleNamespace(size=devices, devices=np.array([device] * devices))
+    assert has_cross_entropy_kernel(mesh) == expected
 
 
 def test_the_global_norm_is_that_of_all_gradients():

@@ -31,6 +31,13 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.send_header("Cache-Control", "no-cache")
         super().end_headers()
 
+    def send_head(self) -> Any:
+        try:
+            return super().send_head()
+        except ValueError:  # a zero byte in the path
+            self.send_error(http.HTTPStatus.NOT_FOUND)
+            return None
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
