@@ -14,6 +14,7 @@ import pathlib
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,16 +23,18 @@ from deeplab_jax.cli.errors import exit_on_user_error
 from deeplab_jax.evaluation import setup
 
 
-def busy_seconds(folder: pathlib.Path) -> float:
-    """Returns the seconds in which at least one kernel of a profile ran on the device."""
-    spans: list[tuple[int, int]] = []
+def kernel_events(folder: pathlib.Path) -> Iterator[Any]:
+    """Yields the events of kernels on the device in a profile of JAX."""
     for path in folder.glob("**/*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-            if not plane.name.startswith("/device"):
-                continue
-            for line in plane.lines:
+            for line in plane.lines if plane.name.startswith("/device") else ():
                 if line.name.startswith("Stream"):
-                    spans += [(int(e.start_ns), int(e.end_ns)) for e in line.events]
+                    yield from line.events
+
+
+def busy_seconds(folder: pathlib.Path) -> float:
+    """Returns the seconds in which at least one kernel of a profile ran on the device."""
+    spans = [(int(event.start_ns), int(event.end_ns)) for event in kernel_events(folder)]
     total, end = 0, 0
     for start, stop in sorted(spans):
         total += max(0, stop - max(start, end))

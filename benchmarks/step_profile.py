@@ -20,18 +20,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 
 from benchmarks import start
+from benchmarks.device_busy import kernel_events
 from benchmarks.speed import measure
+from deeplab_jax.plan.collectives import array_bytes
 from deeplab_jax.utils.files import write_bytes
 
 _WARM_STEPS, _STEPS, _TURNS, _PROFILED = 3, 10, 4, 3
-_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "u8": 1, "pred": 1}
-_SHAPE = re.compile(r"\b(\w+)\[([\d,]*)\]")
+_SCRATCH = re.compile(r"\bs8\[[\d,]*\]")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 # The first kind whose pattern is in a kernel's name; names of cuDNN and cuBLAS vary by version.
 _KINDS = {
@@ -63,19 +63,10 @@ def profile(run: Any) -> list[Kernel]:
             for _ in range(_PROFILED):
                 metrics = run()
             jax.block_until_ready(metrics)
-        for name, nanoseconds in _events(pathlib.Path(folder)):
-            ms[name] += nanoseconds / 1e6 / _PROFILED
-            count[name] += 1 / _PROFILED
+        for event in kernel_events(pathlib.Path(folder)):
+            ms[event.name] += event.duration_ns / 1e6 / _PROFILED
+            count[event.name] += 1 / _PROFILED
     return [Kernel(name, ms[name], count[name]) for name in ms]
-
-
-def _events(folder: pathlib.Path) -> Iterator[tuple[str, float]]:
-    for path in folder.glob("**/*.xplane.pb"):
-        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-            lines = plane.lines if plane.name.startswith("/device") else ()
-            for line in lines:
-                if line.name.startswith("Stream"):
-                    yield from ((event.name, event.duration_ns) for event in line.events)
 
 
 def kind_of(kernel: str) -> str:
@@ -116,13 +107,7 @@ def moved_bytes(hlo: str) -> int:
 
 
 def _size(shape: str) -> int:
-    total = 0
-    for dtype, sides in _SHAPE.findall(shape):
-        count = 1
-        for side in filter(None, sides.split(",")):
-            count *= int(side)
-        total += count * _BYTES.get(dtype, 0)
-    return total
+    return sum(array_bytes(_SCRATCH.sub("", shape)))
 
 
 def measure_step(case: str, options: dict[str, Any]) -> dict[str, Any]:

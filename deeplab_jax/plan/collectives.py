@@ -153,21 +153,21 @@ def _collective(
     if opcode == "send" and transfer:
         kind = _TRANSFERS.get(transfer[1], transfer[1])
         parts = num_slices if kind == "all-gather" else 1
-        return Collective(kind, num_slices, 1, _array_bytes(result)[0] * parts, True)
+        return Collective(kind, num_slices, 1, array_bytes(result)[0] * parts, True)
     kind = opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
     group_size = 2 if kind == "collective-permute" else _group_size(rest, num_devices)
     # A fusion that the TPU runs as a reduce-scatter holds an all-reduce and a slice of its result.
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-        return Collective("reduce-scatter", group_size, 1, sum(_array_bytes(result)))
+        return Collective("reduce-scatter", group_size, 1, sum(array_bytes(result)))
     shape = re.sub(r"\{[^{}]*\}", "", result)  # without layouts
     if opcode.endswith("-start") and kind != "all-reduce":
         # The shape lists operands, then results, then possibly two counters.
-        sizes = _array_bytes(re.sub(r"(, u32\[\]){2}\)$", ")", shape))
+        sizes = array_bytes(re.sub(r"(, u32\[\]){2}\)$", ")", shape))
         sizes = sizes[len(sizes) // 2 :]
     else:
-        sizes = _array_bytes(shape)
+        sizes = array_bytes(shape)
     parts = group_size if kind == "reduce-scatter" else 1
     return Collective(kind, group_size, 1, sum(sizes) * parts)
 
@@ -193,7 +193,7 @@ def _trip_count(rest: str, computations: dict[str, list[str]]) -> int | None:
     return int(bounds[0]) if len(bounds) == 1 and is_upper else None
 
 
-def _array_bytes(shape: str) -> list[int]:
+def array_bytes(shape: str) -> list[int]:
     """Returns the bytes of each array of a shape such as `(f32[8,3]{1,0}, u8[])`."""
     sizes = []
     for dtype, dims in _SHAPE.findall(shape):

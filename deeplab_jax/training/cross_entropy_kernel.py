@@ -11,7 +11,7 @@ Each sum has a fixed order, so results are the same in each run.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,27 +108,46 @@ def _row_intervals(height: int, rows: int, align_corners: bool) -> tuple[np.ndar
     return starts, 1 - matrix[np.arange(height), above]
 
 
-def _block(wide_ref: Any, padded_classes: int) -> tuple[Array, Array, Any, Any]:
-    """Loads this program's block of both rows; returns also its columns and classes."""
+class _Block(NamedTuple):
+    """What a program of the kernels works on.
+
+    Fields:
+      image, row: of the small logits; the program's rows lie between this one and the next.
+      above, below: logits of both rows.
+      classes, columns: of the block, with those that pad it.
+      is_class, inside: which classes exist `[classes, 1]`, and which columns.
+    """
+
+    image: Array
+    row: Array
+    above: Float[Array, "classes pixels"]
+    below: Float[Array, "classes pixels"]
+    classes: Array
+    columns: Array
+    is_class: Array
+    inside: Array
+
+    def interpolated(self, fraction: Array) -> Float[Array, "classes pixels"]:
+        """Returns the logits of the row at this fraction; the lowest number as padding."""
+        logits = self.above * (1 - fraction) + self.below * fraction
+        return jnp.where(self.is_class, logits, float(jnp.finfo(logits.dtype).min))
+
+
+def _block(wide_ref: Any, padded_classes: int) -> _Block:
+    """Loads this program's block."""
     _, rows, num_classes, width = wide_ref.shape
     column, row, image = (pl.program_id(axis) for axis in range(3))
     columns = column * _PIXELS + jnp.arange(_PIXELS)
     classes = jnp.arange(padded_classes)
-    mask = (classes < num_classes)[:, None] & (columns < width)[None, :]
+    is_class, inside = (classes < num_classes)[:, None], columns < width
+    mask = is_class & inside[None, :]
     above, below = (
         triton.load(
             wide_ref.at[image, each, classes[:, None], columns[None, :]], mask=mask, other=0.0
         )
         for each in (row, jnp.minimum(row + 1, rows - 1))
     )
-    return above, below, columns, classes
-
-
-def _interpolate(
-    above: Array, below: Array, fraction: Array, classes: Array, num_classes: int
-) -> Float[Array, "classes pixels"]:
-    logits = above * (1 - fraction) + below * fraction
-    return jnp.where((classes < num_classes)[:, None], logits, float(jnp.finfo(logits.dtype).min))
+    return _Block(image, row, above, below, classes, columns, is_class, inside)
 
 
 def _forward_kernel(
@@ -141,18 +160,16 @@ def _forward_kernel(
     *,
     padded_classes: int,
 ) -> None:
-    num_classes, width = wide_ref.shape[2:]
-    _, row, image = (pl.program_id(axis) for axis in range(3))
-    above, below, columns, classes = _block(wide_ref, padded_classes)
-    inside = columns < width
+    block = _block(wide_ref, padded_classes)
+    image, row, columns, inside = block.image, block.row, block.columns, block.inside
 
     def add_row(y: Array, carry: None) -> None:
-        logits = _interpolate(above, below, fractions_ref[y], classes, num_classes)
+        logits = block.interpolated(fractions_ref[y])
         highest = jnp.max(logits, axis=0)
         total = jnp.sum(jnp.exp(logits - highest[None, :]), axis=0)
         normalizer = highest + jnp.log(total)
         target = triton.load(targets_ref.at[image, y, columns], mask=inside, other=0)
-        is_target = target.astype(jnp.int32)[None, :] == classes[:, None]
+        is_target = target.astype(jnp.int32)[None, :] == block.classes[:, None]
         own = jnp.sum(jnp.where(is_target, logits, 0.0), axis=0)
         triton.store(losses_ref.at[image, y, columns], normalizer - own, mask=inside)
         triton.store(normalizers_ref.at[image, y, columns], normalizer, mask=inside)
@@ -174,25 +191,23 @@ def _backward_kernel(
     *,
     padded_classes: int,
 ) -> None:
-    num_classes, width = wide_ref.shape[2:]
-    _, row, image = (pl.program_id(axis) for axis in range(3))
-    above, below, columns, classes = _block(wide_ref, padded_classes)
-    inside = columns < width
+    block = _block(wide_ref, padded_classes)
+    image, row, columns, inside = block.image, block.row, block.columns, block.inside
 
     def add_row(y: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         fraction = fractions_ref[y]
-        logits = _interpolate(above, below, fraction, classes, num_classes)
+        logits = block.interpolated(fraction)
         target, normalizer, target_factor, factor = (
             triton.load(ref.at[image, y, columns], mask=inside, other=0)
             for ref in (targets_ref, normalizers_ref, target_factor_ref, factor_ref)
         )
-        is_target = target.astype(jnp.int32)[None, :] == classes[:, None]
+        is_target = target.astype(jnp.int32)[None, :] == block.classes[:, None]
         probabilities = jnp.exp(logits - normalizer[None, :])
         error = probabilities * factor[None, :] - jnp.where(is_target, target_factor[None, :], 0.0)
         return sums[0] + (1 - fraction) * error, sums[1] + fraction * error
 
-    zeros = jnp.zeros_like(above)
+    zeros = jnp.zeros_like(block.above)
     sums = lax.fori_loop(starts_ref[row], starts_ref[row + 1], add_row, (zeros, zeros))
-    mask = (classes < num_classes)[:, None] & inside[None, :]
+    mask = block.is_class & inside[None, :]
     for ref, total in zip((above_ref, below_ref), sums, strict=True):
-        triton.store(ref.at[image, row, classes[:, None], columns[None, :]], total, mask=mask)
+        triton.store(ref.at[image, row, block.classes[:, None], columns[None, :]], total, mask=mask)

@@ -374,6 +374,20 @@ def share(label):
     return counts.max() / counts.sum() if counts.sum() else np.inf
 
 
+def cropped_label(label, seed, max_class_share):
+    """The label of a crop of 20 x 20 pixels at the image's own scale."""
+    return augment(
+        label[:, :, None],
+        label,
+        np.random.default_rng(seed),
+        crop=(20, 20),
+        scale_range=(1.0, 1.0),
+        flip=False,
+        fill=np.zeros(1, np.uint8),
+        max_class_share=max_class_share,
+    )[1]
+
+
 @pytest.mark.parametrize("limit", [0.6, 0.75, 0.95])
 def test_places_are_drawn_until_no_class_has_more_than_its_share(limit):
     """A plain loop over slices of the label, with the same draws."""
@@ -392,16 +406,7 @@ def test_places_are_drawn_until_no_class_has_more_than_its_share(limit):
             if share(expected) <= limit:
                 break
             place = rng.random(2)
-        _, ours = augment(
-            label[:, :, None],
-            label,
-            np.random.default_rng(seed),
-            crop=(20, 20),
-            scale_range=(1.0, 1.0),
-            flip=False,
-            fill=np.zeros(1, np.uint8),
-            max_class_share=limit,
-        )
+        ours = cropped_label(label, seed, limit)
         np.testing.assert_array_equal(ours, expected)
     assert {1, 2, 10} <= set(num_tries)
 
@@ -412,16 +417,7 @@ def test_a_crop_with_a_valid_pixel_is_preferred():
     label[:10, :100], label[10:, :100] = 0, 1
     valid = {1.0: 0, 0.75: 0}
     for limit, seed in itertools.product(valid, range(100)):
-        _, ours = augment(
-            label[:, :, None],
-            label,
-            np.random.default_rng(seed),
-            crop=(20, 20),
-            scale_range=(1.0, 1.0),
-            flip=False,
-            fill=np.zeros(1, np.uint8),
-            max_class_share=limit,
-        )
+        ours = cropped_label(label, seed, limit)
         valid[limit] += (ours != IGNORE).any()
     assert valid[1.0] < 60
     assert valid[0.75] >= 95

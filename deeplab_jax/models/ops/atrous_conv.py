@@ -59,7 +59,7 @@ def atrous_conv(
         if strides == 1 or not any_size:
             by_platform["cpu"] = _valid_taps
         if strides == 1 and not any_size and x.shape[1] * x.shape[2] > 1:
-            by_platform["cuda"] = lambda x, kernel, **_: _pointwise_on_cuda(x, kernel)
+            by_platform["cuda"] = _pointwise_on_cuda
     elif strides == 1 and kernel_dilation > 1 and not any_size:
         if _taps_win_on_cpu(x.shape, kernel.shape, kernel_dilation):
             by_platform["cpu"] = _on_cpu
@@ -127,16 +127,14 @@ def _native(x: Array, kernel: Array, *, strides: int, kernel_dilation: int) -> A
     )
 
 
-def _pointwise_on_cuda(x: Array, kernel: Array) -> Array:
+def _pointwise_on_cuda(x: Array, kernel: Array, **_: int) -> Array:
     """A 1x1 convolution as a product of matrices in the dtype of the map.
 
     XLA:GPU compiles and times 70 of cuDNN's candidates for each convolution, and few for a product.
     cuDNN's gradient of a kernel has another order of axes than the kernel: XLA's kernel that
     transposes it and updates the parameter takes 22 us for 256 -> 1024 channels on an H200.
     """
-    n, height, width, channels = x.shape
-    product = x.reshape(n * height * width, channels) @ kernel[0, 0]
-    return product.reshape(n, height, width, -1)
+    return _product(x, kernel[0, 0], x.dtype)
 
 
 def _valid_taps(x: Array, kernel: Array, *, strides: int, kernel_dilation: int) -> Array:
@@ -183,16 +181,16 @@ def _valid_blocks(x: Array, kernel: Array, *, strides: int, kernel_dilation: int
     return out[:, ::strides, ::strides].astype(x.dtype)
 
 
-def _product(x: Array, weights: Array) -> Array:
+def _product(x: Array, weights: Array, dtype: Any = None) -> Array:
     """Multiplies `[n h w cin]` by `[cin cout]`, as a product of two matrices.
 
-    Without the reshape, XLA:CPU would copy the cotangent to another memory layout for the gradient
-    of the weights.
+    The result has this dtype; None: float32 or wider. Without the reshape, XLA:CPU would copy the
+    cotangent to another memory layout for the gradient of the weights.
     """
     n, height, width, channels = x.shape
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = jnp.promote_types(x.dtype, jnp.float32) if dtype is None else dtype
     pixels = x.reshape(n * height * width, channels)
-    product = jnp.dot(pixels, weights, preferred_element_type=accumulator)
+    product = jnp.dot(pixels, weights, preferred_element_type=dtype)
     return product.reshape(n, height, width, weights.shape[1])
 
 
