@@ -91,8 +91,7 @@ def _compile(config: Config, architecture: Architecture, topology: Topology) -> 
 
 def _find_batch(config: Config, architecture: Architecture, topology: Topology) -> Plan:
     """Returns the plan of the largest batch that fits, or of the smallest if none does."""
-    from deeplab_jax.plan.plan import batch_multiple, estimate_max_batch
-    from deeplab_jax.plan.search import largest
+    from deeplab_jax.plan.plan import batch_multiple, estimate_max_batch, largest
 
     multiple = batch_multiple(config, topology)
     plans: dict[int, Plan] = {}

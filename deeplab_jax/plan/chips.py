@@ -11,37 +11,22 @@ from deeplab_jax.utils.errors import UserError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU chip and the slices it comes in.
+    """A TPU chip and the slices it comes in. Rates are per second, figures as published."""
 
-    Attributes:
-      name: name in a topology, e.g. "v5e".
-      published_hbm: memory of a chip as published.
-      usable_hbm: GiB of it that a program can use, from the compiler's own refusals (libtpu
-        0.0.42.1).
-      flops: bfloat16 peak of a chip, FLOP/s. float32 products also run in bfloat16 unless JAX is
-        asked for more precision.
-      hbm_bandwidth: memory bandwidth of a chip, bytes/s.
-      link_bandwidth: bandwidth of one port to a neighbouring chip, one way, bytes/s: the published
-        bidirectional bandwidth of a chip, divided by 2 and by its `2 * num_axes` ports.
-      network_bandwidth: bandwidth of a chip to other slices, one way, bytes/s
-        (https://jax-ml.github.io/scaling-book/tpus).
-      num_axes: number of axes of a slice.
-      max_side: largest number of chips along an axis.
-      ring_multiple: an axis is a ring if its number of chips is a multiple of this.
-      megacore: the chip's two cores are one JAX device.
-    """
-
-    name: str
+    name: str  # in a topology, e.g. "v5e"
     published_hbm: str
-    usable_hbm: float
-    flops: float
-    hbm_bandwidth: float
+    usable_hbm: float  # GiB left to a program, from the compiler's refusals (libtpu 0.0.42.1)
+    flops: float  # bfloat16 peak; JAX computes float32 products in bfloat16 too by default
+    hbm_bandwidth: float  # bytes
+    # Bytes through one port to a neighbour, one way: the published bidirectional bandwidth of a
+    # chip, divided by 2 and by its `2 * num_axes` ports.
     link_bandwidth: float
+    # Bytes of a chip to other slices, one way (https://jax-ml.github.io/scaling-book/tpus).
     network_bandwidth: float
-    num_axes: int
-    max_side: int
-    ring_multiple: int
-    megacore: bool = False
+    num_axes: int  # of a slice
+    max_side: int  # chips along an axis
+    ring_multiple: int  # an axis is a ring if its number of chips is a multiple of this
+    megacore: bool = False  # the chip's two cores are one JAX device
 
     @property
     def source(self) -> str:
@@ -68,17 +53,11 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """One or several equal slices of TPU chips.
-
-    Attributes:
-      chip: the kind of chip.
-      shape: number of chips along each axis of a slice.
-      num_slices: number of slices, joined by the data centre's network.
-    """
+    """One or several equal slices of TPU chips."""
 
     chip: Chip
-    shape: tuple[int, ...]
-    num_slices: int = 1
+    shape: tuple[int, ...]  # number of chips along each axis of a slice
+    num_slices: int = 1  # joined by the data centre's network
 
     @property
     def name(self) -> str:
@@ -119,22 +98,19 @@ def parse(text: str, num_slices: int = 1) -> Topology:
     """
     if num_slices < 1:
         raise UserError(f"--slices must be 1 or more, got {num_slices}")
-    match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", text.strip().lower())
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text.strip().lower())
     if match is None or match[1] not in CHIPS:
-        hint = did_you_mean(match[1] if match else text.split(":")[0], CHIPS)
+        hint = did_you_mean(match[1] if match else text, CHIPS)
         raise UserError(
             f"--topology must be a chip and the shape of a slice, such as v5e:4x4 or v5p:4x4x4, "
             f"got {text!r}{hint}\nChips: {', '.join(CHIPS)}"
         )
     chip, shape = CHIPS[match[1]], tuple(map(int, match[2].split("x")))
-    if len(shape) != chip.num_axes or not all(1 <= side <= chip.max_side for side in shape):
+    fits = len(shape) == chip.num_axes and all(1 <= side <= chip.max_side for side in shape)
+    if not fits or (math.prod(shape) > 1 and any(side % 2 for side in shape[:2])):
         raise UserError(
             f"--topology {text}: a slice of {chip.name} has {chip.num_axes} sides of 1 to "
-            f"{chip.max_side} chips, such as {chip.name}:{'x'.join('4' * chip.num_axes)}"
-        )
-    if shape != (1,) * len(shape) and any(side % 2 for side in shape[:2]):
-        raise UserError(
-            f"--topology {text}: a host holds 2x2 chips, so the first two sides must be even "
-            "(or all sides 1)"
+            f"{chip.max_side} chips, such as {chip.name}:{'x'.join('4' * chip.num_axes)}. The "
+            "first two must be even, since a host holds 2x2 chips, or all sides 1"
         )
     return Topology(chip, shape, num_slices)

@@ -8,44 +8,29 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
 
 KINDS = (
     *("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all"),
     *("ragged-all-to-all", "collective-broadcast"),
 )
 
-# Names of the operations between slices, as the runtime that executes them spells them.
-_TRANSFERS = {
-    "ALL_REDUCE": "all-reduce",
-    "ALL_GATHER": "all-gather",
-    "REDUCE_SCATTER": "reduce-scatter",
-    "ALL_TO_ALL": "all-to-all",
-    "ONE_TO_ONE": "collective-permute",
-}
+_Key = tuple[str, int, bool]  # kind, group size, whether between slices
 
 _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+\w*|c64|c128)\[([\d,]*)\]")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Collective operations of one kind among groups of one size.
+    """Collective operations of one kind among groups of one size."""
 
-    Attributes:
-      kind: one of `KINDS`.
-      group_size: number of devices in a group; 2 for collective-permute.
-      count: executions in a step.
-      bytes: total bytes of all executions: the size of the unsharded array that is reduced,
-        gathered, scattered or sent, for one device.
-      between_slices: the operation uses the data centre's network and connects the corresponding
-        devices of all slices. XLA splits an operation that spans slices into one of these and
-        others within each slice.
-    """
-
-    kind: str
-    group_size: int
-    count: int
+    kind: str  # one of `KINDS`
+    group_size: int  # number of devices in a group; 2 for collective-permute
+    count: int  # executions in a step
+    # Total of all executions: the size of the unsharded array that is reduced, gathered, scattered
+    # or sent, for one device.
     bytes: int
+    # Whether it uses the data centre's network and connects the corresponding devices of all
+    # slices. XLA splits an operation that spans slices into one of these and others within each.
     between_slices: bool = False
 
     @property
@@ -61,20 +46,9 @@ class Collective:
         return times * (self.group_size - 1) / self.group_size * self.bytes
 
 
-class ProgramCollectives(NamedTuple):
-    """The collective operations of a program.
-
-    Attributes:
-      collectives: one entry per kind and group size, most bytes first.
-      unknown_loops: number of loops with collectives and an unknown trip count; their operations
-        count once.
-    """
-
-    collectives: tuple[Collective, ...]
-    unknown_loops: int
-
-
-def find_collectives(hlo: str, num_devices: int, num_slices: int = 1) -> ProgramCollectives:
+def find_collectives(
+    hlo: str, num_devices: int, num_slices: int = 1
+) -> tuple[tuple[Collective, ...], int]:
     """Adds up the collective operations of a program; those in a loop count once per iteration.
 
     The TPU compiler overlaps a collective with several other operations and then repeats it in
@@ -84,15 +58,19 @@ def find_collectives(hlo: str, num_devices: int, num_slices: int = 1) -> Program
       hlo: text of the compiled module, from `compiled.as_text()`.
       num_devices: number of devices that the program runs on.
       num_slices: number of TPU slices that they form.
+
+    Returns:
+      One entry per kind and group size, most bytes first; and the number of loops with collectives
+      and an unknown trip count, whose operations count once.
     """
     computations, entry = _computations(hlo)
     unknown: set[str] = set()
     seen: set[tuple[str, str]] = set()
 
     @functools.cache
-    def operations(name: str) -> Counter[Collective]:
-        """Counts the single operations of a computation and of those it calls."""
-        found: Counter[Collective] = Counter()
+    def operations(name: str) -> Counter[tuple[_Key, int]]:
+        """Counts the operations, by kind and bytes, of a computation and of those it calls."""
+        found: Counter[tuple[_Key, int]] = Counter()
         for opcode, result, rest in _instructions(computations.get(name, ())):
             one = _collective(opcode, result, rest, name, num_devices, num_slices)
             if one is not None:
@@ -102,7 +80,7 @@ def find_collectives(hlo: str, num_devices: int, num_slices: int = 1) -> Program
                 if channel is not None:
                     seen.add((opcode, channel[0]))
                 continue
-            inner = sum(map(operations, _called(rest)), Counter[Collective]())
+            inner = sum(map(operations, _called(rest)), Counter[tuple[_Key, int]]())
             iterations = _trip_count(rest, computations) if opcode == "while" and inner else 1
             if iterations is None:
                 unknown.add(rest)
@@ -110,16 +88,15 @@ def find_collectives(hlo: str, num_devices: int, num_slices: int = 1) -> Program
                 found[one] += count * (iterations or 1)
         return found
 
-    totals: dict[tuple[str, int, bool], list[int]] = {}
-    for one, count in operations(entry).items():
-        total = totals.setdefault((one.kind, one.group_size, one.between_slices), [0, 0])
-        total[0] += count
-        total[1] += count * one.bytes
-    collectives = [
-        Collective(kind, size, count, num_bytes, between)
-        for (kind, size, between), (count, num_bytes) in totals.items()
-    ]
-    return ProgramCollectives(tuple(sorted(collectives, key=lambda one: -one.bytes)), len(unknown))
+    counts, sizes = Counter[_Key](), Counter[_Key]()
+    for (key, num_bytes), count in operations(entry).items():
+        counts[key] += count
+        sizes[key] += count * num_bytes
+    collectives = (
+        Collective(kind, group_size, counts[kind, group_size, between], total, between)
+        for (kind, group_size, between), total in sizes.most_common()
+    )
+    return tuple(collectives), len(unknown)
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
@@ -147,29 +124,27 @@ def _instructions(lines: Iterable[str]) -> Iterable[tuple[str, str, str]]:
 
 def _collective(
     opcode: str, result: str, rest: str, computation: str, num_devices: int, num_slices: int
-) -> Collective | None:
-    """Returns one execution of an instruction if it is, or starts, a collective operation."""
+) -> tuple[_Key, int] | None:
+    """Returns kind and bytes of an instruction that is, or starts, a collective operation."""
     transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', rest)
     if opcode == "send" and transfer:
-        kind = _TRANSFERS.get(transfer[1], transfer[1])
+        kind = transfer[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
         parts = num_slices if kind == "all-gather" else 1
-        return Collective(kind, num_slices, 1, array_bytes(result)[0] * parts, True)
+        return (kind, num_slices, True), array_bytes(result)[0] * parts
     kind = opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
     group_size = 2 if kind == "collective-permute" else _group_size(rest, num_devices)
-    # A fusion that the TPU runs as a reduce-scatter holds an all-reduce and a slice of its result.
-    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-        return Collective("reduce-scatter", group_size, 1, sum(array_bytes(result)))
-    shape = re.sub(r"\{[^{}]*\}", "", result)  # without layouts
+    sizes = array_bytes(result)
     if opcode.endswith("-start") and kind != "all-reduce":
         # The shape lists operands, then results, then possibly two counters.
-        sizes = array_bytes(re.sub(r"(, u32\[\]){2}\)$", ")", shape))
+        sizes = array_bytes(re.sub(r"(, u32\[\](\{[^{}]*\})?){2}\)$", ")", result))
         sizes = sizes[len(sizes) // 2 :]
-    else:
-        sizes = array_bytes(shape)
     parts = group_size if kind == "reduce-scatter" else 1
-    return Collective(kind, group_size, 1, sum(sizes) * parts)
+    # A fusion that the TPU runs as a reduce-scatter holds an all-reduce and a slice of its result.
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+    return (kind, group_size, False), sum(sizes) * parts
 
 
 def _called(rest: str) -> Iterable[str]:

@@ -37,21 +37,13 @@ _LIBTPU = {
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of a chip's memory that a train step needs.
+    """Bytes of a chip's memory that a train step needs."""
 
-    Attributes:
-      arguments: the old state and the batch.
-      outputs: the new state and the metrics.
-      aliased: part of the outputs that reuses the memory of the arguments.
-      temporaries: peak of everything else, mostly activations saved for the backward pass.
-      program: the instructions.
-    """
-
-    arguments: int
-    outputs: int
-    aliased: int
-    temporaries: int
-    program: int
+    arguments: int  # the old state and the batch
+    outputs: int  # the new state and the metrics
+    aliased: int  # part of the outputs that reuses the memory of the arguments
+    temporaries: int  # peak of everything else, mostly activations saved for the backward pass
+    program: int  # the instructions
 
     @property
     def total(self) -> int:
@@ -60,36 +52,25 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A train step compiled for a topology, or refused by the compiler.
-
-    Attributes:
-      topology: topology that it was compiled for.
-      mesh: number of devices along `data` and `space`.
-      batch_size: global batch size.
-      hbm_bytes: memory of a chip that a program can use.
-      convolution_flops: FLOPs of the convolutions on a chip: three times the forward pass, all
-        kernel taps, without rematerialisation; a multiply-add counts as two.
-      compile_seconds: time that compiling took.
-      refusal: the compiler's message if the step does not fit; the fields below are then empty.
-      memory: memory of a chip.
-      flops: FLOPs of a chip in a step, by XLA's count of the optimized program.
-      accessed_bytes: bytes that a chip's operations read and write in a step, by XLA's count.
-      collectives: operations between the chips.
-      unknown_loops: see `ProgramCollectives`.
-    """
+    """A train step compiled for a topology, or refused by the compiler."""
 
     topology: Topology
-    mesh: tuple[int, int]
-    batch_size: int
-    hbm_bytes: int
+    mesh: tuple[int, int]  # number of devices along `data` and `space`
+    batch_size: int  # global
+    hbm_bytes: int  # memory of a chip that a program can use
+    # FLOPs of the convolutions on a chip: three times the forward pass, all kernel taps, without
+    # rematerialisation; a multiply-add counts as two.
     convolution_flops: float
     compile_seconds: float = 0.0
+    # The compiler's message if the step does not fit; the fields below are then empty.
     refusal: str = ""
-    memory: Memory | None = None
+    memory: Memory | None = None  # of a chip
+    # By XLA's count of the optimized program, of a chip in a step: FLOPs, and bytes that its
+    # operations read and write.
     flops: float = 0.0
     accessed_bytes: float = 0.0
-    collectives: tuple[Collective, ...] = ()
-    unknown_loops: int = 0
+    collectives: tuple[Collective, ...] = ()  # operations between the chips
+    unknown_loops: int = 0  # see `find_collectives`
 
     @property
     def fits(self) -> bool:
@@ -142,8 +123,8 @@ def make_plan(
     Args:
       config: config of the run. Class weights that the run computes from its data are replaced by
         ones, which cost the same.
-      architecture: architecture that the config and its data give.
-      topology: topology to compile for.
+      architecture: what the config and its data give.
+      topology: to compile for.
       log: called with a message when compilation starts.
 
     Raises:
@@ -195,7 +176,9 @@ def read(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]:
     """Returns the fields of `Plan` that a compiled program gives."""
     stats: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis()
-    hlo = compiled.as_text() or ""
+    collectives, unknown_loops = find_collectives(
+        compiled.as_text() or "", topology.num_chips, topology.num_slices
+    )
     return {
         "memory": Memory(
             arguments=stats.argument_size_in_bytes,
@@ -206,7 +189,8 @@ def read(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]:
         ),
         "flops": cost["flops"],
         "accessed_bytes": cost["bytes accessed"],
-        **find_collectives(hlo, topology.num_chips, topology.num_slices)._asdict(),
+        "collectives": collectives,
+        "unknown_loops": unknown_loops,
     }
 
 
@@ -241,3 +225,29 @@ def estimate_max_batch(plan: Plan) -> int:
         return 0
     free = plan.hbm_bytes - (plan.memory.total - plan.memory.temporaries)
     return int(plan.batch_size * free / max(plan.memory.temporaries, 1))
+
+
+def largest(fits: Callable[[int], bool], guess: int, limit: int) -> int:
+    """Returns the largest number from 1 to `limit` that fits, or 0 if none does.
+
+    Each call of `fits` compiles for minutes. So the search starts at a guess, doubles its stride
+    until the answer changes, and then bisects.
+
+    Args:
+      fits: predicate that is true up to some number and false beyond it; called at most once per
+        number.
+      guess: number to start at; clipped to 1..limit.
+      limit: largest number to try.
+    """
+    low, high = 0, limit + 1  # `low` fits and `high` does not; both are never tried
+    number, stride = min(max(guess, 1), limit), 1
+    while high - low > 1:
+        low, high = (number, high) if fits(number) else (low, number)
+        if high > limit:
+            number = min(low + stride, limit)
+        elif low == 0:
+            number = max(high - stride, 1)
+        else:
+            number = (low + high) // 2
+        stride *= 2
+    return low

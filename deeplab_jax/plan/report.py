@@ -6,15 +6,14 @@ import dataclasses
 from typing import Any
 
 from deeplab_jax.plan.plan import Plan
-from deeplab_jax.plan.roofline import roofline
 
 COLLECTIVE_COLUMNS = ("collective", "devices", "a step", "MB a step", "MB sent a chip")
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """Returns all numbers of a plan; those that a refused program does not have are null."""
-    topology, chip = plan.topology, plan.topology.chip
-    numbers: dict[str, Any] = {
+    topology, chip, memory = plan.topology, plan.topology.chip, plan.memory
+    return {
         "topology": topology.name,
         "slices": topology.num_slices,
         "devices": topology.num_chips,
@@ -22,12 +21,12 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "batch_size": plan.batch_size,
         "fits": plan.fits,
         "refusal": plan.refusal or None,
-        "bytes_per_device": None,
-        "memory": None,
+        "bytes_per_device": memory.total if memory else None,
+        "memory": dataclasses.asdict(memory) if memory else None,
         "hbm_bytes": plan.hbm_bytes,
-        "flops_per_device": None,
+        "flops_per_device": plan.flops if memory else None,
         "convolution_flops_per_device": plan.convolution_flops,
-        "accessed_bytes_per_device": None,
+        "accessed_bytes_per_device": plan.accessed_bytes if memory else None,
         "collectives": [
             dataclasses.asdict(one) | {"sent_bytes": one.sent_bytes} for one in plan.collectives
         ],
@@ -40,27 +39,37 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "network_bandwidth": chip.network_bandwidth,
             "source": chip.source,
         },
-        "roofline": None,
+        "roofline": roofline(plan) if memory else None,
         "compile_seconds": plan.compile_seconds,
     }
-    if plan.memory:
-        bounds = roofline(plan)
-        numbers |= {
-            "bytes_per_device": plan.memory.total,
-            "memory": dataclasses.asdict(plan.memory),
-            "flops_per_device": plan.flops,
-            "accessed_bytes_per_device": plan.accessed_bytes,
-            "roofline": {
-                "compute_seconds": bounds.compute,
-                "memory_seconds": bounds.memory,
-                "interconnect_seconds": bounds.interconnect,
-                "fastest_step_seconds": bounds.fastest,
-                "step_seconds": bounds.step,
-                "images_per_second": plan.batch_size / bounds.step,
-                "bound_by": bounds.bound_by,
-            },
-        }
-    return numbers
+
+
+def roofline(plan: Plan) -> dict[str, Any]:
+    """Returns lower bounds of a step's time, from the published peaks of the chip.
+
+    The FLOPs and bytes are those that XLA counts. Bytes that stay in the chip's fast memory are
+    counted too, so a step may take less than its memory's time. A chip sends through the ports of
+    a corner chip, which has the fewest, and through the network between slices.
+    """
+    topology, chip = plan.topology, plan.topology.chip
+    within = sum(one.sent_bytes for one in plan.collectives if not one.between_slices)
+    between = sum(one.sent_bytes for one in plan.collectives if one.between_slices)
+    seconds = {
+        "compute": plan.flops / chip.flops,
+        "memory": plan.accessed_bytes / chip.hbm_bandwidth,
+        "interconnect": between / chip.network_bandwidth
+        + (within / topology.interconnect if topology.num_ports else 0.0),
+    }
+    slowest = max(seconds, key=seconds.__getitem__)
+    return {
+        **{f"{name}_seconds": value for name, value in seconds.items()},
+        # If no traffic reaches the HBM: a bound for this arithmetic.
+        "fastest_step_seconds": max(seconds["compute"], seconds["interconnect"]),
+        # If all three overlap, and all traffic reaches the HBM.
+        "step_seconds": seconds[slowest],
+        "images_per_second": plan.batch_size / seconds[slowest],
+        "bound_by": slowest,
+    }
 
 
 def summary_rows(plan: Plan) -> list[tuple[str, str]]:
@@ -75,7 +84,8 @@ def summary_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
     if plan.memory is None:
         return [*rows, ("does not fit", f"the compiler says: {plan.refusal}")]
-    bounds, total = roofline(plan), plan.memory.total
+    bounds = {name.removesuffix("_seconds"): value for name, value in roofline(plan).items()}
+    total = plan.memory.total
     memory = dataclasses.asdict(plan.memory) | {"total": total}
     return [
         *rows,
@@ -93,16 +103,17 @@ def summary_rows(plan: Plan) -> list[tuple[str, str]]:
         ("memory traffic", f"{plan.accessed_bytes / 1e9:.2f} GB by XLA's count"),
         (
             "time at the peaks",
-            f"arithmetic {_ms(bounds.compute)} at {chip.flops / 1e12:g} TFLOP/s, memory "
-            f"{_ms(bounds.memory)} at {chip.hbm_bandwidth / 1e9:g} GB/s, interconnect "
-            f"{_ms(bounds.interconnect)} at {topology.interconnect / 1e9:g} GB/s "
+            f"arithmetic {_ms(bounds['compute'])} at {chip.flops / 1e12:g} TFLOP/s, memory "
+            f"{_ms(bounds['memory'])} at {chip.hbm_bandwidth / 1e9:g} GB/s, interconnect "
+            f"{_ms(bounds['interconnect'])} at {topology.interconnect / 1e9:g} GB/s "
             f"({topology.num_ports} ports)",
         ),
         (
             "a step, estimated",
-            f"{_ms(bounds.step)}, bound by {bounds.bound_by}: "
-            f"{plan.batch_size / bounds.step:.0f} images/s; at most "
-            f"{plan.batch_size / bounds.fastest:.0f} if all memory traffic stayed in the chips",
+            f"{_ms(bounds['step'])}, bound by {bounds['bound_by']}: "
+            f"{plan.batch_size / bounds['step']:.0f} images/s; at most "
+            f"{plan.batch_size / bounds['fastest_step']:.0f} if all memory traffic stayed in the "
+            "chips",
         ),
         ("", f"(from published peaks, all three overlapped; not a measurement. {chip.source})"),
     ]
