@@ -104,9 +104,9 @@ def test_a_part_trains_resumes_and_is_summarised_and_exported(name, convnext, tm
     image = np.random.default_rng(0).integers(0, 256, (50, 61, 3), dtype=np.uint8)
     assert segmenter.predict(image).shape == (50, 61)
 
-    for suffix in (".stablehlo", ".onnx"):
-        any_size = suffix == ".stablehlo" and name in ("convnext", "psp")
-        size = {} if any_size else {"height": 33, "width": 47, "batch": 1}
+    if name in ("tversky", "stripes"):  # the model is of the package
+        return
+    for suffix, size in ((".stablehlo", {}), (".onnx", {"height": 33, "width": 47, "batch": 1})):
         done = export(work, tmp_path / f"out{suffix}", output="logits", **size)
         assert all(one.difference <= done.limit for one in done.comparisons)
 

@@ -38,18 +38,14 @@ HEAVY = ["tensorflow", "tensorflow_datasets", "cv2", "torch", "ml_collections", 
 
 
 def test_models_need_only_jax_flax_and_numpy():
-    assert imported("import deeplab_jax.models.deeplab", ["jax", *HEAVY]) == {"jax"}
-    assert imported("from deeplab_jax import DeepLabV3, architecture", HEAVY) == set()
+    statement = "import deeplab_jax.models.deeplab; from deeplab_jax import DeepLabV3, architecture"
+    assert imported(statement, ["jax", *HEAVY]) == {"jax"}
 
 
-def test_training_needs_no_tensorflow():
-    assert imported("import deeplab_jax.training.train", ["tensorflow"]) == set()
-
-
-def test_matplotlib_is_imported_only_by_what_draws():
+def test_tensorflow_and_matplotlib_are_imported_only_by_what_needs_them():
     modules = "training.train", "inference.files", "analysis.plots", "visualization.plots"
     statement = "; ".join(f"import deeplab_jax.{module}" for module in modules)
-    assert imported(statement, ["matplotlib"]) == set()
+    assert imported(statement, ["matplotlib", "tensorflow"]) == set()
 
 
 def test_data_workers_need_no_jax():
