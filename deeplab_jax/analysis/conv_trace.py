@@ -29,35 +29,23 @@ Shape = tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
-    """A convolution of a model, for one image.
+    """A convolution of a model, for one image."""
 
-    Attributes:
-      name: its attribute path, as in `backbone.layer4.0.conv2`.
-      kernel_size: side of its kernel.
-      stride: pixels of its input between neighbouring outputs.
-      rate: pixels of its input between the kernel's taps.
-      groups: number of channel groups; the number of channels if it is depthwise.
-      in_shape, out_shape: height, width and channels of its input and output.
-      output_stride: pixels of the image between neighbours of its output; None after the image was
-        pooled to one pixel.
-      field_of_view: side of the square of the image that an output sees through convolutions and
-        max pooling, pixels, as if the image had no border; None after the image was pooled to one
-        pixel. After a resize, whose rows read different windows, their union.
-      sees_image: whether an output also sees the whole image, through pooling.
-      params: number of its own parameters and of those of the batch norm that follows.
-    """
-
-    name: str
-    kernel_size: int
-    stride: int
-    rate: int
-    groups: int
-    in_shape: Shape
+    name: str  # its attribute path, as in `backbone.layer4.0.conv2`
+    kernel_size: int  # side of its kernel
+    stride: int  # pixels of its input between neighbouring outputs
+    rate: int  # pixels of its input between the kernel's taps
+    groups: int  # of channels; as many as channels if it is depthwise
+    in_shape: Shape  # height, width, channels
     out_shape: Shape
+    # Pixels of the image between neighbours of its output; None after pooling to one pixel.
     output_stride: int | None
+    # Side of the square of the image that an output sees through convolutions and max pooling,
+    # pixels, as if the image had no border; None after pooling to one pixel. After a resize, whose
+    # rows read different windows, their union.
     field_of_view: int | None
-    sees_image: bool
-    params: int
+    sees_image: bool  # whether an output also sees the whole image, through pooling
+    params: int  # its own, and those of the batch norm that follows
 
     @property
     def valid_fraction(self) -> float:
@@ -82,10 +70,7 @@ def convolutions(
 ) -> list[Convolution]:
     """Lists the convolutions of a model in the order of execution.
 
-    Args:
-      model: to trace.
-      height: of the image, pixels.
-      width: of the image, pixels; None: as `height`.
+    Height and width of the image are in pixels; without a width, the image is a square.
 
     Raises:
       ValueError: a side is below 1, or an operation between two convolutions is not supported here.
@@ -103,24 +88,18 @@ def convolutions(
     names: list[str] = jax.tree.leaves(Variables({n: n for n in params}, {n: n for n in stats}))
     reader = _Reader((height, width))
     reader.run(traced.jaxpr, [*map(_Variable, names), _Seen(1, 0, 0)])
-    counts = _params_of(reader, {name: math.prod(leaf.shape) for name, leaf in params.items()})
+    index_of = {found.name: index for index, found in enumerate(reader.found)}
+    counts = [0] * len(index_of)
+    for name, leaf in params.items():
+        module = name.rpartition(".")[0]
+        if module in index_of:
+            counts[index_of[module]] += math.prod(leaf.shape)
+        elif f"{module}.scale" in params:  # a norm belongs to the convolution before it
+            counts[reader.first_use[name] - 1] += math.prod(leaf.shape)
     return [
         dataclasses.replace(found, params=count)
         for found, count in zip(reader.found, counts, strict=True)
     ]
-
-
-def _params_of(reader: _Reader, sizes: dict[str, int]) -> list[int]:
-    """Counts the parameters of each convolution's module and of the norms before the next one."""
-    index_of = {found.name: index for index, found in enumerate(reader.found)}
-    counts = [0] * len(index_of)
-    for name, size in sizes.items():
-        module = name.rpartition(".")[0]
-        if module in index_of:
-            counts[index_of[module]] += size
-        elif f"{module}.scale" in sizes:
-            counts[reader.first_use[name] - 1] += size
-    return counts
 
 
 class _Variable(NamedTuple):
@@ -183,17 +162,12 @@ _CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "c
 
 
 class _Reader:
-    """Follows a program.
-
-    Attributes:
-      image: height and width of the image, pixels.
-      found: the convolutions so far, with `params` 0.
-      first_use: name of an array of the model -> number of convolutions before its first use.
-    """
+    """Follows a program."""
 
     def __init__(self, image: tuple[int, int]) -> None:
-        self.image = image
-        self.found: list[Convolution] = []
+        self.image = image  # height and width, pixels
+        self.found: list[Convolution] = []  # so far, with `params` 0
+        # Name of an array of the model -> number of convolutions before its first use.
         self.first_use: dict[str, int] = {}
 
     def run(self, jaxpr: Any, inputs: Iterable[_Value]) -> list[_Value]:
@@ -227,19 +201,18 @@ class _Reader:
             raise ValueError(f"the kernel of a convolution of {x} is not an array of the model")
         name = kernel.name.rpartition(".")[0]
         if not isinstance(seen, _Seen):
+            reason = "does not depend on the image"
             if isinstance(seen, _Unknown):
                 reason = f"is the result of {seen.operation!r}, which is not supported here"
-            else:
-                reason = "does not depend on the image"
             raise ValueError(f"the field of view of {name} is not known: its input {reason}")
         before, stride, side, rate, groups = 0, 1, 1, 1, 1
         if equation.primitive.name == "conv_general_dilated":
-            (before, _), stride = params["padding"][0], params["window_strides"][0]
-            side, rate, groups = (
+            (before, _), stride, side = (
+                params["padding"][0],
+                params["window_strides"][0],
                 weights[0],
-                params["rhs_dilation"][0],
-                params["feature_group_count"],
             )
+            rate, groups = params["rhs_dilation"][0], params["feature_group_count"]
         out = seen.window(-before, rate * (side - 1) - before, stride)
         self.found.append(
             Convolution(

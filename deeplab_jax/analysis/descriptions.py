@@ -24,17 +24,11 @@ PAPER_CLASSES = 21  # of PASCAL VOC
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A model and the image size it is for.
-
-    Attributes:
-      architecture: of the model.
-      size: height and width of the images or crops it is trained on, pixels.
-      saved: the trained model; None for a config or a name.
-    """
+    """A model and the image size it is for."""
 
     architecture: Architecture
-    size: tuple[int, int]
-    saved: SavedModel | None = None
+    size: tuple[int, int]  # height and width of the images or crops it is trained on, pixels
+    saved: SavedModel | None = None  # the trained model
 
 
 def read(source: str, *, num_classes: int | None = None) -> Description:
@@ -87,12 +81,9 @@ def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
 
 
 def of_config(config: Config, source: str, num_classes: int | None = None) -> Description:
-    """Describes the model of a config without reading its data.
+    """Describes the model of a config, which errors call `source`, without reading its data.
 
-    Args:
-      config: of a run.
-      source: name of the config, for errors.
-      num_classes: for a config that takes it from its data; None: the data set's, if it is known.
+    Without `num_classes`, a config that takes it from its data has the data set's, if it is known.
 
     Raises:
       UserError: the config is invalid, or the number of classes is not known.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
 import math
 import re
@@ -22,14 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAPER_MAP = (65, 65)  # height and width of the map in arXiv 1706.05587, figure 4
-_TAP_COLORS = {
-    1: plots.VERMILLION,
-    2: plots.ORANGE,
-    3: plots.PURPLE,
-    4: plots.GREEN,
-    6: plots.SKY,
-    9: plots.BLUE,
-}
+_COLORS = (VERMILLION, plots.ORANGE, plots.PURPLE, plots.GREEN, plots.SKY, plots.BLUE)
+_TAP_COLORS = dict(zip((1, 2, 3, 4, 6, 9), _COLORS, strict=True))
 
 # Layout of the model's figure, in the units of `plots.diagram`.
 _MARGIN, _HEADER, _PITCH = 20, 126, 94  # widths: of the margin, of the table's header, of a block
@@ -55,21 +48,18 @@ def model_figure(summary: Summary) -> Figure:
 def tap_fractions(height: int, width: int, rate: int) -> dict[int, float]:
     """Computes how many taps of a 3x3 convolution fall on the map (the paper's figure 4).
 
-    Args:
-      height, width: of the map, pixels.
-      rate: atrous rate, pixels.
-
     Returns:
       Number of taps -> fraction of the map's positions with as many, 0..1.
     """
+    # Fractions of rows and of columns by how many of the three taps fall on the map.
     rows, columns = (
-        np.bincount(1 + (pixels >= rate).astype(int) + (pixels < len(pixels) - rate))
+        np.bincount(1 + (pixels >= rate).astype(int) + (pixels < len(pixels) - rate), minlength=4)
+        / len(pixels)
         for pixels in map(np.arange, (height, width))
     )
-    fractions: dict[int, float] = collections.defaultdict(float)
-    for row_taps, column_taps in itertools.product(range(len(rows)), range(len(columns))):
-        fractions[row_taps * column_taps] += rows[row_taps] * columns[column_taps] / height / width
-    return {taps: fraction for taps, fraction in fractions.items() if fraction}
+    taps = np.outer(range(4), range(4)).ravel()
+    fractions = np.bincount(taps, np.outer(rows, columns).ravel())
+    return {number: float(fraction) for number, fraction in enumerate(fractions) if fraction}
 
 
 def _draw_valid_taps(axes: Axes, summary: Summary) -> None:
@@ -116,51 +106,52 @@ def _draw_tap_chart(chart: Axes, map_size: tuple[int, int], marked: Sequence[int
 
 # --- Blocks ------------------------------------------------------------------------------------
 
-# Convolutions that are drawn as one column; None: the image.
-_Column = ModuleSummary | None
+_Column = ModuleSummary | None  # convolutions that are drawn as one column; None: the image
 _ASPP = "classifier.aspp.branches"
 _ROWS = (
-    "map",
-    "convolutions",
-    "output stride",
-    "field of view, px",
-    "atrous rates",
-    "valid taps, %",
+    *("map", "convolutions", "output stride", "field of view, px"),
+    *("atrous rates", "valid taps, %"),
 )
-
-
-def _columns(summary: Summary) -> list[_Column]:
-    """The image, the backbone's parts, and the head's convolutions with ASPP's branches as one."""
-    backbone = [part for part in summary.parts if part.name.startswith("backbone.")]
-    head = [c for c in summary.all.convolutions if c.name.startswith("classifier.")]
-    grouped = itertools.groupby(head, lambda c: _ASPP if c.name.startswith(_ASPP) else c.name)
-    parts = [ModuleSummary(name, tuple(convolutions)) for name, convolutions in grouped]
-    return [None, *_merged(backbone), *parts]
-
-
-def _column_width(column: _Column) -> float:
-    return _PITCH * (1.3 if column is not None and column.name == _ASPP else 1)
-
-
 _NUMBERED = re.compile(r"(.*?)(\d+)(?:-\d+)?")  # "backbone.block7", "backbone.block7-12"
 
 
-def _merged(parts: list[ModuleSummary]) -> list[ModuleSummary]:
-    """Merges numbered neighbours of one name whose output strides and rates are the same."""
-    merged: list[ModuleSummary] = []
-    for part in parts:
-        before = merged[-1] if merged else None
-        first, last = (_NUMBERED.fullmatch(p.name) if p else None for p in (before, part))
-        if before and first and last and first[1] == last[1] and _kind(before) == _kind(part):
+def _is_aspp(column: _Column) -> bool:
+    return column is not None and column.name == _ASPP
+
+
+def _columns(summary: Summary) -> list[_Column]:
+    """The image, the backbone's parts, and the head's convolutions with ASPP's branches as one.
+
+    Numbered neighbours of the backbone of one name, output stride and rates are one part.
+    """
+    backbone: list[ModuleSummary] = []
+    for part in summary.parts:
+        if not part.name.startswith("backbone."):
+            continue
+        before = backbone[-1] if backbone else part
+        first, last = (_NUMBERED.fullmatch(p.name) for p in (before, part))
+        if (
+            before is not part
+            and first
+            and last
+            and first[1] == last[1]
+            and _kind(before) == _kind(part)
+        ):
             name = f"{first[1]}{first[2]}-{last[2]}"
-            merged[-1] = ModuleSummary(name, before.convolutions + part.convolutions)
+            backbone[-1] = ModuleSummary(name, before.convolutions + part.convolutions)
         else:
-            merged.append(part)
-    return merged
+            backbone.append(part)
+    head = [c for c in summary.all.convolutions if c.name.startswith("classifier.")]
+    grouped = itertools.groupby(head, lambda c: _ASPP if c.name.startswith(_ASPP) else c.name)
+    return [None, *backbone, *(ModuleSummary(name, tuple(convs)) for name, convs in grouped)]
 
 
-def _kind(part: ModuleSummary) -> tuple[int | None, tuple[int, ...]]:
-    return part.convolutions[-1].output_stride, tuple(sorted(set(part.rates)))
+def _kind(part: ModuleSummary) -> tuple[int | None, set[int]]:
+    return part.convolutions[-1].output_stride, set(part.rates)
+
+
+def _column_width(column: _Column) -> float:
+    return _PITCH * (1.3 if _is_aspp(column) else 1)
 
 
 def _draw_blocks(axes: Axes, summary: Summary, columns: list[_Column], top: float) -> None:
@@ -192,14 +183,14 @@ def _draw_blocks(axes: Axes, summary: Summary, columns: list[_Column], top: floa
     head = [c for c in summary.all.convolutions if c.name.startswith("aux_classifier.")]
     if head:
         kernels = ", ".join(f"{c.kernel_size}x{c.kernel_size}" for c in head)
-        view = head[-1].field_of_view
         sources = [
-            part.name.removeprefix("backbone.")
+            f" on {part.name.removeprefix('backbone.')}"
             for part in summary.parts
             if part.name.startswith("backbone.")
             and part.convolutions[-1].out_shape == head[0].in_shape
         ]
-        source = f" on {sources[-1]}" if sources else ""
+        source = sources[-1] if sources else ""
+        view = head[-1].field_of_view
         words = f"auxiliary head{source}: {kernels}, field of view {view} px"
         plots.text(axes, _MARGIN, rows[-1] + 30, words)
 
@@ -212,7 +203,7 @@ def _facts(summary: Summary, column: _Column) -> list[str]:
     views = [conv.field_of_view for conv in convs if conv.field_of_view is not None]
     strides = [conv.output_stride for conv in convs if conv.output_stride is not None]
     valid = [100 * column.valid_macs / column.macs]
-    if column.name == _ASPP:
+    if _is_aspp(column):
         last = convs[0]
         valid = [100 * conv.valid_fraction for conv in convs if conv.kernel_size > 1]
     return [
@@ -230,32 +221,28 @@ def _draw_column(
 ) -> list[float]:
     """A box as high as its map, or a box for each branch of ASPP; returns their heights."""
     left, middle = left_middle
-    title: dict[str, Any] = {
-        "size": 9.5,
-        "ha": "center",
-        "va": "bottom",
-        "spacing": 1.2,
-        "max_width": width + 14,
-    }
     x = left + width / 2
-    if column is not None and column.name == _ASPP:
+    title: dict[str, Any] = {"size": 9.5, "ha": "center", "va": "bottom", "spacing": 1.2}
+    title["max_width"] = width + 14
+    if column is not None and _is_aspp(column):
         plots.text(axes, x, middle - _TALLEST / 2 - 7, "ASPP", **title)
         pitch = _TALLEST / len(column.convolutions)
-        tops = [middle - _TALLEST / 2 + (i + 0.14) * pitch for i in range(len(column.convolutions))]
-        for top, conv in zip(tops, column.convolutions, strict=True):
+        heights = []
+        for index, conv in enumerate(column.convolutions):
             label = f"{conv.kernel_size}x{conv.kernel_size}"
             if conv.output_stride is None:
                 label = "image pooling"
             elif conv.rate > 1:
                 label += f" rate {conv.rate}"
             branch = ModuleSummary(conv.name, (conv,))
+            top = middle - _TALLEST / 2 + (index + 0.14) * pitch
             draw_part(axes, branch, left, top, width, 0.72 * pitch, label, size=9.5)
-        return [top + 0.36 * pitch for top in tops]
+            heights.append(top + 0.36 * pitch)
+        return heights
     height, name = float(_TALLEST), "image"
     if column is not None:
-        height = max(
-            20, _TALLEST * math.sqrt(column.convolutions[-1].out_shape[0] / summary.height)
-        )
+        ratio = column.convolutions[-1].out_shape[0] / summary.height
+        height = max(20, _TALLEST * math.sqrt(ratio))
         name = column.name.split(".", 1)[1].removesuffix(".conv").replace(".", ".\n")
     draw_part(axes, column, left, middle - height / 2, width, height)
     plots.text(axes, x, middle - height / 2 - 7, name, **title)
@@ -313,20 +300,17 @@ def field_facts(field: EffectiveField) -> list[str]:
 
 
 def field_figure(fields: Sequence[tuple[str, EffectiveField]], title: str) -> Figure:
-    """Draws effective receptive fields side by side, each relative to its own maximum.
+    """Draws named effective receptive fields of one size, each relative to its own maximum.
 
     The frame in a panel is the smallest square around the centre that holds `ENERGY_FRACTION` of
     the energy. The colour scale is a square root, so that small values can be seen.
-
-    Args:
-      fields: (name, field), all of images of one size.
-      title: of the figure.
     """
     from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
     from matplotlib.patches import Rectangle
 
     rows, columns = fields[0][1].energy.shape
+    factor = -(-max(rows, columns) // _CELLS)
     scale = 250 / max(rows, columns)
     width, height = columns * scale, rows * scale
     pitch, top = 290, 100
@@ -339,7 +323,8 @@ def field_figure(fields: Sequence[tuple[str, EffectiveField]], title: str) -> Fi
         left = 55 + index * pitch
         axes = plots.chart_axes(sheet, left, top, width, height)
         plots.text(sheet, left, top - 12, name.replace(", ASPP", "\nASPP"), va="bottom")
-        energy = _downsample(field.energy)
+        small = (-(-columns // factor), -(-rows // factor))
+        energy = cv2.resize(field.energy, small, interpolation=cv2.INTER_AREA)
         extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
         image = axes.imshow(energy / energy.max(), norm=norm, cmap=colors, extent=extent)
         half = field.side() / 2
@@ -353,17 +338,9 @@ def field_figure(fields: Sequence[tuple[str, EffectiveField]], title: str) -> Fi
         facts = "\n".join(field_facts(field))
         plots.text(sheet, left, top + height + 34, facts, size=9, va="top", color=GREY)
     bar = plots.chart_axes(sheet, 55, top + height + 135, 320, 12)
-    figure.colorbar(
-        image, cax=bar, orientation="horizontal", ticks=[0, 0.01, 0.1, 0.25, 0.5, 1], format="%g"
-    )
+    ticks = [0, 0.01, 0.1, 0.25, 0.5, 1]
+    figure.colorbar(image, cax=bar, orientation="horizontal", ticks=ticks, format="%g")
     plots.clean_axes(bar, grid="")
     words = "mean absolute gradient of the logits at the centre,\nrelative to the panel's maximum"
     plots.text(sheet, 400, top + height + 141, words, size=9)
     return figure
-
-
-def _downsample(energy: np.ndarray) -> np.ndarray:
-    """Downsamples by area averaging, so that the longer side has at most `_CELLS` pixels."""
-    factor = -(-max(energy.shape) // _CELLS)
-    rows, columns = (-(-side // factor) for side in energy.shape)
-    return cv2.resize(energy, (columns, rows), interpolation=cv2.INTER_AREA)

@@ -23,20 +23,13 @@ ENERGY_FRACTION = 0.95  # of the energy that lies in the square called the effec
 
 @dataclasses.dataclass(frozen=True)
 class EffectiveField:
-    """How much the logits at the centre depend on each pixel.
+    """How much the logits at the centre depend on each pixel."""
 
-    Attributes:
-      energy: absolute gradient of the logits, summed over channels and averaged over random
-        images; scaled so that its sum is 1.
-      centre: row and column of the pixel at the position of the logits.
-      theoretical: side of the square that the logits see through convolutions, pixels, as if the
-        image had no border.
-      sees_image: whether the logits also see the whole image, through pooling.
-    """
-
+    # Absolute gradient of the logits, summed over channels and averaged over random images; scaled
+    # so that its sum is 1.
     energy: Float[np.ndarray, "h w"]
-    centre: tuple[int, int]
-    theoretical: int
+    centre: tuple[int, int]  # row and column of the pixel at the position of the logits
+    theoretical: int  # `Convolution.field_of_view` of the logits
     sees_image: bool = False
 
     def side(self, fraction: float = ENERGY_FRACTION) -> int:
@@ -63,10 +56,10 @@ def effective_field(
 ) -> EffectiveField:
     """Computes the gradient of the logits at the centre of the map with respect to the image.
 
-    Batch norm uses running statistics, and the logits are those before the resize to the image.
+    In float32, with running statistics; the logits are those before the resize to the image.
 
     Args:
-      architecture: of the model, computed in float32.
+      architecture: of the model.
       variables: its arrays.
       height, width: of the images, pixels.
       samples: number of images, whose values are independent and normal.
@@ -128,14 +121,13 @@ def variants(architecture: Architecture) -> list[tuple[str, Architecture]]:
     for output_stride in output_strides(architecture.cascade):
         with contextlib.suppress(UserError):
             found.append(architecture.at_output_stride(output_stride))
-    if architecture.atrous_rates:
-        ones = (1,) * len(architecture.atrous_rates)
-        found.append(dataclasses.replace(architecture, atrous_rates=ones))
-    return [(_variant_name(variant), variant) for variant in found]
-
-
-def _variant_name(architecture: Architecture) -> str:
-    name = f"output stride {architecture.output_stride}"
-    if not architecture.atrous_rates:
-        return name
-    return f"{name}, ASPP rates {', '.join(map(str, architecture.atrous_rates))}"
+    rates = architecture.atrous_rates
+    if rates:
+        found.append(dataclasses.replace(architecture, atrous_rates=(1,) * len(rates)))
+    named = []
+    for variant in found:
+        name = f"output stride {variant.output_stride}"
+        if rates:
+            name += f", ASPP rates {', '.join(map(str, variant.atrous_rates))}"
+        named.append((name, variant))
+    return named

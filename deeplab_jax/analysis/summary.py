@@ -30,15 +30,10 @@ PART_COLUMNS = ("part", "convolutions", "parameters", "GFLOP", "of all", "valid 
 
 @dataclasses.dataclass(frozen=True)
 class ModuleSummary:
-    """The convolutions of a part of a model, or of all of it.
+    """The convolutions of a part of a model, or of all of it."""
 
-    Attributes:
-      name: of the model's attribute that holds them, such as `backbone.layer4`.
-      convolutions: in the order of execution.
-    """
-
-    name: str
-    convolutions: tuple[Convolution, ...]
+    name: str  # of the model's attribute that holds them, such as `backbone.layer4`
+    convolutions: tuple[Convolution, ...]  # in the order of execution
 
     @property
     def params(self) -> int:
@@ -63,24 +58,16 @@ class ModuleSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A model at an image size.
-
-    Attributes:
-      architecture: of the model.
-      height, width: of the image, pixels.
-      all: every convolution.
-      other_params: number of parameters outside convolutions, such as a learned decoder's.
-    """
+    """A model at an image size."""
 
     architecture: Architecture
-    height: int
+    height: int  # of the image, pixels
     width: int
     all: ModuleSummary
-    other_params: int
+    other_params: int  # outside convolutions, such as a learned decoder's
 
     @property
     def params(self) -> int:
-        """Number of the model's parameters."""
         return self.all.params + self.other_params
 
     @property
@@ -116,16 +103,7 @@ class Summary:
 
 
 def summarize(architecture: Architecture, height: int, width: int | None = None) -> Summary:
-    """Summarizes a model by tracing it, without any computation.
-
-    Args:
-      architecture: of the model.
-      height: of the image, pixels.
-      width: of the image, pixels; None: as `height`.
-
-    Raises:
-      ValueError: a side is below 1.
-    """
+    """Summarizes a model by tracing it, see `convolutions`; nothing is computed."""
     model = FunctionalModel(architecture)
     every = ModuleSummary("all", tuple(convolutions(model, height, width)))
     params = sum(math.prod(leaf.shape) for leaf in model.abstract.params.values())

@@ -18,7 +18,7 @@ from deeplab_jax.analysis.conv_trace import Convolution, convolutions
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.deeplab import build_model
 from deeplab_jax.models.functional import FunctionalModel, Variables
-from deeplab_jax.models.layers import Conv
+from deeplab_jax.models.layers import Conv, ShapeRngs
 from deeplab_jax.models.ops.convolution import XLA
 from deeplab_jax.models.ops.pooling import average_pool
 from deeplab_jax.models.ops.resize import resize_bilinear
@@ -93,7 +93,7 @@ def test_valid_fraction_equals_a_convolution_of_ones_with_ones(
 def test_each_convolution_is_found_once_with_its_parameters(variant):
     model = model_of(variant)
     found = convolutions(model, 65, 33)
-    module = nnx.eval_shape(lambda: build_model(model.architecture, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: build_model(model.architecture, rngs=ShapeRngs(0)))
     theirs = {
         ".".join(map(str, path)): (
             conv.kernel.shape[0],

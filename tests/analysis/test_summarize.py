@@ -21,6 +21,11 @@ def summary_of(name, height=65, width=65, **options):
     return summary.summarize(architecture(name, **options), height, width)
 
 
+@functools.cache
+def torchvision_summary(backbone):
+    return summary.summarize(ARCHITECTURES[f"torchvision_{backbone}"], 520)
+
+
 # --- Numbers -----------------------------------------------------------------------------------
 
 
@@ -28,7 +33,7 @@ def summary_of(name, height=65, width=65, **options):
 def test_totals_are_what_torchvision_publishes(backbone):
     weights = getattr(torchvision.models.segmentation, f"DeepLabV3_{backbone}_Weights")
     published = weights.COCO_WITH_VOC_LABELS_V1.meta
-    found = summary.summarize(ARCHITECTURES[f"torchvision_{backbone.lower()}"], 520)
+    found = torchvision_summary(backbone.lower())
     assert found.params == published["num_params"]
     # Its "GFLOPS" are multiply-adds of convolutions, with the auxiliary head.
     assert found.all.macs / 1e9 == pytest.approx(published["_ops"], abs=5e-4)
@@ -152,7 +157,7 @@ def test_markdown_is_a_table():
 
 def test_docs_quote_the_numbers():
     docs = (ROOT / "docs" / "summary.md").read_text()
-    found = summary.summarize(ARCHITECTURES["torchvision_resnet50"], 520)
+    found = torchvision_summary("resnet50")
     for columns, rows in (
         (summary.COLUMNS, summary.rows(found)[-9:]),
         (summary.PART_COLUMNS, summary.part_rows(found)),
