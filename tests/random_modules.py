@@ -1,10 +1,15 @@
 """Modules with random parameters from NumPy, which avoids compiling an initializer per shape."""
 
+import pathlib
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deeplab_jax.data import labels
+from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
+from deeplab_jax.weights import saved_model
 
 
 def abstract_module(make):
@@ -37,6 +42,20 @@ def random_variables(model: FunctionalModel, seed=0) -> Variables:
             for part in model.abstract
         )
     )
+
+
+def random_saved_model(
+    arch: Architecture, *, mean=(0.5,) * 3, std=(0.2,) * 3, seed=0, change=lambda params: None
+) -> saved_model.SavedModel:
+    """A model with random variables as if read from a file, with letters as classes.
+
+    `change` may change the parameters.
+    """
+    variables = random_variables(FunctionalModel(arch), seed)
+    change(variables.params)
+    names = labels.named(*"abcde"[: arch.num_classes])
+    info = saved_model.describe(arch, names, mean=mean, std=std, resize="", size=(1, 1))
+    return saved_model.SavedModel(pathlib.Path(), info, lambda: variables)
 
 
 def _value(rng, name, like):

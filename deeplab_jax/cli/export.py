@@ -63,11 +63,15 @@ def export(
     from deeplab_jax.export.export import export
     from deeplab_jax.export.quantise import Quantisation
 
-    quantisation = None
-    if precision != "float32":
-        quantisation = Quantisation(precision, calibration_images, num_calibration, max_changed)
-    elif calibration_images:
-        raise UserError("--calibration-images is for --precision int8 or float16")
+    quantisation: Quantisation | None
+    quantisation = Quantisation(precision, calibration_images, num_calibration, max_changed)
+    if precision == "float32":
+        if quantisation != Quantisation(precision):
+            raise UserError(
+                "--calibration-images, --num-calibration and --max-changed are for --precision "
+                "int8 or float16"
+            )
+        quantisation = None
     done = export(
         checkpoint,
         destination,

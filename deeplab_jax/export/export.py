@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.extend
@@ -27,23 +28,15 @@ LIMITS = {".stablehlo": 1e-5, ".onnx": 1e-4}
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """The result of an export.
+    """The result of an export."""
 
-    Attributes:
-      path: the file, or its address in a bucket.
-      num_bytes: size of the file.
-      comparisons: its differences from the model.
-      limit: largest allowed difference.
-      nodes: for ONNX, the float32 file's number of nodes of each type, the most frequent first.
-      change: for a lower precision, its differences from the float32 file.
-    """
-
-    path: pathlib.Path | str
+    path: pathlib.Path | str  # the file, or its address in a bucket
     num_bytes: int
-    comparisons: tuple[Comparison, ...]
-    limit: float
-    nodes: dict[str, int]
-    change: quantise.Change | None = None
+    description: dict[str, Any]  # of the model, see `Program.description`
+    comparisons: tuple[Comparison, ...]  # with the model
+    limit: float  # largest allowed difference
+    nodes: dict[str, int]  # for ONNX, their number by type in float32, the most frequent first
+    change: quantise.Change | None = None  # from float32 to a lower precision
 
 
 def export(
@@ -80,62 +73,54 @@ def export(
         cannot be read; the program differs from the model; or a lower precision changes the class
         of too many pixels.
     """
-    if is_bucket(destination):
-        from deeplab_jax.buckets import outputs
+    from deeplab_jax.buckets import outputs
 
+    if is_bucket(destination):
         outputs.check(str(destination), str(destination))
-        with outputs.local_output(destination) as (file, _):
-            done = export(
-                *(checkpoint, file),
-                height=height,
-                width=width,
-                batch=batch,
-                output=output,
-                platforms=platforms,
-                layout=layout,
-                quantisation=quantisation,
-            )
-        return dataclasses.replace(done, path=str(destination))
-    path = required_path(destination, "the destination")
+    else:
+        destination = required_path(destination, "the destination")
     dimensions = Dimensions(batch, height, width)
-    _check(path, dimensions, output)
-    if quantisation:
-        quantise.check(quantisation, path)
-    if path.suffix == ".onnx":
-        onnx.check(layout)
-    # Always on CPU, because accelerators round products to fewer digits, each in its own way.
-    if jax.default_backend() != "cpu" and "cpu" not in jax.extend.backend.backends():
-        raise UserError(
-            "an export is compared with the model on the CPU: set JAX_PLATFORMS to "
-            f"{jax.config.values['jax_platforms']},cpu, or unset it"
-        )
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        program = Program(read_model(checkpoint), output, dimensions)
-        nodes: dict[str, int] = {}
-        change = None
+    with outputs.local_output(destination) as (path, _):
+        _check(path, dimensions, output)
         if quantisation:
-            images = quantise.read_images(quantisation, checkpoint, program)
-        load: Callable[[pathlib.Path], Callable[[np.ndarray], np.ndarray]]
+            quantise.check(quantisation, path)
         if path.suffix == ".onnx":
-            graph = onnx.to_onnx(program, layout)
-            content, nodes, load = graph.SerializeToString(), onnx.count_nodes(graph), onnx.load
-        else:
-            content, load = stablehlo.serialize(program, platforms), stablehlo.load
-        try:
-            with atomic_path(path) as partial:
-                partial.write_bytes(content)
-                comparisons = compare(program, load(partial))
-                _require_equal(path, comparisons, output, LIMITS[path.suffix])
-                if quantisation:
-                    change = quantise.quantise(partial, quantisation.precision, *images)
-                    _require_few_changes(path, quantisation, change)
-                if path.suffix == ".stablehlo":
-                    text = json.dumps(program.description, indent=2) + "\n"
-                    write_bytes(path.with_name(path.name + ".json"), text.encode())
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    num_bytes = change.num_bytes[1] if change else len(content)
-    return Export(path, num_bytes, tuple(comparisons), LIMITS[path.suffix], nodes, change)
+            onnx.check(layout)
+        # Always on CPU, because accelerators round products to fewer digits, each in its own way.
+        if jax.default_backend() != "cpu" and "cpu" not in jax.extend.backend.backends():
+            raise UserError(
+                "an export is compared with the model on the CPU: set JAX_PLATFORMS to "
+                f"{jax.config.values['jax_platforms']},cpu, or unset it"
+            )
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            program = Program(read_model(checkpoint), output, dimensions)
+            images = quantise.read_images(quantisation, checkpoint, program) if quantisation else ()
+            load: Callable[[pathlib.Path], Callable[[np.ndarray], np.ndarray]]
+            nodes: dict[str, int] = {}
+            if path.suffix == ".onnx":
+                graph = onnx.to_onnx(program, layout)
+                content, nodes, load = graph.SerializeToString(), onnx.count_nodes(graph), onnx.load
+            else:
+                content, load = stablehlo.serialize(program, platforms), stablehlo.load
+            change = None
+            try:
+                with atomic_path(path) as partial:
+                    partial.write_bytes(content)
+                    comparisons = compare(program, load(partial))
+                    _require_equal(path, comparisons, output)
+                    if quantisation:
+                        change = quantise.quantise(partial, quantisation.precision, *images)
+                        _require_few_changes(path, quantisation, change)
+                    num_bytes = partial.stat().st_size
+                    if path.suffix == ".stablehlo":
+                        text = json.dumps(program.description, indent=2) + "\n"
+                        write_bytes(path.with_name(path.name + ".json"), text.encode())
+            except OSError as error:
+                raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    limit = LIMITS[path.suffix]
+    return Export(
+        str(destination) if is_bucket(destination) else path, num_bytes, program.description, tuple(comparisons), limit, nodes, change
+    )
 
 
 def _check(path: pathlib.Path, dimensions: Dimensions, output: str) -> None:
@@ -155,19 +140,17 @@ def _check(path: pathlib.Path, dimensions: Dimensions, output: str) -> None:
     require_writable(path.parent, create=True)
 
 
-def _require_equal(
-    path: pathlib.Path, comparisons: Sequence[Comparison], output: str, limit: float
-) -> None:
-    # Not `difference > limit`, which is False for NaN.
-    wrong = [each for each in comparisons if not each.difference <= limit]
+def _require_equal(path: pathlib.Path, comparisons: Sequence[Comparison], output: str) -> None:
+    limit = LIMITS[path.suffix]
+    wrong = [
+        f"  {'x'.join(map(str, each.shape))}, {each.images}: {each.difference:.1e}"
+        for each in comparisons
+        if not each.difference <= limit  # also for NaN
+    ]
     if wrong:
-        lines = (
-            f"  {'x'.join(map(str, each.shape))}, {each.images}: {each.difference:.1e}"
-            for each in wrong
-        )
         raise UserError(
             f"{path} was not written: its {output} differ from the model's by more than "
-            f"{limit:g} of the largest logit:\n" + "\n".join(lines)
+            f"{limit:g} of the largest logit:\n" + "\n".join(wrong)
         )
 
 
@@ -175,14 +158,9 @@ def _require_few_changes(
     path: pathlib.Path, wanted: quantise.Quantisation, change: quantise.Change
 ) -> None:
     if change.changed > wanted.max_changed:
-        advice = "Keep float32, or raise max_changed"
-        if wanted.precision == "int8":
-            advice = (
-                "Calibrate with more images like those that the model will see "
-                "(num_calibration), export in float16, or raise max_changed"
-            )
         raise UserError(
             f"{path} was not written: in {wanted.precision}, {change.changed:.2%} of the pixels of "
             f"{change.num_images} images change class, and max_changed allows "
-            f"{wanted.max_changed:.2%}. {advice}"
+            f"{wanted.max_changed:.2%}. Calibrate int8 with more images like those that the model "
+            "will see (num_calibration), take a higher precision, or raise max_changed"
         )

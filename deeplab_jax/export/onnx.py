@@ -38,9 +38,7 @@ def check(layout: str) -> None:
 def to_onnx(program: Program, layout: str = "nhwc") -> ModelProto:
     """Returns the program as an ONNX model that passed ONNX's checker.
 
-    Args:
-      program: program to export.
-      layout: axes of the images and, except for ids, of the output: a name in `LAYOUTS`.
+    `layout` holds for the images and, except for ids, for the output: a name in `LAYOUTS`.
 
     Raises:
       UserError: an operation of the model has no rule. The message names its module.
@@ -75,10 +73,8 @@ def to_onnx(program: Program, layout: str = "nhwc") -> ModelProto:
 
     (output,) = trace.out_avals
     model = graph.model(info("images", images), info(program.output, output), result)
-    texts = {
-        name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in (program.description | {"layout": layout}).items()
-    }
+    facts = program.description | {"layout": layout}
+    texts = {name: v if isinstance(v, str) else json.dumps(v) for name, v in facts.items()}
     helper.set_model_props(model, texts)
     onnx.checker.check_model(model, full_check=True)
     return model
@@ -87,15 +83,6 @@ def to_onnx(program: Program, layout: str = "nhwc") -> ModelProto:
 def count_nodes(model: ModelProto) -> dict[str, int]:
     """Returns the number of nodes of each type, the most frequent first."""
     return dict(collections.Counter(node.op_type for node in model.graph.node).most_common())
-
-
-def description(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the facts about the model that a file holds, see `Program.description`."""
-    import onnx
-
-    facts = {each.key: each.value for each in onnx.load(path).metadata_props}
-    names = ("output_stride", "side_multiple", "classes", "palette", "mean", "std")
-    return facts | {name: json.loads(facts[name]) for name in names}
 
 
 def load(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:

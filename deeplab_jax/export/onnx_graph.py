@@ -18,33 +18,22 @@ IR_VERSION = 8
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A value that depends on the images.
+    """A value that depends on the images."""
 
-    Attributes:
-      name: name in the graph.
-      shape: shape in the trace, with channels last; sizes may be symbolic. In the graph, the
-        channels of a tensor of rank 4 come second.
-      scope: module that computes it, such as `backbone.layer4.0.conv2`.
-      index: position of the node that computes it, in the order of computation.
-    """
-
-    name: str
+    name: str  # in the graph
+    # In the trace, with channels last; sizes may be symbolic. In the graph, the channels of a
+    # tensor of rank 4 come second.
     shape: tuple[Any, ...]
-    scope: str
-    index: int = 0
+    scope: str  # module that computes it, such as `backbone.layer4.0.conv2`
+    index: int = 0  # position of the node that computes it
 
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """An array that does not depend on the images, with the axes of the trace.
-
-    Attributes:
-      value: the array.
-      name: name of the variable that it is computed from, or "".
-    """
+    """An array that does not depend on the images, with the axes of the trace."""
 
     value: Any
-    name: str = ""
+    name: str = ""  # of the variable that it is computed from
 
     @property
     def scope(self) -> str:
@@ -57,10 +46,9 @@ class Graph:
     def __init__(self) -> None:
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: list[onnx.TensorProto] = []
-        self._producers: dict[str, onnx.NodeProto] = {}
         self._name_counts: collections.Counter[str] = collections.Counter()
         self._first_maps: dict[str, str] = {}  # name of the first map of each height and width
-        self._spatial_shapes: dict[str, str] = {}
+        self._sides: dict[str, str] = {}  # name of each symbolic height and width
 
     def add(
         self,
@@ -74,7 +62,6 @@ class Graph:
         name = self._unique(scope if op_type == "Conv" else f"{scope}/{op_type}".lstrip("/"))
         node = helper.make_node(op_type, list(inputs), [name], name=name, **attributes)
         self._nodes.append(node)
-        self._producers[name] = node
         if len(shape) == 4:
             self._first_maps.setdefault(str(shape[1:3]), name)
         return Tensor(name, shape, scope, len(self._nodes))
@@ -86,40 +73,33 @@ class Graph:
         return unique
 
     def add_bias(self, tensor: Tensor, bias: Constant) -> bool:
-        """Adds a bias to the convolution that computes a tensor.
+        """Adds a bias to the convolution that computes a tensor; returns whether it could.
 
-        Returns:
-          Whether it was added: the tensor comes from a convolution without a bias, and `bias` is
-          one number per channel.
+        It can if the convolution has no bias, and this one is one number per channel.
         """
-        node = self._producers.get(tensor.name)
-        if node is None or node.op_type != "Conv" or len(node.input) != 2:
+        node = self._nodes[tensor.index - 1]
+        if tensor.index == 0 or node.op_type != "Conv" or len(node.input) != 2:
             return False
         if bias.value.size != tensor.shape[3] or bias.value.shape[-1] != bias.value.size:
             return False
         node.input.append(self.constant(bias.value.reshape(-1), bias.name))
         return True
 
-    def spatial_shape(self, shape: tuple[Any, ...], scope: str) -> str:
-        """Returns the name of int64 `[2]`, the height and width of a map.
+    def sides(self, shape: tuple[Any, ...], scope: str, *, before: Sequence[int] = ()) -> str:
+        """Returns the name of int64 `[*before, height, width]` of a map.
 
         Symbolic sizes are read from the first map with the same height and width.
         """
         if not any(map(export.is_symbolic_dim, shape[1:3])):
-            return self.constant(np.array(shape[1:3], np.int64), f"{scope}/sides")
+            return self.constant(np.array([*before, *shape[1:3]], np.int64), f"{scope}/sides")
         key = str(shape[1:3])
-        if key not in self._spatial_shapes:
+        if key not in self._sides:
             inputs = [self._first_maps[key]]
-            self._spatial_shapes[key] = self.add("Shape", inputs, (2,), scope, start=2, end=4).name
-        return self._spatial_shapes[key]
-
-    def expand_shape(self, shape: tuple[Any, ...], scope: str) -> str:
-        """Returns the name of int64 `[1, 1, height, width]`, to expand one number per channel."""
-        if not any(map(export.is_symbolic_dim, shape[1:3])):
-            return self.constant(np.array([1, 1, *shape[1:3]], np.int64), f"{scope}/spread")
-        ones = self.constant(np.array([1, 1], np.int64), f"{scope}/ones")
-        inputs = [ones, self.spatial_shape(shape, scope)]
-        return self.add("Concat", inputs, (4,), scope, axis=0).name
+            self._sides[key] = self.add("Shape", inputs, (2,), scope, start=2, end=4).name
+        if not before:
+            return self._sides[key]
+        inputs = [self.constant(np.array(before, np.int64), f"{scope}/before"), self._sides[key]]
+        return self.add("Concat", inputs, (len(before) + 2,), scope, axis=0).name
 
     def model(
         self, images: onnx.ValueInfoProto, output: onnx.ValueInfoProto, result: Tensor

@@ -5,8 +5,7 @@ The trace is that of the evaluated model itself, so that the graph cannot deviat
 transposed here, and elementwise operations work in either layout, so that only the ends of the
 graph need transposes.
 
-What does not depend on the images, such as a kernel times the scale of its batch norm, is computed
-here and stored as an array in the graph.
+What does not depend on the images is computed here and stored as an array in the graph.
 """
 
 from __future__ import annotations
@@ -15,12 +14,11 @@ import collections
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax import export
 from jax.extend import core, source_info_util
 
-from deeplab_jax.export.onnx_graph import Constant, Graph, Tensor
+from deeplab_jax.export.onnx_graph import Constant, Graph
 from deeplab_jax.export.onnx_rules import (
     FUNCTION_RULES,
     PRIMITIVE_RULES,
@@ -43,30 +41,31 @@ def lower(
 ) -> Value:
     """Writes a trace with one result to a graph, and returns that result.
 
-    Args:
-      graph: graph to write to.
-      jaxpr: the trace.
-      constants: arrays that the trace closes over.
-      arguments: arguments of the trace.
-      source: line of code that calls it.
+    `source` is the line of code that calls it.
 
     Raises:
       UserError: an operation has no rule. The message says where it is.
     """
     values: dict[core.Var, Value] = dict(zip(jaxpr.invars, arguments, strict=True))
     values |= zip(jaxpr.constvars, map(Constant, constants), strict=True)
-    equations = _compute_constants(jaxpr, _live_equations(jaxpr), values)
+
+    def read(atom: Any) -> Value:
+        return Constant(np.asarray(atom.val)) if isinstance(atom, core.Literal) else values[atom]
+
+    equations = _live_equations(jaxpr)
     reads = [*jaxpr.invars, *jaxpr.outvars, *(atom for each in equations for atom in each.invars)]
     num_uses = collections.Counter(map(id, reads))
     for equation in equations:
-        inputs = [_read(atom, values) for atom in equation.invars]
+        inputs = [read(atom) for atom in equation.invars]
+        if _is_constant(equation, inputs):
+            values |= _compute(jaxpr, equation, inputs)
+            continue
         single_use = [num_uses[id(atom)] == 1 for atom in equation.invars]
-        (result,) = equation.outvars
         # The innermost line outside of JAX; there is none if JAX made the operation by itself.
         line = source_info_util.summarize(equation.source_info) or source
-        step = Step(graph, equation, inputs, _shape(result), single_use, _scope(inputs), line)
-        values[result] = _lower_step(step)
-    return _read(jaxpr.outvars[0], values)
+        (result,) = equation.outvars
+        values[result] = _lower_step(Step(graph, equation, inputs, single_use, line))
+    return read(jaxpr.outvars[0])
 
 
 def _lower_step(step: Step) -> Value:
@@ -89,10 +88,6 @@ def _lower_step(step: Step) -> Value:
         ) from None
 
 
-def _read(atom: Any, values: dict[core.Var, Value]) -> Value:
-    return Constant(np.asarray(atom.val)) if isinstance(atom, core.Literal) else values[atom]
-
-
 def _live_equations(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
     """Returns the equations that the result depends on, so not those of an auxiliary head."""
     live_vars = {atom for atom in jaxpr.outvars if isinstance(atom, core.Var)}
@@ -104,46 +99,26 @@ def _live_equations(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
     return equations[::-1]
 
 
-def _compute_constants(
-    jaxpr: core.Jaxpr, equations: list[core.JaxprEqn], values: dict[core.Var, Value]
-) -> list[core.JaxprEqn]:
-    """Computes the equations that do not depend on the images, and returns the others.
-
-    Adds the results to `values`, each with the name of the first variable that it depends on.
-    """
-    known = {var: value for var, value in values.items() if isinstance(value, Constant)}
-    names = {var: value.name for var, value in known.items()}
-    constant, others = [], []
-    for equation in equations:
-        read = [atom for atom in equation.invars if isinstance(atom, core.Var)]
-        is_symbolic = equation.primitive.name == "dim_as_value" or any(
-            map(export.is_symbolic_dim, _shape(equation.outvars[0]))
-        )
-        if is_symbolic or not names.keys() >= set(read):
-            others.append(equation)
-            continue
-        constant.append(equation)
-        name = next((names[var] for var in read if names[var]), "")
-        names |= dict.fromkeys(equation.outvars, name)
-    if constant:
-        results = [var for equation in constant for var in equation.outvars]
-        part = jaxpr.replace(constvars=[], invars=[*known], outvars=results, eqns=constant)
-        compute = jax.jit(core.jaxpr_as_fun(core.ClosedJaxpr(part, [])))
-        arrays = compute(*(value.value for value in known.values()))
-        for var, array in zip(results, arrays, strict=True):
-            values[var] = Constant(np.asarray(array), names[var])
-    return others
-
-
-def _shape(result: core.Var) -> tuple[Any, ...]:
-    aval: Any = result.aval
-    return aval.shape
-
-
-def _scope(inputs: Sequence[Value]) -> str:
-    """Returns the module of the variables that are read, or of the tensor computed last."""
-    constants = [each.scope for each in inputs if isinstance(each, Constant)]
-    tensors = sorted(
-        (each for each in inputs if isinstance(each, Tensor)), key=lambda each: -each.index
+def _is_constant(equation: core.JaxprEqn, inputs: Sequence[Value]) -> bool:
+    """Whether the results do not depend on the images, nor on a symbolic size."""
+    result: Any = equation.outvars[0].aval
+    return (
+        equation.primitive.name != "dim_as_value"
+        and not any(map(export.is_symbolic_dim, result.shape))
+        and all(isinstance(each, Constant) for each in inputs)
     )
-    return next(filter(None, [*constants, *(each.scope for each in tensors)]), "")
+
+
+def _compute(
+    jaxpr: core.Jaxpr, equation: core.JaxprEqn, inputs: Sequence[Any]
+) -> dict[core.Var, Value]:
+    """Computes constant results, with the name of the first variable that they depend on."""
+    name = next((each.name for each in inputs if each.name), "")
+    pairs = zip(equation.invars, inputs, strict=True)
+    arguments = {atom: each.value for atom, each in pairs if isinstance(atom, core.Var)}
+    part = jaxpr.replace(
+        constvars=[], invars=[*arguments], outvars=equation.outvars, eqns=[equation]
+    )
+    arrays = core.jaxpr_as_fun(core.ClosedJaxpr(part, []))(*arguments.values())
+    results = zip(equation.outvars, arrays, strict=True)
+    return {var: Constant(np.asarray(array), name) for var, array in results}

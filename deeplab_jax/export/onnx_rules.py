@@ -26,25 +26,31 @@ class UnsupportedError(Exception):
 
 
 class Step(NamedTuple):
-    """An operation of the trace.
+    """An operation of the trace."""
 
-    Attributes:
-      graph: graph to write to.
-      equation: equation of the operation.
-      inputs: values that it reads.
-      shape: shape of its result.
-      single_use: for each input, whether this operation is the only one that reads it.
-      scope: module that the operation belongs to, or follows.
-      source: line of code that the operation comes from.
-    """
-
-    graph: Graph
+    graph: Graph  # to write to
     equation: core.JaxprEqn
     inputs: list[Value]
-    shape: tuple[Any, ...]
-    single_use: list[bool]
-    scope: str
-    source: str
+    single_use: list[bool]  # for each input, whether this operation is the only one that reads it
+    source: str  # line of code that the operation comes from
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        aval: Any = self.equation.outvars[0].aval
+        return aval.shape
+
+    @property
+    def dtype(self) -> Any:
+        aval: Any = self.equation.outvars[0].aval
+        return aval.dtype
+
+    @property
+    def scope(self) -> str:
+        """The module of the variables that are read, or of the tensor computed last."""
+        constants = [each.scope for each in self.inputs if isinstance(each, Constant)]
+        tensors = [each for each in self.inputs if isinstance(each, Tensor)]
+        tensors.sort(key=lambda each: -each.index)
+        return next(filter(None, [*constants, *(each.scope for each in tensors)]), "")
 
     @property
     def params(self) -> dict[str, Any]:
@@ -61,16 +67,16 @@ class Step(NamedTuple):
         """Adds a node, and returns its output with the shape of the operation's result."""
         return self.graph.add(op_type, inputs, self.shape, self.scope, **attributes)
 
-    def scoped(self, name: str) -> str:
-        """Returns a name for an array of the operation."""
-        return f"{self.scope}/{name}".lstrip("/")
+    def constant(self, value: Any, name: str) -> str:
+        """Adds an array of the operation, and returns its name."""
+        return self.graph.constant(value, f"{self.scope}/{name}".lstrip("/"))
 
 
 Rule = Callable[[Step], Value]
 
 
-def _convolution(step: Step, auto_pad: str = "") -> Value:
-    x, kernel, params = step.tensor(), step.inputs[1], step.params
+def _convolution(step: Step, params: dict[str, Any] | None = None, **padding: Any) -> Value:
+    x, kernel, params = step.tensor(), step.inputs[1], params or step.params
     numbers = params["dimension_numbers"]
     layouts = (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)
     if (
@@ -80,9 +86,9 @@ def _convolution(step: Step, auto_pad: str = "") -> Value:
         or params["batch_group_count"] != 1
     ):
         raise UnsupportedError
-    (top, bottom), (left, right) = params["padding"]
-    pads = [int(pad) for pad in (top, left, bottom, right)]
-    padding: dict[str, Any] = {"auto_pad": auto_pad} if auto_pad else {"pads": pads}
+    if not padding:
+        (top, bottom), (left, right) = params["padding"]
+        padding = {"pads": [int(pad) for pad in (top, left, bottom, right)]}
     return step.add(
         "Conv",
         [x.name, step.graph.constant(kernel.value.transpose(3, 2, 0, 1), kernel.name)],
@@ -98,7 +104,7 @@ def _same_convolution(step: Step) -> Value:
     """Writes a convolution with SAME padding of a map of symbolic size."""
     equations = step.params["jaxpr"].jaxpr.eqns
     (inside,) = (each for each in equations if each.primitive.name == "conv_general_dilated")
-    return _convolution(step._replace(equation=inside), auto_pad="SAME_UPPER")
+    return _convolution(step, inside.params, auto_pad="SAME_UPPER")
 
 
 def _addition(step: Step) -> Value:
@@ -121,8 +127,8 @@ def _elementwise(step: Step, *, op_type: str) -> Value:
             names.append(each.name)
         elif each.value.ndim in (0, 4):
             value = each.value if each.value.ndim == 0 else each.value.transpose(TRACE_AXES)
-            name = each.name or step.scoped("constant")
-            names.append(step.graph.constant(value, name))
+            add = step.graph.constant if each.name else step.constant
+            names.append(add(value, each.name or "constant"))
         else:
             raise UnsupportedError
     return step.add(op_type, names)
@@ -140,7 +146,7 @@ def _broadcast(step: Step) -> Value:
     x = step.tensor()
     if step.params["broadcast_dimensions"] != (0, 1, 2, 3) or x.shape[1:3] != (1, 1):
         raise UnsupportedError
-    return step.add("Expand", [x.name, step.graph.expand_shape(step.shape, step.scope)])
+    return step.add("Expand", [x.name, step.graph.sides(step.shape, step.scope, before=[1, 1])])
 
 
 def _square(step: Step) -> Value:
@@ -154,30 +160,27 @@ def _integer_pow(step: Step) -> Value:
     return _square(step)
 
 
-def _unary(
-    step: Step, *, op_types: Sequence[str] = (), ndim: int | None = None, **attributes: Any
-) -> Value:
-    """Writes operators of one input each, in sequence."""
-    x = step.tensor(ndim)
-    for op_type in op_types:
-        x = step.add(op_type, [x.name], **attributes)
-    return x
+def _operators(*op_types: str, ndim: int | None = None, **attributes: Any) -> Rule:
+    """Returns a rule that writes operators of one input each, in sequence."""
+
+    def rule(step: Step) -> Value:
+        x = step.tensor(ndim)
+        for op_type in op_types:
+            x = step.add(op_type, [x.name], **attributes)
+        return x
+
+    return rule
 
 
 def _relu6(step: Step) -> Value:
-    dtype: Any = step.equation.outvars[0].aval
-    limits = [
-        step.graph.constant(np.asarray(limit, dtype.dtype), step.scoped(name))
-        for limit, name in ((0, "low"), (6, "high"))
-    ]
-    return step.add("Clip", [step.tensor().name, *limits])
+    x, dtype = step.tensor(), step.dtype
+    limits = [step.constant(np.asarray(each, dtype), f"limit{each}") for each in (0, 6)]
+    return step.add("Clip", [x.name, *limits])
 
 
 def _erfc(step: Step) -> Value:
     error = step.add("Erf", [step.tensor().name])
-    dtype: Any = step.equation.outvars[0].aval
-    one = step.graph.constant(np.ones((), dtype.dtype), step.scoped("one"))
-    return step.add("Sub", [one, error.name])
+    return step.add("Sub", [step.constant(np.ones((), step.dtype), "one"), error.name])
 
 
 def _map_reduced_over_channels(step: Step) -> Tensor:
@@ -189,7 +192,7 @@ def _map_reduced_over_channels(step: Step) -> Tensor:
 
 def _reduction(step: Step, *, op_type: str) -> Value:
     x = _map_reduced_over_channels(step)
-    axes = step.graph.constant(np.asarray([AXES[3]], np.int64), step.scoped("axes"))
+    axes = step.constant(np.asarray([AXES[3]], np.int64), "axes")
     return step.add(op_type, [x.name, axes], keepdims=0)
 
 
@@ -203,7 +206,7 @@ def _reshape(step: Step) -> Value:
     x = step.tensor(3)
     if step.shape != (*x.shape, 1):
         raise UnsupportedError
-    axes = step.graph.constant(np.asarray([1], np.int64), step.scoped("axes"))
+    axes = step.constant(np.asarray([1], np.int64), "axes")
     return step.add("Unsqueeze", [x.name, axes])
 
 
@@ -220,32 +223,22 @@ def _product(step: Step) -> Value:
     if is_linear and isinstance(x, Tensor) and isinstance(y, Constant) and len(x.shape) == 4:
         kernel = step.graph.constant(y.value.T[:, :, None, None], y.name)
         return step.add("Conv", [x.name, kernel], kernel_shape=[1, 1])
-    letters = iter("abcdefghijklmnop")
-    axes = [
-        [""] * len(each.shape if isinstance(each, Tensor) else np.shape(each.value))
-        for each in step.inputs
-    ]
-    for pairs in (batched, contracted):
-        for x_axis, y_axis in zip(*pairs, strict=True):
-            axes[0][x_axis] = axes[1][y_axis] = next(letters)
-    shared = [axes[0][axis] for axis in batched[0]]
-    summed = {axes[0][axis] for axis in contracted[0]}
-    for names in axes:
-        names[:] = [name or next(letters) for name in names]
-    free = [name for names in axes for name in names if name not in {*shared, *summed}]
-    terms = [
-        "".join(names) if isinstance(each, Constant) else _in_graph_order(names)
-        for names, each in zip(axes, step.inputs, strict=True)
-    ]
-    inputs = [
-        each.name
-        if isinstance(each, Tensor)
-        else step.graph.constant(each.value, each.name or "matrix")
-        for each in step.inputs
-    ]
-    return step.add(
-        "Einsum", inputs, equation=f"{','.join(terms)}->{_in_graph_order(shared + free)}"
-    )
+    ndims = [len(each.shape if isinstance(each, Tensor) else each.value.shape) for each in (x, y)]
+    x_axes, y_axes = list("abcdefgh"[: ndims[0]]), list("ijklmnop"[: ndims[1]])
+    for x_axis, y_axis in [*zip(*batched, strict=True), *zip(*contracted, strict=True)]:
+        y_axes[y_axis] = x_axes[x_axis]
+    shared = [x_axes[axis] for axis in batched[0]]
+    gone = {*shared, *(x_axes[axis] for axis in contracted[0])}
+    result = [*shared, *(name for name in x_axes + y_axes if name not in gone)]
+    terms, inputs = [], []
+    for each, axes in ((x, x_axes), (y, y_axes)):
+        if isinstance(each, Tensor):
+            terms.append(_in_graph_order(axes))
+            inputs.append(each.name)
+        else:
+            terms.append("".join(axes))
+            inputs.append(step.graph.constant(each.value, each.name or "matrix"))
+    return step.add("Einsum", inputs, equation=f"{','.join(terms)}->{_in_graph_order(result)}")
 
 
 def _in_graph_order(axes: Sequence[str]) -> str:
@@ -264,16 +257,11 @@ def _resize(step: Step, *, coordinates: str) -> Value:
         return x
     return step.add(
         "Resize",
-        [x.name, "", "", step.graph.spatial_shape(step.shape, step.scope)],
+        [x.name, "", "", step.graph.sides(step.shape, step.scope)],
         mode="linear",
         coordinate_transformation_mode=coordinates,
         axes=[2, 3],
     )
-
-
-def _operator(op_type: str, **attributes: Any) -> Rule:
-    """Returns a rule that writes one operator of a map."""
-    return functools.partial(_unary, op_types=[op_type], ndim=4, **attributes)
 
 
 PRIMITIVE_RULES: dict[str, Rule] = {
@@ -288,19 +276,19 @@ PRIMITIVE_RULES: dict[str, Rule] = {
     "broadcast_in_dim": _broadcast,
     "argmax": _argmax,
     "dot_general": _product,
-    "erf": functools.partial(_unary, op_types=["Erf"]),
+    "erf": _operators("Erf"),
     "erfc": _erfc,
-    "exp": functools.partial(_unary, op_types=["Exp"]),
+    "exp": _operators("Exp"),
     "integer_pow": _integer_pow,
-    "logistic": functools.partial(_unary, op_types=["Sigmoid"]),
-    "neg": functools.partial(_unary, op_types=["Neg"]),
+    "logistic": _operators("Sigmoid"),
+    "neg": _operators("Neg"),
     "reduce_max": functools.partial(_reduction, op_type="ReduceMax"),
     "reduce_sum": functools.partial(_reduction, op_type="ReduceSum"),
     "reshape": _reshape,
-    "rsqrt": functools.partial(_unary, op_types=["Sqrt", "Reciprocal"]),
-    "sqrt": functools.partial(_unary, op_types=["Sqrt"]),
+    "rsqrt": _operators("Sqrt", "Reciprocal"),
+    "sqrt": _operators("Sqrt"),
     "square": _square,
-    "tanh": functools.partial(_unary, op_types=["Tanh"]),
+    "tanh": _operators("Tanh"),
     "transpose": _transpose,
     "convert_element_type": _cast,
     "copy": lambda step: step.inputs[0],
@@ -310,16 +298,16 @@ _2X2: dict[str, Any] = {"kernel_shape": [2, 2], "pads": [0, 0, 1, 1]}
 # Jitted functions of this package and of jax.nn that are one operator. Others are lowered
 # operation by operation.
 FUNCTION_RULES: dict[str, Rule] = {
-    "relu": _operator("Relu"),
+    "relu": _operators("Relu"),
     "relu6": _relu6,
     "same_conv": _same_convolution,
-    "hard_silu": _operator("HardSwish"),
-    "hard_sigmoid": _operator("HardSigmoid", alpha=1 / 6, beta=0.5),
-    "max_pool_3x3": _operator("MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
-    "average_pool_2x2": _operator("AveragePool", strides=[2, 2], count_include_pad=0, **_2X2),
-    "average_pool_2x2_dense": _operator("AveragePool", count_include_pad=1, **_2X2),
-    "global_mean": _operator("GlobalAveragePool"),
+    "hard_silu": _operators("HardSwish"),
+    "hard_sigmoid": _operators("HardSigmoid", alpha=1 / 6, beta=0.5),
+    "max_pool_3x3": _operators("MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
+    "average_pool_2x2": _operators("AveragePool", strides=[2, 2], count_include_pad=0, **_2X2),
+    "average_pool_2x2_dense": _operators("AveragePool", count_include_pad=1, **_2X2),
+    "global_mean": _operators("GlobalAveragePool"),
     "resize_bilinear_unpadded": functools.partial(_resize, coordinates="half_pixel"),
     "resize_aligned_unpadded": functools.partial(_resize, coordinates="align_corners"),
-    "softmax": _operator("Softmax", axis=AXES[3]),
+    "softmax": _operators("Softmax", ndim=4, axis=AXES[3]),
 }

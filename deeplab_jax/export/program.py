@@ -46,22 +46,13 @@ OUTPUTS: dict[str, Callable[[Array], Array]] = {
 
 
 class Program:
-    """A model with its pre- and post-processing, in float32 regardless of its training dtype.
-
-    Attributes:
-      saved: the saved model.
-      original: its functions, with separate batch norms.
-      model: its functions with fused batch norms, see `FunctionalModel.fused`.
-      variables: the arrays of `model`.
-      output: a name in `OUTPUTS`.
-      dimensions: sizes of the images.
-    """
+    """A model with its pre- and post-processing, in float32 regardless of its training dtype."""
 
     def __init__(self, saved: SavedModel, output: str, dimensions: Dimensions) -> None:
         self.saved = saved
         self.original = FunctionalModel(dataclasses.replace(saved.architecture, dtype="float32"))
-        self.model = self.original.fused
-        self.variables: Variables = self.original.fuse(saved.variables)
+        self.model = self.original.fused  # with batch norms fused into the convolutions
+        self.variables: Variables = self.original.fuse(saved.variables)  # of `model`
         self.output = output
         self.dimensions = dimensions
 

@@ -37,39 +37,26 @@ Images = list[UInt8[np.ndarray, "n h w c"]]
 
 @dataclasses.dataclass(frozen=True)
 class Quantisation:
-    """A lower precision of an ONNX file, and what it may cost.
+    """A lower precision of an ONNX file, and what it may cost."""
 
-    Attributes:
-      precision: a name in `PRECISIONS`.
-      images: folder of images, or a split of the data of the checkpoint's run. float16 does
-        without: generated pictures show where its range is too small.
-      num_calibration: number of images from which the ranges of the feature maps are measured. As
-        many others, if there are any, are compared.
-      max_changed: largest share of pixels that may change class, 0..1.
-    """
-
-    precision: str
+    precision: str  # a name in `PRECISIONS`
+    # Folder of images, or a split of the data of the checkpoint's run. float16 does without:
+    # generated pictures show where its range is too small.
     images: str = ""
+    # Number of images from which the ranges of the feature maps are measured. As many others, if
+    # there are any, are compared.
     num_calibration: int = 32
-    max_changed: float = 0.02
+    max_changed: float = 0.02  # largest share of pixels that may change class, 0..1
 
 
 class Change(NamedTuple):
-    """How a file of lower precision differs from the float32 file.
+    """How a file of lower precision differs from the float32 file."""
 
-    Attributes:
-      changed: share of pixels with another class, or with a result that is not finite.
-      num_images: number of compared images.
-      held_out: whether they are others than those that the ranges come from.
-      num_bytes: size of both files, float32 first.
-      seconds: median time per image of both in onnxruntime on this machine's CPU.
-    """
-
-    changed: float
-    num_images: int
-    held_out: bool
-    num_bytes: tuple[int, int]
-    seconds: tuple[float, float]
+    changed: float  # share of pixels with another class, or with a result that is not finite
+    num_images: int  # that were compared
+    held_out: bool  # whether they are others than those that the ranges come from
+    num_bytes: tuple[int, int]  # of both files, float32 first
+    seconds: tuple[float, float]  # median per image in onnxruntime on this machine's CPU
 
 
 def check(wanted: Quantisation, path: pathlib.Path) -> None:
@@ -107,7 +94,7 @@ def read_images(
     """
     channels, source = program.model.architecture.in_channels, wanted.images
     if not source:
-        return [images for *_, images in pictures(program.dimensions, channels)], []
+        return [images for _, images in pictures(program)], []
     if os.path.isdir(source):
         found = find_files(pathlib.Path(source))
         files = [f for f in found if f.suffix.lower() in SUFFIXES and not is_own_picture(f)]
@@ -143,16 +130,13 @@ def _fit(image: UInt8[np.ndarray, "h w c"], dimensions: Dimensions) -> UInt8[np.
 def quantise(path: pathlib.Path, precision: str, calibration: Images, others: Images) -> Change:
     """Replaces a float32 file by one of lower precision, and compares them.
 
-    Args:
-      path: the file that `onnx.to_onnx` gave.
-      precision: a name in `PRECISIONS`.
-      calibration: images to measure ranges with.
-      others: images to compare; if there are none, `calibration` is compared.
+    Ranges come from the images `calibration`. The files are compared on `others`, or on
+    `calibration` if there are none.
     """
     import onnx
     from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
-    before, size = runtime.load(path), path.stat().st_size
+    runs, sizes = [runtime.load(path)], [path.stat().st_size]
     model = onnx.load(path)
     # Else onnxruntime advises a fusion of batch norms, which the file has already.
     add_pre_process_metadata(model)
@@ -163,10 +147,12 @@ def quantise(path: pathlib.Path, precision: str, calibration: Images, others: Im
     )
     reader: Any = types.SimpleNamespace(get_next=lambda: next(feeds, None))
     (_to_int8 if precision == "int8" else _to_float16)(model, path, reader)
-    runs, compared = (before, runtime.load(path)), others or calibration
+    runs.append(runtime.load(path))
+    sizes.append(path.stat().st_size)
+    compared = others or calibration
+    num_changed, num_pixels, seconds = 0, 0, np.empty((2, len(compared)))
     for run in runs:
         run(compared[0])  # the first run allocates memory
-    num_changed, num_pixels, seconds = 0, 0, np.empty((2, len(compared)))
     for index, images in enumerate(compared):
         results = []
         for which, run in enumerate(runs):
@@ -180,8 +166,14 @@ def quantise(path: pathlib.Path, precision: str, calibration: Images, others: Im
             expected, result = expected.argmax(axis=-1), result.argmax(axis=-1)
         num_changed += int((wrong | (expected != result)).sum())
         num_pixels += expected.size
-    sizes, medians = (size, path.stat().st_size), np.median(seconds, axis=1).tolist()
-    return Change(num_changed / num_pixels, len(compared), bool(others), sizes, tuple(medians))
+    medians = np.median(seconds, axis=1)
+    return Change(
+        num_changed / num_pixels,
+        len(compared),
+        bool(others),
+        (sizes[0], sizes[1]),
+        (float(medians[0]), float(medians[1])),
+    )
 
 
 def _to_int8(model: ModelProto, path: pathlib.Path, reader: Any) -> None:

@@ -17,17 +17,12 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def serialize(program: Program, platforms: Sequence[str] = PLATFORMS) -> bytes:
-    """Returns one program for several platforms, which `jax.export.deserialize` reads.
-
-    Args:
-      program: program to export; its arrays become part of the file.
-      platforms: names in `PLATFORMS`, including "cpu", where the file is compared with the model.
+    """Returns one program, with its arrays, for several platforms.
 
     Raises:
-      UserError: a platform is unknown, or "cpu" is missing.
+      UserError: a platform is not in `PLATFORMS`, or "cpu" is missing.
     """
-    unknown = [name for name in platforms if name not in PLATFORMS]
-    if unknown or "cpu" not in platforms:
+    if not {"cpu"} <= set(platforms) <= set(PLATFORMS):
         raise UserError(
             f"platforms must be some of {', '.join(PLATFORMS)} and include cpu, where the file is "
             f"compared with the model; got {','.join(platforms)}"

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import urllib.error
 import urllib.request
@@ -93,13 +95,15 @@ def fake_runtime(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def real_runtime():
+def real_runtime(tmp_path_factory):
     if CHROMIUM is None:
         pytest.skip("there is no Chromium: apt-get install chromium")
+    folder = tmp_path_factory.mktemp("runtime")
     try:
-        return runtime_lib.find_runtime()
+        runtime_lib.copy_runtime(folder)
     except UserError as error:
         pytest.skip(f"onnxruntime-web is not here: {error}")
+    return folder
 
 
 def browse(folder, names, *flags):
@@ -287,7 +291,7 @@ def test_the_folder_is_complete_and_served(command, model, tmp_path, fake_runtim
                 assert answer.headers["Content-Type"] == kind
                 assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
                 assert answer.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
-        for missing in (f"{url}.map", f"{url}%00", f"{url}/../../../../etc/passwd"):
+        for missing in (f"{url}.map", f"{url}/../../../../etc/passwd"):
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 urllib.request.urlopen(missing)
         code, _, err = command("demo", model, "--port", server.server_port)
@@ -328,13 +332,43 @@ def test_a_runtime_that_is_incomplete(command, model, tmp_path):
     assert "npm pack onnxruntime-web@" in err
 
 
-def test_a_runtime_that_cannot_be_downloaded(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    package = tmp_path / "package.tgz"
-    package.write_bytes(b"of a proxy")
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A small package as if it were the published one, and the folder of the user's cache."""
+    package = tmp_path / "runtime.tgz"
+    with tarfile.open(package, "w:gz") as archive:
+        for name in runtime_lib.FILES:
+            (tmp_path / "file").write_text(name)
+            archive.add(tmp_path / "file", f"package/dist/{name}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(runtime_lib, "URL", package.as_uri())
+    monkeypatch.setattr(runtime_lib, "SHA256", hashlib.sha256(package.read_bytes()).hexdigest())
+    return package, tmp_path / "cache" / "deeplab_jax"
+
+
+def test_the_runtime_is_downloaded_once_and_again_if_damaged(published, tmp_path):
+    package, cache = published
+    runtime_lib.copy_runtime(tmp_path)
+    for name in runtime_lib.FILES:
+        assert (tmp_path / name).read_text() == name
+    content = package.read_bytes()
+    package.unlink()
+    runtime_lib.copy_runtime(tmp_path)
+    (cached,) = cache.iterdir()
+    assert cached.read_bytes() == content
+    cached.write_bytes(content[:-1])
+    with pytest.raises(UserError, match="could not be downloaded"):
+        runtime_lib.copy_runtime(tmp_path)
+    package.write_bytes(content)
+    runtime_lib.copy_runtime(tmp_path)
+    assert cached.read_bytes() == content
+
+
+def test_a_runtime_that_cannot_be_downloaded(published, tmp_path):
+    package, cache = published
+    package.write_bytes(b"of a proxy")
     with pytest.raises(
         UserError, match=r"not the published one(.|\n)*name its folder by --runtime"
     ):
-        runtime_lib.find_runtime()
-    assert not list((tmp_path / "deeplab_jax").rglob("*.wasm"))
+        runtime_lib.copy_runtime(tmp_path)
+    assert not list(cache.iterdir())

@@ -13,7 +13,6 @@ import pytest
 from flax import nnx
 from typer.testing import CliRunner
 
-import small_checkpoint
 from deeplab_jax.cli.main import app
 from deeplab_jax.export import compare, stablehlo
 from deeplab_jax.export.export import export
@@ -26,13 +25,6 @@ from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import saved_model
 
 SIZES = {"batch": 1, "height": 33, "width": 41}
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    path = tmp_path_factory.mktemp("saved") / "model"
-    small_checkpoint.write(path)
-    return path
 
 
 def command(*arguments):

@@ -1,25 +1,22 @@
 """ONNX in float16 and int8: what the files hold, what they compute, and when they are refused."""
 
 import dataclasses
-import pathlib
+import functools
 
 import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-import small_checkpoint
 import tiny
 from deeplab_jax.cli.main import app
 from deeplab_jax.config.schema import to_json
-from deeplab_jax.data import labels
 from deeplab_jax.export.export import export
 from deeplab_jax.export.program import Dimensions, Program
 from deeplab_jax.models.architecture import architecture
-from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import saved_model
-from random_modules import random_variables
+from random_modules import random_saved_model
 
 onnx = pytest.importorskip("onnx", reason="install the `onnx` extra")
 pytest.importorskip("onnxruntime", reason="install the `onnx` extra")
@@ -29,13 +26,6 @@ from deeplab_jax.export import quantise  # noqa: E402
 from deeplab_jax.export.quantise import Quantisation  # noqa: E402
 
 SIZES = ["--batch", "1", "--height", "33", "--width", "41"]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    path = tmp_path_factory.mktemp("saved") / "model"
-    small_checkpoint.write(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +55,7 @@ def named_convolutions(path):
 def small_model(change=lambda params: None, **options):
     """A model of random weights with 3 classes."""
     arch = architecture("paper_resnet18", num_classes=3, width=0.125, **options)
-    variables = random_variables(FunctionalModel(arch), seed=2)
-    change(variables.params)
-    info = saved_model.describe(
-        arch, labels.named(*"abc"), mean=(0.5,) * 3, std=(0.2,) * 3, resize="", size=(1, 1)
-    )
-    return saved_model.SavedModel(pathlib.Path(), info, lambda: variables)
+    return random_saved_model(arch, seed=2, change=change)
 
 
 class Lowered:
@@ -94,9 +79,17 @@ def content():
     return graph.SerializeToString()
 
 
-def test_int8_kernels_are_the_floats_rounded_per_channel(content, tmp_path):
+@pytest.fixture(scope="module")
+def lowered(content, tmp_path_factory):
+    """A function that lowers the file's precision, once to each."""
+    return functools.cache(
+        lambda precision: Lowered(tmp_path_factory.mktemp(precision), content, precision)
+    )
+
+
+def test_int8_kernels_are_the_floats_rounded_per_channel(lowered):
     """Each by its own scale, max |kernel| / 127; the logits stay in float32."""
-    low = Lowered(tmp_path, content, "int8")
+    low = lowered("int8")
     before, floats = named_convolutions(low.before)
     kernels = {name: arrays(before)[node.input[1]] for name, node in floats.items()}
     graph, nodes = named_convolutions(low.after)
@@ -123,8 +116,8 @@ def test_int8_kernels_are_the_floats_rounded_per_channel(content, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["float16", "int8"])
-def test_changed_pixels_are_counted_on_the_other_images(content, tmp_path, precision):
-    low = Lowered(tmp_path, content, precision)
+def test_changed_pixels_are_counted_on_the_other_images(lowered, precision):
+    low = lowered(precision)
     assert (low.change.num_images, low.change.held_out) == (2, True)
     images = np.stack([picture(40, 48, 2), picture(40, 48, 3)])
     ids = [logits.argmax(axis=-1) for logits in low.run(images)]
@@ -133,9 +126,9 @@ def test_changed_pixels_are_counted_on_the_other_images(content, tmp_path, preci
     assert low.change.changed < (0.002 if precision == "float16" else 0.1)
 
 
-def test_float16_keeps_images_and_results_as_they_are(content, tmp_path):
+def test_float16_keeps_images_and_results_as_they_are(lowered):
     """The arrays of all convolutions are float16, and the file takes other sizes."""
-    low = Lowered(tmp_path, content, "float16")
+    low = lowered("float16")
     graph, nodes = named_convolutions(low.after)
     values = arrays(graph)
     dtypes = {values[name].dtype for node in nodes.values() for name in node.input[1:]}
@@ -261,7 +254,11 @@ def test_mistakes_are_reported(saved, tmp_path, name, wanted, message):
     assert not (tmp_path / name).exists()
 
 
-def test_calibration_images_without_a_precision_are_refused(saved, tmp_path):
-    words = ["export", saved, tmp_path / "a.onnx", "--calibration-images", tmp_path]
+@pytest.mark.parametrize(
+    "option", [("--calibration-images", "."), ("--num-calibration", 3), ("--max-changed", 0.5)]
+)
+def test_options_of_a_lower_precision_are_refused_in_float32(saved, tmp_path, option):
+    words = ["export", saved, tmp_path / "a.onnx", *option]
     done = CliRunner().invoke(app, [*map(str, words)])
+    assert f"{option[0]}" in str(done.exception)
     assert "for --precision int8 or float16" in str(done.exception)

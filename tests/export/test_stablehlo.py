@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import small_checkpoint
-from deeplab_jax.data import labels
 from deeplab_jax.export import stablehlo
 from deeplab_jax.export.program import Dimensions, Program
 from deeplab_jax.models.architecture import architecture
@@ -22,29 +20,22 @@ from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.ops.depthwise_conv import depthwise_conv
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import saved_model
-from random_modules import random_variables
+from random_modules import random_saved_model
 
 DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "export.md"
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    path = tmp_path_factory.mktemp("saved") / "model"
-    small_checkpoint.write(path)
-    return saved_model.read(path)
+def logits_function(saved):
+    """A function from uint8 images to a model's logits, with NumPy's normalization."""
+    model = FunctionalModel(saved.architecture)
+    apply = jax.jit(lambda pixels: model.apply(saved.variables, pixels)[0]["out"])
+    mean, std = (np.array(saved.info[name]) for name in ("mean", "std"))
+    return lambda images: np.asarray(apply(((images / 255 - mean) / std).astype(np.float32)))
 
 
 @pytest.fixture(scope="module")
 def logits_of(saved):
-    """A function from uint8 images to the model's logits, with NumPy's normalization."""
-    model = FunctionalModel(architecture("paper_resnet18", num_classes=3, width=0.125))
-    apply = jax.jit(lambda pixels: model.apply(saved.variables, pixels)[0]["out"])
-
-    def logits(images):
-        pixels = (images / 255 - np.array(small_checkpoint.MEAN)) / np.array(small_checkpoint.STD)
-        return np.asarray(apply(pixels.astype(np.float32)))
-
-    return logits
+    return logits_function(saved_model.read(saved))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +48,8 @@ def written(saved, tmp_path_factory):
         if not path.exists():
             # All platforms are tried only once, because each takes time to lower.
             platforms = stablehlo.PLATFORMS if output == "logits" else ("cpu",)
-            path.write_bytes(stablehlo.serialize(Program(saved, output, dimensions), platforms))
+            program = Program(saved_model.read(saved), output, dimensions)
+            path.write_bytes(stablehlo.serialize(program, platforms))
         return path
 
     return write
@@ -101,21 +93,12 @@ def test_a_fixed_size(loaded, logits_of):
 )
 def test_other_operations_take_any_size(tmp_path, name, options):
     """Separable convolutions, pools, aligned corners and SAME padding."""
-    arch = architecture(name, num_classes=5, width=0.125, **options)
-    model = FunctionalModel(arch)
-    variables = random_variables(model)
-    mean = std = np.full(3, 0.5)
-    names = labels.named(*"abcde")
-    info = saved_model.describe(arch, names, mean=mean, std=std, resize="", size=(1, 1))
-    info |= {"mean": mean.tolist(), "std": std.tolist()}
-    saved = saved_model.SavedModel(pathlib.Path(), info, lambda: variables)
+    saved = random_saved_model(architecture(name, num_classes=5, width=0.125, **options))
     path = tmp_path / "program"
     path.write_bytes(stablehlo.serialize(Program(saved, "logits", Dimensions()), ("cpu",)))
-    run = stablehlo.load(path)
-    apply = jax.jit(lambda x: model.apply(variables, x)[0]["out"])
+    run, logits_of = stablehlo.load(path), logits_function(saved)
     for shape in ((1, 1, 1), (2, 33, 41), (1, 36, 50)):
-        pixels = (picture(*shape) / 255 - mean) / std
-        assert_near(run(picture(*shape)), np.asarray(apply(pixels.astype(np.float32))))
+        assert_near(run(picture(*shape)), logits_of(picture(*shape)))
 
 
 @pytest.mark.parametrize(("stride", "rate"), [(2, 1), (1, 2)])
@@ -177,7 +160,7 @@ def test_the_loader_in_the_docs_runs_without_this_package(written, logits_of, tm
 
 
 def test_a_file_is_for_all_or_the_given_platforms(saved):
-    program = Program(saved, "ids", Dimensions())
+    program = Program(saved_model.read(saved), "ids", Dimensions())
     for platforms in (stablehlo.PLATFORMS, ("cpu", "tpu")):
         content = stablehlo.serialize(program, platforms)
         assert jax.export.deserialize(bytearray(content)).platforms == platforms
@@ -186,7 +169,7 @@ def test_a_file_is_for_all_or_the_given_platforms(saved):
 @pytest.mark.parametrize("platforms", [("tpu",), ("cpu", "gpu"), ()])
 def test_invalid_platforms_are_refused(saved, platforms):
     with pytest.raises(UserError, match="platforms must be some of cpu, cuda, tpu"):
-        stablehlo.serialize(Program(saved, "ids", Dimensions()), platforms)
+        stablehlo.serialize(Program(saved_model.read(saved), "ids", Dimensions()), platforms)
 
 
 def test_sizes_that_could_overflow_are_refused(written):

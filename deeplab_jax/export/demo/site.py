@@ -6,7 +6,6 @@ import importlib.resources
 import json
 import os
 import pathlib
-import shutil
 from typing import Any
 
 from deeplab_jax.data.labels import is_background
@@ -33,7 +32,7 @@ def write_site(
       folder: an existing folder.
       output: of the model: "ids"; or "logits", with which the page reads `calibration.json` too and
         shows unsure pixels.
-      runtime: see `runtime.find_runtime`.
+      runtime: see `runtime.copy_runtime`.
 
     Returns:
       The content of `model.json`.
@@ -43,9 +42,9 @@ def write_site(
         is missing.
     """
     onnx.check("nhwc")
-    files = runtime_lib.find_runtime(runtime)
-    export(checkpoint, folder / "model.onnx", output=output)
-    facts = onnx.description(folder / "model.onnx")
+    (folder / "runtime").mkdir()
+    runtime_lib.copy_runtime(folder / "runtime", runtime)
+    facts = export(checkpoint, folder / "model.onnx", output=output).description
     if len(facts["mean"]) != 3:
         raise UserError(
             f"{checkpoint} takes images of {len(facts['mean'])} channels: the page has only those "
@@ -54,6 +53,7 @@ def write_site(
     about: dict[str, Any] = {
         "name": pathlib.PurePath(checkpoint).name,
         **facts,
+        "layout": "nhwc",
         "background": is_background(facts["classes"][0]),
         "input": "uint8 RGB [1, height, width, 3] of any size; the model normalizes it",
         "runtime": f"onnxruntime-web {runtime_lib.VERSION}",
@@ -61,7 +61,4 @@ def write_site(
     (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n")
     page = importlib.resources.files("deeplab_jax.export.demo") / "index.html"
     (folder / "index.html").write_bytes(page.read_bytes())
-    (folder / "runtime").mkdir()
-    for name in runtime_lib.FILES:
-        shutil.copyfile(files / name, folder / "runtime" / name)
     return about
