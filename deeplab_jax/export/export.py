@@ -117,9 +117,14 @@ def export(
                         write_bytes(path.with_name(path.name + ".json"), text.encode())
             except OSError as error:
                 raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    limit = LIMITS[path.suffix]
     return Export(
-        str(destination) if is_bucket(destination) else path, num_bytes, program.description, tuple(comparisons), limit, nodes, change
+        path=str(destination) if is_bucket(destination) else path,
+        num_bytes=num_bytes,
+        description=program.description,
+        comparisons=tuple(comparisons),
+        limit=LIMITS[path.suffix],
+        nodes=nodes,
+        change=change,
     )
 
 
