@@ -34,11 +34,10 @@ class Description:
 def read(source: str, *, num_classes: int | None = None) -> Description:
     """Describes the model that a text names.
 
-    Args:
-      source: a name in `ARCHITECTURES`; a config as `config.io.from_python` takes it; or a trained
-        model, see `weights.convert.read_model`. A path that exists is no name of a config.
-      num_classes: for a config that takes it from its data, or for a name; None: the data's, or
-        VOC's.
+    The text is a name in `ARCHITECTURES`; a config as `config.io.from_python` takes it; or a
+    trained model, see `weights.convert.read_model`. A path that exists is no name of a config.
+    `num_classes` is for a config that takes it from its data, or for a name; None: the data's, or
+    VOC's.
 
     Raises:
       UserError: the source is none of them or cannot be read, or the number of classes is unknown

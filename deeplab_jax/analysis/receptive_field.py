@@ -56,15 +56,8 @@ def effective_field(
 ) -> EffectiveField:
     """Computes the gradient of the logits at the centre of the map with respect to the image.
 
-    In float32, with running statistics; the logits are those before the resize to the image.
-
-    Args:
-      architecture: of the model.
-      variables: its arrays.
-      height, width: of the images, pixels.
-      samples: number of images, whose values are independent and normal.
-      seed: of the images.
-      progress: called after each image.
+    In float32, with running statistics; the logits are those before the resize to the image. The
+    pixels of the `samples` images are independent and normal; `progress` is called after each.
 
     Raises:
       UserError: the gradient is 0 everywhere, or not finite.
@@ -111,11 +104,10 @@ def effective_field(
 
 
 def variants(architecture: Architecture) -> list[tuple[str, Architecture]]:
-    """Lists variants of a model to compare: each output stride, and ASPP with all rates 1.
+    """Names variants of a model to compare: each output stride, and ASPP with all rates 1.
 
-    Returns:
-      (name, architecture), all with the same parameters. Output strides at which an atrous rate
-      would not be an integer are left out.
+    All have the same parameters. Output strides at which an atrous rate would not be an integer are
+    left out.
     """
     found = []
     for output_stride in output_strides(architecture.cascade):

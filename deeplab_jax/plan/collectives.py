@@ -52,12 +52,8 @@ def find_collectives(
     """Adds up the collective operations of a program; those in a loop count once per iteration.
 
     The TPU compiler overlaps a collective with several other operations and then repeats it in
-    each of their fusions: operations of the same channel count as one.
-
-    Args:
-      hlo: text of the compiled module, from `compiled.as_text()`.
-      num_devices: number of devices that the program runs on.
-      num_slices: number of TPU slices that they form.
+    each of their fusions: operations of the same channel count as one. `hlo` is the text of the
+    compiled module, whose devices form a number of slices.
 
     Returns:
       One entry per kind and group size, most bytes first; and the number of loops with collectives

@@ -120,12 +120,8 @@ def make_plan(
 ) -> Plan:
     """Compiles the config's train step for a topology, which takes minutes.
 
-    Args:
-      config: config of the run. Class weights that the run computes from its data are replaced by
-        ones, which cost the same.
-      architecture: what the config and its data give.
-      topology: to compile for.
-      log: called with a message when compilation starts.
+    Class weights that the run computes from its data are replaced by ones, which cost the same.
+    `log` is called with a message when compilation starts.
 
     Raises:
       UserError: libtpu is not installed, or the batch, image height or class weights do not suit
@@ -230,14 +226,9 @@ def estimate_max_batch(plan: Plan) -> int:
 def largest(fits: Callable[[int], bool], guess: int, limit: int) -> int:
     """Returns the largest number from 1 to `limit` that fits, or 0 if none does.
 
-    Each call of `fits` compiles for minutes. So the search starts at a guess, doubles its stride
-    until the answer changes, and then bisects.
-
-    Args:
-      fits: predicate that is true up to some number and false beyond it; called at most once per
-        number.
-      guess: number to start at; clipped to 1..limit.
-      limit: largest number to try.
+    `fits` is true up to some number and false beyond it. Each call compiles for minutes, so it is
+    called at most once per number: the search starts at a guess, doubles its stride until the
+    answer changes, and then bisects.
     """
     low, high = 0, limit + 1  # `low` fits and `high` does not; both are never tried
     number, stride = min(max(guess, 1), limit), 1
