@@ -97,7 +97,7 @@ def test_other_operations_take_any_size(tmp_path, name, options):
     path = tmp_path / "program"
     path.write_bytes(stablehlo.serialize(Program(saved, "logits", Dimensions()), ("cpu",)))
     run, logits_of = stablehlo.load(path), logits_function(saved)
-    for shape in ((1, 1, 1), (2, 33, 41), (1, 36, 50)):
+    for shape in ((1, 1, 1), (2, 33, 50)):
         assert_near(run(picture(*shape)), logits_of(picture(*shape)))
 
 
