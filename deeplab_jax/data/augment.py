@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -10,8 +11,7 @@ from jaxtyping import Float, UInt8
 
 from deeplab_jax.data.labels import IGNORE, class_counts
 
-# cv2.warpAffine accepts border colours of up to four channels.
-_MAX_WARP_CHANNELS = 4
+_MAX_WARP_CHANNELS = 4  # of border colours that cv2.warpAffine accepts
 _MAX_TRIES = 10  # crops that are drawn to satisfy `max_class_share`, as in mmsegmentation
 
 
@@ -21,7 +21,7 @@ def augment(
     rng: np.random.Generator,
     *,
     crop: tuple[int, int],
-    scale_range: tuple[float, float],
+    scale_range: Sequence[float],
     flip: bool,
     fill: UInt8[np.ndarray, " c"],
     rotation: float = 0.0,
@@ -66,7 +66,8 @@ def augment(
                 (start + min(scale * side, crop_side) / 2) / scale - 0.5
                 for start, side, crop_side in zip((top, left), label.shape, crop, strict=True)
             )
-            matrix = rotate(matrix, angle, (x, y))
+            turn = cv2.getRotationMatrix2D((x, y), angle, 1.0)
+            matrix = turn @ np.vstack([matrix, (0, 0, 1)])
         if not tries or _largest_share(_warp_label(label, matrix, crop)) <= max_class_share:
             break
         place = rng.random(2)
@@ -78,35 +79,14 @@ def crop_matrix(
 ) -> Float[np.ndarray, "2 3"]:
     """Returns the affine map from pixels of the crop to pixels of the image.
 
-    The centre of pixel i is at i + 1/2, so a crop at scale 1 is an exact copy, and the image and
-    its label stay aligned at any scale. In OpenCV's axes the centre of pixel i is at i, hence the
-    halves in the code.
-
-    Args:
-      scale: scale of the image.
-      top: number of rows of the scaled image above the crop.
-      left: number of columns of the scaled image left of the crop.
-      crop_width: width of the crop, pixels.
-      mirror: whether to mirror the crop.
+    The crop begins at the row `top` and the column `left` of the scaled image. The centre of pixel
+    i is at i + 1/2, so a crop at scale 1 is an exact copy, and the image and its label stay aligned
+    at any scale. In OpenCV's axes the centre of pixel i is at i, hence the halves in the code.
     """
     x_step, x_origin = (-1, left + crop_width) if mirror else (1, left)
     x_shift = (x_origin + x_step * 0.5) / scale - 0.5
     y_shift = (top + 0.5) / scale - 0.5
     return np.array([[x_step / scale, 0, x_shift], [0, 1 / scale, y_shift]])
-
-
-def rotate(
-    matrix: Float[np.ndarray, "2 3"], degrees: float, center: tuple[float, float]
-) -> Float[np.ndarray, "2 3"]:
-    """Returns the affine map to the image that `matrix` gives, turned about a point of the image.
-
-    Args:
-      matrix: affine map from pixels of the crop to pixels of the image.
-      degrees: angle by which the image turns clockwise.
-      center: x and y of the point, in OpenCV's axes.
-    """
-    turn = cv2.getRotationMatrix2D(center, degrees, 1.0)
-    return turn @ np.vstack([matrix, (0, 0, 1)])
 
 
 def _largest_share(label: UInt8[np.ndarray, "h w"]) -> float:
@@ -138,12 +118,18 @@ def warp(
         out = np.empty((*shape, num_channels), np.uint8), np.empty(shape, np.uint8)
     warped, warped_label = out
     linear = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    size, border = (shape[1], shape[0]), cv2.BORDER_CONSTANT
     whole = warped if num_channels <= _MAX_WARP_CHANNELS else None
     for first in range(0, num_channels, _MAX_WARP_CHANNELS):
         part = (..., slice(first, first + _MAX_WARP_CHANNELS))
-        color = fill[part].tolist()
-        group = cv2.warpAffine(image[part], matrix, size, whole, linear, border, color)
+        group = cv2.warpAffine(
+            image[part],
+            matrix,
+            shape[::-1],
+            whole,
+            linear,
+            cv2.BORDER_CONSTANT,
+            fill[part].tolist(),
+        )
         if whole is None:
             warped[part] = group.reshape(*shape, -1)
     _warp_label(label, matrix, shape, warped_label)
@@ -156,7 +142,5 @@ def _warp_label(
     shape: tuple[int, int],
     out: np.ndarray | None = None,
 ) -> UInt8[np.ndarray, "out_h out_w"]:
-    """Warps a label as `warp` does."""
     nearest = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
-    size, border = (shape[1], shape[0]), cv2.BORDER_CONSTANT
-    return cv2.warpAffine(label, matrix, size, out, nearest, border, IGNORE)
+    return cv2.warpAffine(label, matrix, shape[::-1], out, nearest, cv2.BORDER_CONSTANT, IGNORE)

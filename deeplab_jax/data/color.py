@@ -19,13 +19,7 @@ _LEVELS = np.arange(256)
 
 
 def distort(image: Image, config: AugmentConfig, rng: np.random.Generator) -> None:
-    """Applies the operations that a config names, in the order of the functions below.
-
-    Args:
-      image: changed in place.
-      config: the probabilities and the strength.
-      rng: the generator of this image.
-    """
+    """Applies the operations that a config names, in the order of the functions below."""
     if rng.random() < config.photometric:
         photometric(image, rng.random(9))
     if config.color_jitter:

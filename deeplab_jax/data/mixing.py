@@ -17,6 +17,7 @@ from deeplab_jax.data.labels import IGNORE, LabelSet, class_counts, is_backgroun
 Label = UInt8[np.ndarray, "h w"]
 Mask = UInt8[np.ndarray, "h w"]  # 0 where the first crop stays
 Crop = tuple[UInt8[np.ndarray, "h w c"], Label]
+Choose = Callable[[Label, np.random.Generator, LabelSet], Mask]
 
 
 def paste(crop: Crop, other: Crop, mask: Mask) -> None:
@@ -78,6 +79,4 @@ def copy_paste(label: Label, rng: np.random.Generator, labels: LabelSet) -> Mask
     return mask
 
 
-MASKS: dict[str, Callable[[Label, np.random.Generator, LabelSet], Mask]] = {
-    function.__name__: function for function in (cutmix, classmix, copy_paste)
-}
+MASKS: dict[str, Choose] = {"cutmix": cutmix, "classmix": classmix, "copy_paste": copy_paste}

@@ -18,13 +18,12 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import cloudpickle
 import cv2
@@ -35,7 +34,6 @@ from deeplab_jax.utils.errors import UserError
 _MAX_THREADS = 8
 _MAX_HELD = 4  # slots that the consumer may hold; it gets further batches as copies
 _ALIGNMENT = 64  # bytes; JAX can then use host memory on CPU without a copy
-_SPARE_BYTES = 4096  # in each slot, for small arrays and alignment
 _TASK = struct.Struct("qq")  # a step and its slot
 # By default, memory of the size of an image returns to the system after each image, and the page
 # faults of the next one take 0.5 of the 3 ms that an image of VOC takes.
@@ -46,20 +44,9 @@ _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 B = TypeVar("B")
-Empty = Callable[[tuple[int, ...], Any], np.ndarray]
-
-
-class BatchSource(Protocol):
-    """Random access to batches, each a dict of arrays. Must pickle, by cloudpickle."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, step: int, empty: Empty) -> Mapping[str, Any]:
-        """Returns a batch, in arrays that `empty(shape, dtype)` allocates."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of a typical batch. Larger ones are passed on more slowly."""
+Shapes = Mapping[str, tuple[int, ...]]  # of the arrays of a batch, uint8, by name
+# Returns the batch of a step, in arrays that it may fill.
+Make = Callable[[int, dict[str, np.ndarray]], Any]
 
 
 class BatchIterator(Iterator[B], Generic[B]):
@@ -69,20 +56,25 @@ class BatchIterator(Iterator[B], Generic[B]):
     batch, after any error and with the program.
     """
 
-    def __init__(self, source: BatchSource, start_step: int, num_workers: int) -> None:
+    def __init__(
+        self, make: Make, steps: range, num_workers: int = 0, shapes: Shapes | None = None
+    ) -> None:
         """Starts the workers.
 
         Args:
-          source: the batches.
-          start_step: index of the first batch.
+          make: called as `make(step, arrays)` with new arrays of `shapes`. For processes, it must
+            be picklable by cloudpickle, and the filled arrays are the batch.
+          steps: of the batches.
           num_workers: number of processes; 0: one thread per CPU.
+          shapes: of the arrays.
         """
-        steps = range(start_step, len(source))
         # Processes and threads that start now keep the signals blocked.
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             batches = (
-                _Processes(source, steps, num_workers) if num_workers else _Threads(source, steps)
+                _Processes(make, steps, shapes or {}, num_workers)
+                if num_workers
+                else _Threads(make, steps, shapes or {})
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, previous)
@@ -108,13 +100,17 @@ class BatchIterator(Iterator[B], Generic[B]):
         self.close()
 
 
+def empty_arrays(shapes: Shapes) -> dict[str, np.ndarray]:
+    return {name: np.empty(shape, np.uint8) for name, shape in shapes.items()}
+
+
 class _Threads(Iterator[Any]):
     """Batches from threads of this process."""
 
-    def __init__(self, source: BatchSource, steps: range) -> None:
+    def __init__(self, make: Make, steps: range, shapes: Shapes) -> None:
         num_threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
         pool = self._pool = concurrent.futures.ThreadPoolExecutor(num_threads)
-        self._submitted = (pool.submit(source.batch, step, np.empty) for step in steps)
+        self._submitted = (pool.submit(make, step, empty_arrays(shapes)) for step in steps)
         self._ahead = collections.deque(itertools.islice(self._submitted, num_threads))
 
     def __next__(self) -> Any:
@@ -131,18 +127,19 @@ class _Threads(Iterator[Any]):
 class _Processes(Iterator[Any]):
     """Batches from worker processes, which take the steps in order, each when it is free."""
 
-    def __init__(self, source: BatchSource, steps: range, num_workers: int) -> None:
+    def __init__(self, make: Make, steps: range, shapes: Shapes, num_workers: int) -> None:
+        self._shapes = shapes
         self._min_ahead = 2 * num_workers  # number of steps that workers always have
         num_slots = min(self._min_ahead + _MAX_HELD, len(steps))
-        self._slot_bytes = _aligned(source.nbytes) + _SPARE_BYTES
         self._steps, self._free = iter(steps), collections.deque(range(num_slots))
         self._slots: dict[int, int] = {}  # the slot of each step that workers have, in order
-        self._made: dict[int, Any] = {}  # what they sent for these steps
+        self._made: dict[int, Exception | None] = {}  # what they answered for these steps
         self._workers: dict[Any, subprocess.Popen] = {}
-        pickled, end = cloudpickle.dumps(source), num_slots * self._slot_bytes
-        file = _anonymous_file(end + len(pickled))
+        pickled, end = cloudpickle.dumps((make, shapes)), num_slots * _slot_bytes(shapes)
+        file = os.memfd_create("batches")  # which ends with its last user
         self._tasks = os.pipe()  # workers read from the same end
         try:
+            os.ftruncate(file, end + len(pickled))
             self._memory = mmap.mmap(file, 0)
             self._memory[end:] = pickled
             for _ in range(num_workers):
@@ -161,7 +158,7 @@ class _Processes(Iterator[Any]):
             # multiprocessing would also import the program's main module and all that it imports.
             code = (
                 f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import work; "
-                f"work{(*files, self._slot_bytes, end)}"
+                f"work{(*files, end)}"
             )
             self._workers[ours] = subprocess.Popen(
                 [sys.executable, "-c", code],
@@ -181,14 +178,10 @@ class _Processes(Iterator[Any]):
                 self._receive(connection)
             if step in self._made:
                 break
-        slot, made = self._slots.pop(step), self._made.pop(step)
-        if isinstance(made, Exception):
-            raise made
-        memory = np.frombuffer(self._memory, np.uint8, self._slot_bytes, slot * self._slot_bytes)
-        batch = {
-            name: np.ndarray(x[0], x[1], memory, x[2]) if isinstance(x, tuple) else x
-            for name, x in made.items()
-        }
+        slot, error = self._slots.pop(step), self._made.pop(step)
+        if error is not None:
+            raise error
+        memory, batch = _open_slot(self._memory, self._shapes, slot)
         if len(self._slots) >= self._min_ahead:  # `memory` lives as long as its views
             weakref.finalize(memory, self._free.append, slot).atexit = False
             return batch
@@ -224,70 +217,51 @@ class _Processes(Iterator[Any]):
             os.close(end)
 
 
-def _anonymous_file(size: int) -> int:
-    """Returns the descriptor of a file without a name, which ends with its last user."""
-    try:
-        file = os.memfd_create("batches")
-        os.ftruncate(file, size)
-    except OSError:  # a sandbox forbids it
-        with tempfile.TemporaryFile() as unnamed:
-            os.posix_fallocate(unnamed.fileno(), 0, size)
-            file = os.dup(unnamed.fileno())
-    return file
+def _aligned_bytes(shape: tuple[int, ...]) -> int:
+    return -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
 
 
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+def _slot_bytes(shapes: Shapes) -> int:
+    return sum(map(_aligned_bytes, shapes.values()))
 
 
-def work(file: int, tasks: int, connection: int, slot_bytes: int, end: int) -> None:
+def _open_slot(
+    memory: mmap.mmap, shapes: Shapes, index: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Returns the bytes of a slot, and the arrays in it, which keep the bytes alive."""
+    size, start, arrays = _slot_bytes(shapes), 0, {}
+    slot = np.frombuffer(memory, np.uint8, size, index * size)
+    for name, shape in shapes.items():
+        arrays[name] = np.ndarray(shape, np.uint8, slot, start)
+        start += _aligned_bytes(shape)
+    return slot, arrays
+
+
+def work(file: int, tasks: int, connection: int, end: int) -> None:
     """Makes batches in a worker process, until the main process ends.
 
     Args:
       file, tasks, connection: descriptors of the shared memory, of the pipe from which all workers
         take tasks, and of the connection to the main process.
-      slot_bytes: size of a slot.
-      end: end of the slots, where the pickled source begins.
+      end: end of the slots, where the pickled function begins.
     """
     cv2.setNumThreads(0)  # there is one process per core
     main = Connection(connection)
     threading.Thread(target=_exit_with_main, args=(main,), daemon=True).start()
     memory = mmap.mmap(file, 0)
-    source = pickle.loads(memory[end:])
+    make, shapes = pickle.loads(memory[end:])
     with contextlib.suppress(BrokenPipeError):  # the main process ended
         while task := os.read(tasks, _TASK.size):  # a pipe gives each task to one worker
             step, index = _TASK.unpack(task)
-            slot = np.frombuffer(memory, np.uint8, slot_bytes, index * slot_bytes)
+            failure: Exception | None = None
             try:
-                batch = source.batch(step, _allocator(slot))
-                made: Any = {name: _place(array, slot) for name, array in batch.items()}
+                make(step, _open_slot(memory, shapes, index)[1])
             except UserError as error:
-                made = error
+                failure = error
             except Exception:
-                made = RuntimeError(f"a process that prepares batches:\n{traceback.format_exc()}")
-            main.send((step, made))
-
-
-def _allocator(slot: np.ndarray) -> Empty:
-    """Returns a function that allocates arrays in a slot, or elsewhere if they are too large."""
-    used = 0
-
-    def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        nonlocal used
-        start, end = used, used + math.prod(shape) * np.dtype(dtype).itemsize
-        if end > slot.size:
-            return np.empty(shape, dtype)
-        used = _aligned(end)
-        return np.ndarray(shape, dtype, slot, start)
-
-    return empty
-
-
-def _place(array: np.ndarray, slot: np.ndarray) -> Any:
-    """Returns shape, dtype and offset of an array in a slot; another array as it is."""
-    if array.base is not slot or not array.flags.c_contiguous:
-        return array
-    return array.shape, array.dtype, array.ctypes.data - slot.ctypes.data
+                text = f"a process that prepares batches:\n{traceback.format_exc()}"
+                failure = RuntimeError(text)
+            main.send((step, failure))
 
 
 def _exit_with_main(connection: Connection) -> None:

@@ -21,13 +21,7 @@ def _philox(seed: int, stream: int, index: int) -> np.random.Philox:
 
 
 def generator(seed: int, stream: int, index: int) -> np.random.Generator:
-    """Returns the random generator of one item.
-
-    Args:
-      seed: any integer.
-      stream: the purpose of the numbers, such as `AUGMENT`.
-      index: the index of the item, at least 0.
-    """
+    """Returns the random generator of one item, for a purpose such as `AUGMENT`; index >= 0."""
     return np.random.Generator(_philox(seed, stream, index))
 
 

@@ -138,13 +138,6 @@ def test_batch_format():
     assert type(batch["image"]) is np.ndarray
 
 
-def test_a_run_resumes_at_any_step():
-    whole = first_batches(6)
-    assert_same(whole, first_batches(6))
-    for start in (1, 5):
-        assert_same(whole[start:], first_batches(6 - start, start_step=start))
-
-
 def test_seed_and_step_matter():
     """10 examples are seen again every 2.5 steps, but never in the same crops."""
     batches = [*first_batches(6), *first_batches(6, seed=4)]
@@ -152,23 +145,10 @@ def test_seed_and_step_matter():
     assert len(set(crops)) == len(crops)
 
 
-@pytest.mark.parametrize("num_hosts", [2, 4])
-def test_hosts_share_the_global_batch(num_hosts):
-    share = 4 // num_hosts
-    parts = [
-        first_batches(3, rows=range(host * share, (host + 1) * share)) for host in range(num_hosts)
-    ]
-    joined = [
-        {name: np.concatenate([part[step][name] for part in parts]) for name in parts[0][step]}
-        for step in range(3)
-    ]
-    assert_same(joined, first_batches(3))
-
-
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_change_nothing(num_workers):
-    expected = first_batches(5, start_step=7)
-    config = shapes_config()
+    config = augmented_config("cutmix")
+    expected = first_batches(5, config, start_step=7)
     config.num_workers = num_workers
     assert_same(expected, first_batches(5, config, start_step=7))
 
@@ -187,24 +167,22 @@ def augmented_config(mix, **fields):
     return shapes_config(augment=dataclasses.replace(augmentation, **fields))
 
 
-@pytest.mark.parametrize("mix", MIXES)
-def test_augmented_batches_depend_only_on_seed_and_step(mix):
+@pytest.mark.parametrize("mix", ["", *MIXES])
+def test_batches_depend_only_on_seed_and_step(mix):
+    """Not on the step at which a run resumes, nor on the number of hosts or the batch size."""
     config = augmented_config(mix)
     whole = first_batches(5, config)
     assert_same(whole, first_batches(5, config))
     assert_same(whole[3:], first_batches(2, config, start_step=3))
-    parts = [first_batches(5, config, rows=rows) for rows in ([0, 1], [2, 3])]
-    joined = [
-        {name: np.concatenate([one[name], other[name]]) for name in one}
-        for one, other in zip(*parts, strict=True)
-    ]
-    assert_same(whole, joined)
-    larger = first_batches(2, config, batch_size=8)  # the same sequence in other batches
+    for num_hosts in (2, 4):
+        hosts = np.arange(4).reshape(num_hosts, -1)
+        parts = zip(*(first_batches(5, config, rows=rows) for rows in hosts), strict=True)
+        joined = [{k: np.concatenate([one[k] for one in step]) for k in step[0]} for step in parts]
+        assert_same(whole, joined)
+    larger = first_batches(2, config, batch_size=8)
     for name in ("image", "label"):
         ours = np.concatenate([batch[name] for batch in whole[:4]])
         np.testing.assert_array_equal(ours, np.concatenate([batch[name] for batch in larger]))
-    config.num_workers = 2
-    assert_same(whole, first_batches(5, config))
     assert (whole[0]["image"] != first_batches(1, config, seed=4)[0]["image"]).any()
 
 
@@ -408,15 +386,6 @@ def test_mean_pixel():
 def test_a_source_pickles():
     """What workers get is small: the data set, not its batches."""
     config = shapes_config()
-    source = pipeline._TrainSource(
-        dataset=data.load(config, "train"),
-        batch_size=2,
-        rows=range(1),
-        fill=FILL,
-        seed=0,
-        crop=(8, 8),
-        scale_range=(1.0, 1.0),
-        flip=False,
-        augment=AugmentConfig(),
-    )
+    dataset = data.load(config, "train")
+    source = pipeline._TrainSource(dataset, config, batch_size=2, seed=0, rows=range(1))
     assert len(pickle.dumps(source)) < 2000
