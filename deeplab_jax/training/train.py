@@ -299,8 +299,7 @@ def summarize_splits(
     """
     summaries = {}
     for split, dataset in splits.items():
-        crop = config_lib.crop_shape(config.data) if split == config.data.split else None
-        summaries[split] = statistics.summarize_sample(dataset, crop)
+        summaries[split] = statistics.summarize_sample(dataset)
         warnings = statistics.check_valid_pixels(dataset, summaries[split], split)
         pixels = summaries[split].pixels.tolist()
         imbalance = statistics.describe_imbalance(dataset.labels.names, pixels, config.loss)

@@ -44,7 +44,7 @@ def check(seed=0, shapes_seed=0):
     config = tiny.get_config()
     config.data.shapes.seed = shapes_seed
     summaries = {
-        split: statistics.summarize_sample(data_lib.load(config.data, split), (33, 33))
+        split: statistics.summarize_sample(data_lib.load(config.data, split))
         for split in ("train", "val")
     }
     origin = provenance(config, data_lib.load(config.data, "train"))
