@@ -10,21 +10,15 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from deeplab_jax.data.labels import IGNORE, LabelSet
-from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.errors import UserError, listed
 
 
 class Example(TypedDict):
-    """One image with its label.
+    """One image with its label."""
 
-    Fields:
-      image: uint8 `[height, width, channels]`, RGB order, 0..255.
-      label: uint8 `[height, width]`, class ids; `labels.IGNORE` where a pixel does not count.
-      name: the example's name in errors and pictures: a file name or an id.
-    """
-
-    image: UInt8[np.ndarray, "h w c"]
-    label: UInt8[np.ndarray, "h w"]
-    name: str
+    image: UInt8[np.ndarray, "h w c"]  # RGB order, 0..255
+    label: UInt8[np.ndarray, "h w"]  # class ids; `labels.IGNORE` where a pixel does not count
+    name: str  # in errors and pictures: a file name or an id
 
 
 class Source(Protocol):
@@ -51,37 +45,24 @@ class IndexedSource:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A split of a data set.
-
-    Attributes:
-      source: the examples.
-      labels: names and colours of the classes.
-      num_channels: number of channels of the images.
-      notes: what the reader found by itself; training prints them when it starts.
-    """
+    """A split of a data set."""
 
     source: Source
     labels: LabelSet
-    num_channels: int = 3
-    notes: tuple[str, ...] = ()
+    num_channels: int = 3  # of the images
+    notes: tuple[str, ...] = ()  # what the reader found by itself; training prints them
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """The files of one example.
-
-    Attributes:
-      name: name of the example.
-      image: an image file, or a `.npy` file.
-      mask: a file of class ids or colours: an image or an array; LabelMe's file of shapes; or the
-        virtual path `annotations.json/ID` of an image of a COCO file.
-      listed_in: the file or folder that names the example.
-    """
+    """The files of one example."""
 
     name: str
-    image: pathlib.Path
+    image: pathlib.Path  # an image file, or a `.npy` file
+    # A file of class ids or colours: an image or an array; LabelMe's file of shapes; or the virtual
+    # path `annotations.json/ID` of an image of a COCO file.
     mask: pathlib.Path
-    listed_in: pathlib.Path
+    listed_in: pathlib.Path  # the file or folder that names the example
 
 
 def read_example(dataset: Dataset, index: int) -> Example:
@@ -109,13 +90,9 @@ def check_ids(ids: np.ndarray, labels: LabelSet, name: str) -> None:
     last = labels.num_classes - 1
     unknown = ids[((ids < 0) | (ids > last)) & (ids != IGNORE)]
     if unknown.size:
-        values, counts = np.unique(unknown, return_counts=True)
-        listed = ", ".join(
-            f"id {value} ({count} pixels)"
-            for value, count in zip(values[:5], counts[:5], strict=True)
-        )
-        others = f" and {len(values) - 5} other ids" if len(values) > 5 else ""
+        counts = zip(*np.unique(unknown, return_counts=True), strict=True)
+        ids_found = listed([f"id {value} ({count} pixels)" for value, count in counts])
         raise UserError(
-            f"{name}: the label holds {listed}{others}; expected a class (0 to {last}) or {IGNORE} "
+            f"{name}: the label holds {ids_found}; expected a class (0 to {last}) or {IGNORE} "
             "for pixels that do not count"
         )

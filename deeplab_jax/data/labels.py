@@ -18,15 +18,10 @@ IGNORE = 255
 
 @dataclasses.dataclass(frozen=True)
 class LabelSet:
-    """Names and colours of the classes `0..num_classes-1`.
-
-    Attributes:
-      names: names of the classes, in the order of ids.
-      colors: colours of the classes, `(red, green, blue)` of 0..255.
-    """
+    """Names and colours of the classes `0..num_classes-1`."""
 
     names: tuple[str, ...]
-    colors: tuple[tuple[int, int, int], ...]
+    colors: tuple[tuple[int, int, int], ...]  # (red, green, blue) of 0..255
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.colors):
@@ -53,18 +48,14 @@ def is_background(name: str) -> bool:
 def class_id(text: str, labels: LabelSet, origin: str = "") -> int:
     """Returns the id of a class that is given by its name, in any case, or by its id.
 
-    Args:
-      text: the name or id.
-      labels: the classes.
-      origin: begins the message of the error.
-
     Raises:
-      UserError: there is no such class; the message suggests the nearest name.
+      UserError: there is no such class; the message begins with `origin`, and suggests the nearest
+        name.
     """
-    lower = [name.lower() for name in labels.names]
-    if text.strip().lower() in lower:
-        return lower.index(text.strip().lower())
-    if text.strip().isdecimal() and int(text) < labels.num_classes:
+    lower, wanted = [name.lower() for name in labels.names], text.strip().lower()
+    if wanted in lower:
+        return lower.index(wanted)
+    if wanted.isdecimal() and int(wanted) < labels.num_classes:
         return int(text)
     raise UserError(
         f"{origin}there is no class {text!r}{did_you_mean(text, labels.names)}. Give a name "
@@ -115,70 +106,51 @@ def named(*names: str) -> LabelSet:
     return LabelSet(tuple(names), voc_palette(len(names)))
 
 
+def _colored(*classes: tuple[str, tuple[int, int, int]]) -> LabelSet:
+    names, colors = zip(*classes, strict=True)
+    return LabelSet(names, colors)
+
+
 VOC = named(
-    "background",
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
-    "tvmonitor",
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair"),
+    *("cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
+    *("train", "tvmonitor"),
 )
 
-CAMVID = LabelSet(
-    *zip(
-        ("sky", (128, 128, 128)),
-        ("building", (128, 0, 0)),
-        ("pole", (192, 192, 128)),
-        ("road", (128, 64, 128)),
-        ("pavement", (0, 0, 192)),
-        ("tree", (128, 128, 0)),
-        ("sign", (192, 128, 128)),
-        ("fence", (64, 64, 128)),
-        ("car", (64, 0, 128)),
-        ("pedestrian", (64, 64, 0)),
-        ("bicyclist", (0, 128, 192)),
-        strict=True,
-    )
+CAMVID = _colored(
+    ("sky", (128, 128, 128)),
+    ("building", (128, 0, 0)),
+    ("pole", (192, 192, 128)),
+    ("road", (128, 64, 128)),
+    ("pavement", (0, 0, 192)),
+    ("tree", (128, 128, 0)),
+    ("sign", (192, 128, 128)),
+    ("fence", (64, 64, 128)),
+    ("car", (64, 0, 128)),
+    ("pedestrian", (64, 64, 0)),
+    ("bicyclist", (0, 128, 192)),
 )
 
-CITYSCAPES = LabelSet(
-    *zip(
-        ("road", (128, 64, 128)),
-        ("sidewalk", (244, 35, 232)),
-        ("building", (70, 70, 70)),
-        ("wall", (102, 102, 156)),
-        ("fence", (190, 153, 153)),
-        ("pole", (153, 153, 153)),
-        ("traffic light", (250, 170, 30)),
-        ("traffic sign", (220, 220, 0)),
-        ("vegetation", (107, 142, 35)),
-        ("terrain", (152, 251, 152)),
-        ("sky", (70, 130, 180)),
-        ("person", (220, 20, 60)),
-        ("rider", (255, 0, 0)),
-        ("car", (0, 0, 142)),
-        ("truck", (0, 0, 70)),
-        ("bus", (0, 60, 100)),
-        ("train", (0, 80, 100)),
-        ("motorcycle", (0, 0, 230)),
-        ("bicycle", (119, 11, 32)),
-        strict=True,
-    )
+CITYSCAPES = _colored(
+    ("road", (128, 64, 128)),
+    ("sidewalk", (244, 35, 232)),
+    ("building", (70, 70, 70)),
+    ("wall", (102, 102, 156)),
+    ("fence", (190, 153, 153)),
+    ("pole", (153, 153, 153)),
+    ("traffic light", (250, 170, 30)),
+    ("traffic sign", (220, 220, 0)),
+    ("vegetation", (107, 142, 35)),
+    ("terrain", (152, 251, 152)),
+    ("sky", (70, 130, 180)),
+    ("person", (220, 20, 60)),
+    ("rider", (255, 0, 0)),
+    ("car", (0, 0, 142)),
+    ("truck", (0, 0, 70)),
+    ("bus", (0, 60, 100)),
+    ("train", (0, 80, 100)),
+    ("motorcycle", (0, 0, 230)),
+    ("bicycle", (119, 11, 32)),
 )
 
 KNOWN = (CAMVID, CITYSCAPES, VOC)

@@ -23,12 +23,7 @@ def apply(config: DataConfig, dataset: Dataset, *, quiet: bool = False) -> Datas
 
     Such an image appears `config.duplicates` times per epoch, each time with its own position and
     augmentation. Which images are repeated depends only on the data, so all hosts, and a run that
-    resumes, have the same epochs.
-
-    Args:
-      config: the config of the data. Without classes the split is returned unchanged, and unread.
-      dataset: the training split.
-      quiet: whether to hide the progress bar and the number of images.
+    resumes, have the same epochs. Without classes the split is returned unchanged, and unread.
 
     Raises:
       UserError: the data set has no class of a name, or an example is damaged.
@@ -51,12 +46,9 @@ def apply(config: DataConfig, dataset: Dataset, *, quiet: bool = False) -> Datas
 
 
 def class_ids(classes: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Returns the ids of classes, in ascending order.
+    """Returns the ids, in ascending order, of classes among `names`.
 
-    Args:
-      classes: names of classes. A text with commas that is not itself a name is a list of names,
-        as from a flag without quotes.
-      names: the names of all classes.
+    A text with commas that is not itself a name is a list of names, as from a flag without quotes.
 
     Raises:
       UserError: a name is unknown; the message suggests the nearest.
@@ -69,9 +61,8 @@ def class_ids(classes: Sequence[str], names: Sequence[str]) -> list[int]:
     ]
     for name in chosen:
         if name not in names:
-            hint = did_you_mean(name, names)
             raise UserError(
-                f"config.data.duplicate_classes: there is no class {name!r}{hint}. "
-                f"The classes are {', '.join(names)}"
+                f"config.data.duplicate_classes: there is no class {name!r}"
+                f"{did_you_mean(name, names)}. The classes are {', '.join(names)}"
             )
     return sorted({names.index(name) for name in chosen})

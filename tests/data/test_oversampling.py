@@ -82,16 +82,6 @@ def test_each_time_is_augmented_by_itself(dataset):
     assert len(set(sofas)) > 4
 
 
-def test_a_run_resumes_and_hosts_share_the_batch(dataset):
-    def duplicated():
-        return oversampling.apply(config(), dataset, quiet=True)
-
-    whole = shown(duplicated(), 8)
-    np.testing.assert_array_equal(shown(duplicated(), 3, start_step=5), whole[20:])
-    halves = [shown(duplicated(), 8, rows=rows).reshape(8, 2) for rows in ((0, 1), (2, 3))]
-    np.testing.assert_array_equal(np.concatenate(halves, axis=1).ravel(), whole)
-
-
 def test_without_classes_the_split_is_unchanged_and_not_read():
     unreadable = Dataset(Numbered(*[99] * 3), labels.VOC)  # 99 is no class
     for settings in (config(duplicate_classes=()), config(duplicates=1)):

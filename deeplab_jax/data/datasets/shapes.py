@@ -34,22 +34,13 @@ def _regular(corners: int, *radii: float) -> np.ndarray:
 
 _ARM = 0.34  # half the width of the cross's arms
 _TIP = np.sqrt(1 - _ARM**2)
-_QUARTER_TURN = np.array([(0, 1), (-1, 0)])
-_CROSS = np.concatenate(
-    [
-        np.array([(_TIP, -_ARM), (_TIP, _ARM), (_ARM, _ARM)])
-        @ np.linalg.matrix_power(_QUARTER_TURN, turns)
-        for turns in range(4)
-    ]
-)
+_CORNERS = np.array([(_TIP, -_ARM), (_TIP, _ARM), (_ARM, _ARM)])  # of one arm
+_TURNS = [np.linalg.matrix_power(np.array([(0, 1), (-1, 0)]), turns) for turns in range(4)]
+_CROSS = np.concatenate([_CORNERS @ turn for turn in _TURNS])
 
 # Outlines of each class, from id 1, in the unit disc. A second outline is a hole.
-_OUTLINES: tuple[tuple[np.ndarray, ...], ...] = (
-    (_regular(48, 1.0),),
-    (_regular(3, 1.0),),
-    (_regular(48, 1.0), _regular(48, 0.5)),
-    (_CROSS,),
-)
+_DISC = _regular(48, 1.0)
+_OUTLINES = ((_DISC,), (_regular(3, 1.0),), (_DISC, _regular(48, 0.5)), (_CROSS,))
 
 _SPLITS = {"train": randomness.SHAPES_TRAIN, "val": randomness.SHAPES_VAL}
 
