@@ -268,7 +268,7 @@ def test_prepared_once_and_again_when_it_changes(maker, monkeypatch, capsys):
 def test_missing_files(maker, tmp_path):
     assert "annotations_trainval2017.zip" in error_of("")
     message = error_of(tmp_path / "nowhere", "val")
-    assert f"config.data.root: {tmp_path / 'nowhere'} does not exist" in message
+    assert f"config.data.root is '{tmp_path / 'nowhere'}', but must be a folder" in message
     assert "annotations/instances_val2017.json, or annotations_trainval2017.zip" in message
     assert (
         "- val2017, or val2017.zip from http://images.cocodataset.org/zips/val2017.zip" in message
@@ -298,7 +298,7 @@ def test_all_problems_are_reported_together(maker, data_dir):
         lines[1:],
         [
             r"1\.jpg: is missing, but .*instances_train2017\.json names it",
-            r"2\.jpg: is a text file\. Expected an image",
+            r"2\.jpg: is truncated, or not in a known image format.*Expected an image",
             r"3\.jpg: is 9 x 9 pixels \(width x height\), but .* says 7 x 5",
             r"4\.jpg: the segmentation of annotation 103 .*its size is \[7, 5\]",
             r"5\.jpg: the segmentation of annotation 104 cannot be decoded",
