@@ -85,16 +85,16 @@ def local_output(
     top, is_kept = scratch / store.bucket, False
     local = top / name
 
-    def upload(file: pathlib.Path, *, keep: bool = True) -> str:
+    def move(file: pathlib.Path, *, keep: bool = True) -> str:
         name = file.relative_to(top).as_posix()
-        _upload(store, file, name)
+        upload(store, file, name)
         if not keep:
             file.unlink()
         return store.url_of(name)
 
     try:
         (top if name else scratch).mkdir(exist_ok=True)
-        yield local, functools.partial(upload, keep=False)
+        yield local, functools.partial(move, keep=False)
         files = sorted(file for file in top.rglob("*") if file.is_file())
         last = [file for file in files if local in (file, file.parent)]
         if checkpoint and local.is_dir():
@@ -104,7 +104,7 @@ def local_output(
             last[0].write_bytes(marker(sums))
         for group in ([file for file in files if file not in last], last):
             title, quiet = f"Uploading to {path}", len(group) <= NUM_THREADS
-            list(parallel_map(upload, group, title, num_threads=NUM_THREADS, quiet=quiet))
+            list(parallel_map(move, group, title, num_threads=NUM_THREADS, quiet=quiet))
     except _UploadError as error:
         is_kept = True
         raise UserError(f"{error}. What was not uploaded is kept in {top}") from error
@@ -129,7 +129,8 @@ def _parent(path: str) -> tuple[Store, str]:
     return (Store(url), "") if folder.endswith("/") else (Store(folder), name)
 
 
-def _upload(store: Store, file: pathlib.Path, name: str) -> None:
+def upload(store: Store, file: pathlib.Path, name: str) -> None:
+    """Uploads a file, for up to a minute while the bucket cannot be reached."""
     end, pause = time.monotonic() + _PATIENCE, 1.0
     while True:
         try:

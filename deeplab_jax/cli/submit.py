@@ -89,7 +89,7 @@ def _check(path: str, data: str, root: str) -> None:
 
 
 def _report(path: str, competition: str, split: str, images: int, matrix: np.ndarray) -> None:
-    from deeplab_jax.data.datasets.voc_test import SERVER
+    from deeplab_jax.data.datasets.voc import SERVER
     from deeplab_jax.evaluation.confusion import scores
     from deeplab_jax.evaluation.voc_server import COMPETITIONS
 

@@ -78,9 +78,9 @@ def load_split(config: DataConfig, split: str) -> Dataset:
         raise UserError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
     if split != "test":
         return data_lib.load(config, split)
-    from deeplab_jax.data.datasets import voc_test
+    from deeplab_jax.data.datasets import voc
 
-    return voc_test.load(data_lib.stage(config))
+    return voc.load_test(data_lib.stage(config))
 
 
 def write(

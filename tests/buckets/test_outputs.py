@@ -23,7 +23,7 @@ from deeplab_jax.buckets.store import Store, Unreachable
 from deeplab_jax.cli import outputs as cli_outputs
 from deeplab_jax.config import Config, DataConfig, EvalConfig, ShapesConfig
 from deeplab_jax.data import labels
-from deeplab_jax.data.datasets import voc_test
+from deeplab_jax.data.datasets import voc
 from deeplab_jax.data.io.masks import write_ids
 from deeplab_jax.data_check import prepare
 from deeplab_jax.models.architecture import architecture
@@ -265,7 +265,7 @@ def test_an_archive_for_the_test_server(command, bucket, here, monkeypatch):
     flags = ["--root", ".", "--split", "val", "--size", 49, "--batch-size", 1]
     printed = run_twice(command, bucket, "submit", "voc", *flags, "--out", "OUT/val.tgz")[2]
     assert f"{bucket}/some/out/val.tgz" in printed[1]
-    assert voc_test.SERVER not in printed[1]
+    assert voc.SERVER not in printed[1]
 
 
 @pytest.fixture

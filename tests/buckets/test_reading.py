@@ -17,7 +17,7 @@ import tiny
 from deeplab_jax import data as data_lib
 from deeplab_jax.analysis import descriptions
 from deeplab_jax.buckets.staging import local_path
-from deeplab_jax.buckets.store import Store
+from deeplab_jax.buckets.store import Store, Unreachable
 from deeplab_jax.config import Config, DataConfig, FolderConfig
 from deeplab_jax.config import io as config_io
 from deeplab_jax.data.dataset import read_example
@@ -384,6 +384,23 @@ def test_a_bucket_that_cannot_be_written_keeps_prepared_data_here(
         assert "warning: " in err
         assert "is only on this machine; others prepare it again" in err
         assert "not permitted to write" in err
+
+
+def test_the_upload_of_prepared_data_is_tried_again(bucket, voc, monkeypatch, capfd):
+    monkeypatch.setenv("TFDS_DATA_DIR", f"{bucket}/tfds")
+    upload, failed = Store.upload, set()
+
+    def fail_once(self, path, name):
+        if name not in failed:
+            failed.add(name)
+            raise Unreachable(f"{name}: no answer")
+        upload(self, path, name)
+
+    monkeypatch.setattr(Store, "upload", fail_once)
+    monkeypatch.setattr("deeplab_jax.buckets.outputs.time.sleep", lambda seconds: None)
+    data_lib.load(DataConfig(root=str(voc)), "val")
+    assert "dataset_info.json: no answer; trying again" in capfd.readouterr().err
+    assert {name.rpartition("/")[2] for name in Store(f"{bucket}/tfds").list()} == failed
 
 
 def test_a_bucket_for_prepared_data_that_does_not_exist(server, voc, monkeypatch):

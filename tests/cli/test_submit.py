@@ -13,7 +13,7 @@ from PIL import Image
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data import labels
 from deeplab_jax.data.dataset import Dataset
-from deeplab_jax.data.datasets import voc_test
+from deeplab_jax.data.datasets import voc
 from deeplab_jax.data.io.masks import write_ids
 from deeplab_jax.evaluation import voc_server
 from deeplab_jax.models.architecture import architecture
@@ -278,21 +278,22 @@ def test_other_files_than_archives_are_reported(tmp_path):
         voc_server.read(tmp_path / "nowhere")
 
 
-def test_broken_test_images_are_refused(root, tmp_path):
-    with pytest.raises(UserError, match=r"there is no root: .* VOC2012test\.tar"):
-        voc_test.load(DataConfig())
-    with pytest.raises(UserError, match=r"Segmentation/test\.txt is missing: .* --root"):
-        voc_test.load(DataConfig(root=str(tmp_path)))
+def test_broken_test_images_are_refused(tmp_path):
+    for root in ("", str(tmp_path)):
+        with pytest.raises(
+            UserError, match=rf"\(--root\) is '{root}', .*test\.txt.*VOC2012test\.tar"
+        ):
+            voc.load_test(DataConfig(root=root))
     devkit = tmp_path / "VOCdevkit/VOC2012"
     (devkit / "ImageSets/Segmentation").mkdir(parents=True)
     (devkit / "JPEGImages").mkdir()
     (devkit / "ImageSets/Segmentation/test.txt").write_text("t1\nt2\n")
     (devkit / "JPEGImages/t1.jpg").write_bytes(b"\xff\xd8")
     with pytest.raises(UserError, match=r"are not there: 1 problem\n- .*JPEGImages/t2\.jpg"):
-        voc_test.load(DataConfig(root=str(tmp_path)))
+        voc.load_test(DataConfig(root=str(tmp_path)))
     (devkit / "JPEGImages/t2.jpg").write_bytes(b"")
     with pytest.raises(UserError, match=r"t1\.jpg: is truncated, or not in a known image format"):
-        voc_test.load(DataConfig(root=str(tmp_path))).source[0]
+        voc.load_test(DataConfig(root=str(tmp_path))).source[0]
 
 
 @pytest.mark.parametrize(

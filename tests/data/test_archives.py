@@ -46,7 +46,7 @@ def archive_of(path: pathlib.Path, *urls: str) -> archives.Archive:
 @pytest.fixture
 def packed(tmp_path):
     pack(tmp_path / "kit.tar", FILES)
-    return archives.LocalArchive(archive_of(tmp_path / "kit.tar"), tmp_path / "kit.tar")
+    return archive_of(tmp_path / "kit.tar"), tmp_path / "kit.tar"
 
 
 @pytest.fixture
@@ -76,8 +76,8 @@ def files_below(folder: pathlib.Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_unpacks_the_selected_files(tmp_path, mode):
     pack(tmp_path / "kit.tar", FILES, mode)
-    local = archives.LocalArchive(archive_of(tmp_path / "kit.tar"), tmp_path / "kit.tar")
-    folder = archives.unpack(local, ("lists", "images"), tmp_path / "out")
+    archive = archive_of(tmp_path / "kit.tar")
+    folder = archives.unpack(archive, tmp_path / "kit.tar", ("lists", "images"), tmp_path / "out")
     assert folder == tmp_path / "out/kit/data"
     wanted = {name: FILES[name] for name in list(FILES)[:3]}
     assert files_below(tmp_path / "out") == wanted
@@ -86,41 +86,43 @@ def test_unpacks_the_selected_files(tmp_path, mode):
 def test_unpacks_files_of_the_folder_itself(tmp_path):
     pack(tmp_path / "kit.tar", {"./kit/data/train.txt": b"a", "./kit/data/img/a.jpg": b"b"})
     archive = dataclasses.replace(archive_of(tmp_path / "kit.tar"), marker="train.txt")
-    archives.unpack(archives.LocalArchive(archive, tmp_path / "kit.tar"), (".",), tmp_path / "out")
+    archives.unpack(archive, tmp_path / "kit.tar", (".",), tmp_path / "out")
     assert files_below(tmp_path / "out") == {"kit/data/train.txt": b"a"}
 
 
 def test_never_writes_outside(tmp_path):
     files = {"kit/data/lists/train.txt": b"a", "kit/data/images/../../../../evil": b"x"}
     pack(tmp_path / "kit.tar", files)
-    local = archives.LocalArchive(archive_of(tmp_path / "kit.tar"), tmp_path / "kit.tar")
-    archives.unpack(local, ("lists", "images/../../../.."), tmp_path / "in/out")
+    folders = ("lists", "images/../../../..")
+    archives.unpack(
+        archive_of(tmp_path / "kit.tar"), tmp_path / "kit.tar", folders, tmp_path / "in/out"
+    )
     assert sorted(files_below(tmp_path)) == ["in/out/kit/data/lists/train.txt", "kit.tar"]
 
 
 def test_an_unpacked_archive_is_used_as_it_is(tmp_path, packed):
-    folder = archives.unpack(packed, ("lists",), tmp_path / "root")
-    local = archives.find_archive(packed.archive, tmp_path / "root")
-    assert local.is_unpacked
-    assert archives.unpack(local, ("lists",), tmp_path / "never") == folder
+    folder = archives.unpack(*packed, ("lists",), tmp_path / "root")
+    assert archives.find_archive(packed[0], tmp_path / "root") == folder
+    assert archives.unpack(packed[0], folder, ("lists",), tmp_path / "never") == folder
     assert not (tmp_path / "never").exists()
 
 
 def test_find_archive(tmp_path, packed):
-    assert archives.find_archive(packed.archive, tmp_path) == packed
-    assert archives.find_archive(packed.archive, tmp_path / "absent") is None
+    archive, file = packed
+    assert archives.find_archive(archive, tmp_path) == file
+    assert archives.find_archive(archive, tmp_path / "absent") is None
     (tmp_path / "kit/data/lists").mkdir(parents=True)
-    assert archives.find_archive(packed.archive, tmp_path) == packed  # a folder without its lists
+    assert archives.find_archive(archive, tmp_path) == file  # a folder without its lists
     (tmp_path / "kit/data/lists/train.txt").touch()
-    assert archives.find_archive(packed.archive, tmp_path).path == tmp_path / "kit/data"
+    assert archives.find_archive(archive, tmp_path) == tmp_path / "kit/data"
 
 
 def test_a_flipped_bit_is_noticed(tmp_path, packed):
-    data = bytearray(packed.path.read_bytes())
+    data = bytearray(packed[1].read_bytes())
     data[5000] ^= 1
-    packed.path.write_bytes(data)
+    packed[1].write_bytes(data)
     with pytest.raises(UserError, match=r"kit\.tar: is damaged: its MD5 .*http://example\.invalid"):
-        archives.unpack(packed, ("lists",), tmp_path / "out")
+        archives.unpack(*packed, ("lists",), tmp_path / "out")
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
@@ -130,33 +132,32 @@ def test_a_truncated_archive_is_noticed(tmp_path, mode, fraction):
     archive = archive_of(tmp_path / "kit.tar")
     data = (tmp_path / "kit.tar").read_bytes()
     (tmp_path / "kit.tar").write_bytes(data[: int(fraction * len(data))])
-    local = archives.LocalArchive(archive, tmp_path / "kit.tar")
     with pytest.raises(UserError, match=r"kit\.tar: .*damaged or truncated.*as published\. Downl"):
-        archives.unpack(local, ("lists", "images"), tmp_path / "out")
+        archives.unpack(archive, tmp_path / "kit.tar", ("lists", "images"), tmp_path / "out")
 
 
 def test_a_repacked_archive_is_used_with_a_warning(tmp_path, packed, caplog):
-    pack(packed.path, FILES | {"kit/data/images/e.jpg": b"e" * 20_000})
-    archives.unpack(packed, ("lists", "images"), tmp_path / "out")
+    pack(packed[1], FILES | {"kit/data/images/e.jpg": b"e" * 20_000})
+    archives.unpack(*packed, ("lists", "images"), tmp_path / "out")
     assert (tmp_path / "out/kit/data/images/e.jpg").stat().st_size == 20_000
     assert "is not kit.tar as published" in caplog.text
 
 
 def test_an_archive_of_something_else(tmp_path, packed):
-    pack(packed.path, {"other/file": b"x" * 30_000})
+    pack(packed[1], {"other/file": b"x" * 30_000})
     with pytest.raises(UserError, match=r"holds no kit/data/lists/train\.txt"):
-        archives.unpack(packed, ("lists",), tmp_path / "out")
+        archives.unpack(*packed, ("lists",), tmp_path / "out")
 
 
 def test_downloads_from_the_first_mirror_that_answers(tmp_path, web, capsys):
     pack(tmp_path / "web/kit.tar", FILES)
     archive = archive_of(tmp_path / "web/kit.tar", f"{web}/gone.tar", f"{web}/kit.tar")
-    local = archives.download(archive, tmp_path / "downloads")
-    assert local.path == tmp_path / "downloads/kit.tar"
-    assert local.path.read_bytes() == (tmp_path / "web/kit.tar").read_bytes()
+    path = archives.download(archive, tmp_path / "downloads")
+    assert path == tmp_path / "downloads/kit.tar"
+    assert path.read_bytes() == (tmp_path / "web/kit.tar").read_bytes()
     assert capsys.readouterr().out == ""
     (tmp_path / "web/kit.tar").unlink()
-    assert archives.download(archive, tmp_path / "downloads") == local  # not again
+    assert archives.download(archive, tmp_path / "downloads") == path  # not again
 
 
 def test_a_failed_download_reports_the_reason_and_leaves_nothing(tmp_path, web):

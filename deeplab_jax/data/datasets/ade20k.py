@@ -20,6 +20,21 @@ from deeplab_jax.utils.errors import UserError
 
 _NUM_CLASSES = 150
 _FOLDER = "ADEChallengeData2016"
+
+
+def _read_labels(root: pathlib.Path) -> labels.LabelSet:
+    """Reads the first name of each class from the last column of a table with a header line."""
+    path = root / _FOLDER / "objectInfo150.txt"
+    lines = images.read_bytes(path).decode(errors="replace").splitlines()[1:]
+    names = [re.split("[,;]", line.split("\t")[-1])[0].strip() for line in lines if line.strip()]
+    if len(names) != _NUM_CLASSES or not all(names):
+        raise UserError(
+            f"{path}: names {len(names)} classes, expected a header line and {_NUM_CLASSES} lines "
+            f"that end in a tab and a name. Replace the file by that of {_FOLDER}.zip."
+        )
+    return labels.named(*names)
+
+
 _ADE20K = raw.RawDataset(
     title="ADE20K",
     images={"train": f"{_FOLDER}/images/training", "val": f"{_FOLDER}/images/validation"},
@@ -28,23 +43,10 @@ _ADE20K = raw.RawDataset(
     mask_suffix=".png",
     archives=(Archive(f"{_FOLDER}.zip", ("http://sceneparsing.csail.mit.edu",), _FOLDER),),
     class_of_id={0: labels.IGNORE} | {index + 1: index for index in range(_NUM_CLASSES)},
+    read_labels=_read_labels,
 )
 
 
 def load(config: DataConfig, split: str) -> Dataset:
     """Loads the split train, val or trainval; see `raw.load`."""
-    root = raw.find_root(_ADE20K, config)
-    names = _read_names(root / _FOLDER / "objectInfo150.txt")
-    return raw.load(_ADE20K, config, split, labels.named(*names))
-
-
-def _read_names(path: pathlib.Path) -> list[str]:
-    """Reads the first name of each class from the last column of a table with a header line."""
-    lines = images.read_bytes(path).decode(errors="replace").splitlines()[1:]
-    names = [re.split("[,;]", line.split("\t")[-1])[0].strip() for line in lines if line.strip()]
-    if len(names) != _NUM_CLASSES or not all(names):
-        raise UserError(
-            f"{path}: names {len(names)} classes, expected a header line and {_NUM_CLASSES} lines "
-            f"that end in a tab and a name. Replace the file by that of {_FOLDER}.zip."
-        )
-    return names
+    return raw.load(_ADE20K, config, split)

@@ -19,75 +19,43 @@ from deeplab_jax.utils.paths import expand_home
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """A published archive.
-
-    Attributes:
-      file_name: name of the file.
-      urls: where the file is published, the official place first.
-      folder: the folder in the archive that holds all that is used.
-      marker: a path below `folder`, by which the unpacked archive is recognized.
-      md5: MD5 checksum of the file, hexadecimal; empty for an archive that is not downloaded.
-      num_bytes: size of the file.
-    """
+    """A published archive."""
 
     file_name: str
-    urls: tuple[str, ...]
-    folder: str
-    marker: str = ""
-    md5: str = ""
+    urls: tuple[str, ...]  # where it is published, the official place first
+    folder: str  # the folder in the archive that holds all that is used
+    marker: str = ""  # a path below `folder`, by which the unpacked archive is recognized
+    md5: str = ""  # of the file, hexadecimal; empty for an archive that is not downloaded
     num_bytes: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class LocalArchive:
-    """The file of an archive on this machine, or its folder if it is unpacked."""
-
-    archive: Archive
-    path: pathlib.Path
-
-    @property
-    def is_unpacked(self) -> bool:
-        return self.path.is_dir()
-
-
-def find_archive(archive: Archive, root: pathlib.Path) -> LocalArchive | None:
-    """Finds an unpacked archive below a root or, failing that, its file in the root."""
+def find_archive(archive: Archive, root: pathlib.Path) -> pathlib.Path | None:
+    """Finds the folder of an unpacked archive below a root or, failing that, its file there."""
     if (root / archive.folder / archive.marker).exists():
-        return LocalArchive(archive, root / archive.folder)
-    if (root / archive.file_name).is_file():
-        return LocalArchive(archive, root / archive.file_name)
-    return None
+        return root / archive.folder
+    return root / archive.file_name if (root / archive.file_name).is_file() else None
 
 
-def find_archives(archives: Iterable[Archive], root: str, hint: str) -> dict[Archive, LocalArchive]:
+def find_archives(archives: Iterable[Archive], root: str, hint: str) -> dict[Archive, pathlib.Path]:
     """Finds each archive in the folder `config.root`; see `find_archive`.
 
     Raises:
       UserError: archives are missing. The message lists them and ends with the hint.
     """
-    folder = expand_home(root)
-    found = {archive: find_archive(archive, folder) if root else None for archive in archives}
-    missing = [archive for archive, local in found.items() if local is None]
+    found = {each: find_archive(each, expand_home(root)) if root else None for each in archives}
+    missing = [
+        f"- {pathlib.PurePosixPath(archive.folder, archive.marker)}, or {archive.file_name} "
+        f"from {archive.urls[0]}"
+        for archive, path in found.items()
+        if path is None
+    ]
     if missing:
-        if not root:
-            state = " is empty"
-        elif not folder.exists():
-            state = f": {folder} does not exist"
-        else:
-            state = f": {folder} does not hold what this split needs"
-            if any(find_archive(archive, folder.parent) for archive in missing):
-                hint += f" {folder.parent} looks like the root."
-        needed = [
-            f"- {pathlib.PurePosixPath(archive.folder, archive.marker)}, or {archive.file_name} "
-            f"from {archive.urls[0]}"
-            for archive in missing
-        ]
-        heading = f"config.data.root{state}. It must be a folder that holds"
-        raise UserError("\n".join([heading, *needed, hint]))
-    return {archive: local for archive, local in found.items() if local is not None}
+        heading = f"config.data.root is {root!r}, but must be a folder that holds"
+        raise UserError("\n".join([heading, *missing, hint]))
+    return {archive: path for archive, path in found.items() if path is not None}
 
 
-def download(archive: Archive, folder: pathlib.Path) -> LocalArchive:
+def download(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
     """Downloads an archive into `folder` and verifies it, unless its file exists.
 
     Not for two processes at once: the partial file of a killed process is deleted.
@@ -102,17 +70,20 @@ def download(archive: Archive, folder: pathlib.Path) -> LocalArchive:
             partial.unlink()
         advice = "Get it by other means and set config.data.root to the folder that holds it."
         download_file(archive.urls, target, algorithm="md5", digest=archive.md5, advice=advice)
-    return LocalArchive(archive, target)
+    return target
 
 
-def unpack(local: LocalArchive, folders: Sequence[str], target: pathlib.Path) -> pathlib.Path:
+def unpack(
+    archive: Archive, path: pathlib.Path, folders: Sequence[str], target: pathlib.Path
+) -> pathlib.Path:
     """Unpacks folders of a tar file below `target`, unless the archive is unpacked already.
 
     A file of the published size must have the published checksum. A file of another size is taken
     for one that the user packed; it only has to be complete.
 
     Args:
-      local: an archive on this machine.
+      archive: the archive.
+      path: its file, or its unpacked folder.
       folders: folders in the archive's folder. Their files are unpacked, their subfolders are not.
         "." is the archive's folder itself.
       target: an existing folder.
@@ -123,8 +94,7 @@ def unpack(local: LocalArchive, folders: Sequence[str], target: pathlib.Path) ->
     Raises:
       UserError: the tar file is damaged, or is not the archive.
     """
-    archive, path = local.archive, local.path
-    if local.is_unpacked:
+    if path.is_dir():
         return path
     if path.stat().st_size != archive.num_bytes:
         logging.warning("%s is not %s as published; using what it holds", path, archive.file_name)
@@ -134,12 +104,10 @@ def unpack(local: LocalArchive, folders: Sequence[str], target: pathlib.Path) ->
             f"Delete it and download it again from {archive.urls[0]}"
         )
     wanted = {pathlib.PurePosixPath(archive.folder, folder) for folder in folders}
-    console = Console(stderr=True)
+    title, console = f"Unpacking {path.name}", Console(stderr=True)
     try:
         with (
-            rich.progress.open(
-                path, "rb", description=f"Unpacking {path.name}", console=console
-            ) as file,
+            rich.progress.open(path, "rb", description=title, console=console) as file,
             tarfile.open(fileobj=file, mode="r|*") as tar,
         ):
             for member in tar:

@@ -33,9 +33,10 @@ _CITYSCAPES = raw.RawDataset(
         for folder in ("leftImg8bit", "gtFine")
     ),
     class_of_id=CLASS_OF_ID,
+    read_labels=lambda _: labels.CITYSCAPES,
 )
 
 
 def load(config: DataConfig, split: str) -> Dataset:
     """Loads the split train, val or trainval; see `raw.load`."""
-    return raw.load(_CITYSCAPES, config, split, labels.CITYSCAPES)
+    return raw.load(_CITYSCAPES, config, split)

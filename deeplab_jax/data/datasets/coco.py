@@ -24,13 +24,12 @@ its annotation file and image folder. All files are checked before the first is 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import pathlib
 import zipfile
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -56,32 +55,22 @@ _URL = "http://images.cocodataset.org"
 _Path = pathlib.Path | zipfile.Path
 
 
-@dataclasses.dataclass(frozen=True)
-class Instance:
-    """A region of one of VOC's classes.
-
-    Attributes:
-      id: id of the annotation.
-      class_id: class in `labels.VOC`.
-      area: number of pixels, according to the annotation.
-      segmentation: polygons, each `[x, y, x, y, ...]`; or a run-length code, a dict of its size and
-        counts.
-    """
+class Instance(NamedTuple):
+    """A region of one of VOC's classes."""
 
     id: int
-    class_id: int
-    area: float
-    segmentation: Any
+    class_id: int  # in `labels.VOC`
+    area: float  # number of pixels, according to the annotation
+    segmentation: Any  # polygons [x, y, x, y, ...], or a run-length code
 
 
-@dataclasses.dataclass(frozen=True)
-class AnnotatedImage:
+class AnnotatedImage(NamedTuple):
     """An image and its instances of VOC's classes, in the order of the annotations."""
 
     file_name: str
     height: int
     width: int
-    instances: tuple[Instance, ...]
+    instances: list[Instance]
 
 
 def load(config: DataConfig, split: str) -> Dataset:
@@ -101,32 +90,27 @@ def load(config: DataConfig, split: str) -> Dataset:
     """
     labels.check_ignore_label("COCO", config.ignore_label)
     hint = "COCO is not downloaded automatically."
-    found = archives.find_archives(_archives(split), config.root, hint).values()
-    annotations, images = found
-    key = records.fingerprint((path.name, path) for path in map(_path_on_disk, found))
+    found = archives.find_archives(_archives(split), config.root, hint)
+    # The zip file or, if it is unpacked, the annotations or images.
+    paths = [path / each.marker if path.is_dir() else path for each, path in found.items()]
     folder = records.prepare(
         "coco_segmentation",
         split,
         f"COCO {split}",
-        records.data_dir() / "coco_roots" / key,
         config.root,
-        lambda _: {split: _list_records(split, _open(annotations), _open(images))},
+        [(path.name, path) for path in paths],
+        lambda _: {split: _list_records(split, *map(_open, found, paths))},
     )
     return Dataset(records.RecordSource([(folder, split)]), labels.VOC)
 
 
 def _archives(split: str) -> tuple[archives.Archive, archives.Archive]:
     """Returns the archives of a split's annotations and images."""
-    annotations = "annotations_trainval2017.zip"
-    images = f"{split}2017.zip"
+    texts, images = "annotations_trainval2017.zip", f"{split}2017.zip"
+    marker = f"instances_{split}2017.json"
     return (
-        archives.Archive(
-            annotations,
-            (f"{_URL}/annotations/{annotations}",),
-            folder="annotations",
-            marker=f"instances_{split}2017.json",
-        ),
-        archives.Archive(images, (f"{_URL}/zips/{images}",), folder=f"{split}2017"),
+        archives.Archive(texts, (f"{_URL}/annotations/{texts}",), "annotations", marker),
+        archives.Archive(images, (f"{_URL}/zips/{images}",), f"{split}2017"),
     )
 
 
@@ -134,11 +118,8 @@ def _list_records(split: str, annotations: _Path, images: _Path) -> list[records
     coco_json.require_pycocotools()
     annotated = read_annotations(annotations)
     if split == "train":
-        annotated = [
-            image
-            for image in annotated
-            if sum(instance.area for instance in image.instances) > MIN_AREA
-        ]
+        areas = [sum(each.area for each in image.instances) for image in annotated]
+        annotated = [each for each, area in zip(annotated, areas, strict=True) if area > MIN_AREA]
     if not annotated:
         raise UserError(f"{annotations}: has no image with VOC's classes")
     return [
@@ -171,21 +152,16 @@ def read_annotations(path: _Path) -> list[AnnotatedImage]:
     """
     try:
         content = json.loads(_read(path))
-        instances: dict[int, list[Instance]] = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
-            class_id = CLASS_OF_CATEGORY.get(annotation["category_id"])
+        images = {
+            one["id"]: AnnotatedImage(one["file_name"], one["height"], one["width"], [])
+            for one in sorted(content["images"], key=lambda one: one["id"])
+        }
+        for one in content["annotations"]:
+            class_id = CLASS_OF_CATEGORY.get(one["category_id"])
             if class_id is not None:
-                instances[annotation["image_id"]].append(
-                    Instance(
-                        annotation["id"], class_id, annotation["area"], annotation["segmentation"]
-                    )
-                )
-        return [
-            AnnotatedImage(
-                image["file_name"], image["height"], image["width"], tuple(instances[image["id"]])
-            )
-            for image in sorted(content["images"], key=lambda image: image["id"])
-        ]
+                instance = Instance(one["id"], class_id, one["area"], one["segmentation"])
+                images[one["image_id"]].instances.append(instance)
+        return list(images.values())
     except ValueError as error:
         raise UserError(f"{path}: truncated, or not JSON ({error}). Replace the file.") from None
     except (KeyError, TypeError) as error:
@@ -218,15 +194,9 @@ def draw_label(image: AnnotatedImage) -> UInt8[np.ndarray, "h w"]:
     return label
 
 
-def _path_on_disk(local: archives.LocalArchive) -> pathlib.Path:
-    """Returns the path of the zip file or, if it is unpacked, of the annotations or images."""
-    return local.path / local.archive.marker if local.is_unpacked else local.path
-
-
-def _open(local: archives.LocalArchive) -> _Path:
-    """Returns the path of the annotations or images, on disk or in the zip file."""
-    path, archive = _path_on_disk(local), local.archive
-    if local.is_unpacked:
+def _open(archive: archives.Archive, path: pathlib.Path) -> _Path:
+    """Returns the path of the annotations or images, on disk or in a zip file."""
+    if path.suffix != ".zip":
         return path
     try:
         return zipfile.Path(zipfile.ZipFile(path), f"{archive.folder}/{archive.marker}".rstrip("/"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from jaxtyping import UInt8
@@ -29,48 +29,37 @@ _UNKNOWN = -1  # the class of an id that the data set does not have
 
 @dataclasses.dataclass(frozen=True)
 class RawDataset:
-    """The files of a data set below its root.
+    """The files of a data set below its root. A mask is named as its image but for the suffix."""
 
-    Attributes:
-      title: name of the data set in messages.
-      images: folder of each split's images.
-      masks: folder of each split's masks. A mask is named as its image but for the suffix.
-      image_suffix: end of the names of images.
-      mask_suffix: end of the names of masks.
-      archives: the archives, whose URL may be a page that offers them.
-      class_of_id: the class, or `labels.IGNORE`, of each id that masks may hold.
-    """
-
-    title: str
-    images: Mapping[str, str]
+    title: str  # in messages
+    images: Mapping[str, str]  # folder of each split
     masks: Mapping[str, str]
-    image_suffix: str
+    image_suffix: str  # end of the names of images
     mask_suffix: str
-    archives: tuple[Archive, ...]
-    class_of_id: Mapping[int, int]
+    archives: tuple[Archive, ...]  # whose URL may be a page that offers them
+    class_of_id: Mapping[int, int]  # the class, or `labels.IGNORE`, of each id in masks
+    read_labels: Callable[[pathlib.Path], LabelSet]  # from the root
 
 
-def load(raw: RawDataset, config: DataConfig, split: str, labels: LabelSet) -> Dataset:
+def load(raw: RawDataset, config: DataConfig, split: str) -> Dataset:
     """Loads a split, in the order of file names; trainval is train, then val.
-
-    Args:
-      raw: the files of the data set.
-      config: its `root` and `ignore_label` are used.
-      split: train, val or trainval.
-      labels: the classes.
 
     Raises:
       UserError: files are missing, or one of the few pairs that are read is damaged.
     """
     check_ignore_label(raw.title, config.ignore_label)
-    root = find_root(raw, config)
+    found = find_archives(raw.archives, config.root, "Unpack the archives there.")
+    packed = [path.name for path in found.values() if path.is_file()]
+    if packed:
+        raise UserError(f"config.data.root: unpack {' and '.join(packed)} in {config.root}")
+    root = expand_home(config.root)
     parts = ("train", "val") if split == "trainval" else (split,)
     pairs = [pair for part in parts for pair in _match_files(raw, root, part)]
     table = np.full(256, _UNKNOWN, np.int16)
     table[list(raw.class_of_id)] = list(raw.class_of_id.values())
     source = FileSource(pairs, functools.partial(_read_label, table))
     source.check_samples()
-    return Dataset(source, labels)
+    return Dataset(source, raw.read_labels(root))
 
 
 def _read_label(table: np.ndarray, path: pathlib.Path) -> UInt8[np.ndarray, "h w"]:
@@ -83,36 +72,22 @@ def _read_label(table: np.ndarray, path: pathlib.Path) -> UInt8[np.ndarray, "h w
     return label.astype(np.uint8)
 
 
-def find_root(raw: RawDataset, config: DataConfig) -> pathlib.Path:
-    """Returns the folder that `config.root` names.
-
-    Raises:
-      UserError: the folder does not hold the unpacked archives.
-    """
-    found = find_archives(raw.archives, config.root, "Unpack the archives there.")
-    packed = [archive.file_name for archive, local in found.items() if not local.is_unpacked]
-    if packed:
-        raise UserError(f"config.data.root: unpack {' and '.join(packed)} in {config.root}")
-    return expand_home(config.root)
-
-
 def _match_files(raw: RawDataset, root: pathlib.Path, split: str) -> list[Pair]:
-    images_folder, masks_folder = root / raw.images[split], root / raw.masks[split]
-    images = _find_files(images_folder, raw.image_suffix)
+    folder, masks_folder = root / raw.images[split], root / raw.masks[split]
+    images = _find_files(folder, raw.image_suffix)
     masks = _find_files(masks_folder, raw.mask_suffix)
     if not images:
-        raise UserError(f"{images_folder}: holds no *{raw.image_suffix}")
-    problems = [
-        f"{images[name]}: has no mask {masks_folder / name}{raw.mask_suffix}"
-        for name in sorted(images.keys() - masks.keys())
-    ]
-    problems += [
-        f"{masks[name]}: has no image {images_folder / name}{raw.image_suffix}"
-        for name in sorted(masks.keys() - images.keys())
-    ]
-    raise_problems(f"{raw.title} {split} in {root}", problems)
+        raise UserError(f"{folder}: holds no *{raw.image_suffix}")
+    raise_problems(
+        f"{raw.title} {split}: images {folder}/NAME{raw.image_suffix} and masks "
+        f"{masks_folder}/NAME{raw.mask_suffix} must have the same names",
+        [
+            f"{images[name]}: has no mask" if name in images else f"{masks[name]}: has no image"
+            for name in sorted(images.keys() ^ masks.keys())
+        ],
+    )
     return [
-        Pair(pathlib.PurePosixPath(name).name, images[name], masks[name], images_folder)
+        Pair(pathlib.PurePosixPath(name).name, images[name], masks[name], folder)
         for name in sorted(images)
     ]
 

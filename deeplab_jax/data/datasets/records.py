@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -35,12 +34,10 @@ class RecordSource:
     """Reads the examples of prepared folders, one folder after the other.
 
     Pickles, and opens its files at first use in each process.
-
-    Args:
-      parts: pairs of a folder that TFDS wrote and a split of it.
     """
 
     def __init__(self, parts: Sequence[tuple[pathlib.Path, str]]) -> None:
+        """Takes pairs of a folder that TFDS wrote and a split of it."""
         skip = tfds.decode.SkipDecoding()  # OpenCV decodes twice as fast as TFDS does
         self._readers = [
             tfds.builder_from_directory(folder).as_data_source(
@@ -48,7 +45,7 @@ class RecordSource:
             )
             for folder, split in parts
         ]
-        self._ends = list(itertools.accumulate(len(reader) for reader in self._readers))
+        self._ends = list(itertools.accumulate(map(len, self._readers)))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -68,17 +65,12 @@ class RecordSource:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """An example to write.
-
-    Attributes:
-      name: name of the example.
-      read_image: returns the image file's bytes.
-      read_label: checks the example's files and returns its label, uint8 `[height, width]`. Called
-        in threads. Raises UserError for files that cannot be used.
-    """
+    """An example to write."""
 
     name: str
-    read_image: Callable[[], bytes]
+    read_image: Callable[[], bytes]  # returns the image file's bytes
+    # Checks the example's files and returns its label, uint8 [height, width]. Called in threads.
+    # Raises UserError for files that cannot be used.
     read_label: Callable[[], np.ndarray]
 
 
@@ -86,71 +78,86 @@ def prepare(
     name: str,
     config: str,
     title: str,
-    data_dir: pathlib.Path,
     source: str,
+    files: Sequence[tuple[str, pathlib.Path]] | None,
     list_records: Callable[[pathlib.Path], Mapping[str, Sequence[Record]]],
 ) -> pathlib.Path:
-    """Writes a data set for TFDS, unless it exists. One process at a time does so.
+    """Writes a part of a data set for TFDS, unless it exists, and returns its folder.
 
-    All labels are read before the first record is written.
+    One process at a time does so. All labels are read before the first record is written.
 
     Args:
       name: TFDS's name of the data set.
-      config: TFDS's name of a part of it.
+      config: TFDS's name of the part.
       title: the name of the part in messages.
-      data_dir: the folder for TFDS's data sets.
       source: where the data comes from, for a message.
+      files: names and paths of what a user's data set is made of; None: the official archives.
       list_records: returns the records of each split. Called with an empty temporary folder if the
         data set does not exist.
-
-    Returns:
-      The folder of the part.
 
     Raises:
       UserError: files of the data set cannot be used, or the folder cannot be written. No partial
         folder is left.
     """
 
-    def encode_label(record: Record) -> bytes:
-        return masks.encode_label(record.read_label())
-
-    parent = data_dir / name / config
+    where = data_dir()
+    if files is not None:
+        where = where / f"{name.partition('_')[0]}_roots" / fingerprint(files)
+    parent = where / name / config
     folder = parent / str(_RecordBuilder.VERSION)
-    if url := _bucket_address(folder):
-        if not folder.is_dir() and (copied := _download(url)):
-            return copied
-    elif folder.is_dir():
+    url = _bucket_address(folder)
+    if folder.is_dir() and not url:
         return folder
+    if url and not folder.is_dir() and (copied := _download(url)):
+        return copied
     try:
         with lock_folder(parent):
-            if folder.is_dir():  # another process prepared it meanwhile
+            if not folder.is_dir():  # another process may have prepared it meanwhile
+                print(f"Preparing {title} from {source} in {parent}", file=sys.stderr)
+                # A killed process may have left these. The lock says that no process uses them.
+                for stale in parent.glob("incomplete.*"):
+                    shutil.rmtree(stale)
+                with tempfile.TemporaryDirectory(prefix="incomplete.", dir=parent) as scratch:
+                    splits = list_records(pathlib.Path(scratch))
+                    _write(name, config, title, where, splits, scratch)
+            if url:
                 _upload(folder, url)
-                return folder
-            print(f"Preparing {title} from {source} in {parent}", file=sys.stderr)
-            # A killed process may have left these. The lock says that no process uses them.
-            for stale in parent.glob("incomplete.*"):
-                shutil.rmtree(stale)
-            with tempfile.TemporaryDirectory(prefix="incomplete.", dir=parent) as scratch:
-                splits = list_records(pathlib.Path(scratch))
-                every = [record for split in splits.values() for record in split]
-                labels = iter(progress.check_all(encode_label, every, f"Checking {title}"))
-                examples = {
-                    split: list(zip(records, labels, strict=False))
-                    for split, records in splits.items()
-                }
-                builder = _RecordBuilder(name, config, title, examples, data_dir=data_dir)
-                with _quiet_tfds():
-                    builder.download_and_prepare(
-                        download_dir=scratch,
-                        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-                    )
-            _upload(folder, url)
     except (OSError, RuntimeError) as error:  # ArrayRecord's writer raises RuntimeError
         raise UserError(
             f"{folder}: could not be prepared ({error}). Free space there, or set the environment "
             "variable TFDS_DATA_DIR to another folder. No partial folder is left there."
         ) from error
     return folder
+
+
+def _write(
+    name: str,
+    config: str,
+    title: str,
+    where: pathlib.Path,
+    splits: Mapping[str, Sequence[Record]],
+    scratch: str,
+) -> None:
+    """Checks all records and then writes them. TFDS neither prints nor draws progress bars."""
+    every = [record for split in splits.values() for record in split]
+    encoded = progress.check_all(
+        lambda record: masks.encode_label(record.read_label()), every, f"Checking {title}"
+    )
+    labels = iter(encoded)
+    examples = {
+        split: list(zip(records, labels, strict=False)) for split, records in splits.items()
+    }
+    part = tfds.core.BuilderConfig(name=config, description=title)
+    builder = _RecordBuilder(name, part, examples, where)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(
+                download_dir=scratch,
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+            )
+    finally:
+        tfds.enable_progress_bar()
 
 
 def _bucket_address(folder: pathlib.Path) -> str:
@@ -163,35 +170,32 @@ def _bucket_address(folder: pathlib.Path) -> str:
 def _download(url: str) -> pathlib.Path | None:
     """Copies a prepared folder from a bucket, unless it is not there."""
     from deeplab_jax.buckets import staging
-    from deeplab_jax.buckets.store import Store, Unreachable
+    from deeplab_jax.buckets.store import Store
 
-    try:
-        if not Store(url).list(_INFO):
-            return None
-    except Unreachable as error:
-        raise UserError(f"TFDS_DATA_DIR: {error}. Try again later") from error
+    if not Store(url).list(_INFO):
+        return None
     return staging.stage(url, title="training reads each image many times")
 
 
 def _upload(folder: pathlib.Path, url: str) -> None:
-    """Copies a prepared folder to a bucket, unless it is there or `url` is empty.
+    """Copies a prepared folder to a bucket, `_INFO` last, unless it is there.
 
-    Two hosts may do so at once: their files are the same. `_INFO` is written last.
+    Two hosts may do so at once: their files are the same.
     """
-    if not url:
-        return
+    from deeplab_jax.buckets import outputs
     from deeplab_jax.buckets.store import Store
+
+    store = Store(url)
+
+    def upload(name: str) -> None:
+        outputs.upload(store, folder / name, name)
 
     names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
     names.remove(_INFO)
     try:
-        store = Store(url)
         if not store.list(_INFO):
-            upload = progress.parallel_map(
-                lambda name: store.upload(folder / name, name), names, f"Uploading to {url}"
-            )
-            collections.deque(upload, maxlen=0)
-            store.create(_INFO, (folder / _INFO).read_bytes())
+            list(progress.parallel_map(upload, names, f"Uploading to {url}"))
+            upload(_INFO)
     except UserError as error:
         print_warning(f"{folder} is only on this machine; others prepare it again: {error}")
 
@@ -204,15 +208,12 @@ class _RecordBuilder(tfds.core.GeneratorBasedBuilder):
     def __init__(
         self,
         name: str,
-        config: str,
-        title: str,
+        config: tfds.core.BuilderConfig,
         examples: Mapping[str, Sequence[tuple[Record, bytes]]],
-        **kwargs: Any,
+        data_dir: pathlib.Path,
     ) -> None:
-        self.name = name
-        self._examples = examples
-        builder_config = tfds.core.BuilderConfig(name=config, description=title)
-        super().__init__(config=builder_config, file_format="array_record", **kwargs)
+        self.name, self._examples = name, examples
+        super().__init__(config=config, file_format="array_record", data_dir=data_dir)
 
     def _info(self) -> tfds.core.DatasetInfo:
         image = tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")
@@ -225,10 +226,7 @@ class _RecordBuilder(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,
         )
 
-    def _split_generators(
-        self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        del dl_manager  # the files are on this machine
+    def _split_generators(self, _: tfds.download.DownloadManager) -> dict[str, Iterator[Any]]:
         return {split: self._generate_examples(each) for split, each in self._examples.items()}
 
     def _generate_examples(
@@ -239,23 +237,8 @@ class _RecordBuilder(tfds.core.GeneratorBasedBuilder):
             yield index, {"image": record.read_image(), "label": label, "name": record.name}
 
 
-@contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-    """Keeps TFDS from writing to stdout and from drawing its own progress bars."""
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tfds.enable_progress_bar()
-
-
 def fingerprint(files: Iterable[tuple[str, pathlib.Path]]) -> str:
-    """Returns a hash of names, sizes and modification times, which changes with the files.
-
-    Args:
-      files: the name and the path of each file or folder. It need not exist.
-    """
+    """Hashes names, sizes and modification times of files and folders, which need not exist."""
     digest = hashlib.sha256()
     for name, path in files:
         try:

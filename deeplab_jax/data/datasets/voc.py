@@ -21,15 +21,18 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data import labels
-from deeplab_jax.data.dataset import Dataset, Pair
+from deeplab_jax.data.dataset import Dataset, Example, Pair
 from deeplab_jax.data.datasets import archives, records
-from deeplab_jax.data.io import lists, masks
-from deeplab_jax.utils.errors import UserError
+from deeplab_jax.data.io import images, lists, masks
+from deeplab_jax.utils.errors import UserError, raise_problems
 from deeplab_jax.utils.files import lock_folder
+from deeplab_jax.utils.paths import expand_home
 
 VOC_ARCHIVE = archives.Archive(
     file_name="VOCtrainval_11-May-2012.tar",
@@ -56,13 +59,14 @@ SBD_ARCHIVE = archives.Archive(
     folder="benchmark_RELEASE/dataset",
     marker="train.txt",
 )
+SERVER = "http://host.robots.ox.ac.uk:8080/"
 _NAME = "voc_segmentation"  # of TFDS's folder
-_VOC_LISTS = "ImageSets/Segmentation"
+_LISTS = "ImageSets/Segmentation"
 
 # The folders that each separately prepared part needs of each archive.
-_PARTS: dict[str, dict[archives.Archive, tuple[str, ...]]] = {
-    "voc2012": {VOC_ARCHIVE: (_VOC_LISTS, "JPEGImages", "SegmentationClass")},
-    "sbd": {VOC_ARCHIVE: (_VOC_LISTS,), SBD_ARCHIVE: (".", "img", "cls")},
+_PARTS: Mapping[str, Mapping[archives.Archive, tuple[str, ...]]] = {
+    "voc2012": {VOC_ARCHIVE: (_LISTS, "JPEGImages", "SegmentationClass")},
+    "sbd": {VOC_ARCHIVE: (_LISTS,), SBD_ARCHIVE: (".", "img", "cls")},
 }
 _TITLES = {"voc2012": "VOC 2012", "sbd": "SBD"}
 # The parts of each split, with the TFDS split of the part.
@@ -95,77 +99,99 @@ def load(config: DataConfig, split: str) -> Dataset:
             "writes what the test server scores"
         )
     labels.check_ignore_label("VOC", config.ignore_label)
-    parts = SPLITS[split]
-    # Missing files are reported before any part is prepared.
     found = {}
-    if config.root:
+    if config.root:  # missing files are reported before any part is prepared
         hint = "Leave config.data.root empty to download the archives."
         if split == "trainaug":
             hint += " The splits train, val and trainval do not need SBD."
-        needed = dict.fromkeys(archive for part, _ in parts for archive in _PARTS[part])
+        needed = dict.fromkeys(archive for part, _ in SPLITS[split] for archive in _PARTS[part])
         found = archives.find_archives(needed, config.root, hint)
-    folders = [(_prepare(part, config.root, found), tfds_split) for part, tfds_split in parts]
+    folders = [(_prepare(part, config.root, found), name) for part, name in SPLITS[split]]
     return Dataset(records.RecordSource(folders), labels.VOC)
 
 
-def _prepare(
-    part: str, root: str, found: Mapping[archives.Archive, archives.LocalArchive]
-) -> pathlib.Path:
-    """Prepares a part and returns TFDS's folder of it.
+def load_test(config: DataConfig) -> Dataset:
+    """Loads the test images, below a root that holds `VOCdevkit/`; their labels are all ignored.
 
-    Args:
-      part: a key of `_PARTS`.
-      root: the user's root; empty to download the archives.
-      found: the archives in the root.
+    Raises:
+      UserError: the list of images, or an image in it, is missing.
     """
-    data_dir = records.data_dir()
-    downloads = data_dir / "downloads" / _NAME
-    needed = _PARTS[part]
-    source = root or " and ".join(archive.urls[0] for archive in needed)
+    folder = expand_home(config.root) / VOC_ARCHIVE.folder
+    path = folder / _LISTS / "test.txt"
+    if not config.root or not path.is_file():
+        raise UserError(
+            f"config.data.root (--root) is {config.root!r}, but must be a folder that holds "
+            f"{VOC_ARCHIVE.folder}/{_LISTS}/test.txt, unpacked from VOC2012test.tar, which "
+            f"{SERVER} provides after a registration"
+        )
+    files = [(name, folder / f"JPEGImages/{name}.jpg") for name in read_list(path)]
+    missing = [str(image) for _, image in files if not image.is_file()]
+    raise_problems(f"{path} names images that are not there", missing)
+    return Dataset(_TestSource(files), labels.VOC)
+
+
+class _TestSource:
+    """Images, each with its name, whose labels only VOC's server has."""
+
+    def __init__(self, files: Sequence[tuple[str, pathlib.Path]]) -> None:
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Example:
+        name, path = self._files[index]
+        image = images.read_image(path)
+        label = np.full(image.shape[:2], labels.IGNORE, np.uint8)
+        return {"image": image, "label": label, "name": name}
+
+
+def _prepare(part: str, root: str, found: Mapping[archives.Archive, pathlib.Path]) -> pathlib.Path:
+    """Prepares a part, from archives found in a root or else downloaded; returns TFDS's folder."""
+    needed, files = _PARTS[part], None
     if root:
         files = [
-            (str(path.relative_to(found[archive].path.parent)), path)
+            (str(path.relative_to(found[archive].parent)), path)
             for archive in needed
-            for path in _list_files(found[archive])
+            for path in _list_files(archive, found[archive])
         ]
-        data_dir = data_dir / "voc_roots" / records.fingerprint(files)
 
     def list_records(scratch: pathlib.Path) -> dict[str, list[records.Record]]:
         local = found
         if not root:
+            downloads = records.data_dir() / "downloads" / _NAME
             with lock_folder(downloads):
                 local = {archive: archives.download(archive, downloads) for archive in needed}
         folders = {
-            archive: archives.unpack(local[archive], names, scratch)
+            archive: archives.unpack(archive, local[archive], names, scratch)
             for archive, names in needed.items()
         }
+        read_label = functools.partial(masks.read_label, labels=labels.VOC)
         return {
             split: [
                 records.Record(
-                    pair.name,
-                    pair.image.read_bytes,
-                    functools.partial(masks.read_label, pair, labels.VOC),
+                    pair.name, pair.image.read_bytes, functools.partial(read_label, pair)
                 )
                 for pair in pairs
             ]
             for split, pairs in _list_pairs(part, folders).items()
         }
 
-    return records.prepare(_NAME, part, _TITLES[part], data_dir, source, list_records)
+    source = root or " and ".join(archive.urls[0] for archive in needed)
+    return records.prepare(_NAME, part, _TITLES[part], source, files, list_records)
 
 
-def _list_files(local: archives.LocalArchive) -> list[pathlib.Path]:
+def _list_files(archive: archives.Archive, path: pathlib.Path) -> list[pathlib.Path]:
     """Lists the files that are read from an archive."""
-    if not local.is_unpacked:
-        return [local.path]
-    if local.archive is VOC_ARCHIVE:
-        folder = local.path / _VOC_LISTS
-        pairs = [pair for split in _voc_pairs(local.path).values() for pair in split]
-    else:
-        folder = local.path
-        pairs = _sbd_pairs(local.path)
-    lists = [folder / "train.txt", folder / "val.txt"]
-    return [*lists, *(path for pair in pairs for path in (pair.image, pair.mask))]
+    if path.is_file():
+        return [path]
+    is_voc = archive is VOC_ARCHIVE
+    splits = _voc_pairs(path) if is_voc else {"": _sbd_pairs(path)}
+    folder = path / _LISTS if is_voc else path
+    pairs = [
+        file for split in splits.values() for pair in split for file in (pair.image, pair.mask)
+    ]
+    return [folder / "train.txt", folder / "val.txt", *pairs]
 
 
 def _list_pairs(
@@ -183,28 +209,31 @@ def _list_pairs(
 
 
 def _voc_pairs(devkit: pathlib.Path) -> dict[str, list[Pair]]:
-    lists = {split: devkit / _VOC_LISTS / f"{split}.txt" for split in ("train", "val")}
-    names = {split: read_list(path) for split, path in lists.items()}
+    paths = {split: devkit / _LISTS / f"{split}.txt" for split in ("train", "val")}
+    names = {split: read_list(path) for split, path in paths.items()}
     both = sorted(set(names["train"]) & set(names["val"]))
     if both:
         raise UserError(
-            f"{lists['train']} and {lists['val']} share {len(both)} images, as {both[0]}: "
+            f"{paths['train']} and {paths['val']} share {len(both)} images, as {both[0]}: "
             "training images cannot be used to evaluate. Remove them from one of the lists."
         )
-    images, masks = devkit / "JPEGImages", devkit / "SegmentationClass"
     return {
         split: [
-            Pair(name, images / f"{name}.jpg", masks / f"{name}.png", lists[split])
+            Pair(
+                name,
+                devkit / f"JPEGImages/{name}.jpg",
+                devkit / f"SegmentationClass/{name}.png",
+                paths[split],
+            )
             for name in names[split]
         ]
-        for split in lists
+        for split in paths
     }
 
 
 def _sbd_pairs(dataset: pathlib.Path) -> list[Pair]:
-    images, masks = dataset / "img", dataset / "cls"
     pairs = {
-        name: Pair(name, images / f"{name}.jpg", masks / f"{name}.mat", path)
+        name: Pair(name, dataset / f"img/{name}.jpg", dataset / f"cls/{name}.mat", path)
         for path in (dataset / "train.txt", dataset / "val.txt")
         for name in read_list(path)
     }
