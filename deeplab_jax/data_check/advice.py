@@ -18,13 +18,7 @@ _LARGE = 9
 def advise(
     median_size: tuple[int, int] | None, classes: Sequence[ClassCount], config: Config
 ) -> Iterator[Finding]:
-    """Yields advice on the config of a training.
-
-    Args:
-      median_size: width and height of the training images, pixels.
-      classes: frequencies of the classes.
-      config: of the training.
-    """
+    """Yields advice on the config of a training; `median_size` is width and height in pixels."""
     if median_size is not None:
         yield from _advise_size(*median_size, config)
     pixels = {one.name: one.pixels.get("train", 0) for one in classes}

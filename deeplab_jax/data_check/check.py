@@ -22,54 +22,33 @@ from deeplab_jax.utils.progress import parallel_map
 
 @dataclasses.dataclass(frozen=True)
 class SplitSummary:
-    """Numbers of a split.
+    """Numbers of a split."""
 
-    Attributes:
-      images: number of pairs.
-      min_size, median_size, max_size: width and height in pixels, ordered by their product.
-      distinct_sizes: number of different sizes.
-      pixels: number of pixels in all masks.
-      ignored_share: fraction of them that is ignored.
-      unknown_share: fraction of them that is neither of a class nor ignored.
-    """
-
-    images: int
+    images: int  # pairs
+    # Width and height in pixels, ordered by their product.
     min_size: tuple[int, int] | None
     median_size: tuple[int, int] | None
     max_size: tuple[int, int] | None
     distinct_sizes: int
-    pixels: int
-    ignored_share: float
-    unknown_share: float
+    pixels: int  # in all masks
+    ignored_share: float  # of the pixels
+    unknown_share: float  # of the pixels: neither of a class nor ignored
 
 
 @dataclasses.dataclass(frozen=True)
 class DataReport:
-    """The result of a check.
+    """The result of a check."""
 
-    Attributes:
-      root: as it was given.
-      layout: what defines the splits: "folders", "lists", "fraction" or "csv".
-      notes: what the reader found by itself.
-      masks_hold, ignore_label: the settings.
-      splits: by name.
-      classes: in the order of ids; those of the proposal, if the masks cannot be read without it.
-      unknown: pixels by value that belongs to no class, the most frequent first.
-      proposal: a file of classes with which the masks can be read; empty if they can be read, or
-        do not show what the classes are.
-      findings: errors, which would stop training or make it useless, then warnings, then advice.
-    """
-
-    root: str
-    layout: str
-    notes: tuple[str, ...]
+    root: str  # as it was given
+    layout: str  # what defines the splits: "folders", "lists", "fraction" or "csv"
+    notes: tuple[str, ...]  # what the reader found by itself
     masks_hold: str
     ignore_label: int
     splits: dict[str, SplitSummary]
-    classes: tuple[ClassCount, ...]
-    unknown: dict[str, int]
-    proposal: str
-    findings: tuple[Finding, ...]
+    classes: tuple[ClassCount, ...]  # those of the proposal, if it is needed to read the masks
+    unknown: dict[str, int]  # pixels by value that belongs to no class, the most frequent first
+    proposal: str  # a file of classes, if the masks cannot be read well but show their classes
+    findings: tuple[Finding, ...]  # errors, which make training impossible or useless, come first
 
     @property
     def errors(self) -> list[Finding]:
@@ -87,11 +66,9 @@ class DataReport:
 def check(
     config: DataConfig, *, num_threads: int = 0
 ) -> tuple[DataReport, list[Scan], MaskFormat | None]:
-    """Reads every pair below a root, with a progress bar on stderr.
+    """Reads every pair below the root of a config, with a progress bar on stderr.
 
-    Args:
-      config: of which `root`, `folder` and `ignore_label` are used.
-      num_threads: 0: one per CPU.
+    `num_threads` of 0 is one per CPU.
 
     Returns:
       The report, the scans of all pairs, and the format of the masks; no scans and None if the
@@ -101,13 +78,12 @@ def check(
       UserError: the root has no known layout.
     """
     layout = detect_layout(config)
-    notes = list(layout.notes)
-    remarks = list(findings.check_layout(layout))
+    pairs = [pair for split in layout.splits.values() for pair in split]
+    notes, remarks = list(layout.notes), list(findings.check_layout(layout))
     found: list[Finding] = []
     scans: list[Scan] = []
     classes: tuple[ClassCount, ...] = ()
-    unknown, fix, proposed = {}, "", ""
-    pairs = [pair for split in layout.splits.values() for pair in split]
+    unknown, fix, proposed = dict[str, int](), "", ""
     mask_format: MaskFormat | None
     try:
         mask_format = read_mask_format(config, pairs)
@@ -120,12 +96,11 @@ def check(
         if pairs or not layout.problems:
             remarks.append(("classes", reason or str(error)))
     if mask_format is not None:
-        scans = scan_all(layout.splits, mask_format, config.folder.channels, num_threads)
+        scans = _scan_all(layout.splits, mask_format, config.folder.channels, num_threads)
         classes = count_classes(scans, mask_format)
         remarks += findings.check_scans(scans, classes)
         found += findings.check_mask_settings(scans, classes, mask_format)
-        unknown = findings.unknown_pixels(scans, mask_format)
-        fix = findings.suggest_unknown_fix(scans, mask_format)
+        unknown, fix = findings.summarize_unknown(scans, mask_format)
     found += findings.collect(remarks, fix)
     if not proposed and any(finding.kind in findings.ABOUT_CLASSES for finding in found):
         samples = proposal.survey_all([pair.mask for pair in pairs], num_threads)
@@ -145,13 +120,12 @@ def check(
     return report, scans, mask_format
 
 
-def scan_all(
+def _scan_all(
     splits: Mapping[str, Sequence[Pair]],
     mask_format: MaskFormat,
     num_channels: int,
     num_threads: int,
 ) -> list[Scan]:
-    """Scans every pair of every split, in threads."""
     tasks = [(split, pair) for split, pairs in splits.items() for pair in pairs]
 
     def scan(task: tuple[str, Pair]) -> Scan:
@@ -172,8 +146,8 @@ def _summarize(scans: Sequence[Scan], split: str, num_pairs: int) -> SplitSummar
     sizes = [(w, h) for h, w in sorted(heights_widths, key=lambda size: (size[0] * size[1], size))]
     ignored = sum(scan.ignored for scan in scans)
     unknown = sum(sum(scan.unknown.values()) for scan in scans)
-    counted = sum(int(scan.counts.sum()) for scan in scans if scan.counts is not None)
-    pixels = counted + ignored + unknown
+    pixels = sum(int(scan.counts.sum()) for scan in scans if scan.counts is not None)
+    pixels += ignored + unknown
     least, median, largest = [sizes[i] for i in (0, len(sizes) // 2, -1)] if sizes else [None] * 3
     shares = (ignored / max(pixels, 1), unknown / max(pixels, 1))
     return SplitSummary(num_pairs, least, median, largest, len(set(sizes)), pixels, *shares)

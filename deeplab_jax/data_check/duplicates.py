@@ -50,17 +50,17 @@ def hash_images(gradients: Int16[np.ndarray, "n 64"]) -> UInt64[np.ndarray, " n"
     alike, as scans of one organ are, it is set if the gradient is greater than the set's median:
     what all images have in common does not count then.
     """
-    hashes = _pack(gradients > 0)
+
+    def pack(bits: Bool[np.ndarray, "n 64"]) -> UInt64[np.ndarray, " n"]:
+        return np.packbits(bits, axis=1).view(">u8").ravel().astype(np.uint64)
+
+    hashes = pack(gradients > 0)
     if len(hashes) < _MIN_SET:
         return hashes
     first, second = np.random.default_rng(0).integers(len(hashes), size=(2, 1000))
     if np.median(np.bitwise_count(hashes[first] ^ hashes[second])) > _ALIKE:
         return hashes
-    return _pack(gradients > np.median(gradients, axis=0))
-
-
-def _pack(bits: Bool[np.ndarray, "n 64"]) -> UInt64[np.ndarray, " n"]:
-    return np.packbits(bits, axis=1).view(">u8").ravel().astype(np.uint64)
+    return pack(gradients > np.median(gradients, axis=0))
 
 
 def near_pairs(
@@ -68,10 +68,8 @@ def near_pairs(
 ) -> list[tuple[int, int, int]]:
     """Finds for each hash the nearest other one, if it differs in at most `limit` bits.
 
-    Compares all of them, which takes a second for 10 000 by 100 000.
-
-    Returns:
-      (index in `hashes`, index in `others`, number of different bits) of each pair.
+    Compares all of them, which takes a second for 10 000 by 100 000. Returns the index in `hashes`,
+    that in `others` and the number of different bits of each pair.
     """
     if len(others) == 0:
         return []

@@ -27,104 +27,86 @@ RARE_IMAGES = 5
 
 _MASKS_HOLD = "config.data.folder.masks_hold"
 
-# Level, message and fix of a finding, by the kind of its remarks.
-_KINDS = {
-    "pairs": ("error", "pairs are incomplete", ""),
-    "classes": ("error", "the classes are not known", ""),
-    "unreadable": ("error", "files cannot be read", "Replace them, or remove the pairs."),
+# Message and fix of a finding, by the kind of its remarks.
+_ERRORS = {
+    "pairs": ("pairs are incomplete", ""),
+    "classes": ("the classes are not known", ""),
+    "unreadable": ("files cannot be read", "Replace them, or remove the pairs."),
     "sizes differ": (
-        "error",
         "masks have another size than their image",
         "Make each mask from its image as it is stored.",
     ),
     "colors": (
-        "error",
         "masks hold colours, not class ids",
         f"Set {_MASKS_HOLD}=colors and write the colours into "
         "classes.txt, as in `car 64 0 128`; or save the ids as grey or palette PNGs.",
     ),
-    "shapes": ("error", "shapes cannot be drawn", ""),
+    "shapes": ("shapes cannot be drawn", ""),
     "mixed": (
-        "error",
         "masks encode classes in another way than the other masks",
         "Save all masks in one encoding, or give these values to classes too.",
     ),
-    "unknown": ("error", "masks hold values that are neither a class nor ignored", ""),
+    "unknown": ("masks hold values that are neither a class nor ignored", ""),
     "duplicates across splits": (
-        "error",
-        "several splits hold images with the same pixels: scores on images that a model was "
-        "trained on are too high",
+        "several splits hold images with the same pixels, so that scores are too high",
         "Keep each in one split.",
     ),
+}
+_WARNINGS = {
     "other files": (
-        "warning",
-        "files are skipped: they have no suffix of an image, or are beside the folders of splits",
+        "files are skipped: no suffix of an image, or beside the folders of splits",
         "",
     ),
-    "empty splits": (
-        "warning",
-        "splits have no images; training needs both, or settings for others",
-        "",
-    ),
+    "empty splits": ("splits have no images; training needs both, or settings for others", ""),
     "jpeg mask": (
-        "warning",
         "masks are JPEGs or in another lossy format, which changes values near edges",
         "Save masks as PNG.",
     ),
     "not drawn": (
-        "warning",
         "shapes are not drawn: they have too few points, or no pixel in their image",
-        "Delete them, or draw them again; if there are many, the file may be of images of another "
-        "size.",
+        "Delete or redraw them; many such may mean that the file is of images of another size.",
     ),
     "all ignored": (
-        "warning",
         "masks hold only ignored pixels, and have no effect in training",
         "Check that config.data.ignore_label is right.",
     ),
     "exif": (
-        "warning",
-        "images have an EXIF orientation: training reads them as they are stored, like masks; "
-        "prediction turns them, as viewers do",
-        "Check on the contact sheet (--sheet FILE.png) that their masks match them; if not, rotate "
-        "the pixels and remove the tag.",
+        "images have an EXIF orientation, which only prediction applies: masks have none",
+        "Check with --sheet FILE.png that masks match; if not, rotate pixels and remove the tag.",
     ),
     "16 bits": (
-        "warning",
-        "images have more than 8 bits per channel: 16-bit integers keep their upper 8 bits, and "
-        "floating-point numbers in 0..1 are scaled to 0..255",
+        "images have more than 8 bits per channel: integers keep the upper 8 of 16 bits, floating-"
+        "point numbers in 0..1 are scaled to 0..255",
         "If the values read are small (as of 12 bits in 16), scale all images to 8 bits yourself, "
         "those for prediction too.",
     ),
     "transparent": (
-        "warning",
         "images have transparent pixels, which are put on white, in training and in prediction",
         "If another background is right, remove the alpha channel, in images for prediction too.",
     ),
-    "duplicates": ("warning", "images have the same pixels as others of their split", ""),
+    "duplicates": ("images have the same pixels as others of their split", ""),
     "near duplicates across splits": (
-        "warning",
         f"images of two splits look nearly the same, as frames of a video do (a guess: at most "
         f"{duplicates.NEAR} of 64 bits of their thumbnails' hashes differ)",
         "If they are, split by scene, video or patient, not by image, or scores will be too high.",
     ),
     "absent classes": (
-        "warning",
         "classes never occur: they cannot be learned without train, nor measured without val",
         "",
     ),
     "rare classes": (
-        "warning",
         f"classes have less than {RARE_FRACTION:.1%} of the pixels of train, or are in fewer than "
         f"{RARE_IMAGES} of its images",
-        "Add images that show them, merge them with others, or weight them: "
-        "--config.loss.class_weights=auto.",
+        "Add images of them, merge them, or weight them: --config.loss.class_weights=auto.",
     ),
-    "overlaps": (
-        "advice",
-        "regions of several classes overlap: each pixel is of the smallest region there",
-        "",
-    ),
+}
+_ADVICE = {
+    "overlaps": ("regions of several classes overlap: each pixel is of the smallest region", ""),
+}
+_KINDS = {
+    kind: (level, *texts)
+    for level, kinds in zip(LEVELS, (_ERRORS, _WARNINGS, _ADVICE), strict=True)
+    for kind, texts in kinds.items()
 }
 
 # Kinds of errors that another file of classes may mend.
@@ -136,31 +118,20 @@ Remark = tuple[str, str]  # a kind of finding, and one example of it
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A problem of a data set.
+    """A problem of a data set."""
 
-    Attributes:
-      level: one of `LEVELS`.
-      kind: a few words that name the kind of problem.
-      message: what is wrong.
-      mend: how to fix it; empty if the message or the examples say it.
-      count: number of files, pairs or classes that have the problem.
-      examples: the first of them.
-    """
-
-    level: str
-    kind: str
-    message: str
-    mend: str
-    count: int
-    examples: tuple[str, ...] = ()
+    level: str  # one of `LEVELS`
+    kind: str  # a few words that name the kind of problem
+    message: str  # what is wrong
+    mend: str  # how to fix it; empty if the message or the examples say it
+    count: int  # number of files, pairs or classes that have the problem
+    examples: tuple[str, ...] = ()  # the first of them
 
 
 def collect(remarks: Iterable[Remark], unknown_fix: str) -> list[Finding]:
-    """Groups remarks by kind, into findings in the order of the table of kinds.
+    """Groups remarks by kind, into findings in the order of the tables of kinds.
 
-    Args:
-      remarks: of all checks.
-      unknown_fix: how to fix unknown values in masks.
+    `unknown_fix` says how to fix unknown values in masks.
     """
     examples: dict[str, list[str]] = defaultdict(list)
     for kind, example in remarks:
@@ -168,9 +139,9 @@ def collect(remarks: Iterable[Remark], unknown_fix: str) -> list[Finding]:
     findings = []
     for kind in sorted(examples, key=list(_KINDS).index):
         level, message, fix = _KINDS[kind]
-        fix = unknown_fix if kind == "unknown" else fix
         few = tuple(examples[kind][:MAX_EXAMPLES])
-        findings.append(Finding(level, kind, message, fix, len(examples[kind]), few))
+        mend = unknown_fix if kind == "unknown" else fix
+        findings.append(Finding(level, kind, message, mend, len(examples[kind]), few))
     return findings
 
 
@@ -243,13 +214,6 @@ def _near_duplicates(scans: Sequence[Scan]) -> Iterator[Remark]:
                 )
 
 
-def suggest_unknown_fix(scans: Sequence[Scan], mask_format: MaskFormat) -> str:
-    """Suggests the setting that gives all unknown values a meaning; empty if all have one."""
-    unknown = {value for scan in scans for value in scan.unknown}
-    values = set().union(*(scan.values for scan in scans))
-    return mask_format.suggest_fix(values, unknown) if unknown else ""
-
-
 def check_mask_settings(
     scans: Sequence[Scan], classes: Sequence[ClassCount], mask_format: MaskFormat
 ) -> Iterator[Finding]:
@@ -283,10 +247,14 @@ def check_mask_settings(
         )
 
 
-def unknown_pixels(scans: Sequence[Scan], mask_format: MaskFormat) -> dict[str, int]:
-    """Counts pixels by value for the most frequent values that belong to no class."""
+def summarize_unknown(scans: Sequence[Scan], mask_format: MaskFormat) -> tuple[dict[str, int], str]:
+    """Counts pixels by the most frequent values that belong to no class.
+
+    Also suggests the setting that gives all of these values a meaning.
+    """
     total: Counter[int] = Counter()
     for scan in scans:
         total.update(scan.unknown)
-    most = total.most_common(_MAX_UNKNOWN)
-    return {mask_format.describe_value(value): count for value, count in most}
+    pixels = {mask_format.describe_value(v): n for v, n in total.most_common(_MAX_UNKNOWN)}
+    values = set().union(*(scan.values for scan in scans))
+    return pixels, mask_format.suggest_fix(values, set(total)) if total else ""

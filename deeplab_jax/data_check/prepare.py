@@ -30,20 +30,22 @@ def require_new_folder(out: str, root: str) -> None:
         be written.
     """
     if is_bucket(out):
+        is_inside = f"{out}/".startswith(f"{root.rstrip('/')}/")
+    else:
+        path = expand_home(out)
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError(f"{out}: exists already. Name a new folder, or delete this one")
+        real, source = (os.path.realpath(each) for each in (path, expand_home(root)))
+        is_inside = pathlib.Path(real).is_relative_to(source)
+    if is_inside:
+        raise UserError(f"{out}: is in {root}, which would then hold two data sets. Name another")
+    if is_bucket(out):
         from deeplab_jax.buckets import outputs
 
-        if f"{out}/".startswith(f"{root.rstrip('/')}/"):
-            raise UserError(f"{out}: is in {root}, which would then hold two data sets")
         outputs.check(out, out, kind="new")
-        return
-    path = expand_home(out)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{out}: exists already. Name a new folder, or delete this one")
-    real, source = (pathlib.Path(os.path.realpath(each)) for each in (path, expand_home(root)))
-    if real.is_relative_to(source):
-        raise UserError(f"{out}: is in {root}, which would then hold two data sets. Name another")
-    existing = next(folder for folder in path.absolute().parents if folder.exists())
-    require_writable(existing, f"{out}:")
+    else:
+        existing = next(folder for folder in path.absolute().parents if folder.exists())
+        require_writable(existing, f"{out}:")
 
 
 def write(
@@ -72,11 +74,11 @@ def write(
     Raises:
       UserError: two pairs get one name, or a file cannot be read.
     """
-    names = {(scan.split, _file_name(scan.pair.name)): scan for scan in scans}
-    if len(names) < len(scans):
-        kept = {id(scan) for scan in names.values()}
-        lost = next(scan.pair.image for scan in scans if id(scan) not in kept)
-        raise UserError(f"{lost}: another image gets the same name in the new set. Rename it")
+    names: dict[tuple[str, str], Scan] = {}
+    for scan in scans:
+        if names.setdefault((scan.split, _file_name(scan.pair.name)), scan) is not scan:
+            image = scan.pair.image
+            raise UserError(f"{image}: another image gets the same name in the new set. Rename it")
 
     def write_pair(key: tuple[str, str]) -> str:
         (split, name), pair = key, names[key].pair
@@ -108,8 +110,8 @@ def _write_classes(folder: pathlib.Path, labels: LabelSet) -> None:
         pass
     path.unlink()
     table = [{"id": i, "name": name, "color": color} for i, (name, color) in rows]
-    ignored = {"id": IGNORE, "name": "ignore", "color": [255] * 3}
-    (folder / "classes.json").write_text(json.dumps([*table, ignored], indent=1), encoding="utf-8")
+    table.append({"id": IGNORE, "name": "ignore", "color": (255, 255, 255)})
+    (folder / "classes.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
 
 
 def _file_name(name: str) -> str:

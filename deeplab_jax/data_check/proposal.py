@@ -40,13 +40,7 @@ def propose(config: DataConfig, samples: Sequence[MaskSample]) -> str:
 def try_to_propose(
     config: DataConfig, pairs: Sequence[Pair], samples: Sequence[MaskSample]
 ) -> tuple[str, MaskFormat | None]:
-    """Returns a file of classes and the format of masks with it; empty and None if there is none.
-
-    Args:
-      config: of the data set.
-      pairs: all of them.
-      samples: of their masks.
-    """
+    """Returns a file of classes and the masks' format with it; empty and None if there is none."""
     with contextlib.suppress(UserError), tempfile.TemporaryDirectory() as scratch:
         text = propose(config, samples)
         path = pathlib.Path(scratch) / "classes.txt"

@@ -24,29 +24,18 @@ _MAX_VALUES = 300  # of the different values in a mask that are kept
 
 @dataclasses.dataclass
 class Scan:
-    """The contents of a pair; fields keep their defaults if a file cannot be read.
-
-    Attributes:
-      split: name of its split.
-      pair: its files.
-      remarks: (kind, example) of each problem; the kinds are in `data_check.findings`.
-      size: height and width of the image, pixels.
-      counts: pixels of each class.
-      ignored: number of ignored pixels.
-      unknown: pixels of each value that belongs to no class.
-      values: up to 300 values in the mask, as `MaskFormat.read_values` returns them.
-      digest, gradients: of the image, see `data_check.duplicates`.
-    """
+    """The contents of a pair; fields keep their defaults if a file cannot be read."""
 
     split: str
     pair: Pair
+    # (kind, example) of each problem; the kinds are in `data_check.findings`.
     remarks: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    size: tuple[int, int] | None = None
-    counts: Int64[np.ndarray, " classes"] | None = None
-    ignored: int = 0
-    unknown: dict[int, int] = dataclasses.field(default_factory=dict)
-    values: frozenset[int] = frozenset()
-    digest: bytes | None = None
+    size: tuple[int, int] | None = None  # height and width of the image, pixels
+    counts: Int64[np.ndarray, " classes"] | None = None  # pixels of each class
+    ignored: int = 0  # pixels
+    unknown: dict[int, int] = dataclasses.field(default_factory=dict)  # pixels by value of no class
+    values: frozenset[int] = frozenset()  # up to 300 of those of `MaskFormat.read_values`
+    digest: bytes | None = None  # of the image, see `data_check.duplicates`
     gradients: Int16[np.ndarray, " 64"] | None = None
 
     @property
@@ -77,22 +66,20 @@ def _scan_image(result: Scan, num_channels: int) -> None:
     result.size = image.shape[:2]
     result.digest = duplicates.digest(image)
     result.gradients = duplicates.thumbnail_gradients(image)
-    orientation = images.orientation(path)
-    if orientation != 1:
+    if (orientation := images.orientation(path)) != 1:
         result.remarks.append(("exif", f"{path}: orientation {orientation}"))
     if path.suffix.lower() == ".npy":
         return
     is_deep, is_transparent = _describe(path)
     if is_deep:
-        result.remarks.append(
-            ("16 bits", f"{path}: the largest value read is {image.max()} of 255")
-        )
+        text = f"{path}: the largest value read is {image.max()} of 255"
+        result.remarks.append(("16 bits", text))
     if is_transparent and num_channels in (1, 3):
         result.remarks.append(("transparent", str(path)))
 
 
 def _describe(path: pathlib.Path) -> tuple[bool, bool]:
-    """Returns whether a readable image has more than 8 bits per channel, and transparent pixels."""
+    """Whether a readable image has more than 8 bits per channel, and transparent pixels."""
     try:
         with images.open_image(path) as image:
             is_deep = images.is_deep(image)
@@ -132,21 +119,14 @@ def _scan_mask(result: Scan, mask_format: MaskFormat) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ClassCount:
-    """Frequency of a class, by split.
-
-    Attributes:
-      id, name, color: of the class.
-      pixels: number of its pixels.
-      share: fraction of the pixels of all classes.
-      images: number of images with a pixel of it.
-    """
+    """Frequency of a class, by split."""
 
     id: int
     name: str
     color: tuple[int, int, int]
     pixels: dict[str, int]
-    share: dict[str, float]
-    images: dict[str, int]
+    share: dict[str, float]  # fraction of the pixels of all classes
+    images: dict[str, int]  # number of images with a pixel of it
 
 
 def count_classes(scans: Sequence[Scan], mask_format: MaskFormat) -> tuple[ClassCount, ...]:
@@ -155,12 +135,12 @@ def count_classes(scans: Sequence[Scan], mask_format: MaskFormat) -> tuple[Class
     counts: dict[str, np.ndarray] = {}  # by split: [images, classes]
     for split in dict.fromkeys(one.split for one in scans):
         rows = [one.counts for one in scans if one.split == split and one.counts is not None]
-        counts[split] = np.stack(rows) if rows else np.zeros((0, labels.num_classes), np.int64)
+        counts[split] = np.array(rows, np.int64).reshape(-1, labels.num_classes)
     return tuple(
         ClassCount(
-            id=index,
-            name=labels.names[index],
-            color=labels.colors[index],
+            index,
+            labels.names[index],
+            labels.colors[index],
             pixels={split: int(n[:, index].sum()) for split, n in counts.items()},
             share={
                 split: float(n[:, index].sum() / max(n.sum(), 1)) for split, n in counts.items()
@@ -184,8 +164,8 @@ def thumbnail(
     label = np.where(ids == UNKNOWN, IGNORE, ids).astype(np.uint8)
     scale = min(box[0] / result.size[0], box[1] / result.size[1])
     height, width = (max(1, round(scale * side)) for side in result.size)
-    shrunk = cv2.resize(
-        np.ascontiguousarray(image[:, :, :3]), (width, height), interpolation=cv2.INTER_AREA
+    pixels = np.ascontiguousarray(image[:, :, :3])
+    shrunk = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    return shrunk.reshape(height, width, -1), cv2.resize(
+        label, (width, height), interpolation=cv2.INTER_NEAREST
     )
-    shrunk = shrunk.reshape(height, width, -1)
-    return shrunk, cv2.resize(label, (width, height), interpolation=cv2.INTER_NEAREST)

@@ -54,8 +54,9 @@ def assert_plain(out):
         assert mask.mode == "P"  # 8 bits
 
 
-@pytest.mark.parametrize("encoding", ["ids", "palette", "colors"])
-@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize(
+    ("encoding", "copy"), [("ids", True), ("palette", False), ("colors", False)]
+)
 def test_the_written_set_gives_the_same_examples(maker, tmp_path, encoding, copy):
     colored = [f"{name} {r} {g} {b}" for name, (r, g, b) in zip(NAMES, COLORS, strict=True)]
     maker.text("classes.txt", *(colored if encoding == "colors" else NAMES))
