@@ -1,6 +1,5 @@
 """Batches pass through shared memory unharmed; workers end with their process, and are named."""
 
-import gc
 import os
 import pathlib
 import signal
@@ -91,7 +90,6 @@ def test_batches_that_are_kept_stay_as_they_are():
         for step, batch in enumerate(kept):
             assert_is(batch, step)
         del kept, batch
-        gc.collect()
         for step in range(20, 40):
             assert_is(next(batches), step)
         np.testing.assert_array_equal(row, expected)
@@ -138,7 +136,6 @@ def test_an_iterator_without_references_ends_its_workers():
     batches = numbers(0, num_workers=1)
     (worker,) = processes(batches)
     del batches
-    gc.collect()
     assert worker.returncode == -signal.SIGKILL
 
 
