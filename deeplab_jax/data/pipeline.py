@@ -58,7 +58,7 @@ def train_batches(
       dataset: the training split.
       config: crop size, augmentation, mean and number of workers.
       batch_size: number of images per step, over all hosts.
-      seed: seed of the order and the augmentation.
+      seed: of the order and the augmentation.
       start_step: the step of the first batch.
       rows: the rows of the batch for this host; None: all.
 

@@ -23,12 +23,7 @@ from deeplab_jax.utils.progress import parallel_map
 
 
 def require_new_folder(out: str, root: str) -> None:
-    """Checks that a data set can be written to `out`.
-
-    Raises:
-      UserError: it exists and is not an empty folder, is in the folder of the data set, or cannot
-        be written.
-    """
+    """Raises UserError unless `out` is writable, new or empty, and not in the data set's root."""
     if is_bucket(out):
         is_inside = f"{out}/".startswith(f"{root.rstrip('/')}/")
     else:
@@ -60,13 +55,8 @@ def write(
 
     Shows a progress bar on stderr. If it raises, it leaves nothing behind.
 
-    Args:
-      out: see `require_new_folder`.
-      scans: of all pairs, without errors.
-      mask_format: of their masks.
-      copy: whether to copy the images; otherwise they become hard links, or symbolic links where
-        the file system or the owner of the images allows no hard links.
-      num_threads: 0: one per CPU.
+    Without `copy`, images become hard links, or symbolic links where the file system or the owner
+    of the images allows no hard links. The scans are of all pairs, without errors.
 
     Returns:
       How many images became a "hard link", a "symbolic link", or a "copy".

@@ -64,10 +64,7 @@ def survey_all(paths: Sequence[pathlib.Path], num_threads: int = 0) -> list[Mask
 
 
 def write(config: DataConfig, text: str) -> tuple[pathlib.Path, pathlib.Path | None]:
-    """Writes a file of classes; one that is there is kept under another name.
-
-    Returns:
-      The path of the file, and that of the old one.
+    """Writes a file of classes; one that is there is kept. Returns the new and the old one's path.
 
     Raises:
       UserError: the folder is not writable.

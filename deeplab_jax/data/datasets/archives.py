@@ -84,8 +84,7 @@ def unpack(
     Args:
       archive: the archive.
       path: its file, or its unpacked folder.
-      folders: folders in the archive's folder. Their files are unpacked, their subfolders are not.
-        "." is the archive's folder itself.
+      folders: folders in the archive's folder, "." for itself. Subfolders are not unpacked.
       target: an existing folder.
 
     Returns:

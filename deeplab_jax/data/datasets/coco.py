@@ -74,15 +74,10 @@ class AnnotatedImage(NamedTuple):
 
 
 def load(config: DataConfig, split: str) -> Dataset:
-    """Loads a split of COCO. The first call prepares it; the module says where and how.
+    """Loads train or val, in the order of COCO's image ids.
 
-    Args:
-      config: its `root` is a folder that holds `annotations/`, and `train2017/` or `val2017/`, or
-        the zip files as published instead.
-      split: train or val.
-
-    Returns:
-      The split, in the order of COCO's image ids.
+    The first call prepares the split; the module says where and how. `config.root` is a folder that
+    holds `annotations/`, and `train2017/` or `val2017/`, or the zip files as published instead.
 
     Raises:
       UserError: files are missing or, at the first call, unusable; the message lists all problems.

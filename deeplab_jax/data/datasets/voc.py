@@ -79,16 +79,11 @@ SPLITS = {
 
 
 def load(config: DataConfig, split: str) -> Dataset:
-    """Loads a split of VOC. The first call prepares it; the module says where and how.
+    """Loads train, val, trainval or trainaug, in the order of VOC's list, then of SBD's.
 
-    Args:
-      config: its `root` is empty, for the official archives; or a folder that holds `VOCdevkit/`
-        and, for trainaug, `benchmark_RELEASE/`, or the archives as published instead. With a root,
-        nothing is downloaded.
-      split: train, val, trainval or trainaug.
-
-    Returns:
-      The split, in the order of VOC's list, then of SBD's.
+    The first call prepares the split; the module says where and how. `config.root` is empty, for
+    the official archives; or a folder that holds `VOCdevkit/` and, for trainaug,
+    `benchmark_RELEASE/`, or the archives as published instead, and then nothing is downloaded.
 
     Raises:
       UserError: files are missing or, at the first call, unusable; the message lists all problems.

@@ -173,11 +173,9 @@ def is_lossy(path: pathlib.Path) -> bool:
 
 
 def open_image(file: pathlib.Path | io.BytesIO) -> ImageFile.ImageFile:
-    """Opens an image with Pillow, without decoding it.
+    """Opens an image of at most 2^30 pixels with Pillow, without decoding it.
 
-    Raises:
-      DecompressionBombError: the image has more than 2^30 pixels.
-      Exception: Pillow does not know the format, or the header is damaged.
+    Raises various errors for other files.
     """
     with _OPEN_LOCK:  # Pillow's limit is a global variable
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -193,10 +191,7 @@ def open_image(file: pathlib.Path | io.BytesIO) -> ImageFile.ImageFile:
 
 
 def orientation(file: pathlib.Path | io.BytesIO) -> int:
-    """Returns the EXIF orientation of an image file, 1 (as stored) if it has none.
-
-    Decoders apply that of a TIFF, so it counts as 1.
-    """
+    """Returns the EXIF orientation; 1 (as stored) by default, and for a TIFF: decoders apply it."""
     try:
         with open_image(file) as image:
             return _orientation(image)
@@ -220,10 +215,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
 
 
 def read_size(path: pathlib.Path) -> tuple[int, int] | None:
-    """Reads the height and width that `read_image` gives an upright image, without decoding it.
-
-    None: the file cannot be read, or the header does not say it.
-    """
+    """Reads the height and width of an upright image from its header; None: it cannot be read."""
     try:
         if path.suffix.lower() == ".npy":
             height, width, _ = np.load(path, mmap_mode="r", allow_pickle=False).shape
