@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from deeplab_jax.config import DataConfig
 from deeplab_jax.data.dataset import Dataset
@@ -16,18 +16,13 @@ Load = Callable[[DataConfig, str], Dataset]
 
 @dataclasses.dataclass(frozen=True)
 class DatasetEntry:
-    """A data set in `DATASETS`.
+    """A data set in `DATASETS`."""
 
-    Attributes:
-      load: returns a split, called as `load(config.data, split)`. May be a string
-        "module:function", which is imported when the data set is loaded.
-      splits: names of the splits.
-      num_classes: number of classes; None: it depends on the user's files.
-    """
-
+    # Returns a split, called as `load(config.data, split)`. May be a string "module:function",
+    # which is imported when the data set is loaded.
     load: Load | str
-    splits: tuple[str, ...]
-    num_classes: int | None = None
+    splits: tuple[str, ...]  # names
+    num_classes: int | None = None  # None: it depends on the user's files
 
 
 _VOC_SPLITS = ("train", "trainaug", "trainval", "val", "test")
@@ -57,11 +52,12 @@ def load(config: DataConfig, split: str) -> Dataset:
     Raises:
       UserError: the data set or split is unknown, or its files are missing or damaged.
     """
-    if config.name not in DATASETS:
-        raise UserError(_unknown("config.data.name", config.name, DATASETS))
     entry = DATASETS[config.name]
     if split not in entry.splits:
-        raise UserError(_unknown(f"split of data set {config.name}", split, entry.splits))
+        raise UserError(
+            f"split of data set {config.name} must be one of {', '.join(entry.splits)}, got "
+            f"{split!r}{did_you_mean(split, entry.splits)}"
+        )
     return resolved(entry.load)(stage(config), split)
 
 
@@ -91,7 +87,3 @@ def stage(config: DataConfig, wanted: Callable[[str], bool] | None = None) -> Da
         classes = str(staging.stage(classes, title="the names of the classes"))
     folder = dataclasses.replace(config.folder, classes=classes)
     return dataclasses.replace(config, root=root, folder=folder)
-
-
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    return f"{what} must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}"

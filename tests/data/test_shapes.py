@@ -158,7 +158,5 @@ def test_unknown_split(split):
 
 
 def test_unknown_data_set():
-    with pytest.raises(
-        UserError, match=r"config.data.name .*voc, coco, .*folder, shapes.*'shape'.*'shapes'\?"
-    ):
+    with pytest.raises(UserError, match=r"unknown data set 'shape' .*'shapes'\?.*coco.*folder"):
         data.load(DataConfig(name="shape"), "train")
