@@ -276,7 +276,7 @@ def test_trainaug_asks_for_sbd(tmp_path, data_dir):
     write_voc(tmp_path / "root", ["a1"], ["v1"])
     message = error_of(tmp_path / "root", "trainaug")
     assert "benchmark_RELEASE/dataset/train.txt, or benchmark.tgz from https://" in message
-    assert "train, val and trainval do not need SBD" in message
+    assert "Only trainaug needs SBD" in message
     assert not data_dir.exists()  # told before VOC was prepared for nothing
     assert len(load(tmp_path / "root", "trainval")) == 2
 

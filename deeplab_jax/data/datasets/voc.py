@@ -96,9 +96,7 @@ def load(config: DataConfig, split: str) -> Dataset:
     labels.check_ignore_label("VOC", config.ignore_label)
     found = {}
     if config.root:  # missing files are reported before any part is prepared
-        hint = "Leave config.data.root empty to download the archives."
-        if split == "trainaug":
-            hint += " The splits train, val and trainval do not need SBD."
+        hint = "Leave config.data.root empty to download the archives. Only trainaug needs SBD."
         needed = dict.fromkeys(archive for part, _ in SPLITS[split] for archive in _PARTS[part])
         found = archives.find_archives(needed, config.root, hint)
     folders = [(_prepare(part, config.root, found), name) for part, name in SPLITS[split]]
@@ -240,9 +238,4 @@ def read_list(path: pathlib.Path) -> list[str]:
     names = lists.read_text(path, "surrogateescape").split()
     if not names:
         raise UserError(f"{path}: names no image, expected one a line, as in 2007_000032")
-    if {"-1", "0", "1"} & set(names):
-        raise UserError(
-            f"{path}: has a second column, as VOC's lists of the images of a class have; expected "
-            f"one name a line, as in {names[0]}"
-        )
     return list(dict.fromkeys(names))
