@@ -132,20 +132,19 @@ class ClassCount:
 def count_classes(scans: Sequence[Scan], mask_format: MaskFormat) -> tuple[ClassCount, ...]:
     """Counts the pixels and images of each class, by split."""
     labels = mask_format.labels
-    counts: dict[str, np.ndarray] = {}  # by split: [images, classes]
+    pixels: dict[str, np.ndarray] = {}  # of each class, by split
+    images: dict[str, np.ndarray] = {}
     for split in dict.fromkeys(one.split for one in scans):
         rows = [one.counts for one in scans if one.split == split and one.counts is not None]
-        counts[split] = np.array(rows, np.int64).reshape(-1, labels.num_classes)
+        counts = np.array(rows, np.int64).reshape(-1, labels.num_classes)
+        pixels[split], images[split] = counts.sum(axis=0), (counts > 0).sum(axis=0)
     return tuple(
         ClassCount(
             index,
-            labels.names[index],
-            labels.colors[index],
-            pixels={split: int(n[:, index].sum()) for split, n in counts.items()},
-            share={
-                split: float(n[:, index].sum() / max(n.sum(), 1)) for split, n in counts.items()
-            },
-            images={split: int((n[:, index] > 0).sum()) for split, n in counts.items()},
+            *(labels.names[index], labels.colors[index]),
+            pixels={split: int(n[index]) for split, n in pixels.items()},
+            share={split: float(n[index] / max(n.sum(), 1)) for split, n in pixels.items()},
+            images={split: int(n[index]) for split, n in images.items()},
         )
         for index in range(labels.num_classes)
     )
