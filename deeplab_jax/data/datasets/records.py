@@ -99,7 +99,6 @@ def prepare(
       UserError: files of the data set cannot be used, or the folder cannot be written. No partial
         folder is left.
     """
-
     where = data_dir()
     if files is not None:
         where = where / f"{name.partition('_')[0]}_roots" / fingerprint(files)
