@@ -49,11 +49,6 @@ def jit_inference(function: Callable[..., Any], model: FunctionalModel, **option
     `atrous_conv` chooses, a ResNet's forward pass takes 0.8 to 0.9 of the time, less than half of
     the memory in addition to variables and images, and compiles in a quarter of the time. Depthwise
     convolutions do not use oneDNN: MobileNetV3 in bfloat16 would take five times as long.
-
-    Args:
-      function: of a model and arrays.
-      model: the first argument; its implementation is replaced by the fastest one.
-      options: of `jax.jit`.
     """
     # Programs that call oneDNN cannot be written to the cache, and warn of it in these words.
     uncached = "Error writing persistent compilation cache entry .*bad_alloc"
@@ -101,8 +96,7 @@ def compile_in_thread(lowered: Any) -> concurrent.futures.Future[Any]:
 class Programs:
     """The compiled programs of jitted functions, one for each function and shapes of arguments.
 
-    Programs that are announced by `prepare` are compiled in threads, several at the same time.
-    Calling a function waits for its program, or compiles it.
+    They are compiled in threads, several at the same time.
     """
 
     def __init__(self, functions: Mapping[str, Any]) -> None:
@@ -118,27 +112,26 @@ class Programs:
         """Number of programs that are compiled or being compiled."""
         return len(self._programs)
 
-    def prepare(self, function: str, *arguments: Any, **static: Any) -> None:
-        """Compiles the program for these arguments in a thread, unless there is one.
-
-        JAX's settings by context, such as `jax.enable_x64`, are those of new threads.
+    def prepare(self, function: str, *arguments: Any) -> concurrent.futures.Future[Any]:
+        """Starts to compile a program, unless it was started before; returns it.
 
         Args:
-          function: its name.
-          arguments: arrays, or `jax.ShapeDtypeStruct` with their shapes, dtypes and shardings.
-          static: arguments by name that are static.
+          function: name of the function.
+          arguments: arrays, or their shapes; of `Variables`, all have the same shapes.
         """
-        program, is_new = self._find(function, arguments, static)
-        if is_new:
-            STARTED.add(program)
-            self._pool.submit(self._compile, program, function, arguments, static)
+        leaves, structure = jax.tree.flatten([x for x in arguments if not isinstance(x, Variables)])
+        key = (function, structure, *map(np.shape, leaves))
+        with self._lock:
+            if key not in self._programs:
+                jitted = self._functions[function]
+                program = self._pool.submit(lambda: compile_lowered(jitted.lower(*arguments)))
+                self._programs[key] = program
+                STARTED.add(program)
+            return self._programs[key]
 
-    def __call__(self, function: str, *arguments: Any, **static: Any) -> Any:
+    def __call__(self, function: str, *arguments: Any) -> Any:
         """Calls a function on arrays; raises what compiling it raised."""
-        program, is_new = self._find(function, arguments, static)
-        if is_new:
-            self._compile(program, function, arguments, static)
-        return program.result()(*arguments)
+        return self.prepare(function, *arguments).result()(*arguments)
 
     def cancel(self) -> None:
         """Forgets the programs that nothing has begun to compile."""
@@ -146,28 +139,3 @@ class Programs:
             for key, program in list(self._programs.items()):
                 if program.cancel():
                     del self._programs[key]
-
-    def _find(
-        self, function: str, arguments: tuple[Any, ...], static: dict[str, Any]
-    ) -> tuple[concurrent.futures.Future[Any], bool]:
-        """Returns the program, which may not be compiled yet, and whether nothing compiles it."""
-        leaves, structure = jax.tree.flatten([x for x in arguments if not isinstance(x, Variables)])
-        key = (function, structure, *map(np.shape, leaves), *sorted(static.items()))
-        with self._lock:
-            is_new = key not in self._programs
-            return self._programs.setdefault(key, concurrent.futures.Future()), is_new
-
-    def _compile(
-        self,
-        program: concurrent.futures.Future[Any],
-        function: str,
-        arguments: tuple[Any, ...],
-        static: dict[str, Any],
-    ) -> None:
-        if not program.set_running_or_notify_cancel():
-            return
-        try:
-            lowered = self._functions[function].lower(*arguments, **static)
-            program.set_result(compile_lowered(lowered))
-        except BaseException as error:
-            program.set_exception(error)

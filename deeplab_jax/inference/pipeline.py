@@ -15,15 +15,14 @@ import pathlib
 import re
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from deeplab_jax.data.io.images import read_image, read_size
-from deeplab_jax.data.io.masks import write_ids
-from deeplab_jax.data.labels import LabelSet, class_counts
+from deeplab_jax.data.labels import class_counts
 from deeplab_jax.inference.files import ImageResult, OutputError
 from deeplab_jax.inference.padding import PaddedShape
 from deeplab_jax.inference.positive import PositiveClass, choose_ids
@@ -39,31 +38,28 @@ from deeplab_jax.visualization import overlays
 MAX_IMAGES = 16
 MAX_PIXELS = 24_000_000
 
+_GREYS = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
+
 
 @dataclasses.dataclass
 class PipelineImage:
-    """An image in the pipeline.
+    """An image, or a frame of a video, in the pipeline.
 
     Attributes:
       index: of the image among all.
       path: of the image.
-      base: beginning of the paths to write.
-      pixels: of the image; empty until it is read.
+      pixels: of the image; empty if they cannot be read.
       shape: see `Predictor.padded_shape`.
       predicted: see `Predictor.start`; or the error of an earlier stage.
+      seconds: time of a frame since the first one.
     """
 
     index: int
     path: pathlib.Path
-    base: pathlib.Path
-    pixels: UInt8[np.ndarray, "h w c"] = dataclasses.field(
-        default_factory=lambda: np.empty((0, 0, 3), np.uint8)
-    )
+    pixels: UInt8[np.ndarray, "h w c"]
     shape: PaddedShape | None = None
     predicted: Any = None
-
-
-_ImageT = TypeVar("_ImageT", bound=PipelineImage)
+    seconds: float = 0.0
 
 
 def predict_images(
@@ -104,10 +100,11 @@ def predict_images(
     calibration = segmenter.calibration if unsure else None
     needs_all = bool(heatmap_classes) or calibration is not None
     function: Function = "probabilities" if needs_all else "ids"
-    arguments = () if needs_all else (positive,)
+    on_device = None if needs_all else positive
     num_values = labels.num_classes if needs_all else 1  # of a pixel's prediction
 
-    def read(image: PipelineImage) -> PipelineImage:
+    def read(item: tuple[int, pathlib.Path]) -> PipelineImage:
+        image = PipelineImage(*item, pixels=np.empty((0, 0, 3), np.uint8))
         try:
             channels = segmenter.architecture.in_channels
             image.pixels = read_image(image.path, channels, upright=True)
@@ -116,26 +113,53 @@ def predict_images(
             image.predicted = error
         return image
 
+    def draw(
+        pixels: np.ndarray,
+        ids: UInt8[np.ndarray, "h w"],
+        probabilities: Float[np.ndarray, "h w classes"],
+        mask: Bool[np.ndarray, "h w"] | None,
+    ) -> Iterator[tuple[str, str, np.ndarray, np.ndarray | None]]:
+        """Yields kind, suffix, pixels and palette of each picture: large ones take much memory."""
+        yield "ids", "ids", ids, segmenter.palette
+        style: dict[str, Any] = {"opacity": opacity, "unsure": mask}
+        yield "overlay", "overlay", overlays.overlay(pixels, ids, labels, **style), None
+        if side_by_side:
+            row = overlays.side_by_side(pixels, ids, labels, **style)
+            yield "side_by_side", "side_by_side", row, None
+        if mask is not None:
+            yield "unsure", "unsure", mask.astype(np.uint8) * 255, _GREYS
+        for index in heatmap_classes:
+            name = labels.names[index]
+            plain = re.sub(r"[^\w-]+", "_", name)
+            suffix = plain if plain == name else f"{plain}_{index}"
+            heat = overlays.heatmap(pixels, probabilities[..., index], name)
+            yield f"heatmap {name}", f"heatmap_{suffix}", heat, None
+
     def write(image: PipelineImage) -> tuple[int, ImageResult | UserError]:
         if isinstance(image.predicted, UserError):
             error = str(image.predicted).removeprefix(f"{image.path}: ")
             return image.index, UserError(f"{image.path}: {error}")
-        heat, mask = {}, None
+        mask = num_unsure = None
         if needs_all:
-            heat = {index: image.predicted[..., index] for index in heatmap_classes}
             scores = None if positive is None else image.predicted[..., positive.class_id]
             ids = choose_ids(image.predicted, scores, positive).astype(np.uint8)
             if calibration is not None:
                 mask = calibration.sureness(image.predicted, ids) < calibration.threshold
+                num_unsure = int(mask.sum())
         else:
             ids = image.predicted[0]
+        base, files = inputs[image.path], {}
         try:
-            files = _write(image, ids, heat, labels, opacity, side_by_side, mask)
-        except UserError as error:
-            return image.index, error
+            base.parent.mkdir(parents=True, exist_ok=True)
+            for kind, suffix, picture, palette in draw(image.pixels, ids, image.predicted, mask):
+                files[kind] = base.with_name(f"{base.name}_{suffix}.png")
+                write_png(files[kind], picture, palette)
+        except MemoryError:
+            return image.index, UserError(f"{image.path}: its pictures do not fit in memory")
+        except OSError as error:
+            return image.index, _output_error(image.path, base, error)
         moved = {kind: move(file) if move else file for kind, file in files.items()}
         counts = class_counts(ids, labels.num_classes)
-        num_unsure = None if mask is None else int(mask.sum())
         size = (ids.shape[0], ids.shape[1])
         return image.index, ImageResult(image.path, size, counts, moved, unsure=num_unsure)
 
@@ -147,16 +171,16 @@ def predict_images(
         with warnings.catch_warnings():  # not in the threads, which share the filters
             warnings.simplefilter("ignore")  # about odd but harmless metadata
             sizes = list(pool.map(read_size, inputs))
-            predictor.plan([size for size in sizes if size], function, *arguments)
+            predictor.plan([size for size in sizes if size], function, on_device)
             read_ahead = bounded_map(
-                *(pool, read, (PipelineImage(i, *paths) for i, paths in enumerate(inputs.items()))),
+                *(pool, read, enumerate(inputs)),
                 max_items=MAX_IMAGES,
                 max_weight=MAX_PIXELS,
-                weight=lambda image: math.prod(sizes[image.index] or (MAX_PIXELS,)),
+                weight=lambda item: math.prod(sizes[item[0]] or (MAX_PIXELS,)),
             )
             _ = segmenter.variables  # raises what is wrong with the model
             written = bounded_map(
-                *(pool, write, predict_batches(predictor, read_ahead, function, *arguments)),
+                *(pool, write, predict_batches(predictor, read_ahead, function, on_device)),
                 max_items=MAX_IMAGES,
                 max_weight=MAX_PIXELS / num_values,
                 weight=lambda image: math.prod(image.pixels.shape[:2]),
@@ -166,6 +190,14 @@ def predict_images(
         predictor.cancel()
         pool.shutdown(cancel_futures=True)
         cv2.setNumThreads(num_threads)
+
+
+def _output_error(path: pathlib.Path, base: pathlib.Path, error: OSError) -> UserError:
+    """Returns the error of an output; an `OutputError` if the disk is full or read-only."""
+    target = str(error.filename2 or error.filename or ".partial")
+    target = f"{base}_*.png" if target.endswith(".partial") else target
+    kind = OutputError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else UserError
+    return kind(f"{path}: cannot write to {target}: {error.strerror or error}")
 
 
 def _in_order(
@@ -185,24 +217,27 @@ def _in_order(
 
 
 def predict_batches(
-    predictor: Predictor, images: Iterable[_ImageT], function: Function, *arguments: Any
-) -> Iterator[_ImageT]:
+    predictor: Predictor,
+    images: Iterable[PipelineImage],
+    function: Function,
+    positive: PositiveClass | None,
+) -> Iterator[PipelineImage]:
     """Predicts images in batches of one padded shape; yields a batch when the next is started."""
-    groups: dict[PaddedShape | None, list[_ImageT]] = {}
-    started = collections.deque[tuple[list[_ImageT], Callable[[], list[Any]]]]()
+    groups: dict[PaddedShape | None, list[PipelineImage]] = {}
+    started = collections.deque[tuple[list[PipelineImage], Callable[[], list[Any]]]]()
     # On a CPU, whose processors one batch keeps busy, a second one would only need memory.
     max_started = 0 if predictor.max_batch == 1 else 1
 
-    def finish(max_started: int) -> Iterator[_ImageT]:
+    def finish(max_started: int) -> Iterator[PipelineImage]:
         while len(started) > max_started:
             group, get_predictions = started.popleft()
             for one, predicted in zip(group, get_predictions(), strict=True):
                 one.predicted = predicted
                 yield one
 
-    def start(group: list[_ImageT]) -> Iterator[_ImageT]:
+    def start(group: list[PipelineImage]) -> Iterator[PipelineImage]:
         pixels = [image.pixels for image in group]
-        started.append((group, predictor.start(function, pixels, *arguments)))
+        started.append((group, predictor.start(function, pixels, positive)))
         yield from finish(max_started)
 
     for image in images:
@@ -218,52 +253,3 @@ def predict_batches(
     for group in groups.values():
         yield from start(group)
     yield from finish(0)
-
-
-def _write(
-    image: PipelineImage,
-    ids: UInt8[np.ndarray, "h w"],
-    heat: Mapping[int, np.ndarray],
-    labels: LabelSet,
-    opacity: float,
-    side_by_side: bool,
-    unsure: Bool[np.ndarray, "h w"] | None,
-) -> dict[str, pathlib.Path]:
-    """Draws and writes the pictures of an image; returns their paths by kind.
-
-    Raises:
-      UserError: a picture cannot be written.
-      OutputError: the disk is full or read-only.
-    """
-    # Drawn one after the other: pictures of large images take much memory.
-    blended = {"overlay": overlays.overlay, "side_by_side": overlays.side_by_side}
-    if not side_by_side:
-        del blended["side_by_side"]
-    base = image.base
-    files = {kind: base.with_name(f"{base.name}_{kind}.png") for kind in ("ids", *blended)}
-    try:
-        base.parent.mkdir(parents=True, exist_ok=True)
-        write_ids(files["ids"], ids, labels)
-        for kind, draw in blended.items():
-            picture = draw(image.pixels, ids, labels, opacity=opacity, unsure=unsure)
-            write_png(files[kind], picture)
-        if unsure is not None:
-            file = files["unsure"] = base.with_name(f"{base.name}_unsure.png")
-            grey = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
-            write_png(file, unsure.astype(np.uint8) * 255, grey)
-        for index, probability in heat.items():
-            name = labels.names[index]
-            plain = re.sub(r"[^\w-]+", "_", name)
-            suffix = plain if plain == name else f"{plain}_{index}"
-            file = files[f"heatmap {name}"] = base.with_name(f"{base.name}_heatmap_{suffix}.png")
-            write_png(file, overlays.heatmap(image.pixels, probability, name))
-    except MemoryError:
-        raise UserError(f"{image.path}: its pictures do not fit in memory") from None
-    except OSError as error:
-        target = str(error.filename2 or error.filename or ".partial")
-        target = f"{base}_*.png" if target.endswith(".partial") else target
-        message = f"{image.path}: cannot write to {target}: {error.strerror or error}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise OutputError(message) from error
-        raise UserError(message) from error
-    return files

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 
 from deeplab_jax.inference import sliding_window
 from deeplab_jax.inference.compilation import Programs, jit_inference
@@ -49,7 +50,7 @@ class TestTimeAugmentation:
       scales: of the views; their probabilities are averaged.
       flip: whether to average over each view's mirror image too.
       window: side of the windows, pixels, each of which is predicted over all views; 0: predict
-        whole images at once. None: `DEFAULT_WINDOW` (1025) for images of more than `LARGE_IMAGE` (4
+        whole images. None: `DEFAULT_WINDOW` (1025) for images of more than `LARGE_IMAGE` (4
         million) pixels, 0 for others.
       overlap: smallest fraction of a window that the next one covers too, in [0, 1).
 
@@ -85,11 +86,9 @@ class Predictor:
     """Predicts images of any size on JAX's default device.
 
     Images are padded to a `bucket` of sizes, or to the window's size, and one program is compiled
-    for each padded size. If sizes are known in advance, `plan` chooses fewer padded sizes, and how
-    many images are predicted at once. With windows, the network is compiled once for images that
-    fit into one window and once for all others; in addition there are two or three small programs
-    for each `bucket` of widths. The device holds the probabilities of two batches of windows and
-    two arrays `[window, w, classes]`, however high the image is.
+    for each padded size; `plan` chooses fewer for images whose sizes are known, and how many of
+    them are predicted at once. The device holds the probabilities of two batches of windows and two
+    arrays `[window, w, classes]`, however high the image is.
 
     Attributes:
       max_batch: largest number of images at once; halved when the device's memory is full.
@@ -120,33 +119,34 @@ class Predictor:
         self._planned: dict[tuple[int, int], PaddedShape] = {}
         self._get_variables = variables if callable(variables) else lambda: variables
         self._device = jax.device_put(np.float32(0)).device  # the default in this thread
+        views: dict[str, Any] = {"scales": tta.scales, "flip": tta.flip}
 
         def network(
-            predict: Callable[..., Any],
+            function: Function,
             model: FunctionalModel,
             variables: Variables,
             images: UInt8[Array, "n h w c"],
-            sizes: Int[Array, "n 2"],
-            *positive: PositiveClass | None,
+            sizes: Any,
+            positive: PositiveClass | None = None,
         ) -> Any:
             pixels = normalize(images, tuple(mean), tuple(std))
-            arguments = variables, pixels, sizes, *positive
-            return predict(model, *arguments, scales=tta.scales, flip=tta.flip)
+            if function == "ids":
+                return predict_ids(model, variables, pixels, sizes, positive, **views)
+            return predict_probabilities(model, variables, pixels, sizes, **views)
 
         def windows(*arguments: Any) -> Float[Array, "n h w classes"]:
             *arguments_of_network, weights = arguments
-            return network(predict_probabilities, *arguments_of_network) * weights[:, :, None]
+            return network("probabilities", *arguments_of_network) * weights[:, :, None]
 
-        networks: dict[str, Callable[..., Any]] = {
-            "ids": functools.partial(network, predict_ids),
-            "probabilities": functools.partial(network, predict_probabilities),
-            "windows": windows,
-        }
-        functions = {name: jit_inference(f, model) for name, f in networks.items()}
-        functions["add"] = jax.jit(sliding_window.add_windows, donate_argnums=0)
-        functions["shift"] = jax.jit(sliding_window.shift_up, donate_argnums=0)
-        functions["band ids"] = jax.jit(sliding_window.band_ids)
-        self._programs = Programs(functions)
+        self._programs = Programs(
+            {
+                "ids": jit_inference(functools.partial(network, "ids"), model),
+                "probabilities": jit_inference(functools.partial(network, "probabilities"), model),
+                "windows": jit_inference(windows, model),
+                "add window": jax.jit(sliding_window.add_window, donate_argnums=0),
+                "band ids": jax.jit(lambda band: jnp.argmax(band, axis=-1).astype(jnp.uint8)),
+            }
+        )
 
     @functools.cached_property
     def _variables(self) -> Variables:
@@ -178,9 +178,9 @@ class Predictor:
         return self._predict("probabilities", image)
 
     def _predict(
-        self, function: Function, image: np.ndarray, *positive: PositiveClass | None
+        self, function: Function, image: np.ndarray, positive: PositiveClass | None = None
     ) -> Any:
-        (result,) = self.start(function, [image], *positive)()
+        (result,) = self.start(function, [image], positive)()
         if isinstance(result, UserError):
             raise result
         return result
@@ -189,7 +189,7 @@ class Predictor:
         self,
         sizes: Iterable[tuple[int, int]],
         function: Function,
-        *positive: PositiveClass | None,
+        positive: PositiveClass | None = None,
     ) -> None:
         """Chooses padded shapes for images of these sizes, and compiles for them in threads.
 
@@ -199,8 +199,7 @@ class Predictor:
 
         Args:
           sizes: height and width of each image, in the order of prediction.
-          function: what will be predicted.
-          positive: for "ids", the argument of `ids_and_scores`.
+          function, positive: of `start`.
         """
         window, tta = self._tta.window, self._tta
         keys = [key for size in sizes if (key := self._key(*size))]
@@ -212,15 +211,13 @@ class Predictor:
             max_images=self.max_batch,
             max_pixels=LARGE_IMAGE,
         )
-        device = jax.sharding.SingleDeviceSharding(self._device)
+        array = functools.partial(
+            jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(self._device)
+        )
         for shape in dict.fromkeys(map(self._planned.__getitem__, keys)):
-            arrays = (
-                jax.ShapeDtypeStruct(
-                    (*shape, self._architecture.in_channels), np.uint8, sharding=device
-                ),
-                jax.ShapeDtypeStruct((shape.num_images, 2), np.int32, sharding=device),
-            )
-            self._programs.prepare(function, self._model.abstract, *arrays, *positive)
+            images = array((*shape, self._architecture.in_channels), np.uint8)
+            image_sizes = array((shape.num_images, 2), np.int32)
+            self._programs.prepare(function, self._model.abstract, images, image_sizes, positive)
 
     def cancel(self) -> None:
         """Forgets the programs of `plan` that nothing has begun to compile."""
@@ -267,14 +264,14 @@ class Predictor:
         self,
         function: Function,
         images: Sequence[UInt8[np.ndarray, "h w c"]],
-        *positive: PositiveClass | None,
+        positive: PositiveClass | None = None,
     ) -> Callable[[], list[Any]]:
         """Begins to predict images, and does not wait for the device.
 
         Args:
           function: what to predict.
           images: images that have the same `padded_shape`.
-          positive: for "ids", the argument of `ids_and_scores`.
+          positive: for "ids", see `ids_and_scores`.
 
         Returns:
           A function that waits for the predictions and returns that of each image: what
@@ -283,12 +280,10 @@ class Predictor:
         """
         shape = self.padded_shape(images[0])
         if shape is None:
-            return lambda: [
-                self._predict_in_windows(function, image, *positive) for image in images
-            ]
+            return lambda: [self._predict_in_windows(function, image, positive) for image in images]
         if len(images) > (number := shape.num_images):
             parts = [images[i : i + number] for i in range(0, len(images), number)]
-            started = [self.start(function, part, *positive) for part in parts]
+            started = [self.start(function, part, positive) for part in parts]
             return lambda: [result for finish in started for result in finish()]
         padded = np.zeros((*shape, images[0].shape[2]), np.uint8)
         sizes = np.zeros((number, 2), np.int32)
@@ -296,7 +291,7 @@ class Predictor:
             sizes[row] = image.shape[:2]
             padded[row, : image.shape[0], : image.shape[1]] = image
         try:
-            result = self._run(function, self._variables, padded, sizes, *positive)
+            result = self._programs(function, self._variables, padded, sizes, positive)
         except jax.errors.JaxRuntimeError as error:
             result = error
 
@@ -315,7 +310,7 @@ class Predictor:
                         f"the device's memory is full: from here on, {self.max_batch} of these "
                         "images at once"
                     )
-                return self.start(function, images, *positive)()
+                return self.start(function, images, positive)()
             return [
                 jax.tree.map(lambda x, i=i, h=h, w=w: x[i, :h, :w].copy(), arrays)
                 for i, (h, w) in enumerate(sizes[: len(images)])
@@ -324,96 +319,67 @@ class Predictor:
         return finish
 
     def _predict_in_windows(
-        self, function: Function, image: np.ndarray, positive: PositiveClass | None = None
+        self, function: Function, image: np.ndarray, positive: PositiveClass | None
     ) -> Any:
         """Predicts an image window by window; returns what `start` says."""
         height, width = image.shape[:2]
-        ids, scores = np.empty((height, width), np.uint8), None
+        window, overlap = self._tta.window_of(height, width), self._tta.overlap
+        ids, scores, probabilities = np.empty((height, width), np.uint8), None, None
+        if function == "probabilities":
+            shape = height, width, self._architecture.num_classes
+            probabilities = np.empty(shape, np.float32)
+        elif positive is not None:
+            scores = np.empty((height, width), np.float32)
+        down, across = (
+            sliding_window.total_weights(side, window, overlap) for side in (height, width)
+        )
         try:
-            if function == "probabilities":
-                result = np.empty((height, width, self._architecture.num_classes), np.float32)
-                for rows, _, probabilities in self._finished(image):
-                    result[rows] = probabilities
-                return result
-            if positive is None:
-                for rows, band in self._bands(image):
-                    finished = np.asarray(self._run("band ids", band))
+            for rows, band in self._bands(image, window):
+                if probabilities is None and scores is None:
+                    finished = np.asarray(self._programs("band ids", band))
                     ids[rows] = finished[: rows.stop - rows.start, :width]
-            else:
-                scores = np.empty((height, width), np.float32)
-                for rows, sums, probabilities in self._finished(image):
-                    scores[rows] = probabilities[..., positive.class_id]
+                    continue
+                sums = jax.device_get(band)[: rows.stop - rows.start, :width]
+                averages = sums / (down[rows, None, None] * across[:, None])
+                if probabilities is not None:
+                    probabilities[rows] = averages
+                elif scores is not None and positive is not None:
+                    scores[rows] = averages[..., positive.class_id]
                     ids[rows] = choose_ids(sums, scores[rows], positive)
         except jax.errors.JaxRuntimeError as error:
             return _memory_error(image, error)
-        return ids, scores
+        return (ids, scores) if probabilities is None else probabilities
 
-    def _finished(self, image: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """Yields (rows of the image, weighted sums, probabilities), both `[rows, w, classes]`."""
-        height, width = image.shape[:2]
-        window = self._tta.window_of(height, width)
-        down, across = (self._total_weights(side, window) for side in (height, width))
-        for rows, band in self._bands(image):
-            sums = jax.device_get(band)[: rows.stop - rows.start, :width]
-            yield rows, sums, sums / (down[rows, None, None] * across[:, None])
-
-    def _bands(self, image: np.ndarray) -> Iterator[tuple[slice, Float[Array, "window w classes"]]]:
+    def _bands(
+        self, image: np.ndarray, window: int
+    ) -> Iterator[tuple[slice, Float[Array, "window w classes"]]]:
         """Yields (finished rows of the image, band that begins with them), from top to bottom.
 
         A band holds weighted sums of the windows' probabilities. It is on the device, and its
         memory is reused for the next band.
         """
-        height, width = image.shape[:2]
-        window = self._tta.window_of(height, width)
-        padded_width = max(bucket(width), window)
-        band = jnp.zeros((window, padded_width, self._architecture.num_classes))
-        first = 0
-        for corners, weighted in self._windows(image, window):
-            lefts = np.zeros(WINDOW_BATCH, np.int32)
-            lefts[: len(corners)] = [left for _, left in corners]
-            for top in dict.fromkeys(top for top, _ in corners):
-                if top > first:  # no later window reaches the rows above
-                    yield slice(first, top), band
-                    band = self._run("shift", band, np.int32(top - first))
-                    first = top
-                included = np.zeros(WINDOW_BATCH, bool)
-                included[: len(corners)] = [corner[0] == top for corner in corners]
-                band = self._run("add", band, weighted, lefts, included)
-        yield slice(first, height), band
-
-    def _windows(
-        self, image: np.ndarray, window: int
-    ) -> Iterator[tuple[list[tuple[int, int]], Float[Array, "n window window classes"]]]:
-        """Yields (top and left of each window, weighted probabilities) by batch, row by row.
-
-        The last batch may have fewer windows than its probabilities have rows.
-        """
-        size = [min(window, side) for side in image.shape[:2]]
+        sides = image.shape[:2]
+        size = [min(window, side) for side in sides]
         sizes = np.full((WINDOW_BATCH, 2), size, np.int32)
         weights = np.zeros((window, window), np.float32)
         weights[: size[0], : size[1]] = np.outer(*map(sliding_window.window_weights, size))
-        tops, lefts = (
-            sliding_window.window_starts(side, window, self._tta.overlap)
-            for side in image.shape[:2]
-        )
-        corners = [(top, left) for top in tops for left in lefts]
+        starts = [sliding_window.window_starts(side, window, self._tta.overlap) for side in sides]
+        corners = list(itertools.product(*starts))
+        padded_width = max(bucket(sides[1]), window)
+        shape = window, padded_width, self._architecture.num_classes
+        band, first = jnp.zeros(shape, device=self._device), 0
         for start in range(0, len(corners), WINDOW_BATCH):
             batch = corners[start : start + WINDOW_BATCH]
             images = np.zeros((WINDOW_BATCH, window, window, image.shape[2]), np.uint8)
             for row, (top, left) in zip(images, batch, strict=False):
                 row[: size[0], : size[1]] = image[top : top + size[0], left : left + size[1]]
-            yield batch, self._run("windows", self._variables, images, sizes, weights)
-
-    def _total_weights(self, side: int, window: int) -> Float32[np.ndarray, " side"]:
-        """Sums the weights of the windows at each pixel along a side."""
-        weights = sliding_window.window_weights(min(window, side))
-        total = np.zeros(side, np.float32)
-        for start in sliding_window.window_starts(side, window, self._tta.overlap):
-            total[start : start + len(weights)] += weights
-        return total
-
-    def _run(self, function: str, *arguments: Any) -> Any:
-        return self._programs(function, *arguments)
+            weighted = self._programs("windows", self._variables, images, sizes, weights)
+            for index, (top, left) in enumerate(batch):
+                if top > first:  # no later window reaches the rows above
+                    yield slice(first, top), band
+                place = np.array([index, top - first, left], np.int32)
+                band, first = self._programs("add window", band, weighted, place), top
+        yield slice(first, sides[0]), band
 
 
 def _memory_error(image: np.ndarray, error: jax.errors.JaxRuntimeError) -> UserError:

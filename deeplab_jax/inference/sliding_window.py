@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
+from jaxtyping import Array, Float, Float32, Int
 
 
 def window_starts(side: int, window: int, overlap: float) -> list[int]:
@@ -27,27 +27,30 @@ def window_weights(side: int) -> Float32[np.ndarray, " side"]:
     return (np.minimum(index + 1, side - index) / ((side + 1) // 2)).astype(np.float32)
 
 
-def add_windows(
+def total_weights(side: int, window: int, overlap: float) -> Float32[np.ndarray, " side"]:
+    """Sums the weights of the windows at each pixel along a side."""
+    weights, total = window_weights(min(window, side)), np.zeros(side, np.float32)
+    for start in window_starts(side, window, overlap):
+        total[start : start + len(weights)] += weights
+    return total
+
+
+def add_window(
     band: Float[Array, "window w classes"],
     weighted: Float[Array, "n window window classes"],
-    lefts: Int[Array, " n"],
-    included: Bool[Array, " n"],
+    place: Int[Array, " 3"],
 ) -> Float[Array, "window w classes"]:
-    """Adds the included windows to the band, each from its left column on."""
-    for window, left, include in zip(weighted, lefts, included, strict=True):
-        covered = lax.dynamic_slice_in_dim(band, left, window.shape[1], axis=1)
-        covered = covered + jnp.where(include, window, 0)
-        band = lax.dynamic_update_slice_in_dim(band, covered, left, axis=1)
-    return band
+    """Moves the band down and adds a window.
 
-
-def shift_up(
-    band: Float[Array, "window w classes"], rows: Int[Array, ""]
-) -> Float[Array, "window w classes"]:
-    """Removes the first rows of the band, and appends as many rows of zeros."""
+    Args:
+      band: weighted sums of probabilities.
+      weighted: probabilities of several windows, times their weights.
+      place: which of them is added; number of rows to remove from the band, before as many rows of
+        zeros are appended; the window's left column.
+    """
+    index, rows, left = place
     kept = jnp.arange(band.shape[0])[:, None, None] < band.shape[0] - rows
-    return jnp.where(kept, jnp.roll(band, -rows, axis=0), 0)
-
-
-def band_ids(band: Float[Array, "window w classes"]) -> UInt8[Array, "window w"]:
-    return jnp.argmax(band, axis=-1).astype(jnp.uint8)
+    moved = lambda: jnp.where(kept, jnp.roll(band, -rows, axis=0), 0)  # noqa: E731
+    band = lax.cond(rows > 0, moved, lambda: band)
+    covered = lax.dynamic_slice_in_dim(band, left, weighted.shape[2], axis=1)
+    return lax.dynamic_update_slice_in_dim(band, covered + weighted[index], left, axis=1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import csv
-import dataclasses
 import itertools
 import math
 import os
@@ -35,20 +34,12 @@ from deeplab_jax.visualization import overlays
 
 CAMERA = r"camera:(\d+)"  # a path that names a camera
 _LEGEND_ROWS = 2  # fixed, because the frames of a video have one size
-_CODECS = (("mp4v", ".mp4"), ("MJPG", ".avi"))  # in order of preference
 _DEFAULT_RATE = 30.0  # frames per second, if a file or camera states none that is possible
 _MAX_RATE = 240.0
 
 # Silences OpenCV and its libav about files for which there is a UserError.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-
-
-@dataclasses.dataclass
-class Frame(PipelineImage):
-    """A frame in the pipeline; `seconds` is its time since the first one."""
-
-    seconds: float = 0.0
 
 
 class VideoReader:
@@ -102,12 +93,12 @@ class VideoReader:
         number = self._capture.get(cv2.CAP_PROP_FRAME_COUNT) if has_number else 0
         self.num_frames = max(0, -(-int(number) // every))
 
-    def read(self) -> Frame | None:
+    def read(self) -> PipelineImage | None:
         """Returns the next frame; None at the end, or where the file is damaged beyond reading."""
         frame, self._first = self._first or self._decode(), None
         return frame
 
-    def _decode(self) -> Frame | None:
+    def _decode(self) -> PipelineImage | None:
         for _ in range(self._every - 1 if self._index else 0):
             self._capture.grab()
         is_read, pixels = self._capture.read()
@@ -118,7 +109,7 @@ class VideoReader:
         self._start = self._start if self._index else now
         pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
         self._index += 1
-        return Frame(self._index - 1, self._source, self._source, pixels, seconds=now - self._start)
+        return PipelineImage(self._index - 1, self._source, pixels, seconds=now - self._start)
 
 
 def predict_frames(
@@ -128,7 +119,7 @@ def predict_frames(
     positive: PositiveClass | None = None,
     smooth: float = 0.0,
     max_frames: int = 0,
-) -> Generator[tuple[Frame, UInt8[np.ndarray, "h w"]], None, None]:
+) -> Generator[tuple[PipelineImage, UInt8[np.ndarray, "h w"]], None, None]:
     """Yields each frame of a video with its class ids; a bounded number of frames is in memory.
 
     Without smoothing, the ids are those of `Segmenter.predict`. With it, they are those of a
@@ -150,10 +141,10 @@ def predict_frames(
         raise UserError(f"the model takes images of {channels} channels: those of videos are RGB")
     predictor = segmenter.predictor
     function: Function = "probabilities" if smooth else "ids"
-    arguments = () if smooth else (positive,)
-    predictor.plan([reader.size] * MAX_BATCH, function, *arguments)
+    on_device = None if smooth else positive
+    predictor.plan([reader.size] * MAX_BATCH, function, on_device)
 
-    def read(_: int) -> Frame | None:
+    def read(_: int) -> PipelineImage | None:
         frame = reader.read()
         if frame is not None:
             frame.shape = predictor.padded_shape(frame.pixels)
@@ -169,7 +160,7 @@ def predict_frames(
         )
         present: Iterator[Any] = itertools.takewhile(lambda frame: frame is not None, frames)
         mean: Any = None
-        for frame in predict_batches(predictor, present, function, *arguments):
+        for frame in predict_batches(predictor, present, function, on_device):
             predicted, frame.predicted = frame.predicted, None
             if isinstance(predicted, UserError):
                 raise predicted
@@ -204,8 +195,8 @@ def predict_video(
     Args:
       segmenter: the model.
       source, every: see `VideoReader`.
-      base: beginning of the paths to write, to which "_overlay.mp4" (".avi" if OpenCV lacks MPEG-4)
-        and "_areas.csv" are appended; existing files are replaced.
+      base: beginning of the paths to write, to which "_overlay.mp4" and "_areas.csv" are appended;
+        existing files are replaced.
       opacity: of class colours over the frames, 0..1.
       move: moves a finished file and returns its new path, see `buckets.outputs`.
       max_frames: see `predict_frames`.
@@ -219,7 +210,9 @@ def predict_video(
     labels, rate = segmenter.labels, reader.rate
     frames = predict_frames(segmenter, reader, max_frames=max_frames, **options)
 
-    def draw(item: tuple[Frame, np.ndarray]) -> tuple[Frame, np.ndarray, np.ndarray]:
+    def draw(
+        item: tuple[PipelineImage, np.ndarray],
+    ) -> tuple[PipelineImage, np.ndarray, np.ndarray]:
         frame, ids = item
         style: dict[str, Any] = {"opacity": opacity, "num_rows": _LEGEND_ROWS}
         picture = overlays.overlay(frame.pixels, ids, labels, **style)[..., ::-1]
@@ -227,12 +220,12 @@ def predict_video(
         picture = cv2.copyMakeBorder(picture, 0, odd[0], 0, odd[1], cv2.BORDER_REPLICATE)
         return frame, class_counts(ids, labels.num_classes), picture
 
-    writer, overlay, num_written, varies, seconds = None, base, 0, False, 0.0
+    writer, num_written, varies, seconds = None, 0, False, 0.0
     total, num_frames = np.zeros(labels.num_classes, np.int64), 0
     files: dict[str, pathlib.Path | str] = {}
     base.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(".partial", f".{base.name[:40]}.", base.parent) as scratch:
-        areas = pathlib.Path(scratch) / "areas.csv"
+        overlay, areas = (pathlib.Path(scratch) / name for name in ("overlay.mp4", "areas.csv"))
         with (
             areas.open("w", newline="") as table,
             concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "images-drawn") as pool,
@@ -246,7 +239,9 @@ def predict_video(
             try:
                 for frame, counts, picture in track(drawn, source.name, expected):
                     if writer is None:
-                        writer, overlay = _open_writer(areas.parent, rate, picture)
+                        codec = cv2.VideoWriter.fourcc(*"mp4v")
+                        size = picture.shape[1::-1]
+                        writer = cv2.VideoWriter(str(overlay), codec, rate, size)
                     end = round(frame.seconds * rate) if reader.is_camera else frame.index
                     while num_written <= end:
                         writer.write(picture)
@@ -261,10 +256,13 @@ def predict_video(
             except KeyboardInterrupt:
                 if not (reader.is_camera and num_frames):
                     raise
-        del writer  # ends the file; OpenCV does not report a full disk
+        del writer  # ends the file; OpenCV reports neither a full disk nor a missing codec
         found = cv2.VideoCapture(str(overlay), cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT)
         if found != num_written:
-            raise UserError(f"cannot write to {base}_overlay{overlay.suffix}. Is the disk full?")
+            raise UserError(
+                f"cannot write to {base}_overlay.mp4: the disk may be full, or OpenCV cannot write "
+                "MPEG-4, as the package opencv-python-headless from PyPI can"
+            )
         for file in (overlay, areas):
             target = base.with_name(f"{base.name}_{file.name}")
             try:
@@ -282,22 +280,6 @@ def predict_video(
     notes = {
         "its frame rate is unknown, 30 per second were assumed": not reader.is_rate_known,
         "its frame rate varies, that of the overlay is the mean": varies,
-        "OpenCV cannot write MPEG-4 here, the overlay is Motion JPEG": overlay.suffix == ".avi",
     }
     about = tuple(note for note, holds in notes.items() if holds)
     return VideoResult(source, reader.size, total, files, num_frames, rate, about)
-
-
-def _open_writer(
-    folder: pathlib.Path, rate: float, picture: UInt8[np.ndarray, "h w 3"]
-) -> tuple[cv2.VideoWriter, pathlib.Path]:
-    for codec, suffix in _CODECS:
-        path = folder / f"overlay{suffix}"
-        code = cv2.VideoWriter.fourcc(*codec)
-        writer = cv2.VideoWriter(str(path), code, rate, picture.shape[1::-1])
-        if writer.isOpened():
-            return writer, path
-    raise UserError(
-        "this OpenCV can write neither MPEG-4 nor Motion JPEG: install the package "
-        "opencv-python-headless from PyPI, which can"
-    )

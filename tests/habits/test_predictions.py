@@ -106,10 +106,10 @@ def test_an_argument_of_a_length_that_no_file_has_fails_alone(command, model):
 def test_a_full_disk_ends_the_command_with_what_was_done(predict, monkeypatch):
     write_png = pipeline.write_png
 
-    def fill(path, image):
+    def fill(path, *picture):
         if path.name.startswith("b"):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write_png(path, image)
+        write_png(path, *picture)
 
     monkeypatch.setattr(pipeline, "write_png", fill)
     code, out, err, report = predict()
