@@ -81,8 +81,7 @@ def submit(
 def _check(path: str, data: str, root: str) -> None:
     from deeplab_jax.evaluation import setup, voc_server
 
-    config = setup.base_config(data, path).data
-    config.root = root or config.root
+    config = setup.base_config(data, path, root).data
     results = voc_server.read(pathlib.Path(path))
     matrix = voc_server.check(results, voc_server.load_split(config, results.split))
     _report(path, results.competition, results.split, len(results.files), matrix)

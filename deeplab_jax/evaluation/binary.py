@@ -91,8 +91,8 @@ class ScoreCounts:
 class Curves:
     """What a threshold of the score gives, for the ROC and the precision-recall curve.
 
-    Point i is at the threshold `thresholds[i]`: pixels of that score or more count as predicted.
-    The points are exact. Between neighbouring points of a histogram there may be more.
+    At point i, pixels with a score of `thresholds[i]` or more count as predicted. The points are
+    exact. Between neighbouring points of a histogram there may be more.
 
     Attributes:
       thresholds: scores, decreasing.
@@ -175,8 +175,7 @@ class Curves:
     def points(self, num_points: int = 1000) -> dict[str, np.ndarray]:
         """Returns the curves' coordinates, thinned evenly along them to at most twice `num_points`.
 
-        Both ends, the best F1, and both ends of each longer step are kept. A rate without
-        pixels is NaN.
+        Both ends, the best F1, and both ends of longer steps are kept. Rates of no pixels are NaN.
         """
         tp, fp = self.true_positives, self.false_positives
         with np.errstate(invalid="ignore", divide="ignore"):

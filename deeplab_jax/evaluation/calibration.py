@@ -43,11 +43,6 @@ def fit_temperature(
     It is convex in 1 / T: Brent's method finds the zero of its derivative. Sums are float64.
     Source: Guo et al. 2017, arXiv 1706.04599, section 4.2.
 
-    Args:
-      logits: or logarithms of probabilities.
-      labels: class of each pixel.
-      weights: of the pixels; None: equal.
-
     Returns:
       T, or the end of `TEMPERATURES` nearest to it.
     """
@@ -78,11 +73,7 @@ def checked_temperature(
 
     They do if there are `MIN_IMAGES` images, the temperature of each half of them has a higher
     likelihood on the other half than the fallback has, and it is within `TEMPERATURES`.
-
-    Args:
-      logits, labels, weights: as of `fit_temperature`.
-      images: number of each pixel's image.
-      fallback: a temperature.
+    `images` is the number of each pixel's image.
     """
     present = np.unique(images)
     if len(present) < MIN_IMAGES:
@@ -105,7 +96,6 @@ class Reliability:
     """Sums over pixels, from which the calibration errors follow.
 
     Attributes:
-      pixels: their number.
       top: by bin of the predicted class's probability, float64 `[3, 1, BINS]`: number of pixels,
         sum of the probability, number of correct pixels.
       by_class: the same of each class's probability, where correct means labelled, `[3, classes,
@@ -159,18 +149,12 @@ def choose_threshold(
 ) -> int:
     """Returns the index of the smallest threshold that keeps a risk, by conformal risk control.
 
-    It is the smallest at which `(n R + 1) / (n + 1) <= risk`, where R is the mean loss of n images.
-    Then the expected loss of a new image, exchangeable with them, is at most `risk`. Source:
-    Angelopoulos et al. 2022, arXiv 2208.02814, theorem 1, for losses of at most 1.
-
-    Args:
-      mean_losses: R at each threshold; it does not grow.
-      num_images: n.
-      risk: to keep.
-      having: what the images have, for the error.
+    It is the smallest at which `(n R + 1) / (n + 1) <= risk`, where R, which does not grow, is the
+    mean loss of n images. Then the expected loss of a new image, exchangeable with them, is at most
+    `risk`. Source: Angelopoulos et al. 2022, arXiv 2208.02814, theorem 1, for losses of at most 1.
 
     Raises:
-      UserError: there are too few images.
+      UserError: there are too few images, which it says are those `having` something.
     """
     bound = (num_images * mean_losses + 1) / (num_images + 1)
     if bound[-1] > risk:
@@ -192,8 +176,7 @@ class RiskCurve:
     class's pixels. It does not grow with the threshold.
 
     Attributes:
-      num_images: that have a loss.
-      losses: their sum.
+      num_images, losses: number of images that have a loss, and its sum.
       sure, wrong: pixels of all images that are not unsure, and those of them that are wrong.
     """
 
@@ -248,10 +231,8 @@ def predictions(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields probabilities `[n, classes]` and labels `[n]` of the valid pixels of images.
 
-    Images without valid pixels are left out.
-
     Raises:
-      UserError: all images are.
+      UserError: no image has valid pixels.
     """
     num_pixels = 0
     for index in indices:
@@ -296,7 +277,7 @@ def calibrate(
     of: int | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Calibrates a model on a split.
+    """Calibrates a model on a split, of images on which it was not trained.
 
     A class's own temperature is for the pixels that are predicted as the class, so that no
     predicted class changes. Source: class-based temperature scaling, Frenkel and Goldberger,
@@ -304,7 +285,7 @@ def calibrate(
 
     Args:
       segmenter: the model, with the views in which it will predict.
-      dataset: images on which it was not trained.
+      dataset: the split.
       risk: to keep, the expected loss of `RiskCurve`.
       of: id of the class whose false-negative rate is the risk; None: for all classes.
       progress: called after each image.

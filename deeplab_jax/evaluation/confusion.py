@@ -49,16 +49,16 @@ class Scores:
     """Scores of a confusion matrix, 0..1; NaN where a class has no pixels or there are none at all.
 
     Attributes:
-      miou: mean of `per_class_iou` over the classes that have one.
-      miou_without_background: the same without the background class; NaN if there is none.
+      miou, mean_accuracy: means of `per_class_iou` and `per_class_accuracy` over the classes that
+        have one.
+      miou_without_background: NaN if there is no background class.
       pixel_accuracy: fraction of the valid pixels that are predicted correctly.
-      mean_accuracy: mean of `per_class_accuracy` over the classes that have one.
       frequency_weighted_iou: mean of `per_class_iou`, weighted by `per_class_true_share`.
       per_class_iou: true positives over the union of true and predicted pixels. NaN for a class
         that is neither labelled nor predicted.
       per_class_accuracy: fraction of the class's labelled pixels that are predicted correctly.
-      per_class_true_share: fraction of the valid pixels that are labelled as the class.
-      per_class_predicted_share: fraction of the valid pixels that are predicted as the class.
+      per_class_true_share, per_class_predicted_share: fraction of the valid pixels that are
+        labelled, or predicted, as the class.
     """
 
     miou: float
@@ -77,11 +77,7 @@ def scores(matrix: Integer[np.ndarray, "classes classes"], background: int | Non
 
     Source: VOC 2012 development kit, section "segmentation accuracy" and `VOCevalseg.m`: IoU of a
     class over all images together. Frequency-weighted IoU: Long et al. 2015, arXiv 1411.4038,
-    section 5.
-
-    Args:
-      matrix: numbers of pixels.
-      background: id of the background class, if there is one.
+    section 5. `background` is the id of the background class, if there is one.
     """
     counts = np.asarray(matrix, np.float64)
     right, true, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
@@ -110,11 +106,7 @@ def scores(matrix: Integer[np.ndarray, "classes classes"], background: int | Non
 class ClassScores(NamedTuple):
     """Scores of one class against the rest, 0..1; NaN where a denominator is 0.
 
-    Attributes:
-      precision: fraction of the pixels predicted as the class that are labelled as it.
-      recall: fraction of the pixels labelled as the class that are predicted as it.
-      f1: harmonic mean of both, which is also the Dice coefficient.
-      iou: see `Scores.per_class_iou`.
+    They are of the pixels that are predicted, or labelled, as the class; `f1` is also Dice.
     """
 
     precision: float

@@ -35,11 +35,6 @@ class Evaluator:
 
     Each valid pixel of each image is scored once, at the size that the protocol gives to labels.
     One program is compiled for each shape of batches.
-
-    Attributes:
-      dataset: the split.
-      positive: class whose curves are computed, if any.
-      num_compilations: number of programs compiled so far.
     """
 
     def __init__(
@@ -55,7 +50,7 @@ class Evaluator:
         Args:
           model: the functions of an architecture.
           dataset: the split.
-          config: of which `data` and `eval` are used.
+          config: `data` and `eval` are used.
           mesh: of devices.
           positive: class whose curves are computed; with a threshold, it also makes the ids.
         """
@@ -124,7 +119,7 @@ class Evaluator:
         progress: Callable[[], None] = lambda: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Evaluation | None:
-        """Evaluates the split; None if `should_stop` returned True.
+        """Evaluates the split; None if `should_stop` returned True, called before each batch.
 
         Args:
           variables: of the model.
@@ -132,7 +127,6 @@ class Evaluator:
           boundary: count boundaries too, which the host does and which takes time.
           each: called with each prediction of this process, in the order of the images.
           progress: called after each batch.
-          should_stop: called before each batch.
 
         Raises:
           RuntimeError: an image was not counted exactly once.
@@ -206,9 +200,7 @@ class Evaluator:
             arrays = {name: x for name, x in batch.items() if name != "name"}
             placed = mesh_lib.to_global(arrays, self._mesh, self._batch_size)
             index, matrices, predicted = self._step(variables, placed, self.positive, height=height)
-            return BatchResult(
-                index, matrices, lambda: list(map(mesh_lib.addressable_rows, predicted))
-            )
+            return index, matrices, lambda: list(map(mesh_lib.addressable_rows, predicted))
 
         return run
 
@@ -250,6 +242,6 @@ class Evaluator:
             matrices = multihost_utils.process_allgather(matrices).reshape(-1, *matrices.shape[1:])
             # Hosts along the height of images have the same rows.
             _, first = np.unique(indices, return_index=True)
-            return BatchResult(indices[first], matrices[first], lambda: maps)
+            return indices[first], matrices[first], lambda: maps
 
         return run

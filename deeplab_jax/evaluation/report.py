@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -17,9 +18,7 @@ _MAX_PREDICTED_SHARE = 0.99  # of one class; a warning above it
 def to_json(evaluation: Evaluation, interval: tuple[float, float] | None = None) -> dict[str, Any]:
     """Returns the numbers of an evaluation by name, fractions in 0..1; None in place of NaN.
 
-    Args:
-      evaluation: to convert.
-      interval: lower and upper end of the mIoU's confidence interval, if it was computed.
+    `interval` is the mIoU's confidence interval, if it was computed.
     """
     values = dataclasses.asdict(evaluation.scores) | {
         "miou_interval": interval,
@@ -87,8 +86,7 @@ def warnings(evaluation: Evaluation) -> list[str]:
         ("never predicted, though labelled", labelled & ~predicted),
     ):
         if selected.any():
-            chosen = [name for name, flag in zip(names, selected, strict=True) if flag]
-            messages.append(f"{message}: {', '.join(chosen)}")
+            messages.append(f"{message}: {', '.join(itertools.compress(names, selected))}")
     curves, positive = evaluation.curves, evaluation.positive
     if curves and positive and not (curves.num_positives and curves.num_negatives):
         what = "AUROC, average precision" if not curves.num_positives else "AUROC"

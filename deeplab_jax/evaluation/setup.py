@@ -40,9 +40,8 @@ def prepare(
     """Loads the model and the split that a command's options name; errors name the options.
 
     Args:
-      checkpoint, data: see `base_config`.
+      checkpoint, data, root, split: see `base_config`.
       settings: fields of `EvalConfig` that differ from `eval_config`.
-      root, split: empty: as in `base_config`.
       limit: largest number of images; 0: all.
       positive, threshold: see `inference.positive.resolve`.
       calibration: see `inference.segmenter.load`; empty: the default.
@@ -58,16 +57,13 @@ def prepare(
     """
     if is_bucket(checkpoint):  # copied once, for its config and its arrays
         checkpoint = str(hub.find_weights(checkpoint))
-    base = base_config(data, checkpoint)
+    base = base_config(data, checkpoint, root, split)
     config = Config(data=base.data, eval=eval_config(checkpoint, base, settings))
-    config.data.root = root or config.data.root
-    config.data.eval_split = split or config.data.eval_split
     # Which output strides there are depends on the checkpoint's cascade: `load` checks it.
     stride, config.eval.output_stride = config.eval.output_stride, None
     try:
         rules.validate(config)
-        config.eval = dataclasses.replace(resolve_eval(config), output_stride=stride)
-        ours = config.eval
+        ours = config.eval = dataclasses.replace(resolve_eval(config), output_stride=stride)
         segmenter = load(
             checkpoint,
             output_stride=stride,
@@ -93,15 +89,13 @@ def load_data(
     data: str, checkpoint: str, *, root: str = "", split: str = "", limit: int = 0
 ) -> tuple[DataConfig, Dataset]:
     """Loads the split that a command's options name, without a model; see `prepare`."""
-    config = Config(data=base_config(data, checkpoint).data)
-    config.data.root = root or config.data.root
-    config.data.eval_split = split or config.data.eval_split
+    config = Config(data=base_config(data, checkpoint, root, split).data)
     rules.validate(config)
     return config.data, _first(data_lib.load(config.data, config.data.eval_split), limit)
 
 
 def _first(dataset: Dataset, limit: int) -> Dataset:
-    """Returns the first images of a split; all for limit 0."""
+    """Returns the first images of a split; limit 0: all."""
     if not limit:
         return dataset
     first = np.arange(min(limit, len(dataset.source)))
@@ -126,13 +120,8 @@ def training_warning(checkpoint: str, config: DataConfig) -> list[str]:
 def eval_config(checkpoint: str, base: Config, settings: Mapping[str, Any]) -> EvalConfig:
     """Returns how a checkpoint's run was evaluated, with some fields set.
 
-    A window that is set and the protocol "paper" exclude each other: the one that is set replaces
-    the other.
-
-    Args:
-      checkpoint: if it belongs to no run, the result has the defaults and the size of `base`.
-      base: see `base_config`.
-      settings: the fields to set.
+    Without a run, the result has the defaults and the size of `base`, of `base_config`. A window
+    and the protocol "paper" exclude each other: the one that is set replaces the other.
     """
     run = config_io.from_run(checkpoint)
     result = EvalConfig(size=base.eval.size) if run is None else run.eval
@@ -143,29 +132,32 @@ def eval_config(checkpoint: str, base: Config, settings: Mapping[str, Any]) -> E
     return dataclasses.replace(result, num_pictures=0, **settings)
 
 
-def base_config(data: str, checkpoint: str) -> Config:
+def base_config(data: str, checkpoint: str, root: str = "", split: str = "") -> Config:
     """Returns the config whose data section an evaluation uses.
 
     Args:
       data: name of a data set, a config as `config.io.from_python` takes it, or empty for the data
         set that the checkpoint was trained on.
       checkpoint: a workdir or a path in it, or another checkpoint.
+      root, split: of the data; empty: those of the config.
 
     Raises:
       UserError: `data` is empty and the checkpoint belongs to no run.
     """
     if data not in DATASETS and config_io.is_config(data):
-        return config_io.from_python(data)
-    run = config_io.from_run(checkpoint)
-    # A run's own settings, such as its root, apply to its data set.
-    if run is not None and data in ("", run.data.name):
-        return run
-    if not data:
+        config = config_io.from_python(data)
+    elif (run := config_io.from_run(checkpoint)) is not None and data in ("", run.data.name):
+        config = run  # whose settings, such as the root, apply to its data set
+    elif data:
+        config = Config(data=DataConfig(name=data))
+    else:
         raise UserError(
             f"{checkpoint} belongs to no run of train.py, whose config.json would name its data: "
             "give --data, a data set's name or a config file"
         )
-    return Config(data=DataConfig(name=data))
+    config.data.root = root or config.data.root
+    config.data.eval_split = split or config.data.eval_split
+    return config
 
 
 def check_compatible(model: LabelSet, num_channels: int, dataset: Dataset) -> list[str]:

@@ -39,12 +39,9 @@ class Evaluation:
       num_images: number of images.
       labels: names and colours of the classes.
       predictions: of `config.eval.num_pictures` images of each host, which show different classes.
-      matrices: int32 `[images, classes, classes]`, the matrix of each image, in order; None unless
-        requested.
-      boundary_counts: int64 `[classes, 2]`, pixels in the intersection and union of boundaries,
-        see `count_boundary`; None unless requested.
-      positive: of the evaluator.
-      curves: of the positive class; None without one.
+      matrices: int32 `[images, classes, classes]`, of each image, if requested.
+      boundary_counts: int64 `[classes, 2]`, see `count_boundary`, if requested.
+      positive, curves: the positive class, if any, and its curves.
     """
 
     matrix: np.ndarray
@@ -77,20 +74,13 @@ class Evaluation:
         return None if values is None else nan_mean(values)
 
 
-class BatchResult(NamedTuple):
-    """The result of one batch.
-
-    Attributes:
-      indices: int32 `[b]`, of the examples of all hosts; -1 for rows without one. It may still be
-        computed on the devices, as `matrices` may.
-      matrices: int32 `[b, classes, classes]`, of the same rows.
-      fetch: returns the ids, uint8 `[rows, h, w]`, of this host's rows, which stay on the devices
-        until it is called; and, with a positive class, its probabilities, float32 `[rows, h, w]`.
-    """
-
-    indices: np.ndarray | jax.Array
-    matrices: np.ndarray | jax.Array
-    fetch: Callable[[], Sequence[np.ndarray]]
+# The result of a batch: int32 `[b]`, the index of each example of all hosts, -1 for rows without one;
+# int32 `[b, classes, classes]`, its confusion matrix; both may still be computed on the devices. A
+# function fetches the ids, uint8 `[rows, h, w]`, of this host's rows from the devices; and, with a
+# positive class, its probabilities, float32 `[rows, h, w]`.
+BatchResult = tuple[
+    np.ndarray | jax.Array, np.ndarray | jax.Array, Callable[[], Sequence[np.ndarray]]
+]
 
 
 class Tally:
@@ -109,37 +99,35 @@ class Tally:
         each: Callable[[Prediction], None] | None,
     ) -> None:
         num_images = len(dataset.source)
-        self._dataset = dataset
-        self._num_pictures = num_pictures
-        self._each = each
+        self._dataset, self._num_pictures, self._each = dataset, num_pictures, each
         # By the images' indices; the classes are those in their labels, bool `[classes]`.
         self._pictures: dict[int, Prediction] = {}
         self._classes: dict[int, np.ndarray] = {}
         self._matrix = np.zeros((num_classes, num_classes), np.int64)
         self._times_counted = np.zeros(num_images, np.int64)
-        self._matrices = self._boundary = None
+        self._matrices = self._boundary = self._scores = None
         if per_image:
             self._matrices = np.zeros((num_images, num_classes, num_classes), np.int32)
-        self._positive, self._scores = positive, None
+        if boundary:
+            self._boundary = np.zeros((num_images, num_classes, 2), np.int32)
+        self._positive = positive
         if positive is not None:
             self._scores = ScoreCounts()
             # Hosts along the height of images have the same rows: the first one counts them.
             hosts = multihost.allgather(list(rows))
             process = jax.process_index()
             self._is_counted = [all(row not in host for host in hosts[:process]) for row in rows]
-        if boundary:
-            self._boundary = np.zeros((num_images, num_classes, 2), np.int32)
 
     def add(self, batch: pipeline.EvalBatch, result: BatchResult) -> None:
         """Adds a batch; waits until its result is computed."""
-        indices, matrices = jax.device_get((result.indices, result.matrices))
+        indices, matrices = jax.device_get(result[:2])
         indices, matrices = indices[indices >= 0], matrices[indices >= 0]
         np.add.at(self._times_counted, indices, 1)
         self._matrix += matrices.sum(axis=0, dtype=np.int64)
         if self._matrices is not None:
             self._matrices[indices] = matrices
         classes = dict(zip(indices.tolist(), list(matrices.sum(axis=2) > 0), strict=True))
-        fetch = functools.cache(result.fetch)
+        fetch = functools.cache(result[2])
         # The rows of this process that hold an example, without their padding.
         for row in np.flatnonzero(batch["index"] >= 0):
             index, (height, width) = int(batch["index"][row]), batch["size"][row]

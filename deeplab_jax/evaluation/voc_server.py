@@ -49,9 +49,7 @@ class Results:
     """The contents of an archive or folder of results.
 
     Attributes:
-      path: of the archive or folder.
-      competition: a key of `COMPETITIONS`.
-      split: one of `SPLITS`.
+      competition, split: of `COMPETITIONS` and `SPLITS`.
       files: content of each PNG, by image id.
       problems: with other files in it.
     """
@@ -64,11 +62,7 @@ class Results:
 
 
 def load_split(config: DataConfig, split: str) -> Dataset:
-    """Loads a split of VOC; `test` has no labels.
-
-    Raises:
-      UserError: the config names another data set, or as `data.load` raises.
-    """
+    """Loads a split of VOC; `test` has no labels. Raises UserError for other data sets."""
     if config.name != "voc":
         raise UserError(
             f"the server takes results for VOC 2012, but the data set is {config.name!r}: give "
@@ -98,8 +92,7 @@ def write(
       path: of the archive, `.tgz`; an existing file is replaced.
       evaluator: of the split, under a protocol that keeps images at their own size.
       variables: of its model.
-      competition: a key of `COMPETITIONS`.
-      split: name of the split.
+      competition, split: of `COMPETITIONS` and `SPLITS`.
       progress: called after each batch.
 
     Returns:
@@ -196,10 +189,7 @@ def check(results: Results, dataset: Dataset) -> Int[np.ndarray, "21 21"]:
     """Checks that the server would accept results, and scores them if the split has labels.
 
     There must be exactly one file for each image of the split: a PNG of mode P with VOC's palette,
-    of its image's size, with ids 0 to 20.
-
-    Returns:
-      Confusion matrix over all images.
+    of its image's size, with ids 0 to 20. Returns the confusion matrix over all images.
 
     Raises:
       UserError: there are problems; the message lists the first ones and counts all.

@@ -63,10 +63,6 @@ class Calibration:
 
         It is the calibrated probability of the predicted class. Of a rule for one class, it is 1
         minus the calibrated probability of that class, and infinite where that class is predicted.
-
-        Args:
-          probabilities: as `Segmenter.probabilities` returns them.
-          ids: most probable class.
         """
         flat = probabilities.reshape(-1, probabilities.shape[-1])
         result = np.empty(len(flat), np.float32)
@@ -106,11 +102,7 @@ class Calibration:
 
 
 def read(path: str | os.PathLike[str], classes: Sequence[str]) -> Calibration:
-    """Reads a file of `Calibration.write`.
-
-    Args:
-      path: of the file; may be in a bucket.
-      classes: names of the model's classes.
+    """Reads a file of `Calibration.write`, which may be in a bucket.
 
     Raises:
       UserError: the file cannot be read, or belongs to a model of other classes.

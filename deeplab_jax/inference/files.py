@@ -34,7 +34,6 @@ class ImageResult:
     """The prediction of one image.
 
     Attributes:
-      path: of the image.
       size: height and width, pixels.
       counts: pixels of each class.
       files: the written files, or their addresses in a bucket, by kind.
@@ -75,12 +74,7 @@ def find_images(
     Of a folder, all image files below it are taken that `find_files` finds, but no videos; the
     outputs' names keep its subfolders. What this package wrote is left out of folders and patterns.
     A file that is named is taken even if it is not an image or does not exist: predicting it raises
-    the error.
-
-    Args:
-      arguments: paths and shell patterns, which may contain `**`. What is in a bucket is copied to
-        this machine first.
-      out: folder of the outputs.
+    the error. What is in a bucket is copied to this machine first.
 
     Returns:
       The name of the outputs of each image, without suffix, relative to `out`, by the image's path;

@@ -26,13 +26,8 @@ def resolve(
 ) -> PositiveClass | None:
     """Returns the class and threshold that two options name, which errors call by their names.
 
-    Args:
-      labels: of the model.
-      positive: name or id of a class; empty: of two classes, the one that is not background.
-      threshold: see `PositiveClass`.
-
-    Returns:
-      None if there are other than two classes and both options are at their defaults.
+    An empty `positive` is, of two classes, the one that is not background; for other numbers of
+    classes, without a threshold, the result is None.
 
     Raises:
       UserError: there is no such class, the threshold is not in 0..1, or the model has other than
@@ -60,11 +55,13 @@ def missing(option: str, labels: LabelSet) -> UserError:
 def choose_ids(ranked: Any, scores: Any, positive: PositiveClass | None) -> Any:
     """Returns the class of each pixel, as integers `[..., h, w]`, of NumPy's or JAX's arrays.
 
+    With a threshold, pixels whose score reaches it are positive, and the others of the most
+    probable other class. Otherwise all are of the most probable class.
+
     Args:
       ranked: logits or probabilities `[..., h, w, classes]`.
       scores: probability of the positive class, `[..., h, w]`.
-      positive: with a threshold, pixels from it on are positive, and the others of the most
-        probable other class. Otherwise all are of the most probable class.
+      positive: the class, if any.
     """
     xp = ranked.__array_namespace__()
     if positive is None or positive.threshold is None:

@@ -56,11 +56,9 @@ class VideoReader:
     """
 
     def __init__(self, source: pathlib.Path, *, every: int = 1) -> None:
-        """Opens the video and decodes its first frame.
+        """Opens a file, or a camera as "camera:0", and decodes the first frame.
 
-        Args:
-          source: path of a file; or "camera:0", of any number.
-          every: read one of so many frames.
+        One of `every` frames is read.
 
         Raises:
           UserError: the video cannot be opened, or no frame can be decoded.

@@ -40,8 +40,7 @@ def predict_probabilities(
     Must be called under `jax.jit`: one program then contains the network once per scale.
 
     Args:
-      model: the functions of an architecture.
-      variables: its arrays.
+      model, variables: functions of an architecture, and its arrays.
       images: normalized pixels; those outside an image's size have no effect.
       sizes: height and width of each image, pixels; None: there is no padding.
       scales: of the views, relative to the image.

@@ -25,10 +25,8 @@ def calibration_plot(
     """Draws the reliability before and after calibration, and the risk over the coverage.
 
     Args:
-      before, after: number of pixels, sum of their probabilities and number of correct ones, by
-        bin of the predicted class's probability.
-      points: "coverage" and "risk" at each threshold.
-      rule: those at the chosen threshold.
+      before, after: `Reliability.top`, by bin.
+      points, rule: "coverage" and "risk" at each threshold, and at the chosen one.
       stated_risk: that the rule keeps.
     """
     figure = new_figure(1150, 400, layout="constrained")

@@ -31,7 +31,7 @@ def image_grid(tiles: Sequence[tuple[str, Picture]], num_columns: int, width: in
     Args:
       tiles: (title, picture of at most `width` pixels across), row by row.
       num_columns: pictures in a row.
-      width: of a column, pixels. The grid has `GAP` pixels between and beside columns.
+      width: of a column, pixels; `GAP` pixels are between and beside columns.
     """
     total_width = num_columns * (width + GAP) + GAP
     rows = [blank(0, total_width)]

@@ -51,15 +51,9 @@ def blend(
     labels: LabelSet,
     opacity: float = 0.5,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Blends class colours over an image.
+    """Blends class colours of an opacity, 0..1, over an image of any number of channels.
 
     Ignored pixels stay clear, and so does class 0 if its name means background.
-
-    Args:
-      image: of any number of channels.
-      ids: class of each pixel.
-      labels: names and colours.
-      opacity: of the colours, 0..1.
     """
     rgb = to_rgb(image)
     weight = round(256 * opacity) / 256
@@ -79,12 +73,9 @@ def overlay(
     num_rows: int | None = None,
     unsure: Bool[np.ndarray, "h w"] | None = None,
 ) -> Picture:
-    """Draws `blend` above a legend of the classes that occur.
+    """Draws `blend` above a legend of the classes that occur, of `num_rows` (see `legend`).
 
-    Args:
-      image, ids, labels, opacity: as for `blend`.
-      num_rows: of the legend, see `legend`.
-      unsure: pixels to hatch.
+    The pixels of `unsure` are hatched.
     """
     panel = _hatched(_enlarged(blend(image, ids, labels, opacity)), unsure)
     draw = functools.partial(legend, _area_entries(ids, labels, unsure), num_rows=num_rows)
@@ -110,14 +101,9 @@ def side_by_side(
 def heatmap(
     image: UInt8[np.ndarray, "h w c"], probability: Float[np.ndarray, "h w"], name: str
 ) -> Picture:
-    """Draws the probability of a class in colour over the grey image, above a colour scale.
+    """Draws the probability of a class, 0..1, in colour over the grey image, above a colour scale.
 
     The colours are viridis, whose steps look even and whose lightness grows with the value.
-
-    Args:
-      image: of any number of channels.
-      probability: of the class, 0..1.
-      name: of the class.
     """
     grey = cv2.cvtColor(to_rgb(image), cv2.COLOR_RGB2GRAY)
     panel = _enlarged(_heat(probability, grey))
@@ -145,8 +131,7 @@ def legend(
 
     Args:
       entries: to draw, in this order.
-      width: of the legend, pixels.
-      font_size: pixels.
+      width, font_size: pixels.
       num_rows: number of lines; entries that need more are left out. None: as many as they need.
     """
     letters = font(font_size)
@@ -279,11 +264,9 @@ def _captioned(
 
 
 def _hatched(panel: Picture, unsure: Bool[np.ndarray, "_ _"] | None) -> Picture:
-    """Draws diagonal lines over pixels, white beside dark: they show on any colour.
+    """Draws diagonal lines over the unsure pixels, white beside dark: they show on any colour.
 
-    Args:
-      panel: to draw on.
-      unsure: the pixels, before the panel was enlarged; None: none.
+    `unsure` is as large as the panel was before it was enlarged; None: no pixels.
     """
     if unsure is None:
         return panel

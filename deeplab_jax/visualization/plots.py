@@ -1,7 +1,8 @@
 """Charts and diagrams by Matplotlib, and the confusion matrix as a chart.
 
 Only the functions that draw import Matplotlib, so that no other command pays for it. They use its
-`Figure` directly: no pyplot, hence no global list of figures and no window.
+`Figure` directly: no pyplot, hence no global list of figures and no window. The unit of lengths is
+1/100 inch, the origin the upper left corner.
 """
 
 from __future__ import annotations
@@ -39,12 +40,7 @@ Point = tuple[float, float]
 
 
 def new_figure(width: float, height: float, **options: Any) -> Figure:
-    """Creates an empty figure.
-
-    Args:
-      width, height: in units of 1/100 inch; `DPI` gives 2 pixels for each.
-      **options: of `matplotlib.figure.Figure`.
-    """
+    """Creates an empty figure, with options of `Figure`; `DPI` gives 2 pixels for each unit."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width / 100, height / 100), dpi=DPI, **options)
@@ -60,12 +56,10 @@ def rasterize(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def save(path: pathlib.Path, figure: Figure) -> None:
-    """Writes a figure as PNG, SVG or PDF, chosen by the suffix of `path`.
-
-    The same figure gives the same bytes. The file appears under its name only when it is complete.
+    """Writes a figure atomically as PNG, SVG or PDF; the same figure gives the same bytes.
 
     Raises:
-      UserError: the suffix is another one.
+      UserError: `path` has another suffix.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -83,12 +77,7 @@ def save(path: pathlib.Path, figure: Figure) -> None:
 
 
 def clean_axes(axes: Axes, grid: str = "both") -> None:
-    """Gives axes a quiet style: no frame, light grid lines, grey numbers.
-
-    Args:
-      axes: to change.
-      grid: "x", "y", "both" or "": the axes whose ticks have grid lines.
-    """
+    """Gives axes a quiet style; `grid` is "x", "y", "both" or "": the ticks with grid lines."""
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=9, labelcolor=GREY)
     axes.set_axisbelow(True)
@@ -100,7 +89,7 @@ def clean_axes(axes: Axes, grid: str = "both") -> None:
 
 
 def diagram(width: float, height: float) -> tuple[Figure, Axes]:
-    """Creates a figure and invisible axes in units of 1/100 inch from its upper left corner."""
+    """Creates a figure and invisible axes, to draw on in units."""
     figure = new_figure(width, height)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
@@ -109,7 +98,7 @@ def diagram(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def chart_axes(axes: Axes, left: float, top: float, width: float, height: float) -> Axes:
-    """Adds axes for a chart to a diagram; the arguments are in the diagram's units."""
+    """Adds axes for a chart to a diagram."""
     from matplotlib.transforms import Bbox
 
     box = Bbox([(left, top + height), (left + width, top)])
@@ -117,12 +106,7 @@ def chart_axes(axes: Axes, left: float, top: float, width: float, height: float)
 
 
 def text_width(words: str, size: float = 10) -> float:
-    """Measures a line of text in units of 1/100 inch.
-
-    Args:
-      words: to measure.
-      size: of the font, points.
-    """
+    """Measures a line of text; `size` is that of the font, points."""
     from matplotlib.textpath import TextPath
 
     return TextPath((0, 0), words, size=size).get_extents().x1 / 0.72
@@ -146,15 +130,13 @@ def text(
 
     Args:
       axes: of a diagram.
-      x, y: of the point, in the units of the diagram.
+      x, y: the point.
       words: to write.
       size: of the font, points.
-      color: of the letters.
-      ha: "left", "center" or "right": the side of the text that is at `x`.
-      va: "top", "center" or "bottom": the side of the text that is at `y`.
+      color, weight: of the letters.
+      ha, va: "left", "center" or "right", and "top", "center" or "bottom": what is at the point.
       spacing: distance of baselines, font sizes.
       max_width: to which text is shrunk, but not below 6 points.
-      weight: of the font.
     """
     lines = words.splitlines()
     widest = max(text_width(line, size) for line in lines)
@@ -184,14 +166,8 @@ def box(
 ) -> None:
     """Draws a box with rounded corners and text in its middle, shrunk if it is too wide.
 
-    Args:
-      axes: of a diagram.
-      left, top, width, height: of the box, in the units of the axes.
-      words: to write into it.
-      fill, edge: colours.
-      line: width of the outline, points; 0 for none.
-      rounding: radius of the corners, in the units of the axes.
-      size: of the font, points.
+    `line` is the width of the outline in points, 0 for none; `rounding` the radius of the corners;
+    `size` that of the font, points.
     """
     from matplotlib.patches import FancyBboxPatch
 
@@ -255,11 +231,7 @@ def confusion_plot(
     """Draws a confusion matrix as a heat map, each row in percent of its true class's pixels.
 
     Cells hold their number where they are large enough, unless it is below 0.05 %. A row whose
-    class has no pixels is grey.
-
-    Args:
-      matrix: pixels by true (row) and predicted class (column).
-      labels: names of the classes.
+    class has no pixels is grey. Rows are true classes, columns predicted ones.
     """
     from matplotlib import colormaps
 
@@ -310,8 +282,7 @@ def binary_curves(points: dict[str, np.ndarray], numbers: dict[str, Any]) -> Fig
     Grey lines show scores without information. Points show the prediction and the best F1.
 
     Args:
-      points: equally long "recall", "false_positive_rate", "precision" and "threshold". A curve
-        whose points are NaN stays empty.
+      points: of `Curves.points`; a curve whose points are NaN stays empty.
       numbers: as of `evaluation.report.binary`.
     """
     figure = new_figure(900, 500, layout="constrained")
