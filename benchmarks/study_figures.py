@@ -13,8 +13,7 @@ import deeplab_jax as dl
 from deeplab_jax import data
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.visualization import plots
-from deeplab_jax.visualization.image_grid import image_grid
-from deeplab_jax.visualization.overlays import Picture, colorize, legend
+from deeplab_jax.visualization.overlays import Picture, colorize, image_grid, legend
 from deeplab_jax.visualization.plots import BLUE, GREY, VERMILLION
 
 if TYPE_CHECKING:

@@ -25,7 +25,6 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 # (`models.architecture` and `models.deeplab` have checks of their own, in better words.)
 install_import_hook(
     [
-        "deeplab_jax.evaluation.boundary",
         "deeplab_jax.evaluation.confusion",
         "deeplab_jax.inference.sliding_window",
         "deeplab_jax.utils.files",
@@ -46,7 +45,6 @@ install_import_hook(
         "deeplab_jax.models.ops.pooling",
         "deeplab_jax.models.ops.resize",
         "deeplab_jax.models.ops.same_padding",
-        "deeplab_jax.visualization.image_grid",
         "deeplab_jax.visualization.overlays",
         "deeplab_jax.visualization.plots",
         "deeplab_jax.inference.files",

@@ -64,7 +64,6 @@ def calibrate(
     from deeplab_jax.inference.segmenter import load
     from deeplab_jax.utils.paths import is_bucket, user_cache
     from deeplab_jax.visualization import plots
-    from deeplab_jax.visualization.calibration_plots import calibration_plot
     from deeplab_jax.weights import hub
 
     outputs.check("--out", out, ".json")
@@ -98,7 +97,7 @@ def calibrate(
     rule = found.report["rule"]
     if plot:
         tops = done.before.top[:, 0], done.after.top[:, 0]
-        figure = calibration_plot(*tops, done.curve.points(), rule, risk)
+        figure = plots.calibration_plot(*tops, done.curve.points(), rule, risk)
         outputs.save_figure(plot, figure)
     console = outputs.console(json_file)
     rows = [

@@ -157,7 +157,7 @@ def crops(
     from deeplab_jax.config import rules
     from deeplab_jax.data import oversampling, pipeline
     from deeplab_jax.utils.files import write_png
-    from deeplab_jax.visualization import image_grid, overlays
+    from deeplab_jax.visualization import overlays
 
     outputs.check("OUT", out, ".png")
     values = config_io.override(config_io.from_python(config), settings or ())
@@ -168,9 +168,9 @@ def crops(
     tiles = []
     for image, label in zip(batch["image"], batch["label"], strict=True):
         pictures = overlays.to_rgb(image), overlays.blend(image, label, dataset.labels)
-        tiles += [("", image_grid.resized(picture, 200)) for picture in pictures]
+        tiles += [("", overlays.resized(picture, 200)) for picture in pictures]
     with local_output(out) as (file, _):
-        write_png(file, image_grid.image_grid(tiles, 6, 200))
+        write_png(file, overlays.image_grid(tiles, 6, 200))
 
 
 def _check(

@@ -9,8 +9,7 @@ from jaxtyping import UInt8
 
 from deeplab_jax.data.io.masks import MaskFormat
 from deeplab_jax.data_check.scan import Scan, thumbnail
-from deeplab_jax.visualization.image_grid import image_grid
-from deeplab_jax.visualization.overlays import blend, class_entries, legend
+from deeplab_jax.visualization.overlays import blend, class_entries, image_grid, legend
 
 _COLUMNS = 6
 _WIDTH, _HEIGHT = 240, 320  # largest size of a tile, pixels

@@ -1,4 +1,4 @@
-"""Confusion matrices, and the scores and intervals computed from them."""
+"""Confusion matrices and boundaries, and the scores and intervals computed from them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import dataclasses
 import warnings
 from typing import NamedTuple
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int, Int64, Integer, UInt8
+from jaxtyping import Array, Bool, Float, Int, Int64, Integer, UInt8
+
+from deeplab_jax.data.labels import IGNORE
+
+DILATION_RATIO = 0.02  # width of a boundary, as a fraction of the image's diagonal
 
 
 def confusion_matrices(
@@ -142,20 +147,12 @@ def bootstrap_miou(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Computes a confidence interval of the mIoU by drawing images with replacement.
+    """Computes the ends of a confidence interval of the mIoU by drawing images with replacement.
 
-    The interval shows how much the score depends on which images are in the split. It does not
-    show how much the score varies from one training run to another. Source: Efron and Tibshirani
-    1993, chapter 13, the percentile interval.
-
-    Args:
-      matrices: confusion matrix of each image.
-      num_resamples: number of resamples, each of as many images as there are.
-      level: fraction of the resamples whose mIoU is in the interval.
-      seed: of the draws.
-
-    Returns:
-      Lower and upper end; NaN if no pixel is valid.
+    The interval, which holds the fraction `level` of the resamples' mIoUs, shows how much the score
+    depends on which images are in the split. It does not show how much it varies between training
+    runs. NaN if no pixel is valid. Source: Efron and Tibshirani 1993, chapter 13, the percentile
+    interval.
     """
     counts = matrices.astype(np.float64)  # exact: there are far fewer than 2^53 pixels
     right = np.diagonal(counts, axis1=1, axis2=2)
@@ -170,3 +167,42 @@ def bootstrap_miou(
         miou = np.nanmean((times @ right) / (times @ union), axis=1)
         low, high = np.nanquantile(miou, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+# --- Boundaries --------------------------------------------------------------------------------
+
+
+def mask_boundary(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    """Selects the pixels of a mask within d pixels of its edge.
+
+    d is 2 % of the image's diagonal, at least 1. These are the pixels that d erosions with a 3x3
+    square remove. The image's border is an edge too. Source: Cheng et al. 2021, arXiv 2103.16562,
+    section 4, and the authors' code.
+    """
+    distance = max(1, round(DILATION_RATIO * float(np.hypot(*mask.shape))))
+    padded = np.pad(mask.astype(np.uint8), 1)  # with zeros, so that the border erodes
+    eroded = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=distance)
+    return mask & (eroded[1:-1, 1:-1] == 0)
+
+
+def count_boundary(
+    label: UInt8[np.ndarray, "h w"], ids: UInt8[np.ndarray, "h w"], num_classes: int
+) -> Int64[np.ndarray, "classes 2"]:
+    """Counts the pixels in the intersection and union of true and predicted boundaries, by class.
+
+    Ignored pixels belong to no class, neither in the label nor in the prediction: predictions
+    there have no effect, and a perfect prediction scores 1.
+    """
+    counts = np.zeros((num_classes, 2), np.int64)
+    valid = label != IGNORE
+    for index in np.union1d(label[valid], ids[valid]):
+        true = mask_boundary(label == index)
+        predicted = mask_boundary((ids == index) & valid)
+        counts[index] = np.sum(true & predicted), np.sum(true | predicted)
+    return counts
+
+
+def boundary_iou(counts: Int64[np.ndarray, "classes 2"]) -> Float[np.ndarray, " classes"]:
+    """Computes the boundary IoU by class from summed counts; NaN for classes that do not occur."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return counts[:, 0] / counts[:, 1].astype(np.float64)

@@ -45,14 +45,10 @@ class Evaluator:
         mesh: Mesh,
         positive: PositiveClass | None = None,
     ) -> None:
-        """Prepares an evaluation.
+        """Prepares an evaluation, by the sections `data` and `eval` of the config.
 
-        Args:
-          model: the functions of an architecture.
-          dataset: the split.
-          config: `data` and `eval` are used.
-          mesh: of devices.
-          positive: class whose curves are computed; with a threshold, it also makes the ids.
+        `positive` is the class whose curves are computed; its threshold, if any, also makes the
+        ids.
         """
         self._settings = resolve_eval(config)
         stride = self._settings.output_stride

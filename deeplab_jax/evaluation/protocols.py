@@ -41,7 +41,7 @@ class Protocol:
         return lambda height, width: (bucket(height), bucket(width))
 
 
-def resize_shorter_side(example: Example, *, side: int) -> Example:
+def resize_shorter_side(example: Example, *, side: int = TORCHVISION_SIDE) -> Example:
     """Resizes image and label to a shorter side, pixels, as torchvision's `SegmentationPresetEval`.
 
     Its backend is Pillow: the image is resized bilinearly with antialiasing, the label by nearest
@@ -56,11 +56,7 @@ def resize_shorter_side(example: Example, *, side: int) -> Example:
         for channel in np.moveaxis(example["image"], -1, 0)
     ]
     label = Image.fromarray(example["label"]).resize(size, Image.Resampling.NEAREST)
-    return {
-        "image": np.stack(channels, axis=-1),
-        "label": np.asarray(label),
-        "name": example["name"],
-    }
+    return {**example, "image": np.stack(channels, axis=-1), "label": np.asarray(label)}
 
 
 PROTOCOLS = {
@@ -71,8 +67,5 @@ PROTOCOLS = {
     "native": Protocol(prepare=None, padding_is_image=False),
     # Images and labels resized to a shorter side of 520 pixels, as torchvision's reference
     # evaluation does; scored at that size.
-    "torchvision": Protocol(
-        prepare=functools.partial(resize_shorter_side, side=TORCHVISION_SIDE),
-        padding_is_image=False,
-    ),
+    "torchvision": Protocol(prepare=resize_shorter_side, padding_is_image=False),
 }

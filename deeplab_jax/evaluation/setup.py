@@ -52,8 +52,7 @@ def prepare(
       the warnings of `check_compatible`.
 
     Raises:
-      UserError: an option, the model or the data is wrong, or the model and the data differ in
-        classes or channels.
+      UserError: an option, the model or the data is wrong, or they do not belong together.
     """
     if is_bucket(checkpoint):  # copied once, for its config and its arrays
         checkpoint = str(hub.find_weights(checkpoint))
@@ -135,11 +134,8 @@ def eval_config(checkpoint: str, base: Config, settings: Mapping[str, Any]) -> E
 def base_config(data: str, checkpoint: str, root: str = "", split: str = "") -> Config:
     """Returns the config whose data section an evaluation uses.
 
-    Args:
-      data: name of a data set, a config as `config.io.from_python` takes it, or empty for the data
-        set that the checkpoint was trained on.
-      checkpoint: a workdir or a path in it, or another checkpoint.
-      root, split: of the data; empty: those of the config.
+    `data` is the name of a data set, a config as `config.io.from_python` takes it, or empty for the
+    data set of the checkpoint's run; empty `root` and `split` are those of the config.
 
     Raises:
       UserError: `data` is empty and the checkpoint belongs to no run.
@@ -163,8 +159,7 @@ def base_config(data: str, checkpoint: str, root: str = "", split: str = "") -> 
 def check_compatible(model: LabelSet, num_channels: int, dataset: Dataset) -> list[str]:
     """Checks that a model, of these classes and channels, and a data set belong together.
 
-    Returns:
-      Warnings: classes of the same id whose names differ, which may be a matter of spelling.
+    Returns warnings about classes of one id whose names differ, perhaps in spelling.
 
     Raises:
       UserError: the number of classes, their order or the number of channels differs.

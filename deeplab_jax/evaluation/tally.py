@@ -16,8 +16,15 @@ from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.data.labels import LabelSet, default_positive, is_background
 from deeplab_jax.distributed import multihost
 from deeplab_jax.evaluation.binary import Curves, ScoreCounts
-from deeplab_jax.evaluation.boundary import boundary_iou, count_boundary
-from deeplab_jax.evaluation.confusion import ClassScores, Scores, class_scores, nan_mean, scores
+from deeplab_jax.evaluation.confusion import (
+    ClassScores,
+    Scores,
+    boundary_iou,
+    class_scores,
+    count_boundary,
+    nan_mean,
+    scores,
+)
 from deeplab_jax.inference.positive import PositiveClass
 
 
@@ -74,10 +81,10 @@ class Evaluation:
         return None if values is None else nan_mean(values)
 
 
-# The result of a batch: int32 `[b]`, the index of each example of all hosts, -1 for rows without one;
-# int32 `[b, classes, classes]`, its confusion matrix; both may still be computed on the devices. A
-# function fetches the ids, uint8 `[rows, h, w]`, of this host's rows from the devices; and, with a
-# positive class, its probabilities, float32 `[rows, h, w]`.
+# The result of a batch, perhaps still being computed: int32 `[b]`, the index of each example of all
+# hosts, -1 for rows without one; int32 `[b, classes, classes]`, its confusion matrix. A function
+# fetches the ids, uint8 `[rows, h, w]`, of this host's rows from the devices; and, with
+# a positive class, its probabilities, float32 `[rows, h, w]`.
 BatchResult = tuple[
     np.ndarray | jax.Array, np.ndarray | jax.Array, Callable[[], Sequence[np.ndarray]]
 ]

@@ -40,7 +40,7 @@ COMPETITIONS = {
     "comp6": "trained on other images too, such as ImageNet's",
 }
 SPLITS = ("test", "val", "train", "trainval")
-_RESULTS = re.compile(rf"({'|'.join(COMPETITIONS)})_({'|'.join(SPLITS)})_cls")
+_RESULTS = re.compile(rf"{FOLDER}/({'|'.join(COMPETITIONS)})_({'|'.join(SPLITS)})_cls")
 _EXPECTED = f"{FOLDER}/comp6_test_cls/<image id>.png, or comp5, or another split"
 
 
@@ -86,14 +86,10 @@ def write(
     split: str,
     progress: Callable[[], None] = lambda: None,
 ) -> Int[np.ndarray, "21 21"]:
-    """Predicts a split and writes the archive for the server, after checking it.
+    """Predicts a split and writes the archive (`.tgz`) for the server, after checking it.
 
-    Args:
-      path: of the archive, `.tgz`; an existing file is replaced.
-      evaluator: of the split, under a protocol that keeps images at their own size.
-      variables: of its model.
-      competition, split: of `COMPETITIONS` and `SPLITS`.
-      progress: called after each batch.
+    The evaluator's protocol must keep images at their own size. `progress` is called after each
+    batch.
 
     Returns:
       Confusion matrix, counted from the files; zeros for the test split.
@@ -149,16 +145,14 @@ def read(path: pathlib.Path) -> Results:
     problems = []
     for name, content in _entries(path):
         file = pathlib.PurePosixPath(name)
-        kind = _RESULTS.fullmatch(file.parent.name)
-        if file.parent.parent != FOLDER or kind is None or file.suffix != ".png":
-            problems.append(f"{name}: is not expected; expected {_EXPECTED}")
-        elif content is None:
-            problems.append(f"{name}: is not a regular file")
-        else:
-            contents = files.setdefault((kind[1], kind[2]), {})
-            if file.stem in contents:
-                problems.append(f"{name}: occurs twice")
-            contents[file.stem] = content
+        kind = _RESULTS.fullmatch(str(file.parent))
+        if kind is None or file.suffix != ".png" or content is None:
+            problems.append(f"{name}: is not expected; expected regular files {_EXPECTED}")
+            continue
+        contents = files.setdefault((kind[1], kind[2]), {})
+        if file.stem in contents:
+            problems.append(f"{name}: occurs twice")
+        contents[file.stem] = content
     if len(files) != 1:
         state = "holds results of " + ", ".join(map("_".join, files)) if files else "has no results"
         more = f". The first of its files is {problems[0].split(':')[0]}" if problems else ""
@@ -227,17 +221,14 @@ def _ids(content: bytes | None, size: tuple[int, ...]) -> UInt8[np.ndarray, "h w
             image.load()
     except Exception as error:  # Pillow raises what its decoder raises
         raise ValueError(f"is not a complete PNG ({type(error).__name__})") from error
-    if image.mode != "P":
-        raise ValueError(f"must be a palette PNG, mode P, got mode {image.mode}")
-    palette = np.asarray(image.getpalette("RGB"), np.uint8).reshape(-1, 3)[: VOC.num_classes]
-    if not np.array_equal(palette, VOC.palette()[: len(palette)]):
-        raise ValueError("its palette is not VOC's")
     ids = np.asarray(image)
-    if ids.shape != size:
+    palette = np.asarray(image.getpalette("RGB") or (), np.uint8).reshape(-1, 3)[: VOC.num_classes]
+    has_colors = np.array_equal(palette, VOC.palette()[: len(palette)])
+    largest = VOC.num_classes - 1
+    if image.mode != "P" or not has_colors or ids.shape != size or ids.max() > largest:
         raise ValueError(
-            f"is {ids.shape[1]} x {ids.shape[0]} pixels (width x height), its image "
-            f"{size[1]} x {size[0]}"
+            f"must be a PNG of mode P of {size[1]} x {size[0]} pixels, VOC's palette and ids 0 to "
+            f"{largest}; is of mode {image.mode}, {ids.shape[1]} x {ids.shape[0]} pixels, has "
+            f"{'this' if has_colors else 'another'} palette and values up to {ids.max()}"
         )
-    if ids.max() >= VOC.num_classes:
-        raise ValueError(f"holds the id {ids.max()}; the classes are 0 to {VOC.num_classes - 1}")
     return ids

@@ -123,12 +123,10 @@ def read(path: str | os.PathLike[str], classes: Sequence[str]) -> Calibration:
             raise ValueError(problem)
         num_classes = len(found.classes)
         is_valid = [0 < t < math.inf for t in found.temperatures]
-        if len(is_valid) != num_classes or not all(is_valid):
-            raise ValueError("temperatures must be one number above 0 for each class")
-        if not (0 <= found.threshold <= 2 and 0 <= (found.of or 0) < num_classes):
-            raise ValueError("its threshold or class does not exist")
-        if not 0 < found.risk < 1:  # also NaN, which JSON cannot report
-            raise ValueError(f"its risk is {found.risk:g}, expected above 0 and below 1")
+        in_range = 0 <= found.threshold <= 2 and 0 < found.risk < 1
+        in_range = in_range and 0 <= (found.of or 0) < num_classes
+        if not in_range or is_valid != [True] * num_classes:
+            raise ValueError("a temperature, the threshold, the risk or the class is out of range")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(

@@ -115,9 +115,7 @@ class Programs:
     def prepare(self, function: str, *arguments: Any) -> concurrent.futures.Future[Any]:
         """Starts to compile a program, unless it was started before; returns it.
 
-        Args:
-          function: name of the function.
-          arguments: arrays, or their shapes; of `Variables`, all have the same shapes.
+        The arguments are arrays or their shapes; all `Variables` have the same shapes.
         """
         leaves, structure = jax.tree.flatten([x for x in arguments if not isinstance(x, Variables)])
         key = (function, structure, *map(np.shape, leaves))

@@ -90,12 +90,9 @@ def find_images(
     for argument in map(_stage, arguments):
         path = pathlib.Path(argument)
         if os.path.isdir(path):
-            files = sorted(find_files(path))
-            images = [file for file in files if file.suffix.lower() in SUFFIXES]
-            matches = {file: file.relative_to(path) for file in images}
-            problem = "the folder contains no image files"
-            if any(file.suffix.lower() in VIDEO_SUFFIXES for file in files):
-                problem += f" (its videos: name them, or use a pattern such as '{argument}/*.mp4')"
+            images = [file for file in find_files(path) if file.suffix.lower() in SUFFIXES]
+            matches = {file: file.relative_to(path) for file in sorted(images)}
+            problem = f"the folder contains no image files (videos: name '{argument}/*.mp4')"
         elif not os.path.exists(path) and glob.has_magic(argument):
             matches = {file: pathlib.Path(file.name) for file in match_files(argument)}
             problem = "no file matches the pattern"
@@ -209,11 +206,7 @@ def to_json(results: Sequence[ImageResult], labels: LabelSet) -> dict[str, Any]:
 
 def _class_areas(counts: np.ndarray, labels: LabelSet) -> dict[str, dict[str, Any]]:
     return {
-        labels.names[index]: {
-            "id": index,
-            "pixels": int(count),
-            "share": float(count / counts.sum()),
-        }
-        for index, count in enumerate(counts)
+        name: {"id": index, "pixels": int(count), "share": float(count / counts.sum())}
+        for index, (name, count) in enumerate(zip(labels.names, counts, strict=True))
         if count
     }

@@ -53,9 +53,13 @@ def plan_shapes(
       The padded shape of each size. The number of images is a power of two, and not more than a
       shape's images need.
     """
+
+    def round_up(side: int) -> int:
+        return bucket(side) if multiple == BUCKET else -(-side // multiple) * multiple
+
     counts = collections.Counter(sizes)
     while True:  # until there are few shapes
-        rounded = {size: tuple(_round_up(side, multiple) for side in size) for size in counts}
+        rounded = {size: tuple(map(round_up, size)) for size in counts}
         if multiple >= BUCKET or len(set(rounded.values())) <= _MAX_SHAPES:
             break
         multiple *= 2
@@ -81,7 +85,3 @@ def plan_shapes(
         num_images = 2 ** min(int(math.log2(limit)), math.ceil(math.log2(number)))
         planned |= dict.fromkeys(group, PaddedShape(num_images, height, width))
     return planned
-
-
-def _round_up(side: int, multiple: int) -> int:
-    return bucket(side) if multiple == BUCKET else -(-side // multiple) * multiple

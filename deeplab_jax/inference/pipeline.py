@@ -45,13 +45,8 @@ _GREYS = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
 class PipelineImage:
     """An image, or a frame of a video, in the pipeline.
 
-    Attributes:
-      index: of the image among all.
-      path: of the image.
-      pixels: of the image; empty if they cannot be read.
-      shape: see `Predictor.padded_shape`.
-      predicted: see `Predictor.start`; or the error of an earlier stage.
-      seconds: time of a frame since the first one.
+    Its `pixels` are empty if they cannot be read; `predicted` is that of `Predictor.start`, or the
+    error of an earlier stage; `seconds` the time of a frame since the first one.
     """
 
     index: int

@@ -105,11 +105,8 @@ class Predictor:
     ) -> None:
         """Compiles nothing yet.
 
-        Args:
-          model: the functions of an architecture; faster with fused batch norm.
-          variables: its arrays, or a function that the first prediction calls to get them.
-          mean, std: of the channels, 0..1, for normalization.
-          tta: views and windows.
+        `variables`, or the function that returns them, are used by the first prediction. `mean` and
+        `std` of the channels, 0..1, normalize images. Models with fused batch norm are faster.
         """
         self._architecture = model.architecture
         self._model = model
@@ -195,11 +192,7 @@ class Predictor:
 
         On a CPU, padded sides are multiples of 8 pixels: most programs are for one size of images,
         and padding would cost time. On accelerators they are those of `bucket`, which other runs
-        find in the cache.
-
-        Args:
-          sizes: height and width of each image, in the order of prediction.
-          function, positive: of `start`.
+        find in the cache. The other arguments are those of `start`.
         """
         window, tta = self._tta.window, self._tta
         keys = [key for size in sizes if (key := self._key(*size))]
@@ -266,12 +259,7 @@ class Predictor:
         images: Sequence[UInt8[np.ndarray, "h w c"]],
         positive: PositiveClass | None = None,
     ) -> Callable[[], list[Any]]:
-        """Begins to predict images, and does not wait for the device.
-
-        Args:
-          function: what to predict.
-          images: images that have the same `padded_shape`.
-          positive: for "ids", see `ids_and_scores`.
+        """Begins to predict images of one `padded_shape`, and does not wait for the device.
 
         Returns:
           A function that waits for the predictions and returns that of each image: what

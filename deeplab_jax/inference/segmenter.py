@@ -127,8 +127,9 @@ class Segmenter:
         """Reads the arrays in a thread, and puts them on the default device."""
         self.path: pathlib.Path = saved.path
         self.info: dict[str, Any] = saved.info
-        colors = (tuple(color) for color in saved.info["palette"])
-        self.labels = LabelSet(tuple(saved.info["classes"]), tuple(colors))
+        self.labels = LabelSet(
+            tuple(saved.info["classes"]), tuple(map(tuple, saved.info["palette"]))
+        )
         self.architecture: Architecture = saved.architecture
         original = FunctionalModel.of(self.architecture)
         device = jax.device_put(np.float32(0)).device  # that of this thread's context

@@ -42,11 +42,8 @@ def add_window(
 ) -> Float[Array, "window w classes"]:
     """Moves the band down and adds a window.
 
-    Args:
-      band: weighted sums of probabilities.
-      weighted: probabilities of several windows, times their weights.
-      place: which of them is added; number of rows to remove from the band, before as many rows of
-        zeros are appended; the window's left column.
+    `place` is: which of the `weighted` windows is added; the number of rows that leave the band,
+    for as many rows of zeros below; the window's left column.
     """
     index, rows, left = place
     kept = jnp.arange(band.shape[0])[:, None, None] < band.shape[0] - rows

@@ -45,11 +45,9 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 class VideoReader:
     """Reads the frames of a video file or a camera, upright and in order.
 
-    Frames have the size of the first one: OpenCV scales others.
+    Frames have the size of the first one: OpenCV scales others. A camera has no end.
 
     Attributes:
-      is_camera: whether it is a camera, which has no end.
-      size: height and width of the frames, pixels.
       num_frames: number of frames that the file states; 0: unknown.
       rate: frames per second, of those that are read; the mean if it varies.
       is_rate_known: whether the file or camera states it.
@@ -122,14 +120,7 @@ def predict_frames(
 
     Without smoothing, the ids are those of `Segmenter.predict`. With it, they are those of a
     running mean `m = smooth * m + (1 - smooth) * p` of the probabilities p, which begins with the
-    first frame's.
-
-    Args:
-      segmenter: the model.
-      reader: of the video.
-      positive: class that a threshold predicts, if any.
-      smooth: weight of earlier frames, 0 or more and below 1.
-      max_frames: number of frames after which to stop; 0: at the end.
+    first frame's; `smooth` is below 1. `max_frames` 0: all frames.
 
     Raises:
       UserError: frames do not fit on the device, or the model takes others than RGB.
@@ -191,14 +182,11 @@ def predict_video(
     repeated or left out in the overlay, so that it takes as long as what it shows.
 
     Args:
-      segmenter: the model.
+      segmenter, opacity, move: see `pipeline.predict_images`.
       source, every: see `VideoReader`.
       base: beginning of the paths to write, to which "_overlay.mp4" and "_areas.csv" are appended;
         existing files are replaced.
-      opacity: of class colours over the frames, 0..1.
-      move: moves a finished file and returns its new path, see `buckets.outputs`.
-      max_frames: see `predict_frames`.
-      **options: `positive` and `smooth` of `predict_frames`.
+      max_frames, options: of `predict_frames`.
 
     Raises:
       UserError: the video cannot be predicted, or an output cannot be written. If the file ends

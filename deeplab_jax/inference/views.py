@@ -56,7 +56,9 @@ def predict_probabilities(
     for scale in scales:
         view, view_sizes = images, sizes
         if scale != 1:
-            view_sizes = _scaled_sizes(sizes, (height, width), scale)
+            # From a table, which is rounded as on the host and not in float32.
+            longest = range(max(height, width) + 1)
+            view_sizes = jnp.asarray([scaled_side(side, scale) for side in longest])[sizes]
             padded = scaled_side(height, scale), scaled_side(width, scale)
             view = resize_bilinear(images, *padded, in_sizes=sizes, out_sizes=view_sizes)
         directions = [view, _mirror(view, view_sizes)] if flip else [view]
@@ -128,14 +130,6 @@ def _logits(
     images = jnp.pad(images, ((0, 0), (0, rows), (0, columns), (0, 0)))
     logits = model.apply(variables, images, sizes=aligned(sizes))[0]["out"]
     return logits[:, :height, :width]
-
-
-def _scaled_sizes(
-    sizes: Int[Array, "n 2"], padded: tuple[int, int], scale: float
-) -> Int[Array, "n 2"]:
-    """Looks `scaled_side` up in a table, which is rounded as on the host and not in float32."""
-    tables = (jnp.asarray([scaled_side(i, scale) for i in range(side + 1)]) for side in padded)
-    return jnp.stack([table[sizes[:, axis]] for axis, table in enumerate(tables)], axis=1)
 
 
 def _mirror(x: Float[Array, "n h w c"], sizes: Int[Array, "n 2"]) -> Float[Array, "n h w c"]:

@@ -26,7 +26,7 @@ from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.training.step import Metrics
 from deeplab_jax.utils.errors import UserError, first_line, print_warning
 from deeplab_jax.utils.files import write_bytes, write_png
-from deeplab_jax.visualization.image_grid import prediction_grid
+from deeplab_jax.visualization.overlays import prediction_grid
 
 PREDICTIONS = "predictions"  # name of the pictures of an evaluation
 

@@ -21,7 +21,7 @@ from deeplab_jax.data.labels import IGNORE, named
 from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.distributed.mesh import make_mesh
 from deeplab_jax.evaluation import protocols
-from deeplab_jax.evaluation.boundary import count_boundary
+from deeplab_jax.evaluation.confusion import count_boundary
 from deeplab_jax.evaluation.evaluator import Evaluator
 from deeplab_jax.inference.padding import bucket
 from deeplab_jax.inference.positive import PositiveClass

@@ -5,8 +5,14 @@ import pytest
 import scipy.ndimage
 
 from deeplab_jax.data.labels import IGNORE
-from deeplab_jax.evaluation.boundary import boundary_iou, count_boundary, mask_boundary
-from deeplab_jax.evaluation.confusion import bootstrap_miou, confusion_matrix, scores
+from deeplab_jax.evaluation.confusion import (
+    bootstrap_miou,
+    boundary_iou,
+    confusion_matrix,
+    count_boundary,
+    mask_boundary,
+    scores,
+)
 
 
 def reference_boundary(mask):

@@ -6,7 +6,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import threading
 import time
 import weakref
 
@@ -21,21 +20,10 @@ from deeplab_jax.inference.compilation import Programs
 from deeplab_jax.inference.positive import PositiveClass
 from deeplab_jax.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("here")
+
 # The sizes of nine photos, a tenth of their sides.
 PHOTOS = [(72, 108), (72, 108), (30, 45), (96, 64), (43, 64), (81, 108), (73, 108), (85, 128)]
-
-
-@pytest.fixture(scope="module")
-def loaded(model):
-    return deeplab_jax.load(model)
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    assert not list(tmp_path.rglob("*.partial"))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("images")]
 
 
 def write_images(sizes):

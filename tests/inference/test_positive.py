@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import deeplab_jax
 from deeplab_jax.data import labels
 from deeplab_jax.inference import positive
 from deeplab_jax.inference.positive import PositiveClass
@@ -57,11 +56,6 @@ def test_ids_from_a_threshold(xp):
     assert ids(1, 0.6) == [[2, 0, 2]]
     assert ids(2, 0.3) == [[2, 0, 2]]
     assert ids(0, 1.0) == [[1, 1, 2]]
-
-
-@pytest.fixture(scope="module")
-def loaded(model):
-    return deeplab_jax.load(model)
 
 
 @pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.0)])

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 import deeplab_jax
-import small_checkpoint
 from deeplab_jax.inference import predictor
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
@@ -17,17 +16,6 @@ from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import families, saved_model, torch_file
 from random_modules import random_variables
 from small_checkpoint import CLASSES, MEAN, STD
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    path = tmp_path_factory.mktemp("saved") / "model"
-    return path, *small_checkpoint.write(path)
-
-
-@pytest.fixture(scope="module")
-def loaded(saved):
-    return deeplab_jax.load(saved[0])
 
 
 def picture(height, width, channels=3):
@@ -78,19 +66,6 @@ def test_a_path_gives_the_same_as_its_pixels(loaded, tmp_path):
     assert loaded.predict(turned).shape == (45, 30)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 2000), (33, 33)])
-def test_any_size(loaded, size):
-    assert loaded.predict(picture(*size)).shape == size
-
-
-def test_arrays_that_are_not_images_are_refused(loaded):
-    for wrong in (picture(3, 4).astype(np.float32), picture(3, 4)[..., 0], picture(3, 4, 4)):
-        with pytest.raises(ValueError, match=r"image must be uint8 \[height, width, 3\], got "):
-            loaded.predict(wrong)
-    with pytest.raises(ValueError, match="no pixels"):
-        loaded.predict(picture(0, 4))
-
-
 def test_a_file_that_is_not_an_image_is_reported(loaded, tmp_path):
     (tmp_path / "a.jpg").write_text("hello")
     with pytest.raises(UserError, match=r"a\.jpg: is a text"):
@@ -113,8 +88,6 @@ def test_settings_reach_the_model(loaded, saved):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scales": ()}, "scales must be one or more"),
-        ({"scales": (0.0,)}, "above 0"),
         ({"window": -1}, "window must be"),
         ({"output_stride": 12}, "output_stride must be 8, 16 or 32"),
     ],
@@ -184,10 +157,3 @@ def test_paths_without_a_model_are_reported(tmp_path, monkeypatch, path, message
     (tmp_path / "a.txt").write_text("hello")
     with pytest.raises(UserError, match=message):
         deeplab_jax.load(path)
-
-
-def test_compilations_are_counted_by_size(saved):
-    counted = deeplab_jax.load(saved[0])
-    for size in ((20, 30), (30, 20), (33, 33)):  # of one padded size
-        counted.predict(picture(*size))
-    assert counted.num_compilations == 1

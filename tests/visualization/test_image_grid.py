@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from deeplab_jax.data import labels
-from deeplab_jax.visualization.image_grid import GAP, image_grid, prediction_grid
+from deeplab_jax.visualization.overlays import GAP, image_grid, prediction_grid
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
