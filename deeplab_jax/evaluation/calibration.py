@@ -154,7 +154,7 @@ def choose_threshold(
     `risk`. Source: Angelopoulos et al. 2022, arXiv 2208.02814, theorem 1, for losses of at most 1.
 
     Raises:
-      UserError: there are too few images, which it says are those `having` something.
+      UserError: there are too few images; `having` says what these have, in the message.
     """
     bound = (num_images * mean_losses + 1) / (num_images + 1)
     if bound[-1] > risk:

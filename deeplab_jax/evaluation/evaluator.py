@@ -135,10 +135,7 @@ class Evaluator:
             run = self._by_batch(variables)
             rows = mesh_lib.local_rows(self._mesh, self._batch_size)
         tally = Tally(
-            self.dataset,
-            self._num_classes,
-            rows,
-            num_pictures=self._settings.num_pictures,
+            *(self.dataset, self._num_classes, rows, self._settings.num_pictures),
             per_image=per_image,
             boundary=boundary,
             positive=self.positive,

@@ -90,40 +90,39 @@ BatchResult = tuple[
 ]
 
 
+@dataclasses.dataclass
 class Tally:
-    """Adds up the results of batches and checks that each image is counted exactly once."""
+    """Adds up the results of batches and checks that each image is counted exactly once.
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        num_classes: int,
-        rows: Sequence[int],
-        *,
-        num_pictures: int,
-        per_image: bool,
-        boundary: bool,
-        positive: PositiveClass | None,
-        each: Callable[[Prediction], None] | None,
-    ) -> None:
-        num_images = len(dataset.source)
-        self._dataset, self._num_pictures, self._each = dataset, num_pictures, each
+    `rows` are the rows of each batch on this host; for the others see `Evaluator.evaluate`.
+    """
+
+    dataset: Dataset
+    num_classes: int
+    rows: Sequence[int]
+    num_pictures: int
+    per_image: bool
+    boundary: bool
+    positive: PositiveClass | None
+    each: Callable[[Prediction], None] | None
+
+    def __post_init__(self) -> None:
+        num_images, classes = len(self.dataset.source), self.num_classes
         # By the images' indices; the classes are those in their labels, bool `[classes]`.
         self._pictures: dict[int, Prediction] = {}
         self._classes: dict[int, np.ndarray] = {}
-        self._matrix = np.zeros((num_classes, num_classes), np.int64)
+        self._matrix = np.zeros((classes, classes), np.int64)
         self._times_counted = np.zeros(num_images, np.int64)
         self._matrices = self._boundary = self._scores = None
-        if per_image:
-            self._matrices = np.zeros((num_images, num_classes, num_classes), np.int32)
-        if boundary:
-            self._boundary = np.zeros((num_images, num_classes, 2), np.int32)
-        self._positive = positive
-        if positive is not None:
+        if self.per_image:
+            self._matrices = np.zeros((num_images, classes, classes), np.int32)
+        if self.boundary:
+            self._boundary = np.zeros((num_images, classes, 2), np.int32)
+        if self.positive is not None:
             self._scores = ScoreCounts()
             # Hosts along the height of images have the same rows: the first one counts them.
-            hosts = multihost.allgather(list(rows))
-            process = jax.process_index()
-            self._is_counted = [all(row not in host for host in hosts[:process]) for row in rows]
+            hosts = multihost.allgather(list(self.rows))[: jax.process_index()]
+            self._is_counted = [all(row not in host for host in hosts) for row in self.rows]
 
     def add(self, batch: pipeline.EvalBatch, result: BatchResult) -> None:
         """Adds a batch; waits until its result is computed."""
@@ -141,19 +140,19 @@ class Tally:
             is_picture = self._choose_picture(index, classes[index])
             inside = (row, slice(height), slice(width))
             image, label = batch["image"][inside], batch["label"][inside]
-            if self._positive and self._scores and self._is_counted[row]:
-                valid = label < len(self._matrix)
-                is_positive = label[valid] == self._positive.class_id
+            if self.positive and self._scores and self._is_counted[row]:
+                valid = label < self.num_classes
+                is_positive = label[valid] == self.positive.class_id
                 self._scores.add(fetch()[1][inside][valid], is_positive)
             if self._boundary is not None:
                 ids = fetch()[0][inside]
-                self._boundary[index] = count_boundary(label, ids, len(self._matrix))
-            if is_picture or self._each:
+                self._boundary[index] = count_boundary(label, ids, self.num_classes)
+            if is_picture or self.each:
                 name, ids = batch["name"][row], fetch()[0][inside]
                 if is_picture:  # copies, so that the batch does not stay in memory
                     self._pictures[index] = Prediction(name, image.copy(), label.copy(), ids.copy())
-                if self._each:
-                    self._each(Prediction(name, image, label, ids))
+                if self.each:
+                    self.each(Prediction(name, image, label, ids))
 
     def _choose_picture(self, index: int, classes: np.ndarray) -> bool:
         """Decides whether an image becomes a picture, possibly in place of an earlier one.
@@ -162,17 +161,17 @@ class Tally:
         picture of a class. The first images are pictures; a later one replaces the picture that
         adds the least, if the set is then worth 1 / `num_pictures` more: few images do.
         """
-        if len(self._classes) >= self._num_pictures:
+        if len(self._classes) >= self.num_pictures:
             if not self._classes:
                 return False
             shown = np.sum(list(self._classes.values()), axis=0)
-            worth = np.array([0, len(classes), *(1 / np.arange(2, self._num_pictures + 2))])
+            worth = np.array([0, len(classes), *(1 / np.arange(2, self.num_pictures + 2))])
             gains = {
                 other: worth[shown + 1] @ (classes & ~old) - worth[shown] @ (old & ~classes)
                 for other, old in self._classes.items()
             }
             worst = max(gains, key=gains.__getitem__)
-            if gains[worst] <= 1 / self._num_pictures:
+            if gains[worst] <= 1 / self.num_pictures:
                 return False
             del self._classes[worst], self._pictures[worst]
         self._classes[index] = classes
@@ -192,10 +191,10 @@ class Tally:
         return Evaluation(
             matrix=self._matrix,
             num_images=len(self._times_counted),
-            labels=self._dataset.labels,
+            labels=self.dataset.labels,
             predictions=[self._pictures[index] for index in sorted(self._pictures)],
             matrices=self._matrices,
             boundary_counts=boundary_counts,
-            positive=self._positive,
+            positive=self.positive,
             curves=self._scores.curves() if self._scores else None,
         )

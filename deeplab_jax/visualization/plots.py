@@ -239,14 +239,8 @@ def confusion_plot(
     figure = new_figure(side + 160, side + 50, layout="constrained")
     axes = figure.subplots()
     shades = colormaps["Blues"].with_extremes(bad="#d0d0d0")
-    style: dict[str, Any] = {
-        "cmap": shades,
-        "vmin": 0,
-        "vmax": 100,
-        "edgecolors": LIGHT,
-        "linewidth": 0.5,
-    }
-    mesh = axes.pcolormesh(np.ma.masked_invalid(percent), **style)
+    style: dict[str, Any] = {"vmin": 0, "vmax": 100, "edgecolors": LIGHT, "linewidth": 0.5}
+    mesh = axes.pcolormesh(np.ma.masked_invalid(percent), cmap=shades, **style)
     axes.set_aspect("equal")
     axes.invert_yaxis()
     clean_axes(axes, grid="")

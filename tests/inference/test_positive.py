@@ -58,8 +58,7 @@ def test_ids_from_a_threshold(xp):
     assert ids(0, 1.0) == [[1, 1, 2]]
 
 
-@pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.0)])
-@pytest.mark.parametrize("window", [0, 33])
+@pytest.mark.parametrize(("window", "scales"), [(0, (1.0,)), (0, (0.5, 1.0)), (33, (0.5, 1.0))])
 def test_ids_and_scores_follow_from_the_probabilities(loaded, window, scales):
     predictor = Predictor(
         loaded.model,
