@@ -72,30 +72,19 @@ def overlay(
     opacity: float = 0.5,
     num_rows: int | None = None,
     unsure: Bool[np.ndarray, "h w"] | None = None,
+    side_by_side: bool = False,
 ) -> Picture:
-    """Draws `blend` above a legend of the classes that occur, of `num_rows` (see `legend`).
+    """Draws `blend`, perhaps beside the image, above a legend of the classes that occur.
 
-    The pixels of `unsure` are hatched.
+    The legend has `num_rows` lines, see `legend`; the pixels of `unsure` are hatched.
     """
     panel = _hatched(_enlarged(blend(image, ids, labels, opacity)), unsure)
+    size = _font_size(panel)
+    if side_by_side:
+        gap = blank(panel.shape[0], size // 2)
+        panel = np.concatenate([_enlarged(to_rgb(image)), gap, panel], axis=1)
     draw = functools.partial(legend, _area_entries(ids, labels, unsure), num_rows=num_rows)
-    return _captioned(panel, draw)
-
-
-def side_by_side(
-    image: UInt8[np.ndarray, "h w c"],
-    ids: UInt8[np.ndarray, "h w"],
-    labels: LabelSet,
-    *,
-    opacity: float = 0.5,
-    unsure: Bool[np.ndarray, "h w"] | None = None,
-) -> Picture:
-    """Draws the image, `overlay` on its right, and the legend below; arguments as there."""
-    left = _enlarged(to_rgb(image))
-    right = _hatched(_enlarged(blend(image, ids, labels, opacity)), unsure)
-    size = _font_size(left)
-    panel = np.concatenate([left, blank(left.shape[0], size // 2), right], axis=1)
-    return _captioned(panel, functools.partial(legend, _area_entries(ids, labels, unsure)), size)
+    return _captioned(panel, draw, size)
 
 
 def heatmap(
@@ -107,7 +96,7 @@ def heatmap(
     """
     grey = cv2.cvtColor(to_rgb(image), cv2.COLOR_RGB2GRAY)
     panel = _enlarged(_heat(probability, grey))
-    return _captioned(panel, functools.partial(_scale_bar, name))
+    return _captioned(panel, functools.partial(_scale_bar, name), _font_size(panel))
 
 
 # --- Legends -----------------------------------------------------------------------------------
@@ -253,10 +242,9 @@ def shorten(words: str, letters: ImageFont.FreeTypeFont, max_width: float) -> st
 
 
 def _captioned(
-    panel: Picture, draw_caption: Callable[[int, int], Picture], font_size: int | None = None
+    panel: Picture, draw_caption: Callable[[int, int], Picture], font_size: int
 ) -> Picture:
     """Draws a panel above `draw_caption(width, font_size)`."""
-    font_size = font_size or _font_size(panel)
     width = max(panel.shape[1], _MIN_SIDE, 16 * font_size)
     padded = blank(panel.shape[0], width)
     padded[:, : panel.shape[1]] = panel
@@ -314,15 +302,13 @@ def image_grid(tiles: Sequence[tuple[str, Picture]], num_columns: int, width: in
         row = tiles[first : first + num_columns]
         top = _TITLE if any(title for title, _ in row) else 0
         height = top + max(picture.shape[0] for _, picture in row) + GAP
-        pixels = blank(height, total_width)
-        for column, (_, picture) in enumerate(row):
-            x = GAP + column * (width + GAP)
-            pixels[top : top + picture.shape[0], x : x + picture.shape[1]] = picture
-        canvas = Image.fromarray(pixels)
+        canvas = Image.fromarray(blank(height, total_width))
         draw = ImageDraw.Draw(canvas)
-        for column, (title, _) in enumerate(row):
-            position = (GAP + column * (width + GAP), _TITLE / 2)
-            draw.text(position, shorten(title, font(14), width), INK, font(14), anchor="lm")
+        for column, (title, picture) in enumerate(row):
+            x = GAP + column * (width + GAP)
+            canvas.paste(Image.fromarray(picture), (x, top))
+            words = shorten(title, font(14), width)
+            draw.text((x, _TITLE / 2), words, INK, font(14), anchor="lm")
         rows.append(np.asarray(canvas))
     return np.concatenate(rows)
 

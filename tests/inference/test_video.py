@@ -286,7 +286,6 @@ def test_a_damaged_video_is_predicted_up_to_the_damage(predict):
             lambda path: path.write_text("hello\n" * 9),
             "no frame can be decoded: it is no video, is damaged",
         ),
-        (lambda path: path.touch(), "no frame can be decoded"),
         (lambda path: write([], path, codec="mp4v"), "no frame can be decoded"),
         (
             lambda path: damage(write(scenes(20), path, codec="mp4v"), 0.6),
@@ -295,7 +294,7 @@ def test_a_damaged_video_is_predicted_up_to_the_damage(predict):
         (lambda path: None, "cannot be read (No such file or directory)"),
         (lambda path: path.mkdir(), "the folder contains no image files"),
     ],
-    ids=["text", "empty", "no frames", "truncated", "missing", "folder"],
+    ids=["text", "no frames", "truncated", "missing", "folder"],
 )
 def test_what_is_no_video_is_an_error(predict, capfd, make, message):
     make(pathlib.Path("bad.mp4"))
