@@ -119,7 +119,7 @@ def predict_images(
         style: dict[str, Any] = {"opacity": opacity, "unsure": mask}
         yield "overlay", "overlay", overlays.overlay(pixels, ids, labels, **style), None
         if side_by_side:
-            row = overlays.overlay(pixels, ids, labels, side_by_side=True, **style)
+            row = overlays.side_by_side(pixels, ids, labels, **style)
             yield "side_by_side", "side_by_side", row, None
         if mask is not None:
             yield "unsure", "unsure", mask.astype(np.uint8) * 255, _GREYS

@@ -72,7 +72,7 @@ def overlay(
     opacity: float = 0.5,
     num_rows: int | None = None,
     unsure: Bool[np.ndarray, "h w"] | None = None,
-    side_by_side: bool = False,
+    beside_image: bool = False,
 ) -> Picture:
     """Draws `blend`, perhaps beside the image, above a legend of the classes that occur.
 
@@ -80,11 +80,14 @@ def overlay(
     """
     panel = _hatched(_enlarged(blend(image, ids, labels, opacity)), unsure)
     size = _font_size(panel)
-    if side_by_side:
+    if beside_image:
         gap = blank(panel.shape[0], size // 2)
         panel = np.concatenate([_enlarged(to_rgb(image)), gap, panel], axis=1)
     draw = functools.partial(legend, _area_entries(ids, labels, unsure), num_rows=num_rows)
     return _captioned(panel, draw, size)
+
+
+side_by_side = functools.partial(overlay, beside_image=True)
 
 
 def heatmap(

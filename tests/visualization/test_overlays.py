@@ -37,7 +37,7 @@ def test_overlays_use_their_opacity(opacity):
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_side_by_side_shows_the_image_and_the_overlay(channels):
     image, ids = blank(400, 600, channels), halves(400, 600)
-    picture = overlays.overlay(image, ids, CLASSES, side_by_side=True)
+    picture = overlays.side_by_side(image, ids, CLASSES)
     assert np.all(picture[:400, :600] == 100)
     alone = overlays.overlay(image, ids, CLASSES)
     np.testing.assert_array_equal(picture[:400, -600:], alone[:400])
@@ -134,7 +134,7 @@ def test_any_size_is_legible(height, width, factor):
     probability = np.zeros((height, width), np.float32)
     for picture in (
         overlays.overlay(image, ids, CLASSES),
-        overlays.overlay(image, ids, CLASSES, side_by_side=True),
+        overlays.side_by_side(image, ids, CLASSES),
         overlays.heatmap(image, probability, "fox"),
     ):
         assert picture.shape[1] >= max(factor * width, 320)
