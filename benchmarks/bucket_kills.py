@@ -37,7 +37,8 @@ def kill_and_resume(address: str, cache: pathlib.Path, kills: int, seed: int, fl
     steps_seen, killed = [], 0
     while True:
         if killed % 3 == 2:
-            shutil.rmtree(cache / "deeplab_jax" / "runs", ignore_errors=True)
+            for copy in (cache / "deeplab_jax" / "runs").rglob("process-0"):
+                shutil.rmtree(copy)
         process = tiny.start_command(address, *flags)
         if killed == kills:
             tiny.finish(process)

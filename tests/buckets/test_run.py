@@ -75,8 +75,8 @@ def test_a_run_in_a_bucket_is_a_local_run(bucket, unbroken, tmp_path):
         train(config, address)
 
 
-def test_a_run_killed_repeatedly_ends_as_if_never_killed(server, bucket, unbroken, tmp_path):
-    address = f"{bucket}/run"
+def test_a_run_killed_repeatedly_ends_as_if_never_killed(gs_bucket, unbroken, tmp_path):
+    address = f"{gs_bucket}/run"
     kill_and_resume(address, tmp_path / "cache", 2, seed=1, flags=STEPS)
     assert problems(address, unbroken, tmp_path / "end") == []
 
@@ -90,6 +90,7 @@ def test_the_second_of_two_commands_is_refused_by_name(gs_bucket, unbroken):
     assert f"{gs_bucket}/run is in use by process {first.pid} on host {socket.gethostname()}" in err
 
 
+@pytest.mark.parametrize("own_server", ["gs"], indirect=True)
 def test_the_run_goes_on_without_the_bucket_for_a_while(own_server, unbroken, tmp_path):
     address = f"{own_server.make_bucket()}/run"
     process = start_command(address, *STEPS)
