@@ -38,7 +38,7 @@ class RecordingStore:
         if self.error:
             raise self.error
         return {
-            name: Entry(len(content), "", hashlib.md5(content).hexdigest(), 0)
+            name: Entry(len(content), hashlib.md5(content).hexdigest(), 0)
             for name, content in sorted(self.objects.items())
         }
 
