@@ -27,14 +27,14 @@ def download_file(
     The file appears under its name only when it is complete and its checksum is right.
 
     Args:
-      urls: Where the file is published, in the order in which they are tried.
-      path: Where to save the file, in an existing folder.
-      algorithm: Hash function of the checksum, a name in `hashlib`.
-      digest: The published checksum or its first digits, hexadecimal.
-      advice: What the user can do if the download fails; the end of the error message.
+      urls: where the file is published, in the order in which they are tried.
+      path: where to save the file, in an existing folder.
+      algorithm: hash function of the checksum, a name in `hashlib`.
+      digest: the published checksum or its first digits, hexadecimal.
+      advice: the end of the error message.
 
     Raises:
-      UserError: No URL provided the file. The message lists each URL with the reason.
+      UserError: no URL provided the file. The message lists each URL with the reason.
     """
     failures = []
     for url in urls:

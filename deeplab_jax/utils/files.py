@@ -138,15 +138,13 @@ def atomic_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
 def atomic_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a temporary folder next to `path`, and renames it to `path` on success.
 
-    If the block raises, the temporary folder is deleted, and `path` stays as it was.
-
-    Args:
-      path: must not exist, or be an empty folder. Its parents are created.
+    `path` must not exist, or be an empty folder. Its parents are created. If the block raises, the
+    temporary folder is deleted, and `path` stays as it was.
     """
     path = pathlib.Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    affixes = f".{path.name[:40]}.", ".partial"
-    with tempfile.TemporaryDirectory(affixes[1], affixes[0], path.parent) as scratch:
+    prefix = f".{path.name[:40]}."
+    with tempfile.TemporaryDirectory(".partial", prefix, path.parent) as scratch:
         partial = pathlib.Path(scratch) / path.name  # `scratch` is not readable to others
         partial.mkdir()
         yield partial
@@ -158,9 +156,9 @@ def lock_folder(folder: pathlib.Path, name: str = "lock", waiting: str = "") -> 
     """Creates and locks a folder; waits for other processes. A killed process's lock is freed.
 
     Args:
-      folder: The folder.
-      name: Of the lock's file in it; locks of different names are independent.
-      waiting: Printed to stderr when the lock is not free after two seconds.
+      folder: to lock.
+      name: of the lock's file in it; locks of different names are independent.
+      waiting: printed to stderr when the lock is not free after two seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / name, "a") as file:
@@ -188,14 +186,10 @@ def write_png(
     image: UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "h w"],
     palette: UInt8[np.ndarray, "256 3"] | None = None,
 ) -> None:
-    """Writes a PNG atomically, in which a text chunk names its origin: see `is_own_picture`.
+    """Writes RGB, or indices of an RGB palette, as a PNG that names its origin: `is_own_picture`.
 
-    NumPy and zlib do all the work, so that threads can write several at the same time.
-
-    Args:
-      path: of the file.
-      image: RGB, or indices of a palette.
-      palette: RGB of each index.
+    The file appears atomically. NumPy and zlib do all the work, so that threads can write several
+    at the same time.
     """
     # Each row begins with the number of its filter. "Up" stores the difference from the row above:
     # for pictures it is as small as the filter that libpng chooses for each row, in half the time.
@@ -238,12 +232,12 @@ def require_writable(folder: pathlib.Path, option: str = "", *, create: bool = F
     """Checks that files can be created in a folder, by creating and deleting one.
 
     Args:
-      folder: The folder to check.
-      option: The command-line option that gave the folder, for the error message.
-      create: Whether to create the folder and its parents if they do not exist.
+      folder: to check.
+      option: what gave the folder, for the error message.
+      create: whether to create the folder and its parents if they do not exist.
 
     Raises:
-      UserError: The folder does not exist or cannot be written to.
+      UserError: the folder does not exist or cannot be written to.
     """
     try:
         if create:

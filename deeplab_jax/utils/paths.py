@@ -24,14 +24,10 @@ def is_bucket(path: str | os.PathLike[str]) -> bool:
 
 
 def required_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
-    """Returns a path with a leading `~` replaced by the home folder.
-
-    Args:
-      path: As the user gave it.
-      name: What the path is, for the error message.
+    """Returns a path with a leading `~` replaced by the home folder; `name` is for errors.
 
     Raises:
-      UserError: The path is empty, or is an address that `pathlib` has changed.
+      UserError: the path is empty, or is an address that `pathlib` has changed.
     """
     text = os.fspath(path)
     if text.startswith(("gs:/", "s3:/")) and not is_bucket(text):

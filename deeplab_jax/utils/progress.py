@@ -30,14 +30,9 @@ def parallel_map(
     num_threads: int = 0,
     quiet: bool = False,
 ) -> Iterator[_Result]:
-    """Yields `function(item)` for each item in order, and shows a progress bar on stderr.
+    """Yields `function(item)` for each item in order, computed in threads (0: one per CPU).
 
-    Args:
-      function: called in threads.
-      items: the arguments of `function`.
-      title: the title of the progress bar.
-      num_threads: the number of threads; 0: one per CPU.
-      quiet: whether to hide the progress bar.
+    Shows a progress bar with the title on stderr, unless `quiet`.
     """
     with concurrent.futures.ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
         results = pool.map(function, items)
@@ -68,7 +63,7 @@ def bounded_map(
     Args:
       pool: of threads.
       function: called in the pool.
-      items: the arguments of `function`; the next one is taken when there is room for it.
+      items: the next one is taken when there is room for it.
       max_items: how many results may be computed, or wait to be yielded, at the same time.
       max_weight: of these items together; an item that is heavier is computed by itself.
       weight: of an item.
@@ -95,13 +90,8 @@ def check_all(
 ) -> list[_Result]:
     """Returns `check(item)` for each item in order, computed by `parallel_map`.
 
-    Args:
-      check: raises UserError for an item with a problem. Called in threads.
-      items: the arguments of `check`.
-      title: the title of the progress bar, and the first line of the error.
-
     Raises:
-      UserError: items have problems, which the message lists.
+      UserError: raised by `check` for some items. The message begins with the title and lists them.
     """
 
     def attempt(item: _Item) -> tuple[_Result | None, str]:

@@ -21,9 +21,9 @@ class Registry(dict[str, T]):
         """Creates a registry.
 
         Args:
-          kind: What error messages call an entry, such as "backbone".
-          entries: The package's own entries. A string such as "package.module:function" is
-            imported at the first access.
+          kind: what error messages call an entry, such as "backbone".
+          entries: the package's own. A text such as "package.module:function" is imported at the
+            first access.
         """
         super().__init__(cast("Mapping[str, T]", entries or {}))
         self.kind = kind
@@ -41,11 +41,7 @@ class Registry(dict[str, T]):
         )
 
     def register(self, name: str, entry: T) -> T:
-        """Adds an entry and returns it.
-
-        Raises:
-          ValueError: The name is empty or belongs to another entry.
-        """
+        """Adds an entry and returns it; raises ValueError if another one has the name."""
         if not name:
             raise ValueError(f"a {self.kind} needs a name")
         if name in self and not _same(self[name], entry):
