@@ -27,8 +27,8 @@ def escape_unprintable() -> None:
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Ends the program without a traceback if the body raises a `UserError`, fills the disk, may
-    not use a path, or finds no platform that JAX_PLATFORMS names.
+    """Ends the program without a traceback if the body raises a `UserError`, is interrupted, fills
+    the disk, may not use a path, or finds no platform that JAX_PLATFORMS names.
 
     A program that ends so, or by SystemExit, does not wait for threads that compile. Ctrl-C ends
     the body at any time, also during a garbage collection.
@@ -41,6 +41,8 @@ def exit_on_user_error() -> Iterator[None]:
     except SystemExit as end:
         _exit_at_once(end.code)
         raise
+    except KeyboardInterrupt:  # also a second one, while a command ends
+        message, code = "interrupted", 128 + signal.SIGINT
     except UserError as error:
         outputs: Any = sys.modules.get("deeplab_jax.buckets.outputs")
         message = outputs.shown(str(error)) if outputs else str(error)

@@ -33,6 +33,14 @@ from deeplab_jax.utils.errors import UserError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from deeplab_jax import __version__
+
+        print(f"deeplab-jax {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     modules: Annotated[
@@ -44,6 +52,10 @@ def options(
             "Repeatable; before or after the command.",
         ),
     ] = [],  # noqa: B006
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version),
+    ] = False,
 ) -> None:
     """DeepLabv3 in JAX: train, evaluate, predict, convert, export.
 
