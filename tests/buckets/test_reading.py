@@ -1,6 +1,7 @@
 """Models, data and images in buckets are read as those on this machine."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -70,6 +71,7 @@ def photo(seed=0, size=(40, 50)):
     return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
 
 
+@functools.cache
 def predicted(source):
     return dl.load(source).probabilities(photo())
 
@@ -78,8 +80,8 @@ def files_of(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_best_checkpoint_of_a_run_without_what_is_not_needed(bucket, run):
-    url = upload(run, f"{bucket}/runs/a")
+def test_the_best_checkpoint_of_a_run_without_what_is_not_needed(gs_bucket, run):
+    url = upload(run, f"{gs_bucket}/runs/a")
     segmenter = dl.load(url)
     assert segmenter.path == local_path(url) / "checkpoints/2"
     np.testing.assert_array_equal(segmenter.probabilities(photo()), predicted(run))
@@ -101,8 +103,8 @@ def test_the_best_checkpoint_of_a_run_without_what_is_not_needed(bucket, run):
     assert not (local_path(url) / "checkpoints/2").exists()
 
 
-def test_a_checkpoint_and_the_config_of_its_run(bucket, run):
-    url = upload(run, f"{bucket}/runs/a")
+def test_a_checkpoint_and_the_config_of_its_run(gs_bucket, run):
+    url = upload(run, f"{gs_bucket}/runs/a")
     newest = run / "checkpoints/4"
     np.testing.assert_array_equal(predicted(f"{url}/checkpoints/4"), predicted(newest))
     assert not (local_path(url) / "checkpoints/4/training").exists()
@@ -148,8 +150,8 @@ def test_what_is_no_model_is_said(gs_bucket, run):
     assert not (local_path(gs_bucket) / "data").exists()
 
 
-def test_commands_give_what_they_give_for_a_local_run(bucket, run, tmp_path, command):
-    url = upload(run, f"{bucket}/run")
+def test_commands_give_what_they_give_for_a_local_run(gs_bucket, run, tmp_path, command):
+    url = upload(run, f"{gs_bucket}/run")
     (tmp_path / "photos").mkdir()
     Image.fromarray(photo()).save(tmp_path / "photo.png")
     results = {}
@@ -174,8 +176,8 @@ def test_commands_give_what_they_give_for_a_local_run(bucket, run, tmp_path, com
     assert results["bucket"] == results["local"]
 
 
-def test_a_run_starts_from_a_model_in_a_bucket(bucket, run):
-    url = upload(run, f"{bucket}/run")
+def test_a_run_starts_from_a_model_in_a_bucket(gs_bucket, run):
+    url = upload(run, f"{gs_bucket}/run")
     config = tiny.get_config()
     config.model.width = 0.0625
     model = FunctionalModel(dl.load(run).architecture)
@@ -185,18 +187,18 @@ def test_a_run_starts_from_a_model_in_a_bucket(bucket, run):
         starts.append(jax.device_get(init_variables(config, model, lambda message: None)))
     for local, copied in (starts[:2], starts[2:]):
         jax.tree.map(np.testing.assert_array_equal, local, copied)
-    config.init.path, config.init.backbone = f"{bucket}/absent", ""
+    config.init.path, config.init.backbone = f"{gs_bucket}/absent", ""
     with pytest.raises(UserError, match=r"config.init.path = .*absent.*Nothing is there"):
         init_variables(config, model, print)
 
 
-def test_images_of_a_bucket_are_segmented(bucket, model, tmp_path, command):
+def test_images_of_a_bucket_are_segmented(gs_bucket, model, tmp_path, command):
     photos = {"a.png": 0, "trip/b.png": 1, "trip/c.PNG": 2}
     for name, seed in photos.items():
         (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(photo(seed)).save(tmp_path / "photos" / name, "png")
     (tmp_path / "photos/notes.txt").write_text("no image")
-    url = upload(tmp_path / "photos", f"{bucket}/photos")
+    url = upload(tmp_path / "photos", f"{gs_bucket}/photos")
     for index, (path, names) in enumerate(
         {
             "": {"a", "trip/b", "trip/c"},
@@ -237,10 +239,10 @@ def examples(dataset):
     return [read_example(dataset, index) for index in range(len(dataset.source))]
 
 
-def test_own_images_in_a_bucket_are_those_on_this_machine(bucket, maker, tmp_path):
+def test_own_images_in_a_bucket_are_those_on_this_machine(gs_bucket, maker, tmp_path):
     maker.text("train.csv", "image,mask", *(f"images/{x}.png,masks/{x}.png" for x in "abcde"))
     maker.text("names", "sky", "traffic light", "car")
-    url = upload(maker.root, f"{bucket}/sets/mine")
+    url = upload(maker.root, f"{gs_bucket}/sets/mine")
     folder = FolderConfig(classes=f"{url}/names")
     for config in (
         DataConfig(name="folder", root=f"{url}/train.csv", folder=folder),
@@ -257,15 +259,15 @@ def test_own_images_in_a_bucket_are_those_on_this_machine(bucket, maker, tmp_pat
     assert len(data_lib.load(config, "trainval").source) == 5
 
 
-def test_the_classes_of_a_config_are_counted_without_its_images(bucket, maker):
-    url = upload(maker.root, f"{bucket}/mine")
+def test_the_classes_of_a_config_are_counted_without_its_images(gs_bucket, maker):
+    url = upload(maker.root, f"{gs_bucket}/mine")
     config = Config(data=DataConfig(name="folder", root=url))
     assert descriptions.of_config(config, "a config").architecture.num_classes == 3
     assert files_of(local_path(url)) == {"classes.txt"}
 
 
-def test_a_data_set_in_a_bucket_is_checked_and_prepared(bucket, maker, tmp_path, command):
-    url = upload(maker.root, f"{bucket}/mine")
+def test_a_data_set_in_a_bucket_is_checked_and_prepared(gs_bucket, maker, tmp_path, command):
+    url = upload(maker.root, f"{gs_bucket}/mine")
     reports = {}
     for kind, root in {"local": maker.root, "bucket": url}.items():
         code, out, err = command("data", "check", root, "--json", tmp_path / f"{kind}.json")
@@ -319,26 +321,26 @@ def same_examples(ours, theirs):
         np.testing.assert_array_equal(one["label"], other["label"])
 
 
-def test_prepared_data_sets_are_shared_through_a_bucket(bucket, voc, tmp_path, monkeypatch):
+def test_prepared_data_sets_are_shared_through_a_bucket(gs_bucket, voc, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     expected = data_lib.load(DataConfig(root=str(voc)), "trainval")
-    root = upload(voc, f"{bucket}/voc")
-    monkeypatch.setenv("TFDS_DATA_DIR", f"{bucket}/tfds/")
+    root = upload(voc, f"{gs_bucket}/voc")
+    monkeypatch.setenv("TFDS_DATA_DIR", f"{gs_bucket}/tfds/")
     same_examples(data_lib.load(DataConfig(root=root), "trainval"), expected)
-    shared = Store(f"{bucket}/tfds").list()
+    shared = Store(f"{gs_bucket}/tfds").list()
     assert {name.rpartition("/")[2] for name in shared} >= {"dataset_info.json", "features.json"}
     with monkeypatch.context() as patch:  # the same host again, and another one, prepare nothing
         patch.setattr(records._RecordBuilder, "__init__", lambda *_, **__: pytest.fail("again"))
         for host in ("cache", "another"):
             patch.setenv("XDG_CACHE_HOME", str(tmp_path / host))
             same_examples(data_lib.load(DataConfig(root=root), "trainval"), expected)
-    assert Store(f"{bucket}/tfds").list() == shared
+    assert Store(f"{gs_bucket}/tfds").list() == shared
     # A data set counts once its last file is there.
     last = next(name for name in shared if name.endswith("dataset_info.json"))
-    Store(f"{bucket}/tfds").delete([last])
+    Store(f"{gs_bucket}/tfds").delete([last])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "third"))
     same_examples(data_lib.load(DataConfig(root=root), "trainval"), expected)
-    assert Store(f"{bucket}/tfds").list().keys() == shared.keys()
+    assert Store(f"{gs_bucket}/tfds").list().keys() == shared.keys()
 
 
 PREPARE = """
