@@ -1,4 +1,4 @@
-"""Results of commands in a bucket: written to a temporary folder first, then uploaded."""
+"""Results of commands: those in a bucket are written to a temporary folder first, then uploaded."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 from deeplab_jax.buckets.checkpoints import MARKER, marker, sums_of
 from deeplab_jax.buckets.store import NUM_THREADS, Store, Unreachable, check_address
 from deeplab_jax.utils.errors import UserError, print_warning
+from deeplab_jax.utils.files import require_writable
 from deeplab_jax.utils.paths import is_bucket, user_cache
 from deeplab_jax.utils.progress import parallel_map
 
+_RUN_FILES = ("config.json", "inputs.json")  # which are beside a run's checkpoints
 _PATIENCE = 60.0  # seconds for which an upload is tried again
 
 # Uploads a finished file and deletes it here; returns its address. For use in threads.
@@ -27,41 +29,47 @@ Move = Callable[[pathlib.Path], pathlib.Path | str]
 
 
 class _UploadError(UserError):
-    """A file cannot be uploaded."""
+    pass
 
 
-def check(
-    path: str,
-    subject: str,
-    *,
-    kind: Literal["file", "folder", "new"] = "file",
-    reserved: Collection[str] = (),
-) -> None:
-    """Checks that a result can be written to a bucket, before the work starts.
+def check(path: str, subject: str, *, kind: Literal["file", "folder", "new"] = "file") -> None:
+    """Checks that a result can be written, before the work starts; creates folders on this machine.
 
     Args:
-      path: its address.
+      path: its path, or address in a bucket.
       subject: names it in errors.
       kind: what it will be; or "new" for what must not exist.
-      reserved: names of files that belong to a run if they are beside its checkpoints.
 
     Raises:
-      UserError: it exists as something else, or may not be written; or the bucket is unreachable.
+      UserError: it exists as something else, belongs to a run, or may not be written; or the bucket
+        is unreachable.
     """
-    store, name = _parent(path)
-    if kind == "new" and store.list(name):
+    local = pathlib.Path(path)
+    store, name = _parent(path) if is_bucket(path) else (None, local.name)
+    if store:
+        found = store.list(name) if kind != "folder" else {}
+        exists, is_folder = bool(found), not name or bool(found.keys() - {name})
+    else:
+        exists, is_folder = local.exists(), local.is_dir()
+    if kind == "new" and exists:
         raise UserError(f"{subject} exists already; choose another path, or remove it first")
-    if kind == "file" and (not name or store.list(name).keys() - {name}):
+    if kind == "file" and is_folder:
         raise UserError(f"{subject} is a folder")
-    if name in reserved and store.list("checkpoints"):
+    if name in _RUN_FILES and (
+        store.list("checkpoints") if store else (local.parent / "checkpoints").is_dir()
+    ):
         raise UserError(f"{subject} belongs to a run, which needs it to resume")
-    (Store(path) if kind == "folder" else store).check_writable()
+    if store:
+        (Store(path) if kind == "folder" else store).check_writable()
+    else:
+        folder = local if kind == "folder" else local.absolute().parent
+        require_writable(folder, f"{subject}: the folder", create=True)
 
 
 @contextlib.contextmanager
 def local_output(
     path: str | os.PathLike[str], *, checkpoint: bool = False
-) -> Iterator[tuple[pathlib.Path, Move]]:
+) -> Iterator[tuple[pathlib.Path, Move | None]]:
     """Yields where to write a file or folder on this machine, and then uploads it to a bucket.
 
     Files beside it are uploaded too, before it, and files directly in a folder after the others. If
@@ -72,13 +80,13 @@ def local_output(
       checkpoint: whether a folder is a checkpoint, which gets a marker that is uploaded last.
 
     Yields:
-      The path; and a function for files that shall not wait for the end.
+      The path; and, in a bucket, a function for files that shall not wait for the end.
 
     Raises:
       UserError: the bucket refuses a file, or cannot be reached for a minute. Files are kept then.
     """
     if not is_bucket(path):
-        yield pathlib.Path(path), lambda file: file
+        yield pathlib.Path(path), None
         return
     store, name = _parent(str(path))
     scratch = pathlib.Path(tempfile.mkdtemp(prefix="deeplab_jax."))

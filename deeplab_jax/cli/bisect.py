@@ -14,9 +14,7 @@ _RUN = "Workdir, also in a bucket, or its receipt.jsonl."
 def bisect(
     run_a: Annotated[str, options.path_argument(_RUN)],
     run_b: Annotated[str, options.path_argument(_RUN)],
-    root: Annotated[
-        str, options.path_option("Folder of the data here. Default: those of the runs.")
-    ] = "",
+    root: options.Root = "",
     batches_a: Annotated[
         str, options.path_option("Folder with batches of RUN_A from replay --keep-batches.")
     ] = "",
@@ -39,12 +37,9 @@ def bisect(
     from deeplab_jax.training import bisect as bisect_lib
     from deeplab_jax.training import receipt
 
-    outputs.check("--json", json_file, ".json")
     a, b = (receipt.read(receipt.local_run(run)) for run in (run_a, run_b))
-    result = bisect_lib.bisect(
-        *(a, b),
-        (bisect_lib.Batches(a, root, batches_a), bisect_lib.Batches(b, root, batches_b)),
-    )
+    batches = bisect_lib.Batches(a, root, batches_a), bisect_lib.Batches(b, root, batches_b)
+    result = bisect_lib.bisect(a, b, batches)
     lines = [f"A  {run_a}: {a.covered}", f"B  {run_b}: {b.covered}"]
     lines += [f"note: {note}" for note in result.notes]
     lines += ["", "differs at the start, A | B:" if result.changes else "equal at the start"]
@@ -60,7 +55,7 @@ def bisect(
             lines += [f"then {result.batch}"] if result.batch != first else []
             lines += _image_lines(result.image)
         lines += outputs.cause_lines(result.causes)
-    outputs.console(json_file).print(*lines, sep="\n", markup=False)
+    outputs.console(json_file).print(*lines, sep="\n")
     outputs.write_json(json_file, result.to_json())
     if first or result.steps is None:
         raise typer.Exit(1)

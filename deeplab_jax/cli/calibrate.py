@@ -32,16 +32,13 @@ def calibrate(
     ] = "",
     out: Annotated[
         str,
-        options.path_option(
-            "File to write (.json). Default: calibration.json in the checkpoint's folder."
+        options.output_option(
+            "File to write (.json). Default: calibration.json in the checkpoint's folder.", ".json"
         ),
     ] = "",
     plot: Annotated[
         str,
-        options.path_option(
-            "Draw reliability before and after, and risk and coverage, to this file (.png, .svg or "
-            ".pdf)."
-        ),
+        options.figure_option("Draw reliability before and after, and risk and coverage, here"),
     ] = "",
     json_file: options.Json = "",
 ) -> None:
@@ -66,9 +63,6 @@ def calibrate(
     from deeplab_jax.visualization import plots
     from deeplab_jax.weights import hub
 
-    outputs.check("--out", out, ".json")
-    outputs.check("--plot", plot, *plots.SUFFIXES)
-    outputs.check("--json", json_file, ".json")
     if not 0 < risk < 1:
         raise UserError(f"--risk must be above 0 and below 1, got {risk:g}: 0.05 is 5 %")
     given = checkpoint
@@ -119,8 +113,7 @@ def calibrate(
         "risk on these images": f"{rule['risk']:.2%}",
         "written to": out,
     }
-    for name, fact in facts.items():
-        console.print(f"{name:<24}{fact}", markup=False)
+    console.print(*outputs.facts(facts), sep="\n")
     outputs.write_json(json_file, dataclasses.asdict(found) | {"points": done.curve.points()})
     if absent := found.report["absent"]:
         warnings.append(f"in no label of these images: {listed(absent)}")

@@ -83,4 +83,4 @@ def convert(
         f"{len(done.dropped)} dropped",
         str(done.destination),
     ]
-    console.print(*lines, sep="\n", markup=False)
+    console.print(*lines, sep="\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,6 +25,9 @@ data = typer.Typer(no_args_is_help=True)
 
 Root = Annotated[
     str, options.path_argument("Folder, CSV file or COCO JSON of the images and masks.")
+]
+Json = Annotated[
+    str, options.output_option("Write the report to this file; -: print only JSON.", name="--json")
 ]
 Workers = Annotated[int, typer.Option(help="Number of threads; 0: one per CPU.", min=0)]
 
@@ -56,9 +58,9 @@ def check(
             "the file of --classes. One that exists and does not fit is kept as *.orig.",
         ),
     ] = False,
-    json_file: options.Json = "",
+    json_file: Json = "",
     sheet: Annotated[
-        str, options.path_option("Draw images with their masks to this file, a PNG.")
+        str, options.output_option("Draw images with their masks to this file, a PNG.")
     ] = "",
     workers: Workers = 0,
 ) -> None:
@@ -72,15 +74,18 @@ def check(
       deeplab-jax data check camvid --ignore-label 11 --sheet camvid.png
       deeplab-jax data check pairs.csv --masks-hold colors --classes names.txt --json report.json
     """
-    outputs.check("--json", json_file)
-    outputs.check("--sheet", sheet)
     report, scans, mask_format = _check(settings, root, workers, json_file, write_classes)
     outputs.write_json(json_file, report.to_json())
-    if sheet:
-        _draw(sheet, scans, mask_format, settings.config(root).data.folder.channels)
+    if sheet and mask_format is not None and any(scan.readable for scan in scans):
+        from deeplab_jax.data_check import contact_sheet
+
+        channels = settings.config(root).data.folder.channels
+        outputs.write_picture(sheet, contact_sheet.draw(scans, mask_format, channels))
+    elif sheet:
+        print_warning(f"{sheet} was not drawn: no pair of image and mask could be read")
     if report.errors:
         raise typer.Exit(1)
-    outputs.console(json_file).print(f"To train: {settings.train_command(root)}", markup=False)
+    outputs.console(json_file).print(f"To train: {settings.train_command(root)}")
 
 
 @data.command()
@@ -96,7 +101,7 @@ def prepare(
             help="Copy the images. Default: hard links, or symbolic links where those cannot be.",
         ),
     ] = False,
-    json_file: options.Json = "",
+    json_file: Json = "",
     workers: Workers = 0,
 ) -> None:
     """Check a data set, and write it as images/SPLIT, masks/SPLIT and classes.txt.
@@ -112,7 +117,6 @@ def prepare(
     from deeplab_jax.data_check import prepare
 
     prepare.require_new_folder(out, root)
-    outputs.check("--json", json_file)
     report, scans, mask_format = _check(settings, root, workers, json_file)
     result: dict[str, Any] = {"out": "", "images": {}}
     if mask_format is not None and not report.errors:
@@ -123,27 +127,21 @@ def prepare(
     outputs.write_json(json_file, report.to_json() | result)
     console = outputs.console(json_file)
     if report.errors:
-        console.print(f"{out}: not written, because there are errors", markup=False)
+        console.print(f"{out}: not written, because there are errors")
         raise typer.Exit(1)
     linked = ", ".join(_count(number, way) for way, number in result["images"].items())
     console.print(
         f"{out}: written; images: {linked}; masks: ids in palette PNGs, 255 does not count",
         f"To train: {settings.after_prepare().train_command(out)}",
         sep="\n",
-        markup=False,
     )
 
 
 @data.command()
 def crops(
-    config: Annotated[
-        str, options.path_argument("Config file, or name of a config, as train takes it.")
-    ],
+    config: options.ConfigFile,
     out: Annotated[str, options.path_argument("File of the picture, a PNG.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="FIELD=VALUE of the config: data.augment.blur=1; repeatable."),
-    ] = None,
+    settings: options.Settings = None,
     count: Annotated[int, typer.Option(help="Number of crops.", min=1)] = 12,
 ) -> None:
     """Draw the first training crops of a config, as it augments them, each with its label.
@@ -152,11 +150,9 @@ def crops(
       deeplab-jax data crops configs/shapes.py crops.png --set data.augment.mix=classmix
     """
     from deeplab_jax import data as data_lib
-    from deeplab_jax.buckets.outputs import local_output
     from deeplab_jax.config import io as config_io
     from deeplab_jax.config import rules
     from deeplab_jax.data import oversampling, pipeline
-    from deeplab_jax.utils.files import write_png
     from deeplab_jax.visualization import overlays
 
     outputs.check("OUT", out, ".png")
@@ -169,8 +165,7 @@ def crops(
     for image, label in zip(batch["image"], batch["label"], strict=True):
         pictures = overlays.to_rgb(image), overlays.blend(image, label, dataset.labels)
         tiles += [("", overlays.resized(picture, 200)) for picture in pictures]
-    with local_output(out) as (file, _):
-        write_png(file, overlays.image_grid(tiles, 6, 200))
+    outputs.write_picture(out, overlays.image_grid(tiles, 6, 200))
 
 
 def _check(
@@ -217,24 +212,24 @@ def _write_classes(config: DataConfig, workers: int, json_file: str) -> None:
     if existing:
         errors = check(config, num_threads=workers)[0].errors
         if not {error.kind for error in errors} & set(MISREAD):
-            console.print(f"{existing}: fits the masks, so nothing is written", markup=False)
+            console.print(f"{existing}: fits the masks, so nothing is written")
             return
     samples = proposal.survey_all([pair.mask for pair in pairs], workers)
     path, old = proposal.write(config, proposal.propose(config, samples))
     kept = f"; the one that was there is now {old.name}" if old else ""
-    console.print(f"{path}: written{kept}", path.read_text(), sep="\n", markup=False)
+    console.print(f"{path}: written{kept}", path.read_text(), sep="\n")
 
 
 def _print(report: DataReport, json_file: str, settings: DataSettings) -> None:
     console = outputs.console(json_file)
     for note in report.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
     console.print(_split_table(report))
     if report.classes:
         console.print("", _class_table(report), sep="\n")
     for finding in report.findings:
         color = {"error": "red", "warning": "yellow", "advice": "cyan"}[finding.level]
-        console.print(f"\n[bold {color}]{finding.level}[/]", end=" ")
+        console.print(f"\n{finding.level}", style=f"bold {color}", end=" ")
         lines = [f"{finding.kind} ({finding.count}): {finding.message}"]
         lines += [f"  - {example}" for example in finding.examples]
         if finding.count > len(finding.examples) > 0:
@@ -243,9 +238,9 @@ def _print(report: DataReport, json_file: str, settings: DataSettings) -> None:
             lines.append(f"  {finding.mend}")
         if finding.level == "error":
             lines += _mending_lines(finding, report, settings)
-        console.print(*lines, sep="\n", markup=False)
+        console.print(*lines, sep="\n")
     counts = [_count(len(report.errors), "error"), _count(len(report.warnings), "warning")]
-    console.print(f"\n{report.root}: {', '.join(counts)}", markup=False)
+    console.print(f"\n{report.root}: {', '.join(counts)}")
 
 
 def _mending_lines(finding: Finding, report: DataReport, settings: DataSettings) -> list[str]:
@@ -290,18 +285,3 @@ def _class_table(report: DataReport) -> Table:
 def _count(number: int, noun: str) -> str:
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
     return f"{number or 'no'} {noun if number == 1 else plural}"
-
-
-def _draw(
-    path: str, scans: Sequence[Scan], mask_format: MaskFormat | None, num_channels: int
-) -> None:
-    from deeplab_jax.buckets.outputs import local_output
-    from deeplab_jax.data_check import contact_sheet
-    from deeplab_jax.utils.files import write_png
-
-    if mask_format is None or not any(scan.readable for scan in scans):
-        print_warning(f"{path} was not drawn: no pair of image and mask could be read")
-        return
-    picture = contact_sheet.draw(scans, mask_format, num_channels)
-    with local_output(path) as (file, _):
-        write_png(file, picture)

@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from deeplab_jax.cli import options
+from deeplab_jax.cli import options, outputs
 from deeplab_jax.cli.errors import exit_on_sigterm
-from deeplab_jax.utils.errors import UserError, print_warning
+from deeplab_jax.utils.errors import print_warning
 
 
 def demo(
@@ -46,20 +46,13 @@ def demo(
       deeplab-jax demo runs/voc
       deeplab-jax demo runs/voc --export-dir public
     """
-    from deeplab_jax.buckets import outputs
+    from deeplab_jax.buckets.outputs import local_output
     from deeplab_jax.export.demo.server import make_server
-    from deeplab_jax.utils.files import atomic_folder, require_writable
-    from deeplab_jax.utils.paths import is_bucket
+    from deeplab_jax.utils.files import atomic_folder
 
     if export_dir:
-        path = pathlib.Path(export_dir)
-        if is_bucket(export_dir):
-            outputs.check(export_dir, f"--export-dir {export_dir}", kind="new")
-        elif path.exists():
-            raise UserError(f"--export-dir {path} exists already; choose a new folder")
-        else:
-            require_writable(path.parent, "--export-dir", create=True)
-        with outputs.local_output(export_dir) as (local, _), atomic_folder(local) as folder:
+        outputs.check("--export-dir", export_dir, kind="new")
+        with local_output(export_dir) as (local, _), atomic_folder(local) as folder:
             _write(checkpoint, folder, calibration, runtime)
         print(f"{export_dir}: serve this folder by any web server, index.html is the page")
         return

@@ -14,7 +14,6 @@ from deeplab_jax.utils.errors import UserError, print_warning
 
 if TYPE_CHECKING:
     from deeplab_jax.evaluation.tally import Evaluation
-    from deeplab_jax.inference.calibration import Calibration
 
 
 @options.evaluation_options
@@ -33,9 +32,7 @@ def evaluate(
         typer.Option(min=0, help="Resamples for a confidence interval of the mIoU: 1000; 0: none."),
     ] = 0,
     json_file: options.Json = "",
-    confusion: Annotated[
-        str, options.path_option("Draw the confusion matrix to this file (.png, .svg or .pdf).")
-    ] = "",
+    confusion: Annotated[str, options.figure_option("Draw the confusion matrix here")] = "",
     positive: options.Positive = "",
     threshold: options.Threshold = None,
     unsure: Annotated[
@@ -49,9 +46,10 @@ def evaluate(
     calibration: options.Calibration = "",
     curves: Annotated[
         str,
-        options.path_option(
+        options.output_option(
             "Draw the ROC and the precision-recall curve of the class --positive to this file "
-            "(.png, .svg or .pdf), or write their points (.json)."
+            "(.png, .svg or .pdf), or write their points (.json).",
+            *(".png", ".svg", ".pdf", ".json"),
         ),
     ] = "",
 ) -> None:
@@ -76,15 +74,9 @@ def evaluate(
     from deeplab_jax.inference.positive import missing
     from deeplab_jax.visualization import plots
 
-    outputs.check("--json", json_file, ".json")
-    outputs.check("--confusion", confusion, *plots.SUFFIXES)
-    outputs.check("--curves", curves, *plots.SUFFIXES, ".json")
     if curves and curves in (confusion, json_file):
         raise UserError(f"--curves needs a file of its own, got {curves}")
-    if unsure and threshold is not None:
-        raise UserError("--unsure is about the most probable class: leave --threshold out")
-    if calibration and not unsure:
-        raise UserError("--calibration is for --unsure, which is missing")
+    options.check_unsure(unsure, threshold, calibration)
     config, segmenter, evaluator, warnings = setup.prepare(
         *(checkpoint, data, settings),
         root=root,
@@ -140,15 +132,20 @@ def evaluate(
     rows = zip(evaluation.labels.names, *columns.values(), strict=True)
     console.print(outputs.table(("class", *columns), rows))
     binary = report.binary(evaluation)
-    lines = _summary(evaluation, interval, facts)
+    lines = outputs.facts(_summary(evaluation, interval, facts))
     if binary:
-        lines += ["", *_binary_summary(binary)]
+        lines += ["", *outputs.facts(_binary_summary(binary))]
     scores = report.to_json(evaluation, interval)
     if rule and curve:
-        found = curve.at(rule.threshold)
-        lines += ["", *_risk_summary(rule, found)]
+        found: dict[str, Any] = curve.at(rule.threshold)
+        risk = {
+            "unsure": f"{_percent(1 - found['coverage'])} % of the pixels, {rule.rule()}",
+            "risk %": f"{_percent(found['risk'])}  ({rule.promise()})",
+            "wrong of the others %": _percent(found["wrong_of_sure"]),
+        }
+        lines += ["", *outputs.facts(risk)]
         scores["unsure"] = found | {"stated_risk": rule.risk, "points": curve.points()}
-    console.print("", *lines, sep="\n", markup=False)
+    console.print("", *lines, sep="\n")
     outputs.write_json(json_file, facts | scores)
     if confusion:
         figure = plots.confusion_plot(evaluation.matrix, evaluation.labels)
@@ -184,10 +181,10 @@ def _class_columns(evaluation: Evaluation) -> dict[str, list[str]]:
 
 def _summary(
     evaluation: Evaluation, interval: tuple[float, float] | None, facts: dict[str, Any]
-) -> list[str]:
-    """Returns the scores over all classes, and how they were computed, one per line."""
-    scores, rows = evaluation.scores, {}
-    rows["mIoU %"] = _percent(scores.miou)
+) -> dict[str, str]:
+    """Returns the scores over all classes, and how they were computed."""
+    scores = evaluation.scores
+    rows = {"mIoU %": _percent(scores.miou)}
     if interval is not None:
         low, high = map(_percent, interval)
         rows["mIoU %"] += (
@@ -213,21 +210,11 @@ def _summary(
         f"{facts['seconds']:.1f} s, {facts['images_per_second']:.2f} images/s, "
         f"{programs} program{'' if programs == 1 else 's'} compiled in it"
     )
-    return [f"{name:<24}{value}" for name, value in rows.items()]
+    return rows
 
 
-def _risk_summary(rule: Calibration, found: dict[str, Any]) -> list[str]:
-    """Returns what the rule for unsure pixels gives on these images, one number per line."""
-    rows = {
-        "unsure": f"{_percent(1 - found['coverage'])} % of the pixels, {rule.rule()}",
-        "risk %": f"{_percent(found['risk'])}  ({rule.promise()})",
-        "wrong of the others %": _percent(found["wrong_of_sure"]),
-    }
-    return [f"{name:<24}{value}" for name, value in rows.items()]
-
-
-def _binary_summary(binary: dict[str, Any]) -> list[str]:
-    """Returns the numbers of `report.binary`, one per line."""
+def _binary_summary(binary: dict[str, Any]) -> dict[str, str]:
+    """Returns the numbers of `report.binary` as texts."""
     import numpy as np
 
     def area(name: str) -> str:
@@ -254,4 +241,4 @@ def _binary_summary(binary: dict[str, Any]) -> list[str]:
     }
     if binary["best_threshold"] is not None:
         rows["best F1 %"] += f"  with --threshold {np.float32(binary['best_threshold'])!s}"
-    return [f"{name:<24}{value}" for name, value in rows.items()]
+    return rows

@@ -102,7 +102,7 @@ def export(
             f"class (limit {max_changed:.2%}); {after} per image in onnxruntime here. In float32: "
             f"{before}, {change.num_bytes[0] / 1e6:.1f} MB"
         )
-    console.print(f"{done.path}: {done.num_bytes / 1e6:.1f} MB", markup=False)
+    console.print(f"{done.path}: {done.num_bytes / 1e6:.1f} MB")
 
 
 def _parse_size(option: str, text: str) -> int | None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from deeplab_jax.cli import outputs
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.paths import required_path
 
@@ -40,6 +41,22 @@ def path_argument(words: str) -> Any:
     return typer.Argument(help=words, callback=expand_path)
 
 
+def output_option(words: str, *suffixes: str, name: str = "") -> Any:
+    """Returns an option that holds a file to write, which is checked before the work starts."""
+
+    def check(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
+        path = expand_path(context, option, value)
+        outputs.check(option.opts[0], path, *suffixes)
+        return path
+
+    return typer.Option(*([name] if name else []), help=words, callback=check)
+
+
+def figure_option(words: str) -> Any:
+    """Returns an option that holds the file of a chart."""
+    return output_option(f"{words} (.png, .svg or .pdf).", ".png", ".svg", ".pdf")
+
+
 Checkpoint = Annotated[
     str,
     path_argument(
@@ -47,9 +64,13 @@ Checkpoint = Annotated[
         "hf://org/name, or name of published weights."
     ),
 ]
+ConfigFile = Annotated[str, path_argument("Config file, or name of a config, as train takes it.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="FIELD=VALUE of the config: train.batch_size=64; repeatable."),
+]
 OutputStride = Annotated[
-    int | None,
-    typer.Option(help="8, 16 or 32; more for a cascade. Default: the run's."),
+    int | None, typer.Option(help="8, 16 or 32; more for a cascade. Default: the run's.")
 ]
 # The defaults of these are the settings of the run's own evaluation.
 Scales = Annotated[
@@ -84,7 +105,7 @@ Data = Annotated[
         "section to use. Default: the data set of the training."
     ),
 ]
-Root = Annotated[str, path_option("Folder of the data. Default: the config's.")]
+Root = Annotated[str, path_option("Folder of the data. Default: that of the config or run.")]
 Split = Annotated[str, typer.Option(help="Default: the config's eval_split, val.")]
 Limit = Annotated[int, typer.Option(min=0, help="Only the first N images; 0: all.")]
 Calibration = Annotated[
@@ -108,27 +129,37 @@ Threshold = Annotated[
     ),
 ]
 Json = Annotated[
-    str, path_option("Write the results to this file (.json); -: print only JSON.", "--json")
+    str,
+    output_option(
+        "Write the results to this file (.json); -: print only JSON.", ".json", name="--json"
+    ),
 ]
 
 
-def parse_scales(text: str | None) -> tuple[float, ...] | None:
-    """Returns the numbers of a text such as "0.5,1,1.5", and None for None.
+def check_unsure(unsure: bool, threshold: float | None, calibration: str) -> None:
+    """Checks that options that concern unsure pixels go together.
 
     Raises:
-      UserError: a part of the text is no number.
+      UserError: they do not.
     """
+    if unsure and threshold is not None:
+        raise UserError("--unsure is about the most probable class: leave --threshold out")
+    if calibration and not unsure:
+        raise UserError("--calibration is for --unsure, which is missing")
+
+
+def spell_views(scales: Sequence[float], flip: bool) -> str:
+    """Returns the views of an image as words: "0.5, 1, and mirrored"."""
+    return ", ".join(f"{scale:g}" for scale in scales) + (", and mirrored" if flip else "")
+
+
+def _parse_scales(text: str | None) -> tuple[float, ...] | None:
     if text is None:
         return None
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"--scales must be numbers such as 0.5,1,1.5, got {text!r}") from None
-
-
-def spell_views(scales: Sequence[float], flip: bool) -> str:
-    """Returns the views of an image as words: "0.5, 1, and mirrored"."""
-    return ", ".join(f"{scale:g}" for scale in scales) + (", and mirrored" if flip else "")
 
 
 def _view_settings(
@@ -139,7 +170,7 @@ def _view_settings(
     overlap: Overlap = None,
 ) -> dict[str, Any]:
     """Returns the arguments of `inference.segmenter.load` that the options set."""
-    return locals() | {"scales": parse_scales(scales)}
+    return locals() | {"scales": _parse_scales(scales)}
 
 
 def _eval_settings(
@@ -167,7 +198,7 @@ def _eval_settings(
     ] = None,
 ) -> dict[str, Any]:
     """Returns the fields of `EvalConfig` that the options set."""
-    values = locals() | {"scales": parse_scales(scales)}
+    values = locals() | {"scales": _parse_scales(scales)}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
@@ -14,61 +14,34 @@ from rich.table import Table
 from rich.text import Text
 
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.utils.paths import is_bucket
 
 if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import UInt8
     from matplotlib.figure import Figure
 
 STDOUT = "-"  # the path that makes --json print to standard output
-RUN_FILES = ("config.json", "inputs.json")  # of a workdir
 _FILE_WIDTH = 200  # columns of a table that is not printed to a terminal
 
 
-def check(option: str, path: str, *suffixes: str) -> None:
-    """Checks that a file can be written before the work starts, and creates its folder.
+def check(
+    option: str, path: str, *suffixes: str, kind: Literal["file", "folder", "new"] = "file"
+) -> None:
+    """Checks that a result can be written before the work starts; see `buckets.outputs.check`.
 
     Args:
       option: name of the option that holds the path, for the error.
-      path: of the file. Nothing is checked if it is empty, or is `STDOUT` for --json.
+      path: of the result. Nothing is checked if it is empty, or is `STDOUT` for --json.
       *suffixes: that it may have; none: any.
-
-    Raises:
-      UserError: the path has another suffix, is a folder or a run's file, or its folder cannot be
-        written to.
+      kind: what it will be.
     """
-    from deeplab_jax.utils.files import require_writable
+    from deeplab_jax.buckets import outputs
 
     if not path or (option, path) == ("--json", STDOUT):
         return
-    file = pathlib.Path(path).absolute()
-    if suffixes and file.suffix.lower() not in suffixes:
+    if suffixes and pathlib.Path(path).suffix.lower() not in suffixes:
         raise UserError(f"{option} must be a file that ends in {' or '.join(suffixes)}, got {path}")
-    if is_bucket(path):
-        from deeplab_jax.buckets import outputs
-
-        outputs.check(path, f"{option}: {path}", reserved=RUN_FILES)
-        return
-    if file.is_dir():
-        raise UserError(f"{option}: {path} is a folder")
-    if file.name in RUN_FILES and (file.parent / "checkpoints").is_dir():
-        raise UserError(f"{option}: {path} belongs to a run, which needs it to resume")
-    require_writable(file.parent, f"{option}: the folder", create=True)
-
-
-def check_folder(option: str, path: str) -> None:
-    """Checks that files can be written below a folder, and creates it.
-
-    Raises:
-      UserError: they cannot.
-    """
-    if is_bucket(path):
-        from deeplab_jax.buckets import outputs
-
-        outputs.check(path, f"{option} {path}", kind="folder")
-    else:
-        from deeplab_jax.utils.files import require_writable
-
-        require_writable(pathlib.Path(path), option, create=True)
+    outputs.check(path, f"{option}: {path}", kind=kind)
 
 
 def write_json(path: str, value: Any) -> None:
@@ -82,6 +55,15 @@ def write_json(path: str, value: Any) -> None:
     elif path:
         with local_output(path) as (file, _):
             write_bytes(file, text.encode())
+
+
+def write_picture(path: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+    """Writes a PNG to the path of an option."""
+    from deeplab_jax.buckets.outputs import local_output
+    from deeplab_jax.utils.files import write_png
+
+    with local_output(path) as (file, _):
+        write_png(file, picture)
 
 
 def save_figure(path: str, figure: Figure) -> None:
@@ -105,6 +87,11 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
+def facts(rows: Mapping[str, object], width: int = 24) -> list[str]:
+    """Returns a line for each fact, whose value begins at column `width`."""
+    return [f"{name:<{width}}{value}" for name, value in rows.items()]
+
+
 def cause_lines(causes: Sequence[str]) -> list[str]:
     """Returns the lines that name the likely causes of a difference."""
     if not causes:
@@ -117,7 +104,8 @@ def cause_lines(causes: Sequence[str]) -> list[str]:
 
 def console(json_path: str = "") -> Console:
     """Returns the console for tables: stdout, or stderr if --json prints to stdout."""
-    chosen = Console(stderr=json_path == STDOUT, highlight=False, soft_wrap=True)
+    is_json = json_path == STDOUT
+    chosen = Console(stderr=is_json, markup=False, highlight=False, soft_wrap=True)
     if not chosen.is_terminal:
         chosen.width = _FILE_WIDTH
     return chosen

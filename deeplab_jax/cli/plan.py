@@ -6,7 +6,6 @@ import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from deeplab_jax.cli import options, outputs
 
@@ -20,17 +19,12 @@ _MAX_IMAGES_PER_CHIP = 1024  # that --find-batch tries
 
 
 def plan(
-    config: Annotated[
-        str, options.path_argument("Config file, or name of a config, as train takes it.")
-    ],
+    config: options.ConfigFile,
     topology: Annotated[
         str, typer.Option(help="Chip and shape of a slice: v5e:4x4, v6e:16x16, v5p:4x4x4, v4:2x2x1")
     ],
     slices: Annotated[int, typer.Option(help="Slices, joined by the data centre's network.")] = 1,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="FIELD=VALUE of the config: train.batch_size=64; repeatable."),
-    ] = None,
+    settings: options.Settings = None,
     num_classes: Annotated[
         int | None,
         typer.Option(help="Number of classes, if neither the config nor a file of classes has it."),
@@ -56,15 +50,14 @@ def plan(
     from deeplab_jax.plan.plan import prepare
 
     prepare()
-    outputs.check("--json", json_file, ".json")
     target = chips.parse(topology, slices)
     values = config_io.override(config_io.from_python(config), settings or ())
     architecture = descriptions.of_config(values, config, num_classes).architecture
     make = _find_batch if find_batch else _compile
     result = make(values, architecture, target)
     console = outputs.console(json_file)
-    for name, value in report.summary_rows(result):
-        console.print(f"{name:<28}{value}", markup=False)
+    rows = outputs.facts(dict(report.summary_rows(result)), 28)
+    console.print(*rows, sep="\n")
     if result.collectives:
         console.print(outputs.table(report.COLLECTIVE_COLUMNS, report.collective_rows(result)))
     outputs.write_json(json_file, report.to_json(result))
@@ -76,11 +69,11 @@ def _compile(config: Config, architecture: Architecture, topology: Topology) -> 
     """Makes a plan and reports progress on stderr."""
     from deeplab_jax.plan.plan import make_plan
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = outputs.console(outputs.STDOUT)  # which leaves that to the results
     title = f"batch {config.train.batch_size} of {architecture.name} for {topology.name}"
 
     def log(message: str) -> None:
-        console.print(f"{title}: {message}", markup=False)
+        console.print(f"{title}: {message}")
 
     with console.status("compiling"):
         result = make_plan(config, architecture, topology, log)

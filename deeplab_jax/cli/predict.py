@@ -93,7 +93,6 @@ def predict(
     from deeplab_jax.inference.calibration import require_calibration
     from deeplab_jax.inference.positive import resolve
     from deeplab_jax.utils.errors import UserError, raise_problems
-    from deeplab_jax.utils.paths import is_bucket
     from deeplab_jax.utils.progress import track
 
     cameras = [name for name in images if re.fullmatch(video.CAMERA, name)]
@@ -109,12 +108,8 @@ def predict(
         raise UserError("--smooth, --every and --frames are for videos and cameras")
     if not smooth < 1:
         raise UserError(f"--smooth must be 0 or more and below 1, got {smooth:g}")
-    outputs.check_folder("--out", out)
-    outputs.check("--json", json_file, ".json")
-    if unsure and threshold is not None:
-        raise UserError("--unsure is about the most probable class: leave --threshold out")
-    if calibration and not unsure:
-        raise UserError("--calibration is for --unsure, which is missing")
+    options.check_unsure(unsure, threshold, calibration)
+    outputs.check("--out", out, kind="folder")
     model = segmenter.load(checkpoint, **settings, calibration=calibration or None, wait=False)
     rule = require_calibration(model) if unsure else None
     if positive and threshold is None:
@@ -133,7 +128,7 @@ def predict(
             side_by_side=side_by_side,
             positive=chosen,
             unsure=unsure,
-            move=move if is_bucket(out) else None,
+            move=move,
         )
         stack.callback(predictions.close)
         for result in track(predictions, "predict", len(inputs)) if inputs else ():
@@ -149,7 +144,7 @@ def predict(
                     *(model, source, folder / name),
                     opacity=opacity,
                     every=every,
-                    move=move if is_bucket(out) else None,
+                    move=move,
                     max_frames=frames,
                     smooth=smooth,
                     positive=chosen,
@@ -181,18 +176,18 @@ def predict(
             columns, rows = columns[:-1], [row[:-1] for row in rows]
         console.print(outputs.table(columns, rows, num_text_columns=2))
         noun = "video" if videos and not inputs else "image" if not videos else "file"
-        console.print(f"{len(results)} {noun}{'s' * (len(results) > 1)} in {out}", markup=False)
+        console.print(f"{len(results)} {noun}{'s' * (len(results) > 1)} in {out}")
         for one in results:
             if isinstance(one, files.VideoResult):
                 noun = "frame" if one.num_frames == 1 else "frames"
                 about = f"{one.num_frames} {noun}, {one.rate:g} per second, without sound"
-                console.print("; ".join([f"{one.path}: {about}", *one.notes]), markup=False)
+                console.print("; ".join([f"{one.path}: {about}", *one.notes]))
     report: dict[str, Any] = {"checkpoint": str(model.path)}
     if chosen:
         report |= {"positive": model.labels.names[chosen.class_id], "threshold": threshold}
-        console.print(f"{report['positive']}: from probability {threshold:g} on", markup=False)
+        console.print(f"{report['positive']}: from probability {threshold:g} on")
     if rule:
-        console.print(f"unsure {rule.rule()}; {rule.promise()}", markup=False)
+        console.print(f"unsure {rule.rule()}; {rule.promise()}")
         report["unsure"] = {name: getattr(rule, name) for name in ("threshold", "risk", "of")}
     report |= files.to_json(results, model.labels)
     outputs.write_json(json_file, report | {"problems": problems})

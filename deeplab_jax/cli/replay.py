@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import re
 from typing import Annotated
 
@@ -29,7 +28,7 @@ def replay(
     from_start: Annotated[
         bool, typer.Option("--from-start", help="Start from the initial state, not a checkpoint.")
     ] = False,
-    root: Annotated[str, options.path_option("Folder of the data. Default: the run's.")] = "",
+    root: options.Root = "",
     keep_batches: Annotated[
         str,
         options.path_option("Write the batches to this folder, for bisect on another machine."),
@@ -47,12 +46,9 @@ def replay(
       deeplab-jax replay runs/voc --steps 0:20 --keep-batches batches
     """
     from deeplab_jax.training import replay as replay_lib
-    from deeplab_jax.utils.files import require_writable
     from deeplab_jax.utils.progress import track
 
-    outputs.check("--json", json_file, ".json")
-    if keep_batches:
-        require_writable(pathlib.Path(keep_batches), "--keep-batches", create=True)
+    outputs.check("--keep-batches", keep_batches, kind="folder")
     console = outputs.console(json_file)
     result = replay_lib.replay(
         run,
@@ -60,7 +56,7 @@ def replay(
         from_start=from_start,
         root=root,
         keep_batches=keep_batches,
-        log=lambda text: console.print(text, markup=False),
+        log=lambda text: console.print(text),
         track=lambda steps: track(steps, "replay", len(steps)),
     )
     difference = result.difference
@@ -74,7 +70,7 @@ def replay(
         if result.image:
             lines.append(f"  image {result.image['index']} of the epoch: {result.image['name']}")
         lines += outputs.cause_lines(result.causes)
-    console.print(*lines, sep="\n", markup=False)
+    console.print(*lines, sep="\n")
     outputs.write_json(json_file, result.to_json())
     if difference:
         raise typer.Exit(1)

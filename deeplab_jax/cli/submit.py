@@ -101,5 +101,4 @@ def _report(path: str, competition: str, split: str, images: int, matrix: np.nda
         rows["mIoU %"] = f"{100 * scores(matrix).miou:.2f}, of the files"
     if split == "test":
         rows["upload to"] = SERVER
-    for name, value in rows.items():
-        outputs.console("").print(f"{name:<14}{value}", markup=False)
+    outputs.console().print(*outputs.facts(rows, 14), sep="\n")

@@ -33,14 +33,10 @@ def summary(
     markdown: Annotated[bool, typer.Option("--markdown", help="Tables in Markdown.")] = False,
     json_file: options.Json = "",
     plot: Annotated[
-        str,
-        options.path_option("Draw valid taps by rate, and its blocks, here (.png, .svg or .pdf)."),
+        str, options.figure_option("Draw valid taps by rate, and its blocks, here")
     ] = "",
     receptive_field: Annotated[
-        str,
-        options.path_option(
-            "Draw the effective receptive field here (.png, .svg or .pdf); takes a while."
-        ),
+        str, options.figure_option("Draw the effective receptive field, which takes a while, here")
     ] = "",
     samples: Annotated[
         int,
@@ -67,11 +63,7 @@ def summary(
         summarize,
         totals,
     )
-    from deeplab_jax.visualization import plots
 
-    outputs.check("--json", json_file, ".json")
-    for option, file in (("--plot", plot), ("--receptive-field", receptive_field)):
-        outputs.check(option, file, *plots.SUFFIXES)
     if plot and plot == receptive_field:
         raise UserError(f"--plot and --receptive-field are the same file, {plot}")
     description = descriptions.read(model, num_classes=num_classes)
@@ -90,7 +82,7 @@ def summary(
         console.print(table, "", sep="\n")
     line = "- {}: {}" if markdown else "{:<20}{}"
     for name, value in totals(result):
-        console.print(line.format(name, value), markup=False)
+        console.print(line.format(name, value))
     if plot:
         from deeplab_jax.analysis.plots import model_figure
 
@@ -101,7 +93,7 @@ def summary(
         fields = _effective_fields(description, height, width, samples)
         for name, field in fields:
             words = f"{name}: {', '.join(field_facts(field)[:2])}"
-            console.print(line.format("receptive field", words), markup=False)
+            console.print(line.format("receptive field", words))
         weights = "random weights" if description.saved is None else "trained weights"
         about = f"{description.architecture.name}, {weights}, {height}x{width}"
         figure = field_figure(fields, f"Effective receptive field of {about}")

@@ -56,4 +56,4 @@ def warm(
         predictor.ids(image)
         seconds = time.perf_counter() - start
         console.print(f"{height}x{width}: program for {program}, after {seconds:.1f} s")
-    console.print(f"in {jax.config.values['jax_compilation_cache_dir']}", markup=False)
+    console.print(f"in {jax.config.values['jax_compilation_cache_dir']}")

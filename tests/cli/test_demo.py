@@ -301,7 +301,7 @@ def test_the_folder_is_complete_and_served(command, model, tmp_path, fake_runtim
         server.shutdown()
     code, _, err = command("demo", model, "--export-dir", folder, "--runtime", fake_runtime)
     assert code == 2
-    assert "exists already; choose a new folder" in err
+    assert "exists already; choose another path" in err
 
 
 def test_the_calibration_beside_weights_as_on_the_hub(command, model, tmp_path, fake_runtime):

@@ -183,7 +183,7 @@ BAD = {
     "a name of a picture": (["--confusion", "c.jpg"], "--confusion must be a file that ends in"),
     "a folder that is a file": (
         ["--json", "{run}/config.json/s.json"],
-        "--json: the folder .* cannot be written to",
+        "--json: .*: the folder .* cannot be written to",
     ),
     "a limit": (["--limit", "-1"], "--limit"),
 }
