@@ -76,9 +76,6 @@ class Store:
         self.bucket = self._root.partition("/")[0]
         self._fs = _open_filesystem(self.scheme)
 
-    def __reduce__(self) -> Any:  # file systems hold threads
-        return Store, (self.url,)
-
     def url_of(self, name: str) -> str:
         return f"{self.url}/{name}" if name else self.url
 

@@ -20,14 +20,13 @@ def calibrate(
     split: options.Split = "",
     limit: options.Limit = 0,
     risk: Annotated[
-        float,
-        typer.Option(help="Expected share of an image's pixels that are wrong and not unsure."),
+        float, typer.Option(help="Expected share of pixels that are wrong and not unsure.")
     ] = 0.05,
     of: Annotated[
         str,
         typer.Option(
-            help="Class (name or id). --risk is then the expected share of the class's pixels in "
-            "an image that are predicted as another class and not unsure."
+            help="Class (name or id): --risk is then the expected share of its pixels that are "
+            "predicted as another class and not unsure."
         ),
     ] = "",
     out: Annotated[

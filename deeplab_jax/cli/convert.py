@@ -14,8 +14,7 @@ def convert(
     destination: Annotated[
         str,
         options.path_argument(
-            "New folder for a checkpoint; or of a checkpoint: .pth or .safetensors file, or "
-            "hf://org/name."
+            "New folder for a checkpoint; or, of one, a .pth or .safetensors file, or hf://org/name."
         ),
     ],
     family: Annotated[
@@ -36,12 +35,9 @@ def convert(
             "data.mean=0.5,0.5,0.5; repeatable.",
         ),
     ] = None,
-    classes: Annotated[
-        str, options.path_option("File of the names of the classes, one per line.", "--classes")
-    ] = "",
+    classes: Annotated[str, options.path_option("File of class names, one per line.")] = "",
     allow_nonfinite: Annotated[
-        bool,
-        typer.Option("--allow-nonfinite", help="Keep NaN and infinite weights, not refuse them."),
+        bool, typer.Option("--allow-nonfinite", help="Keep NaN and infinite weights.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no table of arrays.")] = False,
 ) -> None:

@@ -96,10 +96,7 @@ def prepare(
     out: Annotated[str, options.path_argument("New folder for the data set.")],
     copy: Annotated[
         bool,
-        typer.Option(
-            "--copy",
-            help="Copy the images. Default: hard links, or symbolic links where those cannot be.",
-        ),
+        typer.Option("--copy", help="Copy the images. Default: hard links, else symbolic links."),
     ] = False,
     json_file: Json = "",
     workers: Workers = 0,

@@ -117,41 +117,30 @@ class DataSettings:
 
 def _data_settings(
     config: Annotated[
-        str, options.path_option("Config file whose data settings to use, as configs/folder.py.")
+        str, options.path_option("Config file whose data settings to use: configs/folder.py.")
     ] = "",
     classes: Annotated[
         str, options.path_option("File of class names. Default: classes.txt in the root.")
     ] = "",
     masks_hold: Annotated[
-        str,
-        typer.Option(
-            help="Pixel values of masks: ids, colors or binary. Default: auto, which looks at "
-            "the masks."
-        ),
+        str, typer.Option(help="Values of masks: ids, colors, binary. Default: auto, looks.")
     ] = "",
     ignore_label: Annotated[
         int | None, typer.Option(help="Id of the pixels that do not count. Default: 255.")
     ] = None,
     threshold: Annotated[
-        int | None,
-        typer.Option(help="Grey value from which a pixel of a binary mask is foreground: 128."),
+        int | None, typer.Option(help="Grey value from which binary masks are foreground: 128.")
     ] = None,
     mask_name: Annotated[
         str,
-        typer.Option(
-            help="File name of a mask without its suffix, such as {name}_mask; {name} stands for "
-            "that of its image. Default: {name}."
-        ),
+        typer.Option(help="Name of a mask from its image's, without suffix: {name}_mask."),
     ] = "",
     image_pattern: Annotated[
         str,
         typer.Option(help="Paths of images below the root: {split}/{name}.jpg. Default: found."),
     ] = "",
     mask_pattern: Annotated[
-        str,
-        typer.Option(
-            help="Paths of masks below the root: {split}/{name}_mask.png. Default: found."
-        ),
+        str, typer.Option(help="Paths of masks, alike: {split}/{name}_mask.png. Default: found.")
     ] = "",
     channels: Annotated[
         int | None, typer.Option(help="Channels of the images. Default: 3.")

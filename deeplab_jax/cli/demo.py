@@ -24,17 +24,11 @@ def demo(
         str, typer.Option(help="Address to listen at; 0.0.0.0: also for other machines.")
     ] = "127.0.0.1",
     export_dir: Annotated[
-        str,
-        options.path_option(
-            "Write the page to this new folder, to host it anywhere, and do not serve it."
-        ),
+        str, options.path_option("Write the page to this new folder instead, to host it anywhere.")
     ] = "",
     calibration: options.Calibration = "",
     runtime: Annotated[
-        str,
-        options.path_option(
-            "Folder with the files of onnxruntime-web. Default: downloaded once (33 MB)."
-        ),
+        str, options.path_option("Folder of onnxruntime-web. Default: downloaded once (33 MB).")
     ] = "",
 ) -> None:
     """Segment images in the browser: serve a page that runs the model there.

@@ -28,8 +28,7 @@ def evaluate(
         bool, typer.Option("--boundary", help="Also compute the boundary IoU.")
     ] = False,
     bootstrap: Annotated[
-        int,
-        typer.Option(min=0, help="Resamples for a confidence interval of the mIoU: 1000; 0: none."),
+        int, typer.Option(min=0, help="Resamples for an interval of the mIoU: 1000; 0: none.")
     ] = 0,
     json_file: options.Json = "",
     confusion: Annotated[str, options.figure_option("Draw the confusion matrix here")] = "",
@@ -39,16 +38,15 @@ def evaluate(
         bool,
         typer.Option(
             "--unsure",
-            help="Also measure the risk and coverage of the rule for unsure pixels, see calibrate. "
-            "Predicts all images once more, as predict does.",
+            help="Also measure the rule for unsure pixels, see calibrate: predicts once more.",
         ),
     ] = False,
     calibration: options.Calibration = "",
     curves: Annotated[
         str,
         options.output_option(
-            "Draw the ROC and the precision-recall curve of the class --positive to this file "
-            "(.png, .svg or .pdf), or write their points (.json).",
+            "Draw the ROC and precision-recall curves of the class --positive here (.png, .svg or "
+            ".pdf), or write their points (.json).",
             *(".png", ".svg", ".pdf", ".json"),
         ),
     ] = "",

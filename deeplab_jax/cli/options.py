@@ -76,14 +76,12 @@ OutputStride = Annotated[
 Scales = Annotated[
     str | None,
     typer.Option(
-        help="Image scales to average over: 0.5,0.75,1,1.25,1.5,1.75. Default: the run's, else 1."
+        help="Scales to average over: 0.5,0.75,1,1.25,1.5,1.75. Default: the run's, or 1."
     ),
 ]
 Flip = Annotated[
     bool | None,
-    typer.Option(
-        "--flip/--no-flip", help="Average over the mirrored image too. Default: as the run."
-    ),
+    typer.Option("--flip/--no-flip", help="Average over mirrored images too. Default: as the run."),
 ]
 Window = Annotated[
     int | None,
@@ -94,9 +92,7 @@ Window = Annotated[
 ]
 Overlap = Annotated[
     float | None,
-    typer.Option(
-        help="Fraction of a window that the next window covers again. Default: the run's, else 0.5."
-    ),
+    typer.Option(help="Fraction of a window that the next covers too. Default: the run's, or 0.5."),
 ]
 Data = Annotated[
     str,
@@ -110,9 +106,7 @@ Split = Annotated[str, typer.Option(help="Default: the config's eval_split, val.
 Limit = Annotated[int, typer.Option(min=0, help="Only the first N images; 0: all.")]
 Calibration = Annotated[
     str,
-    path_option(
-        "File that `deeplab-jax calibrate` wrote. Default: that in the checkpoint's folder."
-    ),
+    path_option("File of `deeplab-jax calibrate`. Default: that in the checkpoint's folder."),
 ]
 Positive = Annotated[
     str,
@@ -183,9 +177,7 @@ def _eval_settings(
     ] = None,
     size: Annotated[
         int | None,
-        typer.Option(
-            help="Side that the protocol paper pads images to. Default: the config's, 513."
-        ),
+        typer.Option(help="Side that the protocol paper pads to. Default: the config's, 513."),
     ] = None,
     output_stride: OutputStride = None,
     scales: Scales = None,

@@ -26,8 +26,7 @@ def plan(
     slices: Annotated[int, typer.Option(help="Slices, joined by the data centre's network.")] = 1,
     settings: options.Settings = None,
     num_classes: Annotated[
-        int | None,
-        typer.Option(help="Number of classes, if neither the config nor a file of classes has it."),
+        int | None, typer.Option(help="Number of classes, if the config does not tell.")
     ] = None,
     find_batch: Annotated[
         bool, typer.Option("--find-batch", help="Find the largest batch: compiles several times.")

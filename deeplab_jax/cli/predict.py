@@ -29,13 +29,12 @@ def predict(
     images: Annotated[
         list[str],
         options.path_argument(
-            "Image files, folders (searched recursively for images), patterns, videos, or camera:0."
+            "Images, folders (with their subfolders), patterns, videos, camera:0."
         ),
     ],
     out: Annotated[str, options.path_option("Folder for the results; created if it is missing.")],
     heatmap: Annotated[
-        list[str] | None,
-        typer.Option(help="Class (name or id) whose probability is drawn as heat map; repeatable."),
+        list[str] | None, typer.Option(help="Class (name or id) to draw a heat map of; repeatable.")
     ] = None,
     side_by_side: Annotated[
         bool, typer.Option("--side-by-side", help="Also draw the image and its overlay in a row.")
@@ -45,22 +44,17 @@ def predict(
     ] = 0.5,
     smooth: Annotated[
         float,
-        typer.Option(
-            min=0, help="Weight of earlier frames of a video in a running mean of probabilities."
-        ),
+        typer.Option(min=0, help="Weight of earlier frames in a running mean of probabilities."),
     ] = 0.0,
     every: Annotated[int, typer.Option(min=1, help="Segment one of so many frames.")] = 1,
     frames: Annotated[
-        int,
-        typer.Option(min=0, help="Stop after so many frames of a video or camera; 0: at the end."),
+        int, typer.Option(min=0, help="Stop after so many frames; 0: at the end.")
     ] = 0,
     positive: options.Positive = "",
     threshold: options.Threshold = None,
     unsure: Annotated[
         bool,
-        typer.Option(
-            "--unsure", help="Also mark the pixels at which the model is unsure; see calibrate."
-        ),
+        typer.Option("--unsure", help="Also mark the pixels that are unsure, see calibrate."),
     ] = False,
     calibration: options.Calibration = "",
     json_file: options.Json = "",

@@ -14,15 +14,13 @@ from deeplab_jax.utils.errors import UserError
 def replay(
     run: Annotated[
         str,
-        options.path_argument(
-            "Workdir, also in a bucket; of two stages, its folder stage1 for the first."
-        ),
+        options.path_argument("Workdir, also in a bucket; its folder stage1: the first stage."),
     ],
     steps: Annotated[
         str,
         typer.Option(
             help="FIRST:LAST, from the state after FIRST steps to that after LAST. Default: from "
-            "the newest checkpoint to the last step."
+            "the newest checkpoint to the end."
         ),
     ] = "",
     from_start: Annotated[
@@ -30,8 +28,7 @@ def replay(
     ] = False,
     root: options.Root = "",
     keep_batches: Annotated[
-        str,
-        options.path_option("Write the batches to this folder, for bisect on another machine."),
+        str, options.path_option("Write the batches to this folder, for bisect elsewhere.")
     ] = "",
     json_file: options.Json = "",
 ) -> None:

@@ -19,8 +19,7 @@ def summary(
     model: Annotated[
         str,
         options.path_argument(
-            "A config file, the name of a config or an architecture, or a workdir, checkpoint "
-            "or weights file."
+            "Config file, name of a config or architecture, workdir, checkpoint or weights file."
         ),
     ],
     size: Annotated[
@@ -39,8 +38,7 @@ def summary(
         str, options.figure_option("Draw the effective receptive field, which takes a while, here")
     ] = "",
     samples: Annotated[
-        int,
-        typer.Option(min=1, help="Number of random images to average the receptive field over."),
+        int, typer.Option(min=1, help="Random images to average the receptive field over.")
     ] = 4,
 ) -> None:
     """Explain a model: each convolution's stride, atrous rate, field of view, taps and arithmetic.
