@@ -42,8 +42,8 @@ def unbroken(tmp_path_factory):
     return workdir
 
 
-def test_a_run_in_a_bucket_is_a_local_run(bucket, unbroken, tmp_path):
-    address = f"{bucket}/runs/a"
+def test_a_run_in_a_bucket_is_a_local_run(gs_bucket, unbroken, tmp_path):
+    address = f"{gs_bucket}/runs/a"
     out, _ = finish(start_command(f"{address}/", *STEPS))
     assert problems(address, unbroken, tmp_path / "end") == []
     names = list(Store(address).list())
@@ -75,8 +75,9 @@ def test_a_run_in_a_bucket_is_a_local_run(bucket, unbroken, tmp_path):
         train(config, address)
 
 
-def test_a_run_killed_repeatedly_ends_as_if_never_killed(gs_bucket, unbroken, tmp_path):
-    address = f"{gs_bucket}/run"
+@pytest.mark.parametrize("server", ["s3"], indirect=True)
+def test_a_run_killed_repeatedly_ends_as_if_never_killed(server, bucket, unbroken, tmp_path):
+    address = f"{bucket}/run"
     kill_and_resume(address, tmp_path / "cache", 2, seed=1, flags=STEPS)
     assert problems(address, unbroken, tmp_path / "end") == []
 
