@@ -36,8 +36,7 @@ def calibrate(
         ),
     ] = "",
     plot: Annotated[
-        str,
-        options.figure_option("Draw reliability before and after, and risk and coverage, here"),
+        str, options.figure_option("Draw reliability before and after, and risk and coverage, here")
     ] = "",
     json_file: options.Json = "",
 ) -> None:

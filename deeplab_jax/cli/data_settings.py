@@ -34,22 +34,13 @@ _GROUP = re.compile(rf"{_SETTING}(?:[\s,`]+(?:and\s+)?[`-]*{_SETTING})*")
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """What the options of a command say about a data set.
+    """What the options of a command say about a data set."""
 
-    Attributes:
-      config_file: the config that they change; empty: the defaults.
-      fields: the fields that they set.
-    """
-
-    config_file: str
-    fields: dict[str, Any]
+    config_file: str  # which they change; empty: the defaults
+    fields: dict[str, Any]  # that they set
 
     def config(self, root: str) -> Config:
-        """Returns the config of a training on the data set.
-
-        Raises:
-          UserError: the config file or a value is wrong.
-        """
+        """Returns the config of a training on the data set, which is valid."""
         from deeplab_jax.config.io import from_python, with_fields
         from deeplab_jax.config.rules import validate
 
@@ -93,12 +84,7 @@ class DataSettings:
         """Returns the commands that check a data set with the settings that a message names.
 
         Settings between which there is only "and" are set by one command; the others are choices.
-        Those that are set already are left out.
-
-        Args:
-          root: of the data set.
-          text: the message.
-          *always: options that all commands have.
+        Those that are set already are left out. All commands have the options `always`.
         """
         commands = []
         for group in _GROUP.finditer(text):
@@ -132,8 +118,7 @@ def _data_settings(
         int | None, typer.Option(help="Grey value from which binary masks are foreground: 128.")
     ] = None,
     mask_name: Annotated[
-        str,
-        typer.Option(help="Name of a mask from its image's, without suffix: {name}_mask."),
+        str, typer.Option(help="Name of a mask from its image's, without suffix: {name}_mask.")
     ] = "",
     image_pattern: Annotated[
         str,
@@ -146,7 +131,6 @@ def _data_settings(
         int | None, typer.Option(help="Channels of the images. Default: 3.")
     ] = None,
 ) -> DataSettings:
-    """Returns the settings that the options give."""
     values = locals()
     given = {field: values[option[2:].replace("-", "_")] for option, field in _FIELDS.items()}
     fields = {field: value for field, value in given.items() if value not in (None, "")}

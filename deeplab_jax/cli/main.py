@@ -53,8 +53,7 @@ def options(
         ),
     ] = [],  # noqa: B006
     version: Annotated[
-        bool,
-        typer.Option("--version", help="Print the version and exit.", callback=_print_version),
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version)
     ] = False,
 ) -> None:
     """DeepLabv3 in JAX: train, evaluate, predict, convert, export.
@@ -105,11 +104,7 @@ def main() -> None:
 
 
 def import_modules(modules: Sequence[str]) -> None:
-    """Imports modules from the current folder or the Python path.
-
-    Raises:
-      UserError: a module does not exist or fails.
-    """
+    """Imports modules from the current folder or the Python path."""
     if modules and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     for module in modules:

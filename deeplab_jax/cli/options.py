@@ -16,11 +16,7 @@ from deeplab_jax.utils.paths import required_path
 
 
 def expand_path(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
-    """Replaces `~` in the paths of an option; see `path_option`.
-
-    Raises:
-      UserError: a path is empty, as `--json=$VARIABLE` makes it if the variable is unset.
-    """
+    """Replaces `~` in the paths of an option, which must not be empty; see `path_option`."""
     source = context.get_parameter_source(option.name or "")
     if source is None or source.name != "COMMANDLINE":
         return value
@@ -105,8 +101,7 @@ Root = Annotated[str, path_option("Folder of the data. Default: that of the conf
 Split = Annotated[str, typer.Option(help="Default: the config's eval_split, val.")]
 Limit = Annotated[int, typer.Option(min=0, help="Only the first N images; 0: all.")]
 Calibration = Annotated[
-    str,
-    path_option("File of `deeplab-jax calibrate`. Default: that in the checkpoint's folder."),
+    str, path_option("File of `deeplab-jax calibrate`. Default: that in the checkpoint's folder.")
 ]
 Positive = Annotated[
     str,
@@ -131,11 +126,7 @@ Json = Annotated[
 
 
 def check_unsure(unsure: bool, threshold: float | None, calibration: str) -> None:
-    """Checks that options that concern unsure pixels go together.
-
-    Raises:
-      UserError: they do not.
-    """
+    """Raises UserError if options that concern unsure pixels do not go together."""
     if unsure and threshold is not None:
         raise UserError("--unsure is about the most probable class: leave --threshold out")
     if calibration and not unsure:

@@ -29,11 +29,8 @@ def check(
 ) -> None:
     """Checks that a result can be written before the work starts; see `buckets.outputs.check`.
 
-    Args:
-      option: name of the option that holds the path, for the error.
-      path: of the result. Nothing is checked if it is empty, or is `STDOUT` for --json.
-      *suffixes: that it may have; none: any.
-      kind: what it will be.
+    Nothing is checked if the path is empty, or is `STDOUT` for --json. Without suffixes, any will
+    do.
     """
     from deeplab_jax.buckets import outputs
 

@@ -53,8 +53,7 @@ def predict(
     positive: options.Positive = "",
     threshold: options.Threshold = None,
     unsure: Annotated[
-        bool,
-        typer.Option("--unsure", help="Also mark the pixels that are unsure, see calibrate."),
+        bool, typer.Option("--unsure", help="Also mark the pixels that are unsure, see calibrate.")
     ] = False,
     calibration: options.Calibration = "",
     json_file: options.Json = "",

@@ -13,8 +13,7 @@ from deeplab_jax.utils.errors import UserError
 
 def replay(
     run: Annotated[
-        str,
-        options.path_argument("Workdir, also in a bucket; its folder stage1: the first stage."),
+        str, options.path_argument("Workdir, also in a bucket; its folder stage1: the first stage.")
     ],
     steps: Annotated[
         str,

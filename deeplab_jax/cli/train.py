@@ -124,11 +124,7 @@ def config_first(argv: Sequence[str]) -> list[str]:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-    """Parses absl flags.
-
-    Raises:
-      UserError: a flag is missing, unknown or has a wrong value.
-    """
+    """Parses absl flags; raises UserError for one that is missing, unknown or wrong."""
     try:
         rest = flags.FLAGS(list(argv))
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:

@@ -45,9 +45,6 @@ def find_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
     Returns:
       The files in the order of `os.walk` with sorted names: those of a folder, then of subfolders.
-
-    Raises:
-      UserError: a folder cannot be read.
     """
     found: dict[tuple[str, ...], list[pathlib.Path]] = {}  # by the parts of the folder
     seen: set[str] = set()
