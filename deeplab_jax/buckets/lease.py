@@ -73,8 +73,12 @@ class Lease:
     def __enter__(self) -> Lease:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.release()
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        if error is None or isinstance(error, Exception):
+            self.release()
+        else:  # such as a second Ctrl-C, after which nobody waits for the bucket
+            self._end.set()
+            self._lock.close()
 
     def mark_complete(self) -> None:
         """Records that the local copy has all that the bucket has."""

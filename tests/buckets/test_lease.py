@@ -329,6 +329,15 @@ def test_a_take_without_the_bucket_leaves_nothing(memory, take):
     take(memory, log=pytest.fail)
 
 
+def test_an_interrupt_waits_for_no_bucket(memory, take, tmp_path, monkeypatch):
+    (tmp_path / "copy").mkdir()
+    monkeypatch.setattr(memory, "write", lambda *_: pytest.fail("it would wait"))
+    with pytest.raises(KeyboardInterrupt), Lease(memory, tmp_path / "copy", pytest.fail):
+        raise KeyboardInterrupt
+    monkeypatch.undo()
+    take(memory, log=pytest.fail)  # the lock is free
+
+
 @pytest.mark.parametrize("content", [b'{"pid": 47', b"[1]", b"{}", b'{"pid": 4711}', b"\xff"])
 def test_a_damaged_lease_is_named(memory, take, content):
     memory.objects[".lease/000003.json"] = content
