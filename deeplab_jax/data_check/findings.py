@@ -226,14 +226,17 @@ def check_mask_settings(
     ids = mask_format.to_ids(np.array([values], int))[0]
     ignored = [value for value, index in zip(values, ids, strict=True) if index == IGNORE]
     others = listed([mask_format.describe_value(value) for value in ignored])
+    fix = f"Check {_MASKS_HOLD}, config.data.ignore_label and the file of classes."
+    if mask_format.ignore_label in set(ignored) - {255}:
+        fix = "Set config.data.ignore_label=255, or another value that does not count."
+    elif mask_format.encoding == "ids" and values == [0, 255]:
+        fix = f"Set {_MASKS_HOLD}=binary, or give 255 to a class in the file of classes."
     yield Finding(
         "error",
         "one class",
         f"all pixels that count are {present[0]}: there is nothing to learn"
         + f"; {others} does not count" * bool(ignored),
-        "Set config.data.ignore_label=255, or another value that does not count."
-        if mask_format.ignore_label in set(ignored) - {255}
-        else f"Check {_MASKS_HOLD}, config.data.ignore_label and the file of classes.",
+        fix,
         len(read),
     )
 

@@ -47,7 +47,8 @@ def add_window(
     """
     index, rows, left = place
     kept = jnp.arange(band.shape[0])[:, None, None] < band.shape[0] - rows
-    moved = lambda: jnp.where(kept, jnp.roll(band, -rows, axis=0), 0)  # noqa: E731
-    band = lax.cond(rows > 0, moved, lambda: band)
+    band = lax.cond(
+        rows > 0, lambda x: jnp.where(kept, jnp.roll(x, -rows, axis=0), 0), lambda x: x, band
+    )
     covered = lax.dynamic_slice_in_dim(band, left, weighted.shape[2], axis=1)
     return lax.dynamic_update_slice_in_dim(band, covered + weighted[index], left, axis=1)
