@@ -38,35 +38,26 @@ def is_config(text: str) -> bool:
     return is_config_file(text) or text.partition(":")[0] in _package_configs()
 
 
-def _package_configs() -> list[str]:
-    return sorted(path.stem for path in CONFIGS.glob("*.py"))
+def _package_configs() -> dict[str, pathlib.Path]:
+    return {path.stem: path for path in sorted(CONFIGS.glob("*.py"))}
 
 
 def _find_config(text: str) -> tuple[pathlib.Path, str]:
-    """Returns the file and the row of a config.
-
-    Raises:
-      UserError: the text is no config, with the nearest name of one.
-    """
+    """Returns the file and the row of a config."""
+    name, _, row = text.partition(".py:" if is_config_file(text) else ":")
     if is_config_file(text):
-        name, _, row = text.partition(".py:")
         return pathlib.Path(f"{name.removesuffix('.py')}.py"), row
-    name, _, row = text.partition(":")
-    names = _package_configs()
-    if name not in names:
+    files = _package_configs()
+    if name not in files:
         raise UserError(
-            f"there is no config {name!r}{did_you_mean(name, names)}: give a file that ends in "
-            f".py, or one of {', '.join(names)}"
+            f"there is no config {name!r}{did_you_mean(name, files)}: give a file that ends in "
+            f".py, or one of {', '.join(files)}"
         )
-    return CONFIGS / f"{name}.py", row
+    return files[name], row
 
 
 def get_row(rows: Mapping[str, T], name: str, file: str) -> T:
-    """Returns a row of a config file that defines several configs.
-
-    Raises:
-      UserError: `name` is empty or unknown; the message names the nearest row of `file`.
-    """
+    """Returns a row of a config file; raises UserError if `name` is empty or unknown."""
     if name in rows:
         return rows[name]
     if not name:
@@ -152,12 +143,8 @@ def from_json(path: pathlib.Path) -> Config:
 def override(config: Config, settings: Iterable[str]) -> Config:
     """Returns a copy of a config with fields set by texts such as "model.multi_grid=1,2,4".
 
-    A text that cannot be parsed as the type of its field stays a text, which
-    `config.rules.validate` reports.
-
-    Args:
-      config: is not changed.
-      settings: FIELD=VALUE texts; the last one for a field counts.
+    The last text for a field counts. A text that cannot be parsed as the type of its field stays a
+    text, which `config.rules.validate` reports.
 
     Raises:
       UserError: a text has another form, or names no field.
@@ -173,17 +160,15 @@ def override(config: Config, settings: Iterable[str]) -> Config:
 def with_fields(config: Config, fields: Mapping[str, Any], *, parse: bool = False) -> Config:
     """Returns a copy of a config with fields set, as in `{"model.multi_grid": (1, 2, 4)}`.
 
-    Args:
-      config: is not changed.
-      fields: values by dotted field name.
-      parse: whether values are texts, to be parsed as the types of their fields where possible.
+    With `parse` the values are texts, to be parsed as the types of their fields where possible.
 
     Raises:
       UserError: a field does not exist; the message names the nearest.
     """
     config = copy.deepcopy(config)
+    known = flatten(config)
     for name, value in fields.items():
-        if name not in flatten(config):
+        if name not in known:
             raise UserError(unknown_field(name))
         path, _, field = name.rpartition(".")
         section = operator.attrgetter(path)(config) if path else config

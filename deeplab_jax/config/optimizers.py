@@ -44,8 +44,8 @@ def make_optax(
     """Makes the optimizer that `config.name` and `config.arguments` describe.
 
     Args:
-      config: hyper-parameters; of the others, `momentum` is for "sgd", and `weight_decay` for the
-        optimizers that decouple it.
+      config: of its other fields, `momentum` is for "sgd", and `weight_decay` for the optimizers
+        that decouple it.
       schedule: learning rate by step.
       decayed: whether weight decay applies to a parameter, by name.
     """
@@ -85,11 +85,10 @@ def problems(config: OptimizerConfig) -> Iterator[tuple[str, str]]:
     yield from (("arguments", f"{allowed} {mistake}") for mistake in mistakes)
     if mistakes:
         return
-    if refusal := _refusal(OptimizerConfig(name=name)):
-        expected = "an optimizer that steps from the gradient and a schedule alone"
-        yield "name", f"{expected}; optax says: {refusal}"
-    elif refusal := _refusal(config):
-        yield "arguments", f"{allowed}; optax says: {refusal}"
+    if refusal := _refusal(config):
+        alone = "an optimizer that steps from the gradient and a schedule alone"
+        field, expected = ("arguments", allowed) if arguments else ("name", alone)
+        yield field, f"{expected}; optax says: {refusal}"
 
 
 def _refusal(config: OptimizerConfig) -> str:

@@ -7,7 +7,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from deeplab_jax.config import optimizers
@@ -19,7 +19,10 @@ from deeplab_jax.config.schema import (
     PROTOCOLS,
     SCHEDULES,
     Config,
+    DataConfig,
+    LossConfig,
     OptimizerConfig,
+    TrainConfig,
     flatten,
     output_strides,
     resolve_eval,
@@ -38,7 +41,40 @@ _0_TO_1: Range = ("in [0, 1]", lambda value: 0 <= value <= 1)
 _TO_1: Range = ("above 0 and at most 1", lambda value: 0 < value <= 1)
 _0_TO_BELOW_1: Range = ("in [0, 1)", lambda value: 0 <= value < 1)
 
+
+def _ascend(values: tuple[float, ...]) -> bool:
+    return len(values) == 2 and 0 < values[0] <= values[1]
+
+
+def _are_weights(values: Any) -> bool:
+    return values == "auto" or (
+        _has_type(values, tuple[float, ...])
+        and any(values)
+        and all(0 <= value < math.inf for value in values)
+    )
+
+
+def _is_mask_name(text: str) -> bool:
+    has_suffix = re.search(r"\.(png|jpe?g|tiff?|bmp|gif|npy)$", text, re.I)
+    return text.count("{name}") == 1 and not has_suffix
+
+
+def _is_pattern(text: str) -> bool:
+    named = re.search(r"\{(name|number)\}.*\.(\w+|\*)$", text)
+    other = re.search(r"^/|\*(?!$)|\{(?!(name|number|split|folder)\})", text)
+    return not text or (named is not None and other is None)
+
+
+# What single fields must be. None is always in range.
 _RANGES: dict[str, Range] = {
+    "model.num_classes": ("at most 255", lambda number: number <= 255),
+    "data.crop_size": (
+        "one side or height,width, each 1 pixel or more",
+        lambda sides: len(sides) in (1, 2) and min(sides) >= 1,
+    ),
+    "data.scale_range": ("two scales above 0, the smaller first", _ascend),
+    "data.ignore_label": ("an id, 0 to 255", lambda label: 0 <= label <= 255),
+    "data.mean": ("finite numbers", lambda values: all(map(math.isfinite, values))),
     "data.augment.photometric": _0_TO_1,
     "data.augment.color_jitter": _0_TO_1,
     "data.augment.gray": _0_TO_1,
@@ -48,12 +84,29 @@ _RANGES: dict[str, Range] = {
     "data.augment.mix_probability": _0_TO_1,
     "data.duplicates": _FROM_1,
     "data.num_workers": _FROM_0,
+    "data.folder.threshold": ("1 to 65535", lambda value: 1 <= value <= 65535),
+    "data.folder.mask_name": (
+        "a text that holds {name} once and no suffix, such as {name}_mask",
+        _is_mask_name,
+    ),
+    **{
+        f"data.folder.{kind}_pattern": (
+            "empty, or a path below data.root with {name} and a suffix (.* is any), such as "
+            f"{{split}}/{kind}s/{{name}}.png",
+            _is_pattern,
+        )
+        for kind in ("image", "mask")
+    },
     "data.folder.val_fraction": _0_TO_1,
     "data.folder.channels": _FROM_1,
     "data.shapes.size": ("16 or more", lambda size: size >= 16),
     "data.shapes.num_train": _FROM_1,
     "data.shapes.num_eval": _FROM_1,
     "data.shapes.max_shapes": _FROM_1,
+    "data.shapes.radius_range": (
+        "two fractions of the side, above 0 and below 1, the smaller first",
+        lambda radii: _ascend(radii) and radii[1] < 1,
+    ),
     "optimizer.learning_rate": _ABOVE_0,
     "optimizer.power": _FROM_0,
     "optimizer.momentum": _0_TO_BELOW_1,
@@ -64,6 +117,10 @@ _RANGES: dict[str, Range] = {
     "optimizer.ema_decay": _0_TO_BELOW_1,
     "loss.focal_gamma": _FROM_0,
     "loss.label_smoothing": _0_TO_BELOW_1,
+    "loss.class_weights": (
+        "None, auto, or numbers of 0 or more (a,b,...), not all 0",
+        _are_weights,
+    ),
     "loss.hard_pixel_fraction": _TO_1,
     "loss.aux_weight": _FROM_0,
     "train.steps": _FROM_1,
@@ -76,6 +133,14 @@ _RANGES: dict[str, Range] = {
     "eval.batch_size": _FROM_1,
     "eval.size": _FROM_1,
     "eval.num_pictures": _FROM_0,
+    "eval.scales": (
+        "one or more numbers above 0",
+        lambda scales: len(scales) > 0 and all(0 < scale < math.inf for scale in scales),
+    ),
+    "eval.window": (
+        "0 (whole images) or a side of 32 pixels or more",
+        lambda side: side == 0 or side >= 32,
+    ),
     "eval.overlap": _0_TO_BELOW_1,
     "mesh.data": ("-1 or 1 or more", lambda devices: devices == -1 or devices >= 1),
     "mesh.space": _FROM_1,
@@ -106,6 +171,15 @@ _MODEL_CHOICES: dict[str, tuple[Any, ...]] = {
     "padding": ("symmetric", "same"),
     "projection_kernel": (1, 3),
     "decoder": ("bilinear", "transposed", "plus"),
+}
+# Of names. Those of registries grow.
+_CHOICES: dict[str, Sequence[Iterable[str]]] = {
+    "model.dtype": [("float32", "bfloat16")],
+    "data.augment.mix": [("", *MIXES)],
+    "data.folder.masks_hold": [("auto", "ids", "colors", "binary")],
+    "optimizer.schedule": [SCHEDULES],
+    "loss.name": [PIXEL_LOSSES, IMAGE_LOSSES],
+    "eval.protocol": [PROTOCOLS],
 }
 
 
@@ -202,8 +276,13 @@ def are_rates(values: tuple[Any, ...]) -> bool:
 
 def spell_choices(choices: Iterable[Any]) -> str:
     """Returns the choices as words: "8, 16 or 32"."""
-    *others, last = map(str, choices)
+    *others, last = (str(choice) or "empty" for choice in choices)
     return f"{', '.join(others)} or {last}"
+
+
+def _choice_rule(field: str, value: str, names: Iterable[str]) -> Rule:
+    names = list(names)
+    return field, spell_choices(names) + did_you_mean(value, names), value in names
 
 
 def _output_stride_rule(field: str, stride: int | None, cascade: int | None) -> Rule:
@@ -217,46 +296,19 @@ def _output_stride_rule(field: str, stride: int | None, cascade: int | None) -> 
 def _rules(config: Config) -> Iterator[Rule]:
     values = flatten(config)
     for field, (expected, in_range) in _RANGES.items():
-        yield field, expected, in_range(values[field])
+        yield field, expected, values[field] is None or in_range(values[field])
+    for field, groups in _CHOICES.items():
+        yield _choice_rule(field, values[field], [name for group in groups for name in group])
+    for name in config.train.loggers:
+        yield _choice_rule("train.loggers", name, LOGGERS)
     for field, expected, holds in model_rules(config.model):
         yield f"model.{field}", expected, holds
-    yield from _data_rules(config)
-    yield from _loss_rules(config)
-    yield from _optimizer_rules(config.optimizer)
-    model, train, evaluation = config.model, config.train, resolve_eval(config)
-    for name in train.loggers:
-        expected = spell_choices([*LOGGERS]) + did_you_mean(name, LOGGERS)
-        yield "train.loggers", expected, name in LOGGERS
     for field in ("eval.output_stride", "second_stage.output_stride"):
-        yield _output_stride_rule(field, values[field], model.cascade)
-    yield "model.num_classes", "at most 255", model.num_classes is None or model.num_classes <= 255
-    yield "model.dtype", "float32 or bfloat16", model.dtype in ("float32", "bfloat16")
-    yield (
-        "optimizer.warmup_steps",
-        f"0 or more and below train.steps = {train.steps}",
-        0 <= config.optimizer.warmup_steps < max(train.steps, 1),
-    )
-    parts = config.optimizer.accumulate
-    yield (
-        "optimizer.accumulate",
-        f"1 or more, and must divide train.batch_size = {train.batch_size}",
-        parts >= 1 and train.batch_size % parts == 0,
-    )
-    yield (
-        "eval.protocol",
-        spell_choices(PROTOCOLS) + did_you_mean(evaluation.protocol, PROTOCOLS),
-        evaluation.protocol in PROTOCOLS,
-    )
-    yield (
-        "eval.scales",
-        "one or more numbers above 0",
-        len(evaluation.scales) > 0 and all(0 < scale < math.inf for scale in evaluation.scales),
-    )
-    yield (
-        "eval.window",
-        "0 (whole images) or a side of 32 pixels or more",
-        not evaluation.window or evaluation.window >= 32,
-    )
+        yield _output_stride_rule(field, values[field], config.model.cascade)
+    yield from _data_rules(config.data)
+    yield from _loss_rules(config.loss, config.model.decoder)
+    yield from _optimizer_rules(config.optimizer, config.train)
+    evaluation = resolve_eval(config)
     yield (
         "eval.window",
         "0 under eval.protocol = paper, which pads whole images; choose native",
@@ -264,92 +316,48 @@ def _rules(config: Config) -> Iterator[Rule]:
     )
 
 
-def _data_rules(config: Config) -> Iterator[Rule]:
-    data, folder = config.data, config.data.folder
-    scales, radii = data.scale_range, data.shapes.radius_range
-    yield (
-        "data.crop_size",
-        "one side or height,width, each 1 pixel or more",
-        len(data.crop_size) in (1, 2) and min(data.crop_size) >= 1,
-    )
-    yield (
-        "data.scale_range",
-        "two scales above 0, the smaller first",
-        len(scales) == 2 and 0 < scales[0] <= scales[1],
-    )
-    yield (
-        "data.shapes.radius_range",
-        "two fractions of the side, above 0 and below 1, the smaller first",
-        len(radii) == 2 and 0 < radii[0] <= radii[1] < 1,
-    )
-    yield "data.ignore_label", "an id, 0 to 255", 0 <= data.ignore_label <= 255
+def _data_rules(data: DataConfig) -> Iterator[Rule]:
+    folder, num_channels = data.folder, len(data.mean)
     yield (
         "data.std",
         "as many finite numbers above 0 as data.mean",
-        len(data.std) == len(data.mean) and all(0 < value < math.inf for value in data.std),
+        len(data.std) == num_channels and all(0 < value < math.inf for value in data.std),
     )
-    yield "data.mean", "finite numbers", all(map(math.isfinite, data.mean))
     neutral = ",".join(["0.5"] * folder.channels)
     yield (
         "data.mean",
         f"one number per channel, as data.folder.channels = {folder.channels}, and so must "
         "data.std. Without statistics of your images, set "
         f"--config.data.mean={neutral} --config.data.std={neutral}",
-        data.name != "folder" or len(data.mean) == folder.channels,
+        data.name != "folder" or num_channels == folder.channels,
     )
-    mix = data.augment.mix
-    expected = f"empty, {spell_choices(MIXES)}{did_you_mean(mix, MIXES)}"
-    yield "data.augment.mix", expected, mix in ("", *MIXES)
     for field in ("photometric", "color_jitter", "gray"):
         yield (
             f"data.augment.{field}",
-            f"0 for images of {len(data.mean)} channels (data.mean): it changes colours, and only "
+            f"0 for images of {num_channels} channels (data.mean): it changes colours, and only "
             "images of 1 channel (grey) or 3 (RGB) have them",
-            getattr(data.augment, field) == 0 or len(data.mean) in (1, 3),
+            getattr(data.augment, field) == 0 or num_channels in (1, 3),
         )
-    masks = ("auto", "ids", "colors", "binary")
-    yield "data.folder.masks_hold", spell_choices(masks), folder.masks_hold in masks
-    threshold = folder.threshold
-    yield "data.folder.threshold", "1 to 65535", threshold is None or 1 <= threshold <= 65535
     yield (
         "data.folder.threshold",
         "None unless data.folder.masks_hold is auto or binary: only grey values have one",
-        threshold is None or folder.masks_hold in ("auto", "binary"),
+        folder.threshold is None or folder.masks_hold in ("auto", "binary"),
     )
-    yield (
-        "data.folder.mask_name",
-        "a text that holds {name} once and no suffix, such as {name}_mask",
-        folder.mask_name.count("{name}") == 1
-        and not re.search(r"\.(png|jpe?g|tiff?|bmp|gif|npy)$", folder.mask_name, re.I),
-    )
-    patterns = {"image": folder.image_pattern, "mask": folder.mask_pattern}
-    for kind, pattern in patterns.items():
-        yield (
-            f"data.folder.{kind}_pattern",
-            "empty, or a path below data.root with {name} and a suffix (.* is any), such as "
-            f"{{split}}/{kind}s/{{name}}.png",
-            not pattern
-            or bool(
-                re.search(r"\{(name|number)\}.*\.(\w+|\*)$", pattern)
-                and not re.search(r"^/|\*(?!$)|\{(?!(name|number|split|folder)\})", pattern)
-            ),
-        )
+    image, mask = folder.image_pattern, folder.mask_pattern
     yield (
         "data.folder.mask_pattern",
         "set with data.folder.image_pattern, and another one",
-        not any(patterns.values()) or (all(patterns.values()) and len(set(patterns.values())) == 2),
+        bool(image) == bool(mask) and (not mask or image != mask),
     )
     yield (
         "data.folder.mask_name",
         "{name}, because data.folder.mask_pattern says how masks are named",
-        not folder.mask_pattern or folder.mask_name == "{name}",
+        not mask or folder.mask_name == "{name}",
     )
 
 
-def _optimizer_rules(optimizer: OptimizerConfig) -> Iterator[Rule]:
-    name, schedule = optimizer.name, optimizer.schedule
-    expected = spell_choices(SCHEDULES) + did_you_mean(schedule, SCHEDULES)
-    yield "optimizer.schedule", expected, schedule in SCHEDULES
+def _optimizer_rules(optimizer: OptimizerConfig, train: TrainConfig) -> Iterator[Rule]:
+    name, parts = optimizer.name, optimizer.accumulate
     for field, expected in optimizers.problems(optimizer):
         yield f"optimizer.{field}", expected, False
     yield (
@@ -362,27 +370,24 @@ def _optimizer_rules(optimizer: OptimizerConfig) -> Iterator[Rule]:
         f"false with optimizer.name = {name}: it is for sgd; adamw, lion and lamb always decouple",
         name == "sgd" or not optimizer.decoupled_weight_decay,
     )
-
-
-def _loss_rules(config: Config) -> Iterator[Rule]:
-    loss, decoder = config.loss, config.model.decoder
-    names = [*PIXEL_LOSSES, *IMAGE_LOSSES]
-    yield "loss.name", spell_choices(names) + did_you_mean(loss.name, names), loss.name in names
-    weights: Any = loss.class_weights
     yield (
-        "loss.class_weights",
-        "None, auto, or numbers of 0 or more (a,b,...), not all 0",
-        weights in (None, "auto")
-        or (
-            _has_type(weights, tuple[float, ...])
-            and any(weights)
-            and all(0 <= weight < math.inf for weight in weights)
-        ),
+        "optimizer.warmup_steps",
+        f"0 or more and below train.steps = {train.steps}",
+        0 <= optimizer.warmup_steps < max(train.steps, 1),
     )
+    yield (
+        "optimizer.accumulate",
+        f"1 or more, and must divide train.batch_size = {train.batch_size}",
+        parts >= 1 and train.batch_size % parts == 0,
+    )
+
+
+def _loss_rules(loss: LossConfig, decoder: str | None) -> Iterator[Rule]:
+    is_of_images = loss.name in IMAGE_LOSSES
     yield (
         "loss.class_weights",
         f"None with loss.name = {loss.name}, which weighs classes alike",
-        weights is None or loss.name not in IMAGE_LOSSES,
+        loss.class_weights is None or not is_of_images,
     )
     yield (
         "loss.label_smoothing",
@@ -392,7 +397,7 @@ def _loss_rules(config: Config) -> Iterator[Rule]:
     yield (
         "loss.hard_pixel_fraction",
         f"1 with loss.name = {loss.name}, which is a mean over images, not pixels",
-        loss.hard_pixel_fraction == 1 or loss.name not in IMAGE_LOSSES,
+        loss.hard_pixel_fraction == 1 or not is_of_images,
     )
     yield (
         "loss.upsample",
