@@ -6,7 +6,7 @@ import griffe
 
 
 class Docstrings(griffe.Extension):
-    """Shows examples as code, and a config's comments as the descriptions of its fields."""
+    """Shows examples as code, and comments as the descriptions of a config's fields."""
 
     def on_object(self, *, obj, **kwargs):
         if obj.docstring:
@@ -16,7 +16,7 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = names.sub(lambda row: row[0].replace(", ", ",\u00a0"), text)
 
     def on_class(self, *, cls, **kwargs):
-        if cls.module.path != "deeplab_jax.config.schema":
+        if not (cls.module.path == "deeplab_jax.config.schema" or cls.name == "Architecture"):
             return
         text, lines = "", cls.lines_collection[cls.filepath]
         cls.docstring.value += "\n\nArgs:"

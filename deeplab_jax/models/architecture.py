@@ -47,93 +47,73 @@ _DTYPES = ("float32", "bfloat16", "float64")
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """The description of a model.
+    """The description of a model."""
 
-    Attributes:
-      name: key of the entry in `ARCHITECTURES` that this one is derived from.
-      backbone: a name in `BACKBONES`.
-      num_classes: number of classes, and so of logits per pixel.
-      output_stride: image size divided by the size of the last features: 8, 16 or 32, or up to
-        32 * 2**cascade.
-      multi_grid: unit rates of the blocks of the last stage and its copies in a cascade, multiplied
-        by the dilation of the stage unless the dilation rule is "mmseg". A stage with fewer blocks
-        (ResNet-18 has 2) uses the first entries; a stage with more repeats them.
-      atrous_rates: rates of ASPP's 3x3 convolutions at this output stride. () leaves a 1x1
-        convolution and image pooling; a cascade has () and no ASPP.
-      dilation_rule: "paper", "torchvision" or "mmseg": the dilations of stages whose strides are
-        removed; see `backbones.resnet`.
-      residual: "post" (conv, norm, relu) or "pre" (norm, relu, conv: He et al. 2016).
-      stem: "conv7x7"; or three 3x3 convolutions of 32, 32 and 64 channels ("deep") or of 64, 64
-        and 128 ("deep128").
-      shortcut: the shortcut of a block that changes the size: a strided 1x1 convolution "conv1x1",
-        or "avg_pool", a 2x2 average pool and a 1x1 convolution (ResNet-D, arXiv 1812.01187).
-      stride_place: the convolution of a bottleneck that has the stride: the 3x3 "conv2" (v1.5) or
-        the first 1x1 "conv1" (v1). In a basic block it is always the first.
-      padding: the padding of strided convolutions: "symmetric", as in torch, or "same", which is
-        TensorFlow's SAME and depends on the size of the map.
-      width: multiplies all numbers of channels, which stay at least 8.
-      aux_head: whether there is a second head, on the features of the second to last stage.
-      dropout: probability before the logits, in [0, 1). In the auxiliary head it is at most 0.1,
-        as in torchvision.
-      head_conv: whether a 3x3 convolution precedes the logits or a "plus" decoder, as in
-        torchvision and not in the paper.
-      head_channels: number of channels of ASPP's branches, `head_conv` and a "plus" decoder, before
-        the factor `width`.
-      projection_kernel: side of the convolution that joins ASPP's branches, 1 or 3.
-      separable_aspp: whether ASPP's 3x3 convolutions are a depthwise and a 1x1 convolution (arXiv
-        1802.02611, section 3.1).
-      separable_head: the same for `head_conv` and the 3x3 convolutions of a "plus" decoder.
-      decoder: how logits are brought to the image's size: "bilinear"; "transposed" (learned); or
-        "plus" (DeepLabv3+, arXiv 1802.02611), which joins features with those of stride 4.
-      decoder_convs: number of 3x3 convolutions of a "plus" decoder.
-      align_corners: whether logits and features are resized with aligned corners, as by torch's
-        `interpolate(align_corners=True)`; otherwise with half-pixel centres.
-      bn_momentum: decay of batch norm's running statistics; torch's 0.1 is 0.9 here.
-      bn_epsilon: added to batch norm's variance.
-      backbone_bn_momentum, backbone_bn_epsilon: the same for the backbone; None means as in the
-        heads.
-      in_channels: number of channels of the images.
-      dtype: dtype of the computation. Parameters, statistics and logits are float32 under
-        "bfloat16", and float64 under "float64", which needs `jax_enable_x64`.
-      image_pooling: whether ASPP has image-level features: the last row of the paper's table 5.
-      head: a name in `HEADS`.
-      cascade: None for ASPP behind the last stage (arXiv 1706.05587, section 3.3). Otherwise the
-        number of copies of the last stage, 0 to 3, that replace ASPP: block5 to block7 of section
-        3.2. 0 is the column "block4" of the paper's tables 2 and 3.
-    """
-
-    name: str
-    backbone: str
-    num_classes: int
+    name: str  # key of the entry in `ARCHITECTURES` that this one is derived from
+    backbone: str  # a name in `BACKBONES`
+    num_classes: int  # number of classes, and so of logits per pixel
+    # Image size divided by the size of the last features: 8, 16 or 32, or up to 32 * 2**cascade.
     output_stride: int
+    # Unit rates of the blocks of the last stage and its copies in a cascade, multiplied by the
+    # dilation of the stage unless the dilation rule is "mmseg". A stage with fewer blocks
+    # (ResNet-18 has 2) uses the first entries; a stage with more repeats them.
     multi_grid: tuple[int, ...]
+    # Rates of ASPP's 3x3 convolutions at this output stride. () leaves a 1x1 convolution and image
+    # pooling; a cascade has () and no ASPP.
     atrous_rates: tuple[int, ...]
+    # "paper", "torchvision" or "mmseg": the dilations of stages whose strides are removed; see
+    # `backbones.resnet`.
     dilation_rule: str
-    aux_head: bool
+    aux_head: bool  # whether there is a second head, on the features of the second to last stage
+    # Whether a 3x3 convolution precedes the logits or a "plus" decoder, as in torchvision and not
+    # in the paper.
     head_conv: bool
+    # Probability before the logits, in [0, 1). In the auxiliary head it is at most 0.1, as in
+    # torchvision.
     dropout: float
-    bn_momentum: float
-    bn_epsilon: float = 1e-5
-    backbone_bn_momentum: float | None = None
-    backbone_bn_epsilon: float | None = None
-    in_channels: int = 3
-    residual: str = "post"
+    bn_momentum: float  # decay of batch norm's running statistics; torch's 0.1 is 0.9 here
+    bn_epsilon: float = 1e-5  # added to batch norm's variance
+    backbone_bn_momentum: float | None = None  # the same for the backbone; None: as in the heads
+    backbone_bn_epsilon: float | None = None  # the same for the backbone; None: as in the heads
+    in_channels: int = 3  # number of channels of the images
+    residual: str = "post"  # (conv, norm, relu), or "pre" (norm, relu, conv: He et al. 2016)
+    # "conv7x7"; or three 3x3 convolutions of 32, 32 and 64 channels ("deep") or of 64, 64 and 128
+    # ("deep128").
     stem: str = "conv7x7"
+    # The shortcut of a block that changes the size: a strided 1x1 convolution "conv1x1", or
+    # "avg_pool", a 2x2 average pool and a 1x1 convolution (ResNet-D, arXiv 1812.01187).
     shortcut: str = "conv1x1"
+    # The convolution of a bottleneck that has the stride: the 3x3 "conv2" (v1.5) or the first 1x1
+    # "conv1" (v1). In a basic block it is always the first.
     stride_place: str = "conv2"
+    # Padding of strided convolutions: "symmetric", as in torch, or "same", which is TensorFlow's
+    # SAME and depends on the size of the map.
     padding: str = "symmetric"
-    width: float = 1.0
+    width: float = 1.0  # multiplies all numbers of channels, which stay at least 8
+    # Channels of ASPP's branches, `head_conv` and a "plus" decoder, before the factor `width`.
     head_channels: int = 256
-    projection_kernel: int = 1
+    projection_kernel: int = 1  # side of the convolution that joins ASPP's branches, 1 or 3
+    # Whether ASPP's 3x3 convolutions are a depthwise and a 1x1 convolution (arXiv 1802.02611,
+    # section 3.1).
     separable_aspp: bool = False
+    # The same for `head_conv` and the 3x3 convolutions of a "plus" decoder.
     separable_head: bool = False
+    # How logits are brought to the image's size: "bilinear"; "transposed" (learned); or "plus"
+    # (DeepLabv3+, arXiv 1802.02611), which joins features with those of stride 4.
     decoder: str = "bilinear"
-    decoder_convs: int = 2
+    decoder_convs: int = 2  # number of 3x3 convolutions of a "plus" decoder
+    # Whether logits and features are resized with aligned corners, as by torch's
+    # `interpolate(align_corners=True)`; otherwise with half-pixel centres.
     align_corners: bool = False
+    # Dtype of the computation. Parameters, statistics and logits are float32 under "bfloat16", and
+    # float64 under "float64", which needs `jax_enable_x64`.
     dtype: str = "float32"
+    # None for ASPP behind the last stage (arXiv 1706.05587, section 3.3). Otherwise the number of
+    # copies of the last stage, 0 to 3, that replace ASPP: block5 to block7 of section 3.2. 0 is the
+    # column "block4" of the paper's tables 2 and 3.
     cascade: int | None = None
-    image_pooling: bool = True
-    head: str = "aspp"
+    image_pooling: bool = True  # whether ASPP has image-level features: the paper's table 5
+    head: str = "aspp"  # a name in `HEADS`
 
     def __post_init__(self) -> None:
         for field in ("multi_grid", "atrous_rates"):  # JSON gives lists, which do not hash
@@ -152,8 +132,7 @@ class Architecture:
         yield "dtype", spell_choices(_DTYPES), self.dtype in _DTYPES
         small = self.decoder != "transposed" or self.output_stride <= 32
         yield "decoder", "bilinear or plus at output strides above 32", small
-        options = options_of(HEADS[self.head])
-        has_decoder = self.decoder != "plus" or "plus" in options
+        has_decoder = self.decoder != "plus" or "plus" in options_of(HEADS[self.head])
         yield "decoder", f"bilinear or transposed: head {self.head}", has_decoder
         for part, registry, neutral in (
             ("backbone", BACKBONES, BACKBONE_NEUTRAL),
@@ -184,21 +163,22 @@ class Architecture:
           UserError: the output stride is not supported, or a rate would not be whole, as 6 at
             output stride 16 scaled to 64.
         """
-        rates: dict[str, Any] = {"atrous_rates": self.atrous_rates}
+        scaled: dict[str, Any] = {}
+        fields = ["atrous_rates"]
         if self.dilation_rule == "mmseg" and set(self.multi_grid) != {1}:
-            rates["multi_grid"] = self.multi_grid
-        known = output_stride in output_strides(self.cascade)
-        for field, before in rates.items():
+            fields.append("multi_grid")
+        for field in fields if output_stride in output_strides(self.cascade) else []:
+            before = getattr(self, field)
             numerators = [rate * self.output_stride for rate in before]
-            if known and any(n % output_stride for n in numerators):
+            if any(n % output_stride for n in numerators):
                 after = ", ".join(f"{n / output_stride:g}" for n in numerators)
                 raise UserError(
                     f"{field} {before} at output stride {self.output_stride} would be ({after}) "
                     f"at {output_stride}, which are not whole: give {field} for output stride "
                     f"{output_stride}"
                 )
-            rates[field] = tuple(n // max(output_stride, 1) for n in numerators)
-        return dataclasses.replace(self, output_stride=output_stride, **rates)
+            scaled[field] = tuple(n // output_stride for n in numerators)
+        return dataclasses.replace(self, output_stride=output_stride, **scaled)
 
 
 # torchvision.models.segmentation.deeplabv3. Fields without an entry have `Architecture`'s defaults.
