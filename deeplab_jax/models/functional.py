@@ -6,7 +6,6 @@ and does not depend on NNX. A dotted name is the attribute path of the variable 
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -43,10 +42,8 @@ class FunctionalModel:
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
-        self.is_fused = False
-        self._edits: tuple[Callable[[DeepLabV3], None], ...] = ()
-        self._using: dict[Implementation, FunctionalModel] = {}
-        self._set_module(lambda: build_model(architecture, rngs=ShapeRngs(0)))
+        self._edits: tuple[tuple[Any, ...], ...] = ()  # functions of a module and their arguments
+        self._trace(lambda: build_model(architecture, rngs=ShapeRngs(0)))
 
     @classmethod
     @functools.lru_cache(maxsize=8)
@@ -54,7 +51,7 @@ class FunctionalModel:
         """Returns the model of an architecture, which is built once: that takes 0.1 s."""
         return cls(architecture)
 
-    def _set_module(self, make: Callable[..., DeepLabV3], *arguments: Any) -> None:
+    def _trace(self, make: Callable[..., DeepLabV3], *arguments: Any) -> None:
         """Stores the graph and the shapes of the module that a function makes."""
 
         def make_variables(*arguments: Any) -> Variables:
@@ -65,32 +62,32 @@ class FunctionalModel:
             return Variables(*map(_flatten, states))
 
         self.abstract = jax.eval_shape(make_variables, *arguments)
+        self._edited: dict[tuple[Any, ...], FunctionalModel] = {}
 
-    def edited(self, edit: Callable[[DeepLabV3], None]) -> FunctionalModel:
-        """Returns a copy of the model whose module was passed to `edit`.
+    def edited(self, edit: Callable[..., None], *arguments: Any) -> FunctionalModel:
+        """Returns the model whose module is changed by a function; cached.
 
         Args:
-          edit: function that changes the attributes of a module in place.
+          edit: function that changes the attributes of a `DeepLabV3` in place.
+          *arguments: its other arguments, hashable.
         """
+        key = (edit, *arguments)
+        if key not in self._edited:
 
-        def make(variables: Variables) -> DeepLabV3:
-            module = self._merge(variables)
-            edit(module)
-            return module
+            def make(variables: Variables) -> DeepLabV3:
+                module = self._merge(variables)
+                edit(module, *arguments)
+                return module
 
-        model = copy.copy(self)
-        model._edits = (*self._edits, edit)
-        model._using = {}
-        model.__dict__.pop("fused", None)  # the cached property of this model
-        model._set_module(make, self.abstract)
-        return model
+            model = object.__new__(FunctionalModel)
+            model.architecture, model._edits = self.architecture, (*self._edits, key)
+            model._trace(make, self.abstract)
+            self._edited[key] = model
+        return self._edited[key]
 
     def using(self, implementation: Implementation) -> FunctionalModel:
-        """Returns the model with another implementation of its operations; cached."""
-        if implementation not in self._using:
-            edit = functools.partial(use_implementation, implementation=implementation)
-            self._using[implementation] = self.edited(edit)
-        return self._using[implementation]
+        """Returns the model with another implementation of its operations."""
+        return self.edited(use_implementation, implementation)
 
     def at_output_stride(self, output_stride: int) -> FunctionalModel:
         """Returns the model at another output stride, for the same variables.
@@ -99,22 +96,21 @@ class FunctionalModel:
           UserError: as `Architecture.at_output_stride` does.
         """
         model = FunctionalModel(self.architecture.at_output_stride(output_stride))
-        for edit in self._edits:
-            model = model.edited(edit)
-        model.is_fused = self.is_fused
+        for edit, *arguments in self._edits:
+            model = model.edited(edit, *arguments)
         return model
 
-    @functools.cached_property
+    @property
+    def is_fused(self) -> bool:
+        return any(edit is fuse_batch_norm for edit, *_ in self._edits)
+
+    @property
     def fused(self) -> FunctionalModel:
         """The model for inference with fused batch norms, whose variables `fuse` returns.
 
         See `models.fusion.fuse_batch_norm`.
         """
-        if self.is_fused:
-            return self
-        model = self.edited(fuse_batch_norm)
-        model.is_fused = True
-        return model
+        return self if self.is_fused else self.edited(fuse_batch_norm)
 
     def fuse(self, variables: Variables) -> Variables:
         """Returns the variables of `fused` that correspond to variables of this model.
@@ -153,8 +149,7 @@ class FunctionalModel:
           freeze_bn: whether batch norm uses and keeps its running statistics in training.
           remat: whether to recompute blocks of the backbone in the backward pass, which saves
             memory for about a third more arithmetic.
-          sizes: see `DeepLabV3.__call__`.
-          upsample: see `DeepLabV3.__call__`.
+          sizes, upsample: see `DeepLabV3.__call__`.
 
         Raises:
           ValueError: `train` with a fused model, with sizes, or with dropout and no key; `remat`
@@ -162,15 +157,23 @@ class FunctionalModel:
         """
         # Batch norm assigns to elements of its statistics, which only JAX arrays support.
         module = self._merge(jax.tree.map(jnp.asarray, variables))
-        if train:
-            self._check_training(module, key, sizes)
+        if train and self.is_fused:
+            raise ValueError("a model with fused batch norm is for inference: train the original")
+        if train and sizes is not None:
+            # The statistics of batch norm would include the padding.
+            raise ValueError("train=True takes no sizes: padding is for inference only")
         module.set_attributes(
             deterministic=not train,
             use_running_average=not train or freeze_bn,
             raise_if_not_found=False,
         )
-        if remat and train:
-            _set_remat(module)
+        if train and remat:
+            if not hasattr(module.backbone, "remat"):
+                raise ValueError(
+                    f"{type(module.backbone).__name__} has no attribute `remat`, so it cannot save "
+                    "memory by recomputing: set config.train.remat=False, or see docs/extending.md"
+                )
+            module.backbone.remat = True
         outputs = module(images, sizes=sizes, upsample=upsample, rngs=key if train else None)
         return outputs, _flatten(nnx.state(module, nnx.BatchStat))
 
@@ -183,35 +186,12 @@ class FunctionalModel:
         )
         return nnx.merge(self._graph, *states)
 
-    def _check_training(
-        self, module: DeepLabV3, key: jax.Array | None, sizes: Array | None
-    ) -> None:
-        if self.is_fused:
-            raise ValueError("a model with fused batch norm is for inference: train the original")
-        if sizes is not None:
-            # The statistics of batch norm would include the padding.
-            raise ValueError("train=True takes no sizes: padding is for inference only")
-        parts = [part for _, part in nnx.iter_modules(module) if isinstance(part, nnx.Dropout)]
-        rate = max((part.rate for part in parts), default=0.0)
-        if key is None and rate:
-            raise ValueError(f"train=True needs a key: dropout is {rate}, not 0")
-
 
 def normalize(
     images: Num[Array, "n h w c"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "n h w c"]:
     """Normalizes pixels 0..255: `(pixel / 255 - mean) / std`, with one mean and std per channel."""
     return (images.astype(jnp.float32) / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)
-
-
-def _set_remat(module: DeepLabV3) -> None:
-    backbone: Any = module.backbone
-    if not hasattr(backbone, "remat"):
-        raise ValueError(
-            f"{type(backbone).__name__} has no attribute `remat`, so it cannot save memory by "
-            "recomputing: set config.train.remat=False, or see docs/extending.md"
-        )
-    backbone.remat = True
 
 
 def _split(module: DeepLabV3) -> tuple[Any, Any, Any]:
