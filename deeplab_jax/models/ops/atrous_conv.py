@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,7 +44,16 @@ def atrous_conv(
 
     Source: arXiv 1706.05587, equation 1.
     """
-    _check(x.shape, kernel.shape, strides, kernel_dilation)
+    side, width, kernel_channels, _ = kernel.shape
+    if side != width or side % 2 == 0 or x.shape[3] % kernel_channels:
+        raise ValueError(
+            "kernel must have one odd side and input channels that divide those of x, "
+            f"{x.shape[3]}; got {list(kernel.shape)}"
+        )
+    if strides < 1 or kernel_dilation < 1:
+        raise ValueError(
+            f"strides and kernel_dilation must be 1 or more, got {strides} and {kernel_dilation}"
+        )
     options: dict[str, Any] = {"strides": strides, "kernel_dilation": kernel_dilation}
     if method is not None:
         if method not in METHODS:
@@ -66,22 +74,17 @@ def atrous_conv(
         by_platform["cuda"] = _on_cuda
     if not by_platform:
         return _native(x, kernel, **options)
-    default, *chosen = (
-        functools.partial(function, **options) for function in (_native, *by_platform.values())
-    )
-    return lax.platform_dependent(
-        x, kernel, default=default, **dict(zip(by_platform, chosen, strict=True))
-    )
+    by_platform["default"] = _native
+    bound = {name: functools.partial(conv, **options) for name, conv in by_platform.items()}
+    return lax.platform_dependent(x, kernel, **bound)
 
 
 def unless_differentiated(
     inference: Callable[..., Array], training: Callable[..., Array]
 ) -> Callable[..., Array]:
-    """Returns a function that runs `inference`, or `training` when it is differentiated.
+    """Returns a function that runs `inference`, or when it is differentiated `training`.
 
-    Args:
-      inference: the function to run without a gradient.
-      training: a function with the same result up to rounding, whose gradient is taken.
+    Both must have the same result up to rounding.
     """
 
     @jax.custom_vjp
@@ -102,16 +105,14 @@ def valid_fraction(
     Args:
       sizes: height and width of the map, or one of them.
       kernel_size: side of the kernel.
-      strides: pixels between the centres of neighbouring outputs.
-      kernel_dilation: pixels between the taps.
+      strides, kernel_dilation: as in `atrous_conv`.
     """
-
-    def along_axis(size: int) -> float:
-        ranges = [_valid_outputs(size, offset, strides) for offset in offsets]
-        return sum(stop - start for start, stop in ranges) / (kernel_size * -(-size // strides))
-
     offsets = _offsets(kernel_size, kernel_dilation)
-    return math.prod(map(along_axis, sizes))
+    fraction = 1.0
+    for size in sizes:
+        ranges = [_valid_outputs(size, offset, strides) for offset in offsets]
+        fraction *= sum(b - a for a, b in ranges) / (kernel_size * -(-size // strides))
+    return fraction
 
 
 def _native(x: Array, kernel: Array, *, strides: int, kernel_dilation: int) -> Array:
@@ -286,12 +287,10 @@ def _on_cpu(x: Array, kernel: Array, *, strides: int = 1, kernel_dilation: int) 
     | 3x3, 2048 -> 256, 1x65x65, rate 24   | 0.57  | 287 / 105 / 79 (67)  | 742 / 301 / 364 (304)  |
     | 3x3, 2048 -> 256, 1x65x65, rate 36   | 0.40  | 396 / 68 / 64 (51)   | 872 / 209 / 224 (397)  |
     """
-    few_valid = (
-        valid_fraction(x.shape[1:3], kernel.shape[0], kernel_dilation=kernel_dilation) <= 0.8
-    )
+    valid = valid_fraction(x.shape[1:3], kernel.shape[0], kernel_dilation=kernel_dilation)
     inference, training = (
         functools.partial(method, strides=strides, kernel_dilation=kernel_dilation)
-        for method in (_valid_blocks if few_valid else _native, _valid_taps)
+        for method in (_valid_blocks if valid <= 0.8 else _native, _valid_taps)
     )
     return unless_differentiated(inference, training)(x, kernel)
 
@@ -329,19 +328,3 @@ def _blocks(size: int, offsets: list[int]) -> list[tuple[tuple[int, int], list[i
         ((start, stop), [k for k, at in enumerate(offsets) if at <= start and stop <= size + at])
         for start, stop in itertools.pairwise(sorted({0, size, *edges}))
     ]
-
-
-def _check(
-    x_shape: tuple[Size, ...], kernel_shape: tuple[int, ...], strides: int, kernel_dilation: int
-) -> None:
-    side, other_side, kernel_channels, _ = kernel_shape
-    if side != other_side or side % 2 == 0:
-        raise ValueError(f"kernel must have one odd side, got {side}x{other_side}")
-    if x_shape[3] % kernel_channels:
-        raise ValueError(
-            f"kernel's {kernel_channels} input channels must divide the {x_shape[3]} of x"
-        )
-    if strides < 1 or kernel_dilation < 1:
-        raise ValueError(
-            f"strides and kernel_dilation must be 1 or more, got {strides} and {kernel_dilation}"
-        )

@@ -16,11 +16,8 @@ Channels = Float[Array, " c"]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def normalize_by_batch(
-    x: Float[Array, "n h w c"],
-    scale: Float[Array, " c"],
-    bias: Float[Array, " c"],
-    epsilon: float,
-) -> tuple[Float[Array, "n h w c"], Float[Array, " c"], Float[Array, " c"]]:
+    x: Map, scale: Channels, bias: Channels, epsilon: float
+) -> tuple[Map, Channels, Channels]:
     """Normalizes a map; returns also the mean and variance of the batch, without gradients.
 
     The gradient is that of Ioffe & Szegedy 2015, section 3. It reads the map twice: for both sums

@@ -62,7 +62,8 @@ def _with_any_padding(
     **options: Any,
 ) -> Array:
     """Masks padding and convolves, by `same_conv` where `convolve` or XLA cannot pad as SAME."""
-    lhs = _mask(lhs, rhs)
+    if lhs.ndim == 4 and rhs.shape[:2] != (1, 1):  # a 1x1 kernel reads no neighbouring pixels
+        lhs = mask_padding(lhs)
     reach = rhs.shape[0] // 2 * (options.get("rhs_dilation") or (1,))[0]
     if padding == "SAME" and reach and tuple(window_strides) == (2, 2):
         symmetric = ((reach, reach), (reach, reach))
@@ -85,37 +86,29 @@ def _atrous_options(
     lhs_dilation: Sequence[int] | None = None,
     rhs_dilation: Sequence[int] | None = None,
     dimension_numbers: Any = None,
-    feature_group_count: int = 1,
+    feature_group_count: int = 1,  # follows from the shapes
     **others: Any,
 ) -> dict[str, Any] | None:
     """Returns `strides` and `kernel_dilation` for `atrous_conv`, or None if it cannot be used."""
-    del feature_group_count  # follows from the shapes
-    dilations = tuple(rhs_dilation or (1, 1))
     side, width = rhs.shape[:2]
-    if (
-        dimension_numbers != _NHWC
-        or set(lhs_dilation or ()) - {1}
-        or any(value is not None for value in others.values())
-        or side != width
-        or side % 2 == 0
-        or len(set(window_strides)) > 1
-        or len(set(dilations)) > 1
-        or isinstance(padding, str)
-    ):
-        return None
-    reach = dilations[0] * (side // 2)
-    if any(tuple(pads) != (reach, reach) for pads in padding):
-        return None
-    return {"strides": window_strides[0], "kernel_dilation": dilations[0]}
+    strides, dilation = window_strides[0], (rhs_dilation or (1,))[0]
+    reach = dilation * (side // 2)
+    is_atrous = (
+        dimension_numbers == _NHWC
+        and side == width
+        and side % 2 == 1
+        and set(window_strides) == {strides}
+        and set(rhs_dilation or (1,)) == {dilation}
+        and set(lhs_dilation or (1,)) == {1}
+        and not isinstance(padding, str)
+        and {tuple(pads) for pads in padding} == {(reach, reach)}
+        and all(value is None for value in others.values())
+    )
+    return {"strides": strides, "kernel_dilation": dilation} if is_atrous else None
 
 
 def _is_depthwise(lhs: Array, rhs: Array) -> bool:
     return 1 < lhs.shape[-1] == rhs.shape[-1] and rhs.shape[-2] == 1
-
-
-def _mask(lhs: Array, rhs: Array) -> Array:
-    """Masks padding, unless the kernel is 1x1 and reads no neighbouring pixels."""
-    return mask_padding(lhs) if lhs.ndim == 4 and rhs.shape[:2] != (1, 1) else lhs
 
 
 def add_relu(
@@ -123,11 +116,8 @@ def add_relu(
 ) -> Float[Array, "n h w c"]:
     """Computes `relu(shortcut + y)`, the end of a residual block.
 
-    Args:
-      shortcut: one map.
-      y: the other map.
-      parameter: any number that is on all devices and not a constant of the program. It has no
-        effect on the result.
+    `parameter` is any number that is on all devices and not a constant of the program. It has no
+    effect on the result.
     """
     on_cpu = unless_differentiated(_unfused_add_relu, plain_add_relu)
     return lax.platform_dependent(shortcut, y, parameter, cpu=on_cpu, default=plain_add_relu)

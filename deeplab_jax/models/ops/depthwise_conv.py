@@ -32,14 +32,7 @@ def depthwise_conv(
     kernel_dilation: int = 1,
     method: str | None = None,
 ) -> Float[Array, "n ho wo c"]:
-    """Computes `atrous_conv` with as many groups as channels.
-
-    Args:
-      x: features.
-      kernel: weights, with an odd side `k`.
-      strides: pixels between the centres of neighbouring outputs.
-      kernel_dilation: pixels between the taps; may be larger than the map.
-      method: a name in `METHODS`. Defaults to the fastest one for the target platform.
+    """Computes `atrous_conv`, whose arguments it has, with as many groups as channels.
 
     Raises:
       ValueError: the kernel is not `[k, k, 1, c]`, or its side is even.

@@ -64,10 +64,7 @@ def padding_mask(sizes: Int[Array, "n 2"] | None, shape: tuple[Size, ...]) -> It
 
 
 def valid_sizes(x: Float[Array, "n h w c"]) -> Int[Array, "n 2"] | None:
-    """Returns the number of rows and columns of a map that belong to each image.
-
-    Returns:
-      Height and width for each image, or None without a padding mask.
+    """Returns the rows and columns of a map that belong to each image; None without a mask.
 
     Raises:
       ValueError: the map does not have the size of the padded images at any stride in `STRIDES`.

@@ -21,7 +21,7 @@ from deeplab_jax.models.ops.masking import mask_padding, valid_sizes
 def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n ho wo c"]:
     """Takes the maximum of 3x3 windows with stride 2 and padding 1, giving `ceil(h / 2)` rows."""
     # Windows outside the image give the lowest value, which would overflow in the next layer.
-    return mask_padding(max_pool_3x3(mask_padding(x, _lowest(x))))
+    return mask_padding(max_pool_3x3(mask_padding(x, float(jnp.finfo(x.dtype).min))))
 
 
 @jax.jit
@@ -31,12 +31,9 @@ def max_pool_3x3(x: Float[Array, "n h w c"]) -> Float[Array, "n ho wo c"]:
     On CPU this is 4 times as fast as `lax.reduce_window`, and 17 times with the gradient, which is
     a scatter there. Pads with the lowest finite value, since -inf could give NaN later.
     """
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=_lowest(x))
+    lowest = float(jnp.finfo(x.dtype).min)
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=lowest)
     return _max_of_three(_max_of_three(padded, axis=2), axis=1)
-
-
-def _lowest(x: Array) -> float:
-    return float(jnp.finfo(x.dtype).min)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

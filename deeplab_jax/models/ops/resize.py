@@ -36,8 +36,8 @@ def resize_bilinear(
 ) -> Float[Array, "n height width c"]:
     """Resizes bilinearly with clamped edges and no antialiasing.
 
-    Equals torch's `interpolate(mode="bilinear", align_corners=align_corners)`. Multiplies by a
-    small matrix along each axis, so that the gradient has no scatter and is the same in each run.
+    Multiplies by a small matrix along each axis, so that the gradient has no scatter and is the
+    same in each run.
 
     Args:
       x: map.

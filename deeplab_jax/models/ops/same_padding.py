@@ -39,25 +39,24 @@ def same_conv(
       x: a map that is zero outside the images.
       kernel: weights with an odd side.
       sizes: number of rows and columns of each image; None means those of the map.
-      convolve: a convolution with the signature of `lax.conv_general_dilated`.
+      convolve: a convolution with the signature of `lax.conv_general_dilated`, and `options` its
+        other arguments.
       padding: the symmetric padding of both axes.
-      options: names and values of other arguments of `convolve`.
     """
+
+    def pad(axis: int, before: int, after: int) -> Array:
+        return jnp.pad(x, [(before, after) if each == axis else (0, 0) for each in range(4)])
+
     starts = []
     for axis in (1, 2):
         side: Any = x.shape[axis] if sizes is None else sizes[:, axis - 1, None, None, None]
         is_odd = side % 2
         if sizes is None and not export.is_symbolic_dim(is_odd):
             start = 1 - is_odd
-            x = _pad(x, axis, start, 0)
+            x = pad(axis, start, 0)
         else:
             start = 1  # at an odd side two rows before, so that both sums have the same shape
-            x = jnp.where(jnp.asarray(is_odd) == 1, _pad(x, axis, 2, 0), _pad(x, axis, 1, 1))
+            x = jnp.where(jnp.asarray(is_odd) == 1, pad(axis, 2, 0), pad(axis, 1, 1))
         starts.append(start)
     y = convolve(x, kernel, (2, 2), padding, **dict(options))
     return y[:, starts[0] :, starts[1] :]
-
-
-def _pad(x: Array, axis: int, before: int, after: int) -> Array:
-    """Pads an axis with zeros."""
-    return jnp.pad(x, [(before, after) if each == axis else (0, 0) for each in range(x.ndim)])
