@@ -329,7 +329,9 @@ def test_a_model_can_be_built_from_modules():
 
 def test_a_backbone_without_the_features_that_a_head_needs_is_refused():
     backbone = Headless()
-    with pytest.raises(ValueError, match="Headless does not have: its `aux_feature` is ''"):
+    with pytest.raises(
+        ValueError, match="reads the `aux_feature` '', which Headless does not have"
+    ):
         dl.FCNHead(backbone, num_classes=3, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="`low_level_feature`"):
         dl.ASPPHead(backbone, num_classes=3, plus=True, rngs=nnx.Rngs(0))

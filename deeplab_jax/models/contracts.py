@@ -68,39 +68,28 @@ class Head(Protocol):
     ) -> Float[Array, "n h w classes"]: ...
 
 
-def channels_for(backbone: Backbone, role: str, reader: str) -> int:
-    """Returns the number of channels of the feature that a backbone has for a role.
-
-    Args:
-      backbone: backbone to look at.
-      role: its attribute that names the feature, such as "aux_feature".
-      reader: the part that reads the feature, for the error.
+def channels_of(backbone: Backbone, name: str, reads: str) -> int:
+    """Returns the number of channels of a feature.
 
     Raises:
-      ValueError: the backbone has no such feature.
+      ValueError: the backbone has no such feature. The message says what `reads` it.
     """
-    name = getattr(backbone, role, "")
     if name not in backbone.features:
         raise ValueError(
-            f"{reader} needs a feature that {type(backbone).__name__} does not have: its `{role}` "
-            f"is {name!r}, its features are {', '.join(backbone.features)}"
+            f"{reads} {name!r}, which {type(backbone).__name__} does not have"
+            f"{did_you_mean(name, backbone.features)}. It has {', '.join(backbone.features)}"
         )
     return backbone.features[name].channels
 
 
 def check_head(role: str, head: Head, backbone: Backbone) -> None:
     """Raises ValueError unless a backbone has the features that a head reads."""
-    subject = f"{type(head).__name__}, the {role}, reads the feature"
+    reads = f"{type(head).__name__}, the {role}, reads the feature"
     for name, channels in head.in_features.items():
-        if name not in backbone.features:
-            raise ValueError(
-                f"{subject} {name!r}, which {type(backbone).__name__} does not have"
-                f"{did_you_mean(name, backbone.features)}. It has {', '.join(backbone.features)}"
-            )
-        actual = backbone.features[name].channels
+        actual = channels_of(backbone, name, reads)
         if actual != channels:
             raise ValueError(
-                f"{subject} {name!r} with {channels} channels, but {type(backbone).__name__} gives "
+                f"{reads} {name!r} with {channels} channels, but {type(backbone).__name__} gives "
                 f"{actual}: build the head for this backbone"
             )
 

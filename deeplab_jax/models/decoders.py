@@ -13,39 +13,37 @@ from jax import lax
 from jax.nn import relu
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from deeplab_jax.models.layers import BatchNorm, ConvBN, param_dtype, scaled_channels
+from deeplab_jax.models.layers import BatchNorm, ConvBN, param_dtype
 from deeplab_jax.models.ops.masking import valid_sizes
 from deeplab_jax.models.ops.resize import resize_like
 
-LOW_LEVEL_CHANNELS = 48  # arXiv 1802.02611, table 1
-DECODER_CHANNELS = 256  # arXiv 1802.02611, table 2
+LOW_LEVEL_FEATURES = 48  # arXiv 1802.02611, table 1
 
 
 class PlusDecoder(nnx.Module):
     """DeepLabv3+'s decoder, which refines deep features by low-level features with sharp edges.
 
     A 1x1 convolution first reduces the channels of the low-level features, so that they do not
-    outweigh the deep ones. Batch norm and relu follow each convolution.
+    outweigh the deep ones. 3x3 convolutions join both. Batch norm and relu follow each convolution.
 
     Source: Chen et al. 2018, arXiv 1802.02611, sections 3.1 and 4.1.
 
     Attributes:
-      low_level: 1x1 convolution to 48 channels (times width).
+      low_level: 1x1 convolution.
       conv1, conv2, ...: 3x3 convolutions.
       num_convs: their number.
-      out_features: number of channels of the result.
     """
 
     def __init__(
         self,
         in_features: int,
         low_level_features: int,
+        out_features: int = 256,  # table 2
         *,
-        channels: int = DECODER_CHANNELS,
+        reduced_features: int = LOW_LEVEL_FEATURES,
         num_convs: int = 2,
         separable: bool = False,
         align_corners: bool = False,
-        width: float = 1.0,
         norm: Callable[..., BatchNorm] = BatchNorm,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -55,36 +53,27 @@ class PlusDecoder(nnx.Module):
         Args:
           in_features: number of channels of the deep features.
           low_level_features: number of channels of the low-level features.
-          channels: number of channels of the result, before the factor `width`.
+          out_features: number of channels of the result.
+          reduced_features: number of channels that the low-level features are reduced to.
           num_convs: number of 3x3 convolutions.
-          separable: whether the 3x3 convolutions are separable.
+          separable: whether they are separable.
           align_corners: how deep features are resized, see `models.ops.resize`.
-          width: factor for all numbers of channels.
-          norm: function that makes a batch norm from a number of channels.
-          dtype: dtype of the computation.
-          rngs: random keys; `rngs.params` initializes the kernels.
+          norm, dtype, rngs: as in `ASPPHead`.
         """
-        reduced = scaled_channels(LOW_LEVEL_CHANNELS, width)
-        features = scaled_channels(channels, width)
-        shared: dict[str, Any] = {"norm": norm, "activation": relu, "dtype": dtype, "rngs": rngs}
-        self.low_level = ConvBN(low_level_features, reduced, **shared)
-        inputs = [in_features + reduced, *[features] * (num_convs - 1)]
-        for number, in_channels in enumerate(inputs, start=1):
-            conv = ConvBN(in_channels, features, 3, separable=separable, **shared)
-            setattr(self, f"conv{number}", conv)
         self.num_convs = num_convs
         self.align_corners = align_corners
-        self.out_features = features
+        shared: dict[str, Any] = {"norm": norm, "activation": relu, "dtype": dtype, "rngs": rngs}
+        self.low_level = ConvBN(low_level_features, reduced_features, **shared)
+        before = in_features + reduced_features
+        for number in range(1, num_convs + 1):
+            conv = ConvBN(before, out_features, 3, separable=separable, **shared)
+            setattr(self, f"conv{number}", conv)
+            before = out_features
 
     def __call__(
         self, features: Float[Array, "n h w c"], low_level: Float[Array, "n hl wl cl"]
     ) -> Float[Array, "n hl wl cout"]:
-        """Returns refined features of the size of `low_level`.
-
-        Args:
-          features: features of ASPP or of a cascade.
-          low_level: features of the backbone at output stride 4.
-        """
+        """Returns refined features of the size of `low_level`, the backbone's at stride 4."""
         upsampled = resize_like(features, low_level, align_corners=self.align_corners)
         x = jnp.concatenate([upsampled, self.low_level(low_level)], axis=3)
         for number in range(1, self.num_convs + 1):

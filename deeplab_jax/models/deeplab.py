@@ -50,9 +50,9 @@ class DeepLabV3(nnx.Module):
           ValueError: a head reads a feature that the backbone does not have, or that has another
             number of channels.
         """
-        check_head("classifier", classifier, backbone)
-        if aux_classifier is not None:
-            check_head("aux_classifier", aux_classifier, backbone)
+        for role, head in (("classifier", classifier), ("aux_classifier", aux_classifier)):
+            if head is not None:
+                check_head(role, head, backbone)
         self.backbone = backbone
         self.classifier = classifier
         self.aux_classifier = aux_classifier
@@ -140,10 +140,13 @@ def build_model(
             raise TypeError("build_model needs num_classes with a name")
         chosen = architecture(name_or_architecture, num_classes=num_classes, **overrides)
     backbone = BACKBONES[chosen.backbone](chosen, rngs=rngs)
-    classifier = HEADS[chosen.head](backbone, chosen, rngs=rngs)
-    aux_classifier = fcn_head(backbone, chosen, rngs=rngs) if chosen.aux_head else None
     decoder = None
     if chosen.decoder == "transposed":
         decoder = TransposedDecoder(chosen.num_classes, chosen.output_stride, dtype=chosen.dtype)
-    align_corners = chosen.align_corners
-    return DeepLabV3(backbone, classifier, aux_classifier, decoder, align_corners=align_corners)
+    return DeepLabV3(
+        backbone,
+        classifier=HEADS[chosen.head](backbone, chosen, rngs=rngs),
+        aux_classifier=fcn_head(backbone, chosen, rngs=rngs) if chosen.aux_head else None,
+        decoder=decoder,
+        align_corners=chosen.align_corners,
+    )

@@ -18,8 +18,8 @@ from jax.nn import relu
 from jaxtyping import Array, DTypeLike, Float
 
 from deeplab_jax.models.architecture import HEAD_NEUTRAL, HEADS, Architecture
-from deeplab_jax.models.contracts import Backbone, channels_for
-from deeplab_jax.models.decoders import PlusDecoder
+from deeplab_jax.models.contracts import Backbone, channels_of
+from deeplab_jax.models.decoders import LOW_LEVEL_FEATURES, PlusDecoder
 from deeplab_jax.models.layers import (
     BatchNorm,
     ConvBN,
@@ -51,13 +51,9 @@ class ImagePooling(nnx.Module):
 class ASPP(nnx.Module):
     """Atrous spatial pyramid pooling (arXiv 1706.05587, section 3.3).
 
-    Parallel branches convolve the features at several rates; a 1x1 convolution joins them. Batch
-    norm and relu follow each convolution.
-
-    Attributes:
-      branches: a 1x1 convolution, a 3x3 convolution for each rate, and image pooling.
-      project: 1x1 or 3x3 convolution of the concatenated branches.
-      dropout: dropout after `project`.
+    The features go through parallel `branches`: a 1x1 convolution, a 3x3 convolution for each rate,
+    and image pooling. `project` convolves the concatenated results. Batch norm and relu follow each
+    convolution, and dropout the last one.
     """
 
     def __init__(
@@ -74,20 +70,7 @@ class ASPP(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        """Makes the layers.
-
-        Args:
-          in_features: number of channels of the features.
-          out_features: number of channels of each branch and of the result.
-          atrous_rates: dilations of the 3x3 convolutions; none if empty.
-          image_pooling: whether there are image-level features.
-          projection_kernel: side of the convolution that joins the branches, 1 or 3.
-          separable: whether the atrous convolutions are separable.
-          dropout: probability of dropout.
-          norm: function that makes a batch norm from a number of channels.
-          dtype: dtype of the computation.
-          rngs: random keys; `rngs.params` initializes the kernels.
-        """
+        """Makes the layers; the arguments are those of `ASPPHead`."""
         options: dict[str, Any] = {"norm": norm, "dtype": dtype, "rngs": rngs}
         conv: Callable[..., ConvBN] = functools.partial(ConvBN, activation=relu, **options)
         # The order in which layers are made decides the parameters that a seed gives.
@@ -96,15 +79,13 @@ class ASPP(nnx.Module):
             for rate in atrous_rates
         ]
         pooling = [ImagePooling(in_features, out_features, **options)] if image_pooling else []
-        branches: list[nnx.Module] = [conv(in_features, out_features), *atrous, *pooling]
-        self.branches = nnx.List(branches)
-        self.project = conv(len(branches) * out_features, out_features, projection_kernel)
+        self.branches = nnx.List([conv(in_features, out_features), *atrous, *pooling])
+        self.project = conv(len(self.branches) * out_features, out_features, projection_kernel)
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(
         self, x: Float[Array, "n h w cin"], *, rngs: jax.Array | None = None
     ) -> Float[Array, "n h w cout"]:
-        """Returns joined features of the input's size; `rngs` is the key of dropout."""
         joined = jnp.concatenate([branch(x) for branch in self.branches], axis=3)
         return self.dropout(self.project(joined), rngs=rngs)
 
@@ -155,16 +136,19 @@ class ASPPHead(nnx.Module):
           rngs: random keys; `rngs.params` initializes the kernels.
 
         The other arguments are fields of `Architecture`.
+
+        Raises:
+          ValueError: the backbone has no features of the kind that the head reads.
         """
         options: dict[str, Any] = {"norm": norm, "dtype": dtype, "rngs": rngs}
         self._out, self._low_level = backbone.out_feature, backbone.low_level_feature
-        features = backbone.features[self._out].channels
+        channels = channels_of(backbone, self._out, "the head reads the feature")
+        in_features = {self._out: channels}
         head_features = scaled_channels(head_channels, width)
-        pyramid = decoder = None
-        in_features: dict[str, int] = {self._out: features}
+        pyramid = conv = decoder = None
         if aspp:
             pyramid = ASPP(
-                features,
+                channels,
                 head_features,
                 atrous_rates=atrous_rates,
                 image_pooling=image_pooling,
@@ -173,33 +157,33 @@ class ASPPHead(nnx.Module):
                 dropout=dropout,
                 **options,
             )
-            features = head_features
-        self.aspp = pyramid
-        self.dropout = nnx.Dropout(0.0 if aspp else dropout)
-        conv3x3: dict[str, Any] = {"kernel_size": 3, "activation": relu, **options}
-        self.head_conv = (
-            ConvBN(features, head_features, separable=separable_head, **conv3x3)
-            if head_conv
-            else None
-        )
-        features = head_features if head_conv else features
+            channels = head_features
+        if head_conv:
+            conv = ConvBN(
+                channels, head_features, 3, activation=relu, separable=separable_head, **options
+            )
+            channels = head_features
         if plus:
-            low_level = channels_for(backbone, "low_level_feature", "the decoder of DeepLabv3+")
+            reads = "DeepLabv3+'s decoder reads the `low_level_feature`"
+            low_level = channels_of(backbone, self._low_level, reads)
             in_features[self._low_level] = low_level
             decoder = PlusDecoder(
-                features,
+                channels,
                 low_level,
-                channels=head_channels,
+                head_features,
+                reduced_features=scaled_channels(LOW_LEVEL_FEATURES, width),
                 num_convs=decoder_convs,
                 separable=separable_head,
                 align_corners=align_corners,
-                width=width,
                 **options,
             )
-            features = decoder.out_features
+            channels = head_features
+        self.aspp = pyramid
+        self.dropout = nnx.Dropout(0.0 if aspp else dropout)
+        self.head_conv = conv
         self.decoder = decoder
         self.in_features: Mapping[str, int] = FrozenDict(in_features)
-        self.logits = logits_conv(features, num_classes, dtype=dtype, rngs=rngs)
+        self.logits = logits_conv(channels, num_classes, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, features: Features, *, rngs: jax.Array | None = None
@@ -231,7 +215,8 @@ class FCNHead(nnx.Module):
     ) -> None:
         """Makes the head for a backbone's `aux_feature`; for the arguments see `ASPPHead`."""
         self._aux = backbone.aux_feature
-        channels = channels_for(backbone, "aux_feature", "an auxiliary head (aux_head)")
+        reads = "an auxiliary head (aux_head) reads the `aux_feature`"
+        channels = channels_of(backbone, self._aux, reads)
         self.in_features: Mapping[str, int] = FrozenDict({self._aux: channels})
         features = scaled_channels(channels, 1 / 4)  # the channels include the width already
         options: dict[str, Any] = {"norm": norm, "dtype": dtype, "rngs": rngs}

@@ -24,7 +24,7 @@ SMALL_NORMAL = nnx.initializers.normal(0.01)
 
 
 def param_dtype(dtype: DTypeLike) -> Any:
-    """Returns the dtype of parameters and statistics: float32, or float64 to compute in float64."""
+    """Returns the dtype of parameters and statistics: float32, or float64 under float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -47,8 +47,7 @@ _NO_KEYS: Any = types.SimpleNamespace(params=lambda: None)
 class Conv(nnx.Conv):
     """A 2-D `nnx.Conv` with other defaults: those of a ResNet.
 
-    It has no bias, He initialization, float32 parameters under bfloat16, and symmetric zero padding
-    that keeps the size at stride 1, as in torch. It is computed by
+    It has no bias, He initialization and float32 parameters under bfloat16. It is computed by
     `models.ops.convolution.fastest_conv`.
     """
 
@@ -59,20 +58,31 @@ class Conv(nnx.Conv):
         kernel_size: int = 1,
         strides: int = 1,
         *,
-        padding: int | str | Sequence[int | tuple[int, int]] | None = None,
+        padding: str = "symmetric",
         kernel_dilation: int = 1,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         **kwargs: Any,
     ) -> None:
-        """Takes the arguments of `nnx.Conv`.
+        """Takes the arguments of `nnx.Conv`, but for the padding.
 
-        Padding "SAME" is TensorFlow's, for an odd kernel and stride 1 or 2. At stride 2 it shifts
-        features by one pixel along a side of even size; it is for weights from TensorFlow.
+        "symmetric" pads with zeros as in torch, and keeps the size at stride 1. "same" is
+        TensorFlow's SAME, for an odd kernel and stride 1 or 2. At stride 2 it shifts features by
+        one pixel along a side of even size; it is for weights from TensorFlow.
 
         Raises:
-          ValueError: `padding` would shift features against the image.
+          ValueError: other padding, which would shift features against the image.
         """
+        reach = kernel_dilation * (kernel_size - 1)
+        if padding not in ("symmetric", "same") or (
+            padding == "same" and (reach % 2 or strides > 2)
+        ):
+            raise ValueError(
+                'padding must be "symmetric", or "same" for an odd kernel and stride 1 or 2, got '
+                f"{padding!r} for a kernel of {kernel_size} pixels and stride {strides}: other "
+                "padding shifts features against the image. Use nnx.Conv if that is what you want"
+            )
+        shifted = padding == "same" and reach > 0 and strides == 2
         options = {"kernel_init": HE_FAN_OUT, "conv_general_dilated": fastest_conv} | kwargs
         if isinstance(rngs, ShapeRngs):
             options["kernel_init"], rngs = nnx.initializers.zeros, _NO_KEYS
@@ -81,7 +91,7 @@ class Conv(nnx.Conv):
             out_features,
             (kernel_size, kernel_size),
             (strides, strides),
-            padding=_padding(padding, kernel_dilation * (kernel_size - 1), strides),
+            padding="SAME" if shifted else ((reach // 2, reach - reach // 2),) * 2,
             kernel_dilation=(kernel_dilation, kernel_dilation),
             use_bias=options.pop("use_bias", False),
             dtype=jnp.dtype(dtype),
@@ -89,27 +99,6 @@ class Conv(nnx.Conv):
             rngs=rngs,
             **options,
         )
-
-
-def _padding(padding: Any, reach: int, strides: int) -> str | tuple[tuple[int, int], ...]:
-    """Returns the checked padding of both axes for a kernel that covers `reach + 1` pixels."""
-    symmetric = (reach // 2, reach - reach // 2)
-    if padding == "SAME" and reach % 2 == 0 and strides <= 2:
-        if reach and strides == 2:
-            return "SAME"
-        padding = None
-    if padding is None:
-        return (symmetric, symmetric)
-    axes = [padding, padding] if isinstance(padding, int) else list(padding)
-    pads = tuple((each, each) if isinstance(each, int) else tuple(each) for each in axes)
-    # An even kernel has no centre pixel: it may also begin at the pixel of its output.
-    if pads not in ((symmetric, symmetric), ((0, reach),) * 2 if reach % 2 else None):
-        raise ValueError(
-            f"padding must be {symmetric} on both axes (or left out) for a kernel of {reach + 1} "
-            f"pixels, got {padding!r}: other padding shifts features against the image, and logits "
-            "would be resized to the wrong position. Use nnx.Conv if that is what you want"
-        )
-    return pads
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -168,27 +157,23 @@ class BatchNorm(nnx.BatchNorm):
         return (values * (scale * lax.rsqrt(self.var[...] + self.epsilon)) + bias).astype(x.dtype)
 
     def _update(self, running: nnx.BatchStat, batch: Array) -> None:
-        new = self.momentum * running[...] + (1 - self.momentum) * lax.stop_gradient(batch)
-        running[...] = new
+        batch = lax.stop_gradient(batch)
+        running[...] = self.momentum * running[...] + (1 - self.momentum) * batch
 
 
 def batch_norm(dtype: DTypeLike, momentum: float, epsilon: float) -> Callable[..., BatchNorm]:
     """Returns a function that makes a `BatchNorm` from a number of channels."""
-    options: dict[str, Any] = {"momentum": momentum, "epsilon": epsilon}
-    return functools.partial(BatchNorm, param_dtype=param_dtype(dtype), **options)
+    return functools.partial(
+        BatchNorm, momentum=momentum, epsilon=epsilon, param_dtype=param_dtype(dtype)
+    )
 
 
 class ConvBN(nnx.Module):
     """A convolution without a bias, its batch norm, and an activation.
 
     A separable convolution (arXiv 1802.02611, section 3.1) is a depthwise convolution of the given
-    size, stride and dilation, and a 1x1 convolution, with no norm between them.
-
-    Attributes:
-      depthwise: the depthwise convolution, or None.
-      conv: the convolution, or the 1x1 convolution of a separable one.
-      bn: batch norm.
-      activation: function of the result, or None.
+    size, stride and dilation (`depthwise`, otherwise None), and a 1x1 convolution (`conv`), with no
+    norm between them.
     """
 
     def __init__(
@@ -225,5 +210,11 @@ class ConvBN(nnx.Module):
 
 def logits_conv(in_features: int, num_classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Conv:
     """Makes the last convolution of a head: 1x1, with a bias, in float32 under bfloat16."""
-    options: dict[str, Any] = {"use_bias": True, "kernel_init": SMALL_NORMAL}
-    return Conv(in_features, num_classes, dtype=param_dtype(dtype), rngs=rngs, **options)
+    return Conv(
+        in_features,
+        num_classes,
+        use_bias=True,
+        kernel_init=SMALL_NORMAL,
+        dtype=param_dtype(dtype),
+        rngs=rngs,
+    )

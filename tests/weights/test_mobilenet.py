@@ -7,7 +7,7 @@ from flax import nnx
 
 import torch_reference
 from deeplab_jax.models.architecture import architecture
-from deeplab_jax.models.backbones.mobilenet_v3 import MobileNetV3
+from deeplab_jax.models.backbones.mobilenet import MobileNetV3
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights import families

@@ -1,8 +1,7 @@
 """Backbones, which are registered in `BACKBONES`; see `models.contracts.Backbone`."""
 
 from deeplab_jax.models.architecture import BACKBONES
-from deeplab_jax.models.backbones.mobilenet_v2 import MobileNetV2
-from deeplab_jax.models.backbones.mobilenet_v3 import MobileNetV3
+from deeplab_jax.models.backbones.mobilenet import MobileNetV2, MobileNetV3
 from deeplab_jax.models.backbones.resnet import RESNETS, ResNet
 
 BACKBONES.update(dict.fromkeys(RESNETS, ResNet))

@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from flax import nnx
 from flax.core import FrozenDict
@@ -39,36 +39,28 @@ from deeplab_jax.models.ops.pooling import average_pool, max_pool
 
 
 class BlockSpec(NamedTuple):
-    """The settings of a residual block.
-
-    Attributes:
-      in_features: number of channels of the input.
-      features: number of channels of the inner convolutions; the output has `expansion` times as
-        many.
-      strides: stride of the block, pixels.
-      first_dilation: dilation of the convolutions up to the strided one.
-      kernel_dilation: dilation of the convolutions after the strided one.
-      project: whether the shortcut is a convolution. It depends on the published stride of the
-        stage, so that the parameters are the same at each output stride.
-      activated: whether the input is already normalized and activated, as by the stem.
-      pool: whether the shortcut averages 2x2 pixels at the stride of the block before its
-        convolution, which then has stride 1.
-    """
+    """The settings of a residual block."""
 
     in_features: int
-    features: int
+    features: int  # of the inner convolutions; the output has `expansion` times as many
     strides: int
-    first_dilation: int
-    kernel_dilation: int
+    first_dilation: int  # of the convolutions up to the strided one
+    kernel_dilation: int  # of the convolutions after it
+    # Whether the shortcut is a convolution. It depends on the published stride of the stage, so
+    # that the parameters are the same at each output stride.
     project: bool
-    activated: bool = False
+    activated: bool = False  # whether the input is normalized and activated, as by the stem
+    # Whether the shortcut averages 2x2 pixels at the stride of the block before its convolution,
+    # which then has stride 1.
     pool: bool = False
 
 
-class _ResidualBlock(nnx.Module):
+class ResidualBlock(nnx.Module):
     """Base class of residual blocks.
 
     Attributes:
+      kernel_sizes: sides of the convolutions.
+      expansion: channels of the output per channel of the inner convolutions.
       conv1, bn1, ...: convolutions and norms. A norm follows its convolution, or precedes it with
         `pre_activation`.
       downsample: convolution of the shortcut, with batch norm unless `pre_activation`; or None.
@@ -76,8 +68,8 @@ class _ResidualBlock(nnx.Module):
       add_relu: function that computes `relu(shortcut + y)`.
     """
 
-    num_convs: int
-    expansion: int
+    kernel_sizes: ClassVar[tuple[int, ...]]
+    expansion: ClassVar[int]
 
     def __init__(
         self,
@@ -87,37 +79,46 @@ class _ResidualBlock(nnx.Module):
         norm: Callable[[int], BatchNorm],
         rngs: nnx.Rngs,
     ) -> None:
-        layer: dict[str, Any] = {"dtype": architecture.dtype, "rngs": rngs}
         self.pre_activation = architecture.residual == "pre"
-        convs = self.convs(spec, architecture, functools.partial(Conv, **layer))
-        for number, conv in enumerate(convs, start=1):
-            features = conv.in_features if self.pre_activation else conv.out_features
+        options: dict[str, Any] = {"dtype": architecture.dtype, "rngs": rngs}
+        inner = [spec.features] * (len(self.kernel_sizes) - 1)
+        out_features = spec.features * self.expansion
+        widths = itertools.pairwise([spec.in_features, *inner, out_features])
+        # The strided convolution of a basic block is always the first.
+        strided = 2 if len(inner) == 2 and architecture.stride_place == "conv2" else 1
+        for number, (before, after) in enumerate(widths, start=1):
+            kernel_size = self.kernel_sizes[number - 1]
+            dilation = spec.first_dilation if number <= strided else spec.kernel_dilation
+            conv = Conv(
+                before,
+                after,
+                kernel_size,
+                spec.strides if number == strided else 1,
+                kernel_dilation=dilation if kernel_size > 1 else 1,
+                **options,
+            )
             activated = self.pre_activation and number == 1 and spec.activated
             setattr(self, f"conv{number}", conv)
+            features = before if self.pre_activation else after
             setattr(self, f"bn{number}", None if activated else norm(features))
-        sizes = spec.in_features, spec.features * self.expansion
         shortcut: Any = Conv if self.pre_activation else functools.partial(ConvBN, norm=norm)
-        layer["strides"] = 1 if spec.pool else spec.strides
+        options["strides"] = 1 if spec.pool else spec.strides
         self.pool_strides = spec.strides if spec.pool else 0
-        self.downsample = shortcut(*sizes, **layer) if spec.project else None
+        self.downsample = (
+            shortcut(spec.in_features, out_features, **options) if spec.project else None
+        )
         self.add_relu: Callable[[Array, Array, Array], Array] = add_relu
-
-    def convs(
-        self, spec: BlockSpec, architecture: Architecture, conv: Callable[..., Conv]
-    ) -> Sequence[Conv]:
-        """Makes the convolutions in the order of execution."""
-        raise NotImplementedError
 
     def conv_norms(self) -> Sequence[tuple[str, str]]:
         if self.pre_activation:
             return []
-        return [(f"conv{i}", f"bn{i}") for i in range(1, self.num_convs + 1)]
+        return [(f"conv{i}", f"bn{i}") for i in range(1, len(self.kernel_sizes) + 1)]
 
     def __call__(self, x: Float[Array, "n h w cin"]) -> Float[Array, "n ho wo cout"]:
         return self._pre_activation(x) if self.pre_activation else self._post_activation(x)
 
     def _layers(self) -> Iterator[tuple[Any, Any]]:
-        for number in range(1, self.num_convs + 1):
+        for number in range(1, len(self.kernel_sizes) + 1):
             yield getattr(self, f"conv{number}"), getattr(self, f"bn{number}")
 
     def _post_activation(self, x: Array) -> Array:
@@ -148,46 +149,24 @@ class _ResidualBlock(nnx.Module):
         return self.downsample(average_pool(x, self.pool_strides) if self.pool_strides else x)
 
 
-class BasicBlock(_ResidualBlock):
+class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions and a shortcut."""
 
-    num_convs = 2
+    kernel_sizes = (3, 3)
     expansion = 1
 
-    def convs(
-        self, spec: BlockSpec, architecture: Architecture, conv: Callable[..., Conv]
-    ) -> Sequence[Conv]:
-        features, dilation = spec.features, spec.first_dilation
-        return (
-            conv(spec.in_features, features, 3, spec.strides, kernel_dilation=dilation),
-            conv(features, features, 3, kernel_dilation=spec.kernel_dilation),
-        )
 
-
-class Bottleneck(_ResidualBlock):
+class Bottleneck(ResidualBlock):
     """A 1x1, a 3x3 and a 1x1 convolution with four times the channels, and a shortcut."""
 
-    num_convs = 3
+    kernel_sizes = (1, 3, 1)
     expansion = 4
-
-    def convs(
-        self, spec: BlockSpec, architecture: Architecture, conv: Callable[..., Conv]
-    ) -> Sequence[Conv]:
-        features = spec.features
-        strides1, strides2, dilation = 1, spec.strides, spec.first_dilation
-        if architecture.stride_place == "conv1":
-            strides1, strides2, dilation = spec.strides, 1, spec.kernel_dilation
-        return (
-            conv(spec.in_features, features, 1, strides1),
-            conv(features, features, 3, strides2, kernel_dilation=dilation),
-            conv(features, features * self.expansion, 1),
-        )
 
 
 class Stages(NamedTuple):
     """The kind of block of a ResNet and the number of blocks of each stage."""
 
-    block: type[BasicBlock] | type[Bottleneck]
+    block: type[ResidualBlock]
     sizes: tuple[int, int, int, int]
 
 
@@ -199,46 +178,44 @@ RESNETS: dict[str, Stages] = {
     "resnet101": Stages(Bottleneck, (3, 4, 23, 3)),
     "resnet152": Stages(Bottleneck, (3, 8, 36, 3)),
 }
-STEM_FEATURES = 64
 # Numbers of channels of a 7x7 convolution, or of three 3x3 convolutions.
-STEMS = {"conv7x7": (STEM_FEATURES,), "deep": (32, 32, 64), "deep128": (64, 64, 128)}
+STEMS = {"conv7x7": (64,), "deep": (32, 32, 64), "deep128": (64, 64, 128)}
 STEM_STRIDE = 4  # pixels, the max pool's included
 STAGE_FEATURES = (64, 128, 256, 512)
 STAGE_STRIDES = (1, 2, 2, 2)
 LAST_STAGE = 3  # layer4, the paper's block4, which a cascade repeats
 
 
-def block_specs(architecture: Architecture) -> list[list[BlockSpec]]:
-    """Returns the blocks of each stage, including the stages of a cascade.
+def stem_channels(architecture: Architecture) -> list[int]:
+    """Returns the number of channels of each convolution of the stem."""
+    return [scaled_channels(channels, architecture.width) for channels in STEMS[architecture.stem]]
 
-    They have the strides and dilations of the architecture's output stride.
-    """
+
+def block_specs(architecture: Architecture) -> list[list[BlockSpec]]:
+    """Returns the blocks of each stage, a cascade's included, at the output stride."""
     block, sizes = RESNETS[architecture.backbone]
-    published = [*range(LAST_STAGE + 1), *[LAST_STAGE] * (architecture.cascade or 0)]
-    in_features = stem_features(architecture)
-    mmseg = architecture.dilation_rule == "mmseg"
+    in_features = stem_channels(architecture)[-1]
     total_stride, dilation = STEM_STRIDE, 1
     stages: list[list[BlockSpec]] = []
-    for stage in published:
-        published_stride = STAGE_STRIDES[stage]
-        features = scaled_channels(STAGE_FEATURES[stage], architecture.width)
-        strides, first_dilation = published_stride, dilation
+    for stage in [*range(LAST_STAGE + 1), *[LAST_STAGE] * (architecture.cascade or 0)]:
+        published_stride = strides = STAGE_STRIDES[stage]
+        first_dilation = dilation
         if total_stride * strides > architecture.output_stride:
             strides, dilation = 1, dilation * published_stride
         total_stride *= strides
         if architecture.dilation_rule == "paper":
             first_dilation = dilation
         grid = architecture.multi_grid if stage == LAST_STAGE else (1,)
+        features = scaled_channels(STAGE_FEATURES[stage], architecture.width)
+        out_features = features * block.expansion
         specs = []
         for index in range(sizes[stage]):
             first, unit_rate = index == 0, grid[index % len(grid)]
-            before, after = (
-                rate * unit_rate for rate in (first_dilation if first else dilation, dilation)
-            )
-            if mmseg:
+            before = unit_rate * (first_dilation if first else dilation)
+            after = unit_rate * dilation
+            if architecture.dilation_rule == "mmseg":
                 before = before if set(grid) == {1} else unit_rate
                 after = before if block is Bottleneck else 1
-            out_features = features * block.expansion
             specs.append(
                 BlockSpec(
                     in_features=in_features,
@@ -273,21 +250,29 @@ class ResNet(nnx.Module):
 
     def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs) -> None:
         self.in_channels = architecture.in_channels
+        block = RESNETS[architecture.backbone].block
         norm = batch_norm(architecture.dtype, *architecture.backbone_bn)
         shared: dict[str, Any] = {"norm": norm, "rngs": rngs}
-        self.stem = nnx.List(_stem(architecture, **shared))
-        block = RESNETS[architecture.backbone].block
-        specs = block_specs(architecture)
+        channels = stem_channels(architecture)
+        conv: Callable[..., ConvBN] = functools.partial(
+            ConvBN, activation=relu, dtype=architecture.dtype, **shared
+        )
+        self.stem = nnx.List(
+            conv(before, after, 7 if len(channels) == 1 else 3, strides=1 if index else 2)
+            for index, (before, after) in enumerate(
+                itertools.pairwise([self.in_channels, *channels])
+            )
+        )
         total_stride = STEM_STRIDE
-        features: dict[str, Feature] = {"stem": Feature(stem_features(architecture), STEM_STRIDE)}
-        for number, stage in enumerate(specs, start=1):
+        features = {"stem": Feature(channels[-1], STEM_STRIDE)}
+        for number, stage in enumerate(block_specs(architecture), start=1):
+            self.out_feature = f"layer{number}"
             blocks = nnx.List([block(spec, architecture, **shared) for spec in stage])
-            setattr(self, f"layer{number}", blocks)
+            setattr(self, self.out_feature, blocks)
             total_stride *= stage[0].strides
             out_features = stage[-1].features * block.expansion
-            features[f"layer{number}"] = Feature(out_features, total_stride)
+            features[self.out_feature] = Feature(out_features, total_stride)
         self.features: Mapping[str, Feature] = FrozenDict(features)
-        self.out_feature = f"layer{len(specs)}"
         self.final_bn = norm(out_features) if architecture.residual == "pre" else None
         self.remat = False
 
@@ -297,8 +282,8 @@ class ResNet(nnx.Module):
         for conv in self.stem:
             x = conv(x)
         x = max_pool(x)
-        features: dict[str, Array] = {"stem": x}
-        run = nnx.remat(_ResidualBlock.__call__) if self.remat else _ResidualBlock.__call__
+        features = {"stem": x}
+        run = nnx.remat(ResidualBlock.__call__) if self.remat else ResidualBlock.__call__
         for name in list(self.features)[1:]:
             for block in getattr(self, name):
                 x = run(block, x)
@@ -306,20 +291,3 @@ class ResNet(nnx.Module):
         if self.final_bn is not None:
             features[self.out_feature] = relu(self.final_bn(x))
         return features
-
-
-def stem_features(architecture: Architecture) -> int:
-    """Returns the number of channels of the stem's last convolution."""
-    return scaled_channels(STEMS[architecture.stem][-1], architecture.width)
-
-
-def _stem(architecture: Architecture, **shared: Any) -> list[ConvBN]:
-    shared |= {"activation": relu, "dtype": architecture.dtype}
-    sizes = [scaled_channels(features, architecture.width) for features in STEMS[architecture.stem]]
-    kernel_size = 7 if len(sizes) == 1 else 3
-    return [
-        ConvBN(before, features, kernel_size, strides=1 if number else 2, **shared)
-        for number, (before, features) in enumerate(
-            itertools.pairwise([architecture.in_channels, *sizes])
-        )
-    ]

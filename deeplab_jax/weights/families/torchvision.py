@@ -11,9 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deeplab_jax.models.architecture import Architecture
-from deeplab_jax.models.backbones.mobilenet import MobileNet, block_specs, divisible_channels
-from deeplab_jax.models.backbones.mobilenet_v2 import MobileNetV2
-from deeplab_jax.models.backbones.mobilenet_v3 import MobileNetV3
+from deeplab_jax.models.backbones.mobilenet import (
+    MobileNet,
+    MobileNetV2,
+    MobileNetV3,
+    divisible_channels,
+)
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights.families.family import Description, Family, Shapes, Table, any_match
 from deeplab_jax.weights.families.resnets import (
@@ -62,7 +65,7 @@ def _mobilenet_rows(architecture: Architecture) -> Table:
     is_v2 = network is MobileNetV2
     layers = (("conv", 0), ("bn", 1))
     rows = [(rf"backbone\.stem\.{layer}", f"backbone.0.{i}") for layer, i in layers]
-    specs = block_specs(network.rows, network.stem_features, architecture)
+    specs = network.block_specs(architecture)
     for block, spec in enumerate(specs, start=1):
         # torchvision numbers the parts that a block has.
         parts = [

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 from deeplab_jax.analysis import summary
@@ -18,12 +17,11 @@ from deeplab_jax.config.rules import validate
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.backbones import resnet
 from deeplab_jax.models.backbones.resnet import Bottleneck, ResNet, Stages
-from deeplab_jax.models.contracts import Feature
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.models.heads import aspp_head
+from deeplab_jax.models.layers import ShapeRngs
 from deeplab_jax.utils.errors import UserError
 from drawings import texts
-from random_modules import abstract_module, random_module, random_variables
+from random_modules import abstract_module, random_module
 
 
 def cascade(blocks=3, depth=50, family="paper", **overrides):
@@ -149,12 +147,12 @@ def test_subsampled_features_equal_the_strided_cascades():
     """The a trous identity, exact under torchvision's rule: at output stride 256 as within 32."""
     strided = cascade(depth=18, family="torchvision", output_stride=256, residual="pre")
     dense = strided.at_output_stride(32)
-    module = random_module(lambda: ResNet(strided, rngs=nnx.Rngs(0)))
+    module = random_module(lambda: ResNet(strided, rngs=ShapeRngs(0)))
     _, *state = nnx.split(module, nnx.Param, nnx.BatchStat)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(1, 290, 257, 3)), jnp.float32)
 
     def run(ours):
-        abstract = abstract_module(lambda: ResNet(ours, rngs=nnx.Rngs(0)))
+        abstract = abstract_module(lambda: ResNet(ours, rngs=ShapeRngs(0)))
         return features(nnx.split(abstract)[0], *state, images)
 
     sparse, found = run(strided), run(dense)
@@ -167,58 +165,6 @@ def test_subsampled_features_equal_the_strided_cascades():
         )
     # The final norm and relu follow only the last block.
     assert float(sparse["layer6"].min()) < 0 <= float(sparse["layer7"].min())
-
-
-def test_logits_are_a_1x1_convolution_of_the_last_block_resized():
-    ours = cascade(1, depth=18)
-    model = FunctionalModel(ours)
-    variables = random_variables(model)
-    images = jnp.asarray(np.random.default_rng(0).normal(size=(1, 45, 33, 3)), jnp.float32)
-    backbone = random_module(lambda: ResNet(ours, rngs=nnx.Rngs(0)))
-    graph, params, stats = nnx.split(backbone, nnx.Param, nnx.BatchStat)
-
-    def state(like, arrays):
-        return nnx.from_flat_state(
-            {
-                path: type(leaf)(arrays[".".join(map(str, ("backbone", *path)))])
-                for path, leaf in nnx.to_flat_state(like)
-            }
-        )
-
-    found = features(
-        graph, state(params, variables.params), state(stats, variables.batch_stats), images
-    )["layer5"]
-    logits = np.asarray(found) @ np.asarray(variables.params["classifier.logits.kernel"][0, 0])
-    logits = torch.tensor(logits + np.asarray(variables.params["classifier.logits.bias"]))
-    expected = torch.nn.functional.interpolate(
-        logits.permute(0, 3, 1, 2), size=(45, 33), mode="bilinear"
-    )
-    outputs = jax.jit(lambda v, x: model.apply(v, x)[0])(variables, images)
-    np.testing.assert_allclose(outputs["out"], expected.permute(0, 2, 3, 1), atol=1e-4)
-
-
-class FourChannels:
-    """The attributes of a backbone that a head reads."""
-
-    features = {"last": Feature(4, 16)}  # noqa: RUF012
-    out_feature, low_level_feature, aux_feature = "last", "last", ""
-
-    def __call__(self, images):
-        raise NotImplementedError
-
-
-def test_dropout_acts_before_the_logits():
-    head = aspp_head(FourChannels(), cascade(0, dropout=0.5), rngs=nnx.Rngs(0))
-    features = {"last": jnp.ones((1, 2, 2, 4))}
-    dropped = np.asarray(head(features, rngs=jax.random.key(0)))
-    head.eval()
-    kept = np.asarray(head(features))
-    kernel = np.asarray(head.logits.kernel[...])[0, 0]
-    masks = 2.0 * np.array(list(np.ndindex(2, 2, 2, 2)))  # kept values are doubled
-    np.testing.assert_allclose(kept, np.broadcast_to(kernel.sum(0), kept.shape), rtol=1e-6)
-    distance = np.abs(dropped.reshape(4, 1, 2) - masks @ kernel).max(2)
-    assert (distance.min(1) < 1e-6).all()
-    assert not np.allclose(dropped, kept)
 
 
 # What is shown of it, and mistakes

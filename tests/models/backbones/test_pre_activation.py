@@ -20,6 +20,7 @@ from torch.nn.functional import batch_norm, conv2d, max_pool2d
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.backbones import resnet
 from deeplab_jax.models.backbones.resnet import BasicBlock, Bottleneck, ResNet, Stages
+from deeplab_jax.models.layers import ShapeRngs
 from random_modules import random_module
 
 NUM_UNITS = (1, 1, 1, 2)  # every kind of unit: the first, with and without a projection
@@ -124,7 +125,7 @@ def test_forward_gradients_and_statistics_are_the_papers(x64, monkeypatch, block
         "paper_resnet18", num_classes=2, width=0.125, residual="pre", dtype="float64",
         output_stride=output_stride, bn_momentum=MOMENTUM, multi_grid=MULTI_GRID,
     )  # fmt: skip
-    module = random_module(lambda: ResNet(chosen, rngs=nnx.Rngs(0)))
+    module = random_module(lambda: ResNet(chosen, rngs=ShapeRngs(0)))
     graph, params, stats = nnx.split(module, nnx.Param, nnx.BatchStat)
     # Includes negative scales, with which activation and max pooling do not commute.
     scale = params["stem"][0]["bn"]["scale"]

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.deeplab import build_model
 from deeplab_jax.models.functional import FunctionalModel
-from deeplab_jax.models.layers import Conv
+from deeplab_jax.models.layers import Conv, ShapeRngs
 from deeplab_jax.models.ops.convolution import (
     FASTEST,
     ONEDNN,
@@ -49,7 +49,7 @@ def test_each_is_xlas_convolution(x64, kind, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_model_gets_one_implementation_except_where_one_was_chosen(implementation):
     chosen = architecture("torchvision_resnet18", num_classes=3, width=0.125)
-    model = nnx.eval_shape(lambda: build_model(chosen, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: build_model(chosen, rngs=ShapeRngs(0)))
 
     def own(*args, **kwargs):
         return lax.conv_general_dilated(*args, **kwargs)
@@ -75,7 +75,7 @@ def test_a_model_is_made_with_the_fastest():
     conv = Conv(4, 4, rngs=nnx.Rngs(0))
     assert conv.conv_general_dilated is FASTEST.conv_general_dilated
     chosen = architecture("paper_resnet18", num_classes=3, width=0.125)
-    model = nnx.eval_shape(lambda: build_model(chosen, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: build_model(chosen, rngs=ShapeRngs(0)))
     block = model.backbone.layer1[0]
     assert (block.conv1.conv_general_dilated, block.add_relu) == FASTEST
 

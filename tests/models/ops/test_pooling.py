@@ -9,7 +9,7 @@ from deeplab_jax.models.ops.pooling import max_pool
 
 
 @pytest.mark.parametrize("values", ["distinct", "equal"])
-@pytest.mark.parametrize(("h", "w"), [(9, 9), (8, 8), (7, 10), (2, 3), (1, 1), (33, 64)])
+@pytest.mark.parametrize(("h", "w"), [(9, 9), (8, 8), (7, 10), (2, 3), (1, 1), (9, 1), (33, 64)])
 def test_max_pool_and_its_gradient_equal_torch(h, w, values):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, h, w, 3)).astype(np.float32)
