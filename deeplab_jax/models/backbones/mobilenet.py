@@ -171,10 +171,6 @@ class MobileNet(nnx.Module):
     """Base class of MobileNets without their classifiers.
 
     Attributes:
-      rows: the published blocks.
-      stem_features: number of channels of the published stem.
-      activation: function after the stem and after `last`.
-      last_expansion: channels of `last` per channel of the last block; 0 leaves `last` out.
       stem: 3x3 convolution of stride 2.
       block1, block2, ...: inverted residuals.
       last: 1x1 convolution.
@@ -182,10 +178,10 @@ class MobileNet(nnx.Module):
       remat: whether to recompute each block in the backward pass, to save memory.
     """
 
-    rows: ClassVar[tuple[Row, ...]]
-    stem_features: ClassVar[int]
-    activation: ClassVar[Activation]
-    last_expansion: ClassVar[int] = 0
+    rows: ClassVar[tuple[Row, ...]]  # the published blocks
+    stem_features: ClassVar[int]  # channels of the published stem
+    activation: ClassVar[Activation]  # after the stem and after `last`
+    last_expansion: ClassVar[int] = 0  # channels of `last` per channel of the last block; 0: none
     out_feature: str
     aux_feature: str
     # The last features of stride 4 before the projection to few channels, as in DeepLabv3+'s own

@@ -59,8 +59,6 @@ class ResidualBlock(nnx.Module):
     """Base class of residual blocks.
 
     Attributes:
-      kernel_sizes: sides of the convolutions.
-      expansion: channels of the output per channel of the inner convolutions.
       conv1, bn1, ...: convolutions and norms. A norm follows its convolution, or precedes it with
         `pre_activation`.
       downsample: convolution of the shortcut, with batch norm unless `pre_activation`; or None.
@@ -69,7 +67,7 @@ class ResidualBlock(nnx.Module):
     """
 
     kernel_sizes: ClassVar[tuple[int, ...]]
-    expansion: ClassVar[int]
+    expansion: ClassVar[int]  # channels of the output per channel of the inner convolutions
 
     def __init__(
         self,
