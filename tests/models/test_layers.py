@@ -361,7 +361,7 @@ def test_symmetric_padding_gives_ceil_of_the_size(kernel_size, options, side):
 
 @pytest.mark.parametrize(
     ("kernel_size", "strides", "padding"),
-    [(3, 2, 0), (3, 2, "VALID"), (4, 2, "same"), (3, 3, "same")],
+    [(3, 2, "VALID"), (3, 2, "SAME"), (4, 2, "same"), (3, 3, "same")],
 )
 def test_padding_that_would_shift_features_is_refused(kernel_size, strides, padding):
     with pytest.raises(ValueError, match="shifts features against the image"):
