@@ -85,10 +85,11 @@ def problems(config: OptimizerConfig) -> Iterator[tuple[str, str]]:
     yield from (("arguments", f"{allowed} {mistake}") for mistake in mistakes)
     if mistakes:
         return
-    if refusal := _refusal(config):
-        alone = "an optimizer that steps from the gradient and a schedule alone"
-        field, expected = ("arguments", allowed) if arguments else ("name", alone)
-        yield field, f"{expected}; optax says: {refusal}"
+    if refusal := _refusal(OptimizerConfig(name=name)):
+        expected = "an optimizer that steps from the gradient and a schedule alone"
+        yield "name", f"{expected}; optax says: {refusal}"
+    elif refusal := _refusal(config):
+        yield "arguments", f"{allowed}; optax says: {refusal}"
 
 
 def _refusal(config: OptimizerConfig) -> str:
