@@ -20,7 +20,8 @@ class Docstrings(griffe.Extension):
             return
         text, lines = "", cls.lines_collection[cls.filepath]
         cls.docstring.value += "\n\nArgs:"
-        for field in cls.attributes.values():
+        fields = (each for each in cls.attributes.values() if "property" not in each.labels)
+        for field in fields:
             start = field.lineno - 1
             while lines[start - 1].lstrip().startswith("#"):
                 start -= 1
