@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import jax
 from orbax.checkpoint import multihost as orbax_multihost
@@ -37,22 +37,21 @@ _NO_CLUSTER = "coordinator_address should be defined"  # jax.distributed's error
 # and others that JAX needs.
 _LAUNCHERS = {
     "SLURM": (
-        "SLURM_NTASKS",
-        "SLURM_PROCID",
-        ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_LOCALID"),
+        *("SLURM_NTASKS", "SLURM_PROCID"),
+        *("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_LOCALID"),
     ),
-    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", ("OMPI_MCA_orte_hnp_uri",)),
+    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_MCA_orte_hnp_uri"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class LaunchOptions:
-    """How a process finds the others.
+    """How a process finds the others; what is None, JAX finds in a cluster.
 
     Attributes:
-      coordinator: "host:port" of process 0; None: found by JAX in a cluster.
-      num_processes: number of processes; None: found by JAX in a cluster; 1: ignore a cluster.
-      process_id: index of this process, from 0; None: found by JAX in a cluster.
+      coordinator: "host:port" of process 0.
+      num_processes: number of processes; 1: ignore a cluster.
+      process_id: index of this process, from 0.
       start_timeout: seconds within which all processes must start.
       lost_timeout: seconds without an answer after which a process counts as lost.
     """
@@ -70,17 +69,15 @@ class LaunchOptions:
             raise UserError(f"--num_processes must be 1 or more, got {count}")
         if min(self.start_timeout, self.lost_timeout) < 1:
             raise UserError("--start_timeout and --lost_timeout must be 1 second or more")
-        if count == 1:
+        if count == 1 or (self.coordinator, count, index) == (None, None, None):
             return
-        given = {"--coordinator": address, "--num_processes": count, "--process_id": index}
-        missing = [name for name, value in given.items() if value is None]
-        if missing and (self.coordinator, count, index) != (None, None, None):
-            raise UserError(
-                f"{' and '.join(missing)} must be given too: a process finds the others with "
-                "--coordinator, --num_processes and --process_id, or in a cluster with none of them"
-            )
         if address is None or count is None or index is None:
-            return
+            given = {"--coordinator": address, "--num_processes": count, "--process_id": index}
+            missing = " and ".join(name for name, value in given.items() if value is None)
+            raise UserError(
+                f"{missing} must be given too: a process finds the others with --coordinator, "
+                "--num_processes and --process_id, or in a cluster with none of them"
+            )
         if not re.fullmatch(r".+:\d+", address):
             raise UserError(f"--coordinator must be host:port, got {address!r}")
         if not 0 <= index < count:
@@ -127,24 +124,32 @@ def distributed_run(options: LaunchOptions) -> Iterator[bool]:
 def initialize(options: LaunchOptions) -> bool:
     """Connects the processes of a run; returns whether there are several.
 
-    Outside a cluster it returns at once and starts nothing. If processes are missing after
-    `start_timeout`, the program ends with exit code 2.
+    Outside a cluster it starts nothing. If processes are missing after `start_timeout`, the program
+    ends with exit code 2.
 
     Raises:
       UserError: the processes cannot be connected.
     """
-    expected = _expected_processes(options)
-    if options.num_processes == 1 or (expected is not None and expected.num_processes == 1):
+    count, index, place = _expected_processes(options)
+    if count == 1:
         return False
-    if expected is not None:
-        _log(
-            f"process {expected.process_id} of {expected.num_processes}: waiting for all at "
-            f"{expected.address}, up to {options.start_timeout} s"
-        )
+    name = f"process {index} of {count}" if count else "a process of this run"
+    if count:
+        _log(f"{name}: waiting for all at {place}, up to {options.start_timeout} s")
     # JAX's handler would swallow SIGTERM; `PreemptionHandler` has its own.
     jax.config.update("jax_enable_preemption_service", False)
+
+    def give_up() -> None:
+        _log(
+            f"error: {name}: not all came to {place} within {options.start_timeout} s. Check that "
+            "all were started, under SLURM by srun, with the same address and number of processes; "
+            "that process 0 runs there; and that its port is free, and open to the other hosts "
+            "(firewall). With --num_processes=1 a process runs alone."
+        )
+        exit_now(2)
+
     # When JAX's own timeout expires it aborts without saying what to do.
-    timer = threading.Timer(options.start_timeout, _give_up, (expected, options.start_timeout))
+    timer = threading.Timer(options.start_timeout, give_up)
     timer.daemon = True
     timer.start()
     try:
@@ -169,58 +174,30 @@ def initialize(options: LaunchOptions) -> bool:
     return jax.process_count() > 1
 
 
-class _Expected(NamedTuple):
-    """Processes that should start, according to the options or a launcher."""
+def _expected_processes(options: LaunchOptions) -> tuple[int, int, str]:
+    """Returns the number of processes, this one's index, and where they meet.
 
-    num_processes: int
-    process_id: int
-    address: str | None
-    advice: str = ""
-
-
-def _expected_processes(options: LaunchOptions) -> _Expected | None:
-    """Returns the processes to wait for; None if only JAX can find out, or there is one."""
-    if options.num_processes is not None and options.process_id is not None:
-        return _Expected(options.num_processes, options.process_id, options.address)
-    for name, (count_variable, index_variable, needed) in _LAUNCHERS.items():
+    The number is 0 if only JAX can find out.
+    """
+    if options.num_processes is not None:
+        return options.num_processes, options.process_id or 0, str(options.address)
+    for name, (count_variable, index_variable, *others) in _LAUNCHERS.items():
         count = int(os.environ.get(count_variable, 0))
-        if count == 1:
-            return _Expected(1, 0, None)
-        if count and all(variable in os.environ for variable in (index_variable, *needed)):
-            return _Expected(
-                count,
-                int(os.environ[index_variable]),
-                f"the first host that {name} gives",
-                f" {name} says that there are {count} ({count_variable}): start with its launcher "
-                "(srun, mpirun), or give --num_processes=1 to run alone.",
-            )
+        if count == 1 or (count and {index_variable, *others} <= os.environ.keys()):
+            index = int(os.environ.get(index_variable, 0))
+            return count, index, f"the first host that {name} gives"
         if count and name == "Open MPI":
             raise UserError(
                 f"mpirun started {count} processes, but this version of Open MPI does not say "
                 "where they find each other: give --coordinator=host:port "
-                "--num_processes=$OMPI_COMM_WORLD_SIZE --process_id=$OMPI_COMM_WORLD_RANK"
+                f"--num_processes=${count_variable} --process_id=${index_variable}"
             )
         if count:
             _log(
                 f"note: {name} has {count} tasks for this job, but srun did not start this "
                 "process: it runs alone"
             )
-    return None
-
-
-def _give_up(expected: _Expected | None, seconds: int) -> NoReturn:
-    """Ends the program because processes are missing."""
-    if expected is None:
-        _log(f"error: the processes of this run did not all start within {seconds} s")
-    else:
-        _log(
-            f"error: of {expected.num_processes} processes not all came to {expected.address} "
-            f"within {seconds} s; this is process {expected.process_id}. Check that all were "
-            "started, with the same address and number of processes; that process 0 runs there; "
-            "and that its port is free, and open to the other hosts (firewall)."
-            f"{expected.advice}"
-        )
-    exit_now(2)
+    return 0, 0, "process 0"
 
 
 class _Watchdog(threading.Thread):
@@ -253,10 +230,8 @@ class _Watchdog(threading.Thread):
             if self._stopped.wait(_PERIOD):
                 return
             error = self.wait_at_barrier(str(turn), self._timeout)
-            if error is not None:
-                if not self._stopped.is_set():
-                    self._exit_on_lost_process(error)
-                return
+            if error is not None and not self._stopped.is_set():
+                self._exit_on_lost_process(error)
 
     def _exit_on_lost_process(self, error: Exception) -> NoReturn:
         lost = missing_processes(str(error))
@@ -282,20 +257,18 @@ def _exit_on_error(error: BaseException, watchdog: _Watchdog, lost_timeout: floa
     """Prints why this process fails, and ends it so that the others end too."""
     code = 1
     match error:
-        case UserError():
-            code = error.exit_code
+        case UserError() | OSError(errno=errno.ENOSPC):
+            code = getattr(error, "exit_code", UserError.exit_code)
             _log(f"error: {_this_process()}: {error}")
-        case OSError(errno=errno.ENOSPC):
-            code = 2
-            place = error.filename or "while writing"
-            _log(f"error: {_this_process()}: the disk is full ({place})")
         case KeyboardInterrupt():
             code = 130
             _log(f"{_this_process()}: interrupted")
         case SystemExit():
             code = error.code if isinstance(error.code, int) else 1
         case _:
-            if _may_come_from_lost_process(error):
+            text = str(error)
+            is_jax = isinstance(error, jax.errors.JaxRuntimeError)
+            if (is_jax and "RESOURCE_EXHAUSTED" not in text) or "Gloo" in text or "NCCL" in text:
                 _log(f"{_this_process()}: {first_line(error)}\nlooking for a lost process ...")
                 watchdog.join(lost_timeout + _WATCHDOG_MARGIN)  # it ends the program
             traceback.print_exception(error)
@@ -306,13 +279,6 @@ def _exit_on_error(error: BaseException, watchdog: _Watchdog, lost_timeout: floa
         # JAX's service ends with this process and JAX aborts the others: let them report first.
         time.sleep(lost_timeout + _WATCHDOG_MARGIN)
     exit_now(code)
-
-
-def _may_come_from_lost_process(error: BaseException) -> bool:
-    """Returns whether a collective may have failed because a process was missing."""
-    text = str(error)
-    runtime = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in text
-    return runtime or "Gloo" in text or "NCCL" in text
 
 
 def exit_now(code: int) -> NoReturn:
