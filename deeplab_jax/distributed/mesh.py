@@ -31,50 +31,38 @@ Tree = TypeVar("Tree")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Makes a mesh with the axes `data` and `space`.
-
-    Args:
-      config: number of devices along each axis.
-      devices: devices to use; None: all.
+    """Makes a mesh of the first of these devices; None: of all devices.
 
     Raises:
-      UserError: there are too few devices, `space` does not divide them, or a process would have
-        none.
+      UserError: there are too few devices, `space` or TPU slices do not divide them, or a process
+        would have none.
     """
     devices = jax.devices() if devices is None else list(devices)
-    count = config.data * config.space
-    if config.data == -1:
-        count = len(devices) // config.space * config.space
-        if count != len(devices):
-            raise UserError(
-                f"config.mesh.space = {config.space} does not divide the {len(devices)} devices"
-            )
-    if not 0 < count <= len(devices):
-        raise UserError(
-            f"config.mesh.data = {config.data} with mesh.space = {config.space} needs {count} "
-            f"devices, but there are {len(devices)} ({devices[0].platform}); "
-            "mesh.data = -1 takes all of them"
-        )
-    used = {device.process_index for device in devices[:count]}
-    idle = {device.process_index for device in devices} - used
-    if idle:
-        raise UserError(
-            f"config.mesh.data = {config.data} with mesh.space = {config.space} takes {count} of "
-            f"{len(devices)} devices and leaves process {min(idle)} none; mesh.data = -1 takes all"
-        )
+    count = len(devices) if config.data == -1 else config.data * config.space
+    used = devices[:count]
     shape = (count // config.space, config.space)
-    types = (AxisType.Auto, AxisType.Auto)
+    idle = {each.process_index for each in devices} - {each.process_index for each in used}
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    problem = ""
+    if count % config.space:
+        problem = f"mesh.space does not divide the {count} devices"
+    elif count > len(devices):
+        problem = f"needs {count} devices, but there are {len(devices)} ({devices[0].platform})"
+    elif idle:
+        problem = f"takes {count} of {len(devices)} devices and leaves process {min(idle)} none"
+    elif num_slices > 1 and (count < len(devices) or shape[0] % num_slices):
+        problem = f"does not divide {len(devices)} devices into {num_slices} slices"
+    if problem:
+        raise UserError(
+            f"config.mesh.data = {config.data} with mesh.space = {config.space}: {problem}; "
+            "mesh.data = -1 takes all devices"
+        )
+    types = (AxisType.Auto, AxisType.Auto)
     if num_slices == 1:
-        return jax.make_mesh(shape, (DATA, SPACE), axis_types=types, devices=devices[:count])
+        return jax.make_mesh(shape, (DATA, SPACE), axis_types=types, devices=used)
     # The network between TPU slices is slow: they lie along `data`, which a step sums over once.
     from jax.experimental import mesh_utils
 
-    if count != len(devices) or shape[0] % num_slices:
-        raise UserError(
-            f"a mesh of {shape[0]} x {shape[1]} devices does not divide {len(devices)} devices "
-            f"into {num_slices} slices: use mesh.data = -1, and a mesh.space within a slice"
-        )
     grid = mesh_utils.create_hybrid_device_mesh(
         (shape[0] // num_slices, shape[1]), (num_slices, 1), devices
     )
@@ -98,11 +86,8 @@ def image_sharding(mesh: Mesh) -> NamedSharding:
 def shardings(tree: Tree, mesh: Mesh, *, fully_sharded: bool) -> Tree:
     """Returns the sharding of each array of a training state.
 
-    Args:
-      tree: arrays or their shapes.
-      mesh: mesh of the devices.
-      fully_sharded: shard arrays of two or more axes over `data`, along the largest axis that
-        `data` divides. All other arrays are replicated: vectors are many and small.
+    With `fully_sharded`, arrays of two or more axes are sharded over `data`, along the largest axis
+    that `data` divides. All other arrays are replicated: vectors are many and small.
     """
     parts = mesh.shape[DATA]
 
@@ -132,10 +117,6 @@ def device_put(tree: Tree, shardings: Any) -> Tree:
     """Puts arrays that each process has in full on the devices of a mesh.
 
     `jax.device_put` would first gather the arrays of all processes to compare them.
-
-    Args:
-      tree: arrays on the host or on this process's devices.
-      shardings: tree of their shardings.
     """
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
@@ -179,13 +160,9 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
 
 
 def to_global(batch: Mapping[str, Any], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-    """Makes the global batch from each process's rows.
+    """Makes the global batch of `batch_size` rows from each process's, see `local_rows`.
 
-    Args:
-      batch: arrays with the rows `local_rows`. Those with three or more axes are images; their
-        height is padded to `padded_height`.
-      mesh: mesh of the devices.
-      batch_size: number of rows of the global batch.
+    Arrays with three or more axes are images, whose height is padded to `padded_height`.
     """
 
     def put(rows: np.ndarray) -> jax.Array:
