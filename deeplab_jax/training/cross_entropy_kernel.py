@@ -109,23 +109,16 @@ def _row_intervals(height: int, rows: int, align_corners: bool) -> tuple[np.ndar
 
 
 class _Block(NamedTuple):
-    """What a program of the kernels works on.
-
-    Fields:
-      image, row: of the small logits; the program's rows lie between this one and the next.
-      above, below: logits of both rows.
-      classes, columns: of the block, with those that pad it.
-      is_class, inside: which classes exist `[classes, 1]`, and which columns.
-    """
+    """What a program of the kernels works on: the rows between two rows of the small logits."""
 
     image: Array
-    row: Array
-    above: Float[Array, "classes pixels"]
+    row: Array  # the upper one
+    above: Float[Array, "classes pixels"]  # logits of the upper row
     below: Float[Array, "classes pixels"]
-    classes: Array
+    classes: Array  # with those that pad the block, as `columns`
     columns: Array
-    is_class: Array
-    inside: Array
+    is_class: Array  # which classes exist, `[classes, 1]`
+    inside: Array  # which columns exist
 
     def interpolated(self, fraction: Array) -> Float[Array, "classes pixels"]:
         """Returns the logits of the row at this fraction; the lowest number as padding."""

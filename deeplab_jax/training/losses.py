@@ -154,21 +154,16 @@ def _target_logits(logits: Logits, targets: Labels) -> PixelMap:
 
 
 def _is_target(logits: Logits, targets: Labels) -> Bool[Array, "n h w classes"]:
+    """One-hot labels; all false for ignored pixels."""
     return targets[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)
 
 
 class _RowBlock(NamedTuple):
-    """A block of pixel rows of all images; not of some images, which are sharded over devices.
+    """A block of pixel rows of all images; not of some images, which are sharded over devices."""
 
-    Fields:
-      start: first row of the logits on which the block depends.
-      matrix: `[rows, window]`, bilinear weights of that row and the next ones.
-      targets: `[n, rows, w]`, classes.
-    """
-
-    start: Array
-    matrix: Array
-    targets: Array
+    start: Array  # first row of the logits on which the block depends
+    matrix: Array  # `[rows, window]`, bilinear weights of that row and the next ones
+    targets: Array  # `[n, rows, w]`, classes
 
 
 def _row_blocks(
@@ -288,7 +283,7 @@ def dice(logits: Logits, labels: Labels) -> Float[Array, " n"]:
     Source: Milletari et al. 2016, arXiv 1606.04797, with plain sums in the denominator as in Sudre
     et al. 2017, arXiv 1707.03237.
     """
-    true = _one_hot(labels, logits)
+    true = _is_target(logits, labels).astype(logits.dtype)
     probabilities = jax.nn.softmax(logits) * (labels != IGNORE)[..., None]
     both = jnp.sum(probabilities * true, axis=(1, 2))
     true_sum = jnp.sum(true, axis=(1, 2))
@@ -308,7 +303,7 @@ def lovasz(logits: Logits, labels: Labels) -> Float[Array, " n"]:
     Source: Berman et al. 2018, arXiv 1705.08790, the Lovász-Softmax loss and algorithm 1.
     """
     n, h, w, classes = logits.shape
-    true = _one_hot(labels, logits)
+    true = _is_target(logits, labels).astype(logits.dtype)
     errors = jnp.abs(true - jax.nn.softmax(logits)) * (labels != IGNORE)[..., None]
     # One class at a time, so that the memory for sorting is needed only once.
     by_class = jnp.moveaxis(lax.stop_gradient(errors), -1, 0).reshape(classes, n, h * w)
@@ -342,12 +337,6 @@ def _lovasz_weights(
     # Sorting by position restores the pixel order; a scatter would too, but slowly on TPUs.
     differences = lax.sort((positions, differences), num_keys=1)[1]
     return jnp.where(valid, differences, 0.0)
-
-
-def _one_hot(labels: Labels, logits: Logits) -> Logits:
-    """One-hot labels; all zeros for ignored pixels."""
-    classes = jnp.arange(logits.shape[-1], dtype=labels.dtype)
-    return (labels[..., None] == classes).astype(logits.dtype)
 
 
 def _mean_present(

@@ -89,19 +89,15 @@ def make_optimizer(
     algorithm 1). Another optimizer of optax gets the weight decay if it can decouple it from the
     gradient and mask it. Otherwise the weight decay is added to the gradient.
 
-    Args:
-      config: hyper-parameters; a part whose value is neutral is left out.
-      num_steps: length of the schedule.
-      names: dotted names of all parameters.
+    A part whose value is neutral is left out. `names` are the dotted names of all parameters.
     """
     names = list(names)
     schedule, decayed = make_schedule(config, num_steps), {name: is_decayed(name) for name in names}
-    is_sgd = config.name == "sgd"
     decay = [optax.add_decayed_weights(config.weight_decay, mask=decayed)]
     decay *= config.weight_decay > 0
     rates = [scale_rates(config, names)] * (config.head_multiplier != 1 or config.layer_decay != 1)
     parts = [optax.clip_by_global_norm(config.clip_norm)] * (config.clip_norm > 0)
-    if is_sgd:
+    if config.name == "sgd":
         trace = [optax.trace(config.momentum, **config.arguments)] * (config.momentum > 0)
         parts += [*trace, *decay] if config.decoupled_weight_decay else [*decay, *trace]
         parts += [*rates, optax.scale_by_learning_rate(schedule)]

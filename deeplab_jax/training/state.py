@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
@@ -20,40 +19,27 @@ from deeplab_jax.training.optimizer import make_optimizer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """State of a run after `step` steps.
-
-    Attributes:
-      step: number of steps taken.
-      variables: parameters and running statistics of the model.
-      opt_state: state of the optax transformation.
-      ema_params: exponential moving average of the parameters, or None.
-    """
+    """State of a run after `step` steps."""
 
     step: Int[Array, ""]
     variables: Variables
-    opt_state: Any
-    ema_params: Arrays | None
+    opt_state: Any  # of the optax transformation
+    ema_params: Arrays | None  # exponential moving average of the parameters
 
     @property
     def eval_variables(self) -> Variables:
         """The variables to evaluate: with the averaged parameters where there are any."""
-        if self.ema_params is None:
-            return self.variables
-        return Variables(self.ema_params, self.variables.batch_stats)
-
-
-def optimizer_of(config: Config, params: Arrays) -> optax.GradientTransformation:
-    """The optimizer that a config describes, for parameters by name."""
-    return make_optimizer(config.optimizer, config.train.steps, params)
+        return self.variables._replace(params=self.ema_params or self.variables.params)
 
 
 def init_state(config: Config, variables: Variables) -> TrainState:
     """Returns the state before the first step, from initial variables."""
     ema = config.optimizer.ema_decay > 0
+    tx = make_optimizer(config.optimizer, config.train.steps, variables.params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         variables=variables,
-        opt_state=optimizer_of(config, variables.params).init(variables.params),
+        opt_state=tx.init(variables.params),
         # A copy: the step donates its input, and no buffer may be donated twice.
         ema_params=jax.tree.map(jnp.copy, variables.params) if ema else None,
     )

@@ -17,10 +17,11 @@ from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.inference.compilation import GPU_OPTIONS
 from deeplab_jax.models.functional import Arrays, FunctionalModel, Variables, normalize
 from deeplab_jax.training import losses
-from deeplab_jax.training.optimizer import make_schedule
-from deeplab_jax.training.state import TrainState, abstract_state, optimizer_of, shardings_of
+from deeplab_jax.training.optimizer import make_optimizer, make_schedule
+from deeplab_jax.training.state import TrainState, abstract_state, shardings_of
 
 Metrics = dict[str, Float[Array, ""]]
+_LOSSES = {"out": "loss", "aux": "aux_loss"}  # names of the metrics, by head
 TrainStep = Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]
 
 
@@ -30,17 +31,12 @@ def make_train_step(model: FunctionalModel, config: Config, mesh: Mesh) -> Train
     The buffers of the state are donated. The batch holds `image` uint8 `[n, h, w, c]` and `label`
     uint8 `[n, h, w]`, as `mesh.to_global` returns them; the state has the shardings of
     `abstract_state`. Metrics: `loss` (main head), `aux_loss` if there is an auxiliary head,
-    `grad_norm` before clipping, `learning_rate`.
-
-    Args:
-      model: model of the config's architecture.
-      config: the run; `loss.class_weights` must be None or numbers.
-      mesh: devices.
+    `grad_norm` before clipping, `learning_rate`. `config.loss.class_weights` must not be "auto".
     """
     ema_decay = config.optimizer.ema_decay
     height, _ = crop_shape(config.data)
     schedule = make_schedule(config.optimizer, config.train.steps)
-    tx = optimizer_of(config, model.abstract.params)
+    tx = make_optimizer(config.optimizer, config.train.steps, model.abstract.params)
     model = mesh_lib.spatially_partitioned(model, mesh)
 
     def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
@@ -129,20 +125,15 @@ def gradients(
                 upsample=partitioned and config.loss.upsample,
             )
             outputs = mesh_lib.constrain_image_sharding(outputs, mesh)
-            means = {
-                head: losses.mean(
-                    losses.loss_sum(
-                        logits,
-                        microbatch["label"],
-                        config.loss,
-                        align_corners=align_corners,
-                        kernel=kernel,
-                    ),
-                    count,
+            means = {}
+            for head, logits in outputs.items():
+                total = losses.loss_sum(
+                    *(logits, microbatch["label"], config.loss),
+                    align_corners=align_corners,
+                    kernel=kernel,
                 )
-                for head, logits in outputs.items()
-            }
-            total = means["out"] + config.loss.aux_weight * means.get("aux", 0.0)
+                means[_LOSSES[head]] = losses.mean(total, count)
+            total = means["loss"] + config.loss.aux_weight * means.get("aux_loss", 0.0)
             return total, (means, new_stats)
 
         (_, (means, new_stats)), grads = jax.value_and_grad(objective, has_aux=True)(
@@ -154,7 +145,7 @@ def gradients(
         grads, means, batch_stats = microbatch_gradient(
             state.variables.batch_stats, batch, jnp.zeros((), jnp.int32)
         )
-        return grads, batch_stats, _metric_names(means)
+        return grads, batch_stats, means
 
     # Row r goes to microbatch r % num_parts, so that no row moves to another device.
     stacked = jax.tree.map(
@@ -178,8 +169,4 @@ def gradients(
         add_part, (*zeros, state.variables.batch_stats), (stacked, jnp.arange(num_parts))
     )
     grads, means, batch_stats = carry
-    return grads, batch_stats, _metric_names(means)
-
-
-def _metric_names(means: Metrics) -> Metrics:
-    return {{"out": "loss", "aux": "aux_loss"}[head]: value for head, value in means.items()}
+    return grads, batch_stats, means
