@@ -9,7 +9,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import numpy as np
@@ -18,15 +18,17 @@ import rich.progress
 from jaxtyping import UInt8
 
 from deeplab_jax.config import LOGGERS, Config, TrainConfig, crop_shape
-from deeplab_jax.data.dataset import Dataset
 from deeplab_jax.distributed.preemption import PreemptionHandler
 from deeplab_jax.evaluation.evaluator import Evaluator
 from deeplab_jax.evaluation.tally import Evaluation
-from deeplab_jax.models.functional import FunctionalModel, Variables
+from deeplab_jax.models.functional import Variables
 from deeplab_jax.training.step import Metrics
 from deeplab_jax.utils.errors import UserError, first_line, print_warning
 from deeplab_jax.utils.files import write_bytes, write_png
 from deeplab_jax.visualization.overlays import prediction_grid
+
+if TYPE_CHECKING:
+    from deeplab_jax.training.train import Parts
 
 PREDICTIONS = "predictions"  # name of the pictures of an evaluation
 
@@ -35,9 +37,7 @@ class Progress:
     """Progress on stderr: a live bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, config: TrainConfig, *, enabled: bool) -> None:
-        self._steps = config.steps
-        self._batch_size = config.batch_size
-        self._enabled = enabled
+        self._steps, self._batch_size, self._enabled = config.steps, config.batch_size, enabled
         self._console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
         self._live = enabled and self._console.is_terminal
         self._bar = rich.progress.Progress(
@@ -64,32 +64,24 @@ class Progress:
         if self._enabled:
             self._console.print(text, markup=False)
 
-    def describe(
-        self,
-        config: Config,
-        model: FunctionalModel,
-        train_set: Dataset,
-        eval_set: Dataset,
-        mesh: jax.sharding.Mesh,
-        start: int,
-    ) -> None:
+    def describe(self, parts: Parts, start: int) -> None:
         """Prints the model, the data and the steps of the run in three lines."""
-        arch = model.architecture
-        num_parameters = sum(leaf.size for leaf in jax.tree.leaves(model.abstract.params))
+        config, arch, mesh = parts.config, parts.model.architecture, parts.mesh
+        num_parameters = sum(leaf.size for leaf in jax.tree.leaves(parts.model.abstract.params))
         height, width = crop_shape(config.data)
-        device = mesh.devices.flat[0]
         self.message(
             f"{config.model.architecture}: {num_parameters:,} parameters, output stride "
             f"{arch.output_stride}, {arch.num_classes} classes, {arch.dtype}"
         )
         self.message(
-            f"{config.data.name}: {len(train_set.source):,} images to train on "
-            f"({config.data.split}), {len(eval_set.source):,} to evaluate on "
+            f"{config.data.name}: {len(parts.train_set.source):,} images to train on "
+            f"({config.data.split}), {len(parts.eval_set.source):,} to evaluate on "
             f"({config.data.eval_split})"
         )
         self.message(
             f"{config.train.steps:,} steps of {config.train.batch_size} crops {height}x{width} on "
-            f"{mesh.size} x {device.device_kind}" + (f", from step {start:,}" if start else "")
+            f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+            + (f", from step {start:,}" if start else "")
         )
         self._bar.update(self._task, completed=start)
 
@@ -103,11 +95,10 @@ class Progress:
         if self._live:
             self._bar.update(self._task, completed=step, detail=detail)
             return
-        time_left = ""
         if step > 1:  # the first step's time is compilation
             seconds = (self._steps - step) * self._batch_size / values["images_per_second"]
-            time_left = f"  {datetime.timedelta(seconds=round(seconds))} left"
-        self.message(f"step {step}/{self._steps}  {detail}{time_left}")
+            detail += f"  {datetime.timedelta(seconds=round(seconds))} left"
+        self.message(f"step {step}/{self._steps}  {detail}")
 
     def evaluate(
         self, evaluator: Evaluator, variables: Variables, step: int, stop: PreemptionHandler
@@ -116,9 +107,7 @@ class Progress:
         task = self._bar.add_task("evaluate", total=evaluator.num_batches, detail=f"at step {step}")
         try:
             return evaluator.evaluate(
-                variables,
-                progress=lambda: self._bar.advance(task),
-                should_stop=stop.should_stop,
+                variables, progress=lambda: self._bar.advance(task), should_stop=stop.should_stop
             )
         finally:
             self._bar.remove_task(task)
@@ -175,54 +164,33 @@ class TensorBoard:
         self._writer.add_image(name, image, step, dataformats="HWC")
 
 
-class _Loggers:
-    """The loggers that a config names. One that raises is left out from then on, with a warning."""
-
-    def __init__(self, folder: pathlib.Path, config: Config, start_step: int) -> None:
-        self._loggers: dict[str, Logger] = {}
-        for name in config.train.loggers:
-            with self._warning(name):
-                self._loggers[name] = LOGGERS[name](folder, config, start_step)
-
-    def call(self, method: str, *arguments: Any) -> None:
-        """Calls a method of each logger."""
-        for name, logger in list(self._loggers.items()):
-            with self._warning(name):
-                getattr(logger, method)(*arguments)
-
-    @contextlib.contextmanager
-    def _warning(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever a service's library raises while it is offline
-            self._loggers.pop(name, None)
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            print_warning(f"the logger {name!r} failed ({reason}); training goes on without it")
-
-
 class MetricWriter:
-    """Writes metrics and pictures under a workdir; only the first process writes."""
+    """Writes metrics and pictures under a workdir; only the first process writes.
+
+    A logger that raises is left out from then on, with a warning.
+    """
 
     def __init__(
         self, workdir: pathlib.Path, config: Config, start_step: int, *, enabled: bool
     ) -> None:
         """Opens the files and drops entries of an earlier attempt past `start_step`."""
-        self._workdir = workdir
-        self._enabled = enabled
+        self._workdir, self._enabled = workdir, enabled
+        self._loggers: dict[str, Logger] = {}
         if not enabled:
             return
         path = workdir / "metrics.jsonl"
         drop_after(path, start_step)
         self._jsonl = path.open("a", buffering=1)
-        self._loggers = _Loggers(workdir, config, start_step)
+        for name in config.train.loggers:
+            with self._drop_failing(name):
+                self._loggers[name] = LOGGERS[name](workdir, config, start_step)
 
     def write_scalars(self, step: int, values: dict[str, float]) -> None:
         """Appends a line to metrics.jsonl, with null for NaN, and calls the loggers."""
-        if not self._enabled:
-            return
-        finite = {name: value if np.isfinite(value) else None for name, value in values.items()}
-        self._jsonl.write(json.dumps({"step": step} | finite) + "\n")
-        self._loggers.call("scalars", step, {k: v for k, v in finite.items() if v is not None})
+        if self._enabled:
+            finite = {name: value for name, value in values.items() if np.isfinite(value)}
+            self._jsonl.write(json.dumps({"step": step} | dict.fromkeys(values) | finite) + "\n")
+            self._call("scalars", step, finite)
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> pathlib.Path | None:
         """Writes a uint8 RGB picture to `image_path`, calls the loggers, and returns the path."""
@@ -231,7 +199,7 @@ class MetricWriter:
         path = self.image_path(step, name)
         path.parent.mkdir(exist_ok=True)
         write_png(path, image)
-        self._loggers.call("image", step, name, image)
+        self._call("image", step, name, image)
         return path
 
     def image_path(self, step: int, name: str) -> pathlib.Path:
@@ -239,25 +207,37 @@ class MetricWriter:
 
     def write_evaluation(self, step: int, evaluation: Evaluation) -> pathlib.Path | None:
         """Writes the scores and a picture of predictions; returns the path of the picture."""
-        scores, labels = evaluation.scores, evaluation.labels
-        per_class = zip(labels.names, scores.per_class_iou, strict=True)
-        positive = evaluation.positive_scores
-        binary = positive._asdict() if positive else {}
-        self.write_scalars(
-            step,
-            {
-                "eval/miou": scores.miou,
-                "eval/pixel_accuracy": scores.pixel_accuracy,
-                "eval/mean_accuracy": scores.mean_accuracy,
-                "eval/images": evaluation.num_images,
-            }
-            | {f"eval/{name}": binary[name] for name in ("precision", "recall", "f1") if binary}
-            | {f"eval/iou/{name}": float(iou) for name, iou in per_class},
-        )
+        scores, positive = evaluation.scores, evaluation.positive_scores
+        values: dict[str, float] = {
+            "eval/miou": scores.miou,
+            "eval/pixel_accuracy": scores.pixel_accuracy,
+            "eval/mean_accuracy": scores.mean_accuracy,
+            "eval/images": evaluation.num_images,
+        }
+        if positive:
+            for name in ("precision", "recall", "f1"):
+                values[f"eval/{name}"] = getattr(positive, name)
+        for name, iou in zip(evaluation.labels.names, scores.per_class_iou, strict=True):
+            values[f"eval/iou/{name}"] = float(iou)
+        self.write_scalars(step, values)
         if not evaluation.predictions:
             return None
-        picture = prediction_grid(evaluation.predictions, labels)
+        picture = prediction_grid(evaluation.predictions, evaluation.labels)
         return self.write_image(step, PREDICTIONS, picture)
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        for name, logger in list(self._loggers.items()):
+            with self._drop_failing(name):
+                getattr(logger, method)(*arguments)
+
+    @contextlib.contextmanager
+    def _drop_failing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a service's library raises while it is offline
+            self._loggers.pop(name, None)
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            print_warning(f"the logger {name!r} failed ({reason}); training goes on without it")
 
     def __enter__(self) -> MetricWriter:
         return self
@@ -265,7 +245,7 @@ class MetricWriter:
     def __exit__(self, *_: object) -> None:
         if self._enabled:
             self._jsonl.close()
-            self._loggers.call("close")
+            self._call("close")
 
 
 def drop_after(path: pathlib.Path, step: int) -> None:
@@ -291,17 +271,10 @@ class StepLog:
         config: TrainConfig,
         writer: MetricWriter,
         progress: Progress,
-        flush_first: Callable[[], None] = lambda: None,
+        flush_first: Callable[[], None],
     ) -> None:
-        """Starts the clock.
-
-        Args:
-          config, writer, progress: of the run.
-          flush_first: called by `flush`, even if the loss is then found not to be finite.
-        """
-        self._config = config
-        self._writer = writer
-        self._progress = progress
+        """Starts the clock; `flush` begins with `flush_first`, even if a loss is not finite."""
+        self._config, self._writer, self._progress = config, writer, progress
         self._flush_first = flush_first
         self._pending: list[tuple[int, dict[str, Any]]] = []
         self.restart_clock()
@@ -340,30 +313,24 @@ class StepLog:
         self._flush_first()
         if not self._pending:
             return
-        fetched = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
-        self._pending = []
+        fetched, self._pending = jax.device_get(self._pending), []
         for step, metrics in fetched:
-            _check_finite(step, metrics)
+            if not all(map(np.isfinite, metrics.values())):
+                values = ", ".join(f"{name} {float(value):g}" for name, value in metrics.items())
+                raise UserError(
+                    f"step {step} is not finite: {values}. Nothing after the last good checkpoint "
+                    "was saved. Lower config.optimizer.learning_rate, add "
+                    "config.optimizer.warmup_steps or config.optimizer.clip_norm, and use another "
+                    "--workdir."
+                )
         elapsed = time.perf_counter() - self._start
         step, last = fetched[-1]
-        values = {
-            name: float(np.mean([metrics[name] for _, metrics in fetched])) for name in last
-        } | {
+        means = {name: float(np.mean([metrics[name] for _, metrics in fetched])) for name in last}
+        means |= {
             "learning_rate": float(last["learning_rate"]),
             "images_per_second": self._num_steps * self._config.batch_size / elapsed,
             "data_wait_share": self._waited / elapsed,
         }
-        self._writer.write_scalars(step, values)
-        self._progress.step(step, values)
+        self._writer.write_scalars(step, means)
+        self._progress.step(step, means)
         self.restart_clock()
-
-
-def _check_finite(step: int, metrics: dict[str, Any]) -> None:
-    if all(np.isfinite(value) for value in metrics.values()):
-        return
-    values = ", ".join(f"{name} {float(value):g}" for name, value in metrics.items())
-    raise UserError(
-        f"step {step} is not finite: {values}. Nothing after the last good checkpoint was saved. "
-        "Lower config.optimizer.learning_rate, add config.optimizer.warmup_steps or "
-        "config.optimizer.clip_norm, and use another --workdir."
-    )

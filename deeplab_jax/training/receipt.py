@@ -13,11 +13,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import operator
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +31,16 @@ from deeplab_jax import config as config_lib
 from deeplab_jax.config import Config
 from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.training.logging import drop_after
-from deeplab_jax.training.provenance import Provenance
 from deeplab_jax.training.state import TrainState
 from deeplab_jax.training.step import Metrics
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.paths import is_bucket, required_path
 
+if TYPE_CHECKING:
+    from deeplab_jax.training.train import Parts
+
 FILE = "receipt.jsonl"
+KINDS = ("config", "versions", "data", "devices")  # of facts of a start
 FORMAT = 1  # of the file; incremented when the meaning of a digest changes
 _DIGITS = 16  # of a digest
 # Settings of JAX that decide which programs compute a step.
@@ -105,31 +109,33 @@ def batch_digester(height: int, mesh: Mesh) -> Callable[[dict[str, Array]], UInt
         batch = {name: mesh_lib.unpad_height(x, height, mesh) for name, x in batch.items()}
         return digest_images(batch["image"], batch["label"])
 
-    return jax.jit(batch_digest, out_shardings=mesh_lib.replicated(mesh))
+    return _jit(batch_digest, mesh)
 
 
 @functools.cache
 def _array_digester(mesh: Mesh) -> Callable[[Array], UInt32[Array, " 2"]]:
-    return jax.jit(digest_array, out_shardings=mesh_lib.replicated(mesh))
+    return _jit(digest_array, mesh)
 
 
-def digest_state(state: TrainState, mesh: Mesh) -> dict[str, UInt32[Array, " 2"]]:
-    """Returns the digest of each array, without waiting for it, except on several CPU devices.
-
-    A small program for each shape compiles in a tenth of the time of one program for all arrays.
-    """
-    digester = _array_digester(mesh)
-    return {name: _alone(digester(array), mesh) for name, array in named_arrays(state).items()}
-
-
-def _alone(digest: UInt32[Array, " ..."], mesh: Mesh) -> UInt32[Array, " ..."]:
-    """Waits for a digest on several CPU devices.
+def _jit(digest: Callable[[Any], Array], mesh: Mesh) -> Callable[[Any], Array]:
+    """Jits a digest, which waits for its result only on several CPU devices.
 
     Programs with collectives that run there at once can wait for each other's threads without end;
     XLA aborts the process then.
     """
-    is_waiting = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
-    return jax.block_until_ready(digest) if is_waiting else digest
+    jitted = jax.jit(digest, out_shardings=mesh_lib.replicated(mesh))
+    if mesh.size == 1 or mesh.devices.flat[0].platform != "cpu":
+        return jitted
+    return lambda argument: jax.block_until_ready(jitted(argument))
+
+
+def digest_state(state: TrainState, mesh: Mesh) -> dict[str, UInt32[Array, " 2"]]:
+    """Returns the digest of each array.
+
+    A small program for each shape compiles in a tenth of the time of one program for all arrays.
+    """
+    digester = _array_digester(mesh)
+    return {name: digester(array) for name, array in named_arrays(state).items()}
 
 
 def spell(digests: Any) -> str:
@@ -139,29 +145,13 @@ def spell(digests: Any) -> str:
     return words.astype(">u4").tobytes().hex()
 
 
-def start_facts(
-    config: Config,
-    mesh: Mesh,
-    inputs: dict[str, Any],
-    origin: Provenance,
-    num_examples: int,
-    start_step: int,
-) -> dict[str, Any]:
-    """Returns the line that says with what a run starts.
-
-    Args:
-      config: the run.
-      mesh: devices.
-      inputs: see `workdir.collect_inputs`.
-      origin: versions, and a digest of the first crop.
-      num_examples: number of training examples of an epoch.
-      start_step: steps that were taken before.
-    """
-    device = mesh.devices.flat[0]
+def start_facts(parts: Parts, start_step: int) -> dict[str, Any]:
+    """Returns the line that says with what a run starts after that many steps."""
+    device, origin = parts.mesh.devices.flat[0], parts.origin
     devices = {
         "platform": device.platform,
         "kind": device.device_kind,
-        "devices": mesh.size,
+        "devices": parts.mesh.size,
         "processes": jax.process_count(),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", "").strip(),
     }
@@ -170,12 +160,14 @@ def start_facts(
     return {
         "receipt": FORMAT,
         "step": start_step,
-        "versions": dict(origin.versions),
+        "versions": origin.versions,
         "devices": devices | {name: jax.config.values.get(name) for name in _OPTIONS},
-        "data": inputs
-        | {"examples in an epoch": num_examples}
-        | {"first crop": f"{origin.crop}, of {origin.image}"},
-        "config": config_lib.flatten(config),
+        "data": parts.inputs
+        | {
+            "examples in an epoch": len(parts.train_set.source),
+            "first crop": f"{origin.crop}, of {origin.image}",
+        },
+        "config": config_lib.flatten(parts.config),
     }
 
 
@@ -188,30 +180,22 @@ class ReceiptWriter:
     def __init__(
         self, folder: pathlib.Path, config: Config, mesh: Mesh, start: dict[str, Any]
     ) -> None:
-        """Drops the lines of an earlier attempt past the start; writes none before the first step.
+        """Drops the lines of an earlier attempt past `start`, see `start_facts`.
 
-        Args:
-          folder: of the stage.
-          config: the run; nothing is written if `train.receipt_every` is 0.
-          mesh: devices.
-          start: see `start_facts`.
+        Nothing is written if `train.receipt_every` is 0, or before the first step.
         """
         self._path, self._start = folder / FILE, start
         is_done = start["step"] == config.train.steps  # a finished run that runs again
         self._every = 0 if is_done else config.train.receipt_every
-        self._is_writer = jax.process_index() == 0
         self._mesh, self._height = mesh, config_lib.crop_shape(config.data)[0]
         self._pending: list[tuple[int, dict[str, Any]]] = []
         self._is_begun = False
-        if self._is_writer:
+        if jax.process_index() == 0:
             drop_after(self._path, start["step"])
 
     def digest_batch(self, batch: dict[str, Array]) -> dict[str, Array]:
-        """Returns the digests of the batch of a step that was not started yet, for `add_step`."""
-        if not self._every:
-            return {}
-        digest = batch_digester(self._height, self._mesh)(batch)
-        return {"batch": _alone(digest, self._mesh)}
+        """Returns the digests of a batch for `add_step`; its step must not have started."""
+        return {"batch": batch_digester(self._height, self._mesh)(batch)} if self._every else {}
 
     def add_step(self, step: int, digest: dict[str, Array], metrics: Metrics) -> None:
         """Adds the digests of the batch of a step, and its metrics."""
@@ -227,63 +211,90 @@ class ReceiptWriter:
     def flush(self) -> None:
         """Waits for what was added, and writes it."""
         pending, self._pending = jax.device_get(self._pending), []
-        if not pending or not self._is_writer:
+        if not pending or jax.process_index() > 0:
             return
         lines = []
         for step, values in pending:
             if "state" in values and not self._is_begun:
                 self._is_begun = True
                 lines.append(self._start | {"arrays": list(values["state"])})
-            values = {
-                name: "".join(map(spell, value.values())) if name == "state" else spell(value)
-                for name, value in values.items()
-            }
-            lines.append({"step": int(step)} | values)
+            lines.append(line_of(step, values))
         with self._path.open("a") as file:
             file.write("".join(f"{json.dumps(line)}\n" for line in lines))
 
 
+def line_of(step: int, values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the line of a step: digests of its batch, and its metrics; or of its "state"."""
+    spelled = {
+        name: "".join(map(spell, value.values())) if name == "state" else spell(value)
+        for name, value in values.items()
+    }
+    return {"step": step} | spelled
+
+
 @dataclasses.dataclass(frozen=True)
 class Receipt:
-    """A receipt as it was read.
-
-    Attributes:
-      path: of the file.
-      starts: the starts in order, see `start_facts`.
-      steps: by step, digests and bits by name in the order in which they are computed.
-      states: by step, the digest of each array.
-      notes: what is wrong with the file.
-    """
+    """A receipt as it was read."""
 
     path: pathlib.Path
-    starts: list[dict[str, Any]]
-    steps: dict[int, dict[str, str]]
-    states: dict[int, dict[str, str]]
-    notes: list[str]
+    starts: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # see `start_facts`
+    # By step, what it computed: "batch", the digest of each row; the bits of each metric by name;
+    # and "state", the digest of each array by name.
+    steps: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)  # what is wrong with the file
 
     def start_of(self, step: int) -> dict[str, Any]:
         """Returns the start of the attempt that took a step."""
         before = [start for start in self.starts if start["step"] < step]
         return (before or self.starts[:1])[-1]
 
+    def steps_with(self, name: str) -> list[int]:
+        """Returns the steps that have a "batch" or a "state", in order."""
+        return sorted(step for step, values in self.steps.items() if name in values)
+
     @property
     def covered(self) -> str:
         """The steps that the receipt covers, as words."""
-        if not self.steps:
-            return "no steps"
-        return f"steps {min(self.steps)} to {max(self.steps)}"
+        steps = self.steps_with("batch")
+        return f"steps {steps[0]} to {steps[-1]}" if steps else "no steps"
 
+    def add(self, line: dict[str, Any]) -> None:
+        """Adds a parsed line.
 
-def split_digests(text: str) -> list[str]:
-    """Returns the digests in a text of several."""
-    return re.findall(f".{{{_DIGITS}}}", text)
+        Raises:
+          ValueError, TypeError, KeyError: it is no line of a receipt.
+        """
+        step = operator.index(line.pop("step"))
+        if "receipt" in line:
+            if line["receipt"] != FORMAT:
+                raise ValueError(
+                    f"it has format {line['receipt']}, and this version of deeplab_jax reads "
+                    f"format {FORMAT}: use the version that wrote it"
+                )
+            sizes = line["config"]["train.batch_size"], line["data"]["examples in an epoch"]
+            facts = all(isinstance(line[kind], dict) for kind in KINDS)
+            if not facts or min(*sizes, line["config"]["seed"] + 1) < 1:
+                raise ValueError(f"a start has facts of {', '.join(KINDS)}")
+            self.starts.append(line | {"step": step})
+            return
+        if not self.starts:
+            raise ValueError("a receipt begins with the start of a run")
+        values: dict[str, Any] = {}
+        for name, text in line.items():
+            int(text, 16)
+            size = _DIGITS if name in ("batch", "state") else 8
+            parts = [text[i : i + size] for i in range(0, len(text), size)]
+            keys = self.starts[-1]["arrays"] if name == "state" else range(len(parts))
+            if len(text) % size or len(parts) != len(keys):
+                raise ValueError(f"{name} has {len(text)} digits, for {len(keys)} values of {size}")
+            values[name] = text if size == 8 else dict(zip(keys, parts, strict=True))
+        if "state" not in values and not {"batch", "loss"} <= values.keys():
+            raise ValueError("a step has a batch and a loss")
+        self.steps.setdefault(step, {}).update(values)
 
 
 def read(run: str | os.PathLike[str]) -> Receipt:
-    """Reads the receipt of a run.
-
-    Args:
-      run: a workdir, of two stages the folder `stage1` in it for the first; or a receipt.
+    """Reads a receipt, or that of a workdir. A last line that is cut short becomes a note.
 
     Raises:
       UserError: there is no receipt, or it is damaged.
@@ -292,56 +303,27 @@ def read(run: str | os.PathLike[str]) -> Receipt:
     path = path if path.is_file() else path / FILE
     if not path.is_file():
         raise UserError(
-            f"{run} holds no {FILE}: it is no run, or one of an earlier version, one with "
-            "config.train.receipt_every=0, or one that was stopped before its first step"
+            f"{run} holds no {FILE}: a run writes it from its first step on, unless "
+            "config.train.receipt_every is 0"
         )
-    result = Receipt(path, [], {}, {}, [])
-    for line in _lines(path, result.notes):
-        step = line.pop("step")
-        if "receipt" in line:
-            if line["receipt"] != FORMAT:
-                raise UserError(
-                    f"{path} has format {line['receipt']}, and this version of deeplab_jax reads "
-                    f"format {FORMAT}: use the version that wrote it"
-                )
-            result.starts.append(line | {"step": step})
-        elif "state" in line:
-            digests = split_digests(line["state"])
-            result.states[step] = dict(zip(result.starts[-1]["arrays"], digests, strict=True))
-        else:
-            result.steps[step] = line
-    if not result.starts:
-        raise UserError(f"{path} is empty: the run was stopped before its first step was written")
-    return result
-
-
-def _lines(path: pathlib.Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """Yields the lines; leaves out, with a note, a last one that a kill cut short."""
-    lines, is_started = path.read_bytes().splitlines(), False
-    arrays: list[str] = []
+    receipt, lines = Receipt(path), path.read_bytes().splitlines()
     for number, text in enumerate(lines, start=1):
         try:
-            line = json.loads(text)
-            is_started |= "receipt" in line
-            if not is_started or not isinstance(line["step"], int):
-                raise ValueError("a receipt begins with the start of a run, and lines have a step")
-            arrays = line.get("arrays", arrays)
-            if "state" in line and len(line["state"]) != _DIGITS * len(arrays):
-                raise ValueError("a state has one digest for each array of the start")
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) > 1:
-                notes.append(f"the last line of {path} is cut short, and is left out")
-                return
-            raise UserError(f"{path}, line {number}, is no line of a receipt: {error}") from error
-        yield line
+            receipt.add(json.loads(text))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if number != len(lines) or number == 1:
+                message = f"{path}, line {number}, is no line of a receipt: {error}"
+                raise UserError(message) from error
+            receipt.notes.append(f"the last line of {path} is cut short, and is left out")
+    if not receipt.starts:
+        raise UserError(f"{path} is empty: the run was stopped before its first step was written")
+    return receipt
 
 
 def local_run(run: str | os.PathLike[str], checkpoint: int | None = None) -> pathlib.Path:
-    """Returns the folder of a run on this machine, after copying what is needed from a bucket.
+    """Returns a workdir or receipt on this machine, after copying what is needed from a bucket.
 
-    Args:
-      run: a workdir or receipt, also in a bucket.
-      checkpoint: the step of a checkpoint that is needed; None: only their names are.
+    Of the checkpoints this is one, or else their names.
 
     Raises:
       UserError: nothing is at the address, or it cannot be read.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,8 +15,14 @@ from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.training import bisect, receipt, train
 from deeplab_jax.training.bisect import Batches, Comparison, Difference
 from deeplab_jax.training.checkpoint import read_state
-from deeplab_jax.training.receipt import Receipt, batch_digester, digest_state, spell
-from deeplab_jax.training.state import TrainState, abstract_state
+from deeplab_jax.training.receipt import (
+    Receipt,
+    batch_digester,
+    digest_state,
+    line_of,
+    named_arrays,
+)
+from deeplab_jax.training.state import abstract_state, shardings_of
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights.saved_model import step_folders
 
@@ -28,26 +35,17 @@ def choose_window(
     Args:
       covered: the receipt.
       checkpoints: steps of the checkpoints, in order.
-      steps: first and last state; None: from the newest checkpoint with recorded steps after it.
+      steps: first and last state; None: from the newest checkpoint before the last step.
       from_start: start from the initial state, not from a checkpoint.
 
     Raises:
       UserError: the receipt does not cover the steps, or no checkpoint leads to them.
     """
-    if not covered.steps:
+    known = covered.steps_with("batch")
+    if not known:
         raise UserError(f"{covered.path} covers no steps: the run was stopped in its first one")
-    newest = max(covered.steps)
-    kept = f"the checkpoints are at {', '.join(map(str, checkpoints)) or 'no steps'}"
-    if steps is None:
-        usable = [0] if from_start else [each for each in checkpoints if each < newest]
-        if not usable:
-            raise UserError(
-                f"{covered.path} covers {covered.covered}, and {kept}: none comes before the last "
-                "step. With --from-start, all steps are taken again"
-            )
-        steps = usable[-1], newest
-    first, last = steps
-    is_covered = all(step in covered.steps for step in range(first + 1, last + 1))
+    first, last = steps or (known[-1] - 1, known[-1])
+    is_covered = all("batch" in covered.steps.get(n, ()) for n in range(first + 1, last + 1))
     if not 0 <= first < last or not is_covered:
         raise UserError(
             f"--steps {first}:{last} must be two of the steps that {covered.path} covers, or 0 and "
@@ -56,10 +54,12 @@ def choose_window(
     usable = [0] if from_start or not first else [each for each in checkpoints if each <= first]
     if not usable:
         raise UserError(
-            f"no checkpoint at or before step {first}: {kept}. Choose later steps, or take all "
+            f"no checkpoint at or before step {first}: the checkpoints are at "
+            f"{', '.join(map(str, checkpoints)) or 'no steps'}. Choose later steps, or take all "
             f"{last} steps from the initial state with --from-start"
         )
-    return usable[-1], first, last
+    begin = usable[-1]
+    return begin, first if steps else begin, last
 
 
 def replay(
@@ -100,34 +100,35 @@ def replay(
     if config.init.path and (folder / config.init.path).is_dir():  # the first of two stages
         config.init.path = str(folder / config.init.path)
     parts = train.load_parts(config, lambda inputs: None, quiet=True)
-    config, model, train_set, _, mesh, inputs, origin = parts
-    here = receipt.start_facts(config, mesh, inputs, origin, len(train_set.source), begin)
+    _, model, train_set, _, mesh, *_ = parts
+    facts = receipt.start_facts(parts, begin)
     # Those of the config are where the run and its data are now.
-    changes = [each for each in bisect.compare_starts(start, here) if each.kind != "config"]
+    changes = [each for each in bisect.compare_starts(start, facts) if each.kind != "config"]
     for change in changes:
         log(f"differs, run | here: {change}")
     program = train.compile_step(config, model, mesh)
+    abstract = abstract_state(config, model, mesh)
     if begin:
         receipt.local_run(run, begin)  # of a bucket, now with the arrays
         log(f"from checkpoint {begin}")
-        place = folder / "checkpoints" / str(begin)
-        state = read_state(place, abstract_state(config, model, mesh))
+        state = read_state(folder / "checkpoints" / str(begin), abstract)
     else:
         log("from the initial state")
-        state = train.first_state(config, model, mesh, log)
+        state = train.first_state(config, model, shardings_of(abstract), log)
     digest = batch_digester(config_lib.crop_shape(config.data)[0], mesh)
-    num_states = 0
+    here = Receipt(recorded.path)
+    here.add(facts | {"arrays": list(named_arrays(state))})
 
-    def compare_state(step: int, state: TrainState) -> Difference | None:
-        nonlocal num_states
-        if step not in recorded.states:
+    def find_difference(step: int, values: dict[str, Any]) -> Difference | None:
+        there = recorded.steps.get(step, {})
+        if "state" in there:
+            values |= {"state": digest_state(state, mesh)}
+        if not values:
             return None
-        num_states += 1
-        found = jax.device_get(digest_state(state, mesh))
-        spelled = {name: spell(value) for name, value in found.items()}
-        return bisect.compare_states(step, recorded.states[step], spelled)
+        here.add(line_of(step, jax.device_get(values)))
+        return bisect.compare(step, there, here.steps[step])
 
-    step, difference = begin, compare_state(begin, state)
+    step, difference = begin, find_difference(begin, {})
     window = () if difference else track(range(begin + 1, last + 1))
     with train.train_batches(config, train_set, mesh, begin) as batches:
         for step in window:
@@ -137,14 +138,13 @@ def replay(
             arrays = mesh_lib.to_global(batch, mesh, config.train.batch_size)
             digests = digest(arrays)
             state, metrics = program.result()(state, arrays)
-            values = jax.device_get({"batch": digests} | metrics)
-            line = {name: spell(value) for name, value in values.items()}
-            difference = bisect.compare_step(step, recorded.steps.get(step, line), line)
-            difference = difference or compare_state(step, state)
+            difference = find_difference(step, {"batch": digests} | metrics)
             if difference:
                 break
-    causes = bisect.likely_causes(difference, changes) if difference else []
-    differing = difference if difference and difference.what == "batch" else None
-    image = Batches(recorded, root).image(step, differing.where[0]) if differing else {}
-    compared = (begin + 1, step)
-    return Comparison(changes, compared, num_states, difference, causes, differing, image)
+    result = Comparison(changes, (begin + 1, step), len(here.steps_with("state")), difference)
+    if difference:
+        result.causes = bisect.likely_causes(difference, changes)
+    if difference and difference.what == "batch":
+        result.batch = difference
+        result.image = Batches(recorded, root).image(step, difference.where[0])
+    return result

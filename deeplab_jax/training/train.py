@@ -34,16 +34,16 @@ from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.training import class_weights
 from deeplab_jax.training.checkpoint import Checkpoints
 from deeplab_jax.training.logging import PREDICTIONS, MetricWriter, Progress, StepLog
-from deeplab_jax.training.provenance import MADE_WITH, Provenance, provenance
+from deeplab_jax.training.provenance import MADE_WITH, Provenance, check_resume, provenance
 from deeplab_jax.training.receipt import ReceiptWriter, start_facts
 from deeplab_jax.training.state import TrainState, abstract_state, init_state, shardings_of
 from deeplab_jax.training.step import TrainStep, make_train_step
 from deeplab_jax.training.workdir import (
+    PIXELS,
     Inputs,
     Workdir,
     check_workdir,
     claim_workdir,
-    collect_inputs,
     lock_workdir,
     open_workdir,
     portable,
@@ -104,7 +104,10 @@ def train(
         if second is None:
             return train_stage(first, opened, folder)
         with multihost.raise_on_all_hosts():
-            check_second_stage(second, opened)
+            try:  # before the first stage takes its time
+                check_workdir(opened, folder, second, {})
+            except UserError as error:
+                raise UserError(f"stage 2 of 2: {error}") from error
             if jax.process_index() == 0:
                 stack.enter_context(lock_workdir(folder / FIRST_STAGE))
         _print(f"stage 1 of 2, in {opened.shown(folder / FIRST_STAGE)}")
@@ -116,18 +119,6 @@ def train(
         return train_stage(second, opened, folder)
 
 
-def check_second_stage(second: Config, workdir: Workdir | BucketRun) -> None:
-    """Checks that the second stage can run or resume, before the first takes its time.
-
-    Raises:
-      UserError: the folder holds another run.
-    """
-    try:
-        check_workdir(workdir, workdir.path, second, {})
-    except UserError as error:
-        raise UserError(f"stage 2 of 2: {error}") from error
-
-
 def train_stage(config: Config, workdir: Workdir | BucketRun, folder: pathlib.Path) -> Result:
     """Trains one stage in its folder, that of the workdir or one in it.
 
@@ -136,7 +127,7 @@ def train_stage(config: Config, workdir: Workdir | BucketRun, folder: pathlib.Pa
     one that was not.
     """
     parts = set_up(config, workdir, folder)
-    config, model, train_set, eval_set, mesh, inputs, origin = parts
+    config, model, train_set, eval_set, mesh, *_ = parts
     compiled_step = functools.cache(lambda: compile_step(config, model, mesh))
     evaluator = Evaluator(model, eval_set, config, mesh)
     info = describe(
@@ -147,7 +138,7 @@ def train_stage(config: Config, workdir: Workdir | BucketRun, folder: pathlib.Pa
         resize="random scale, bilinear, half-pixel centres",
         size=config_lib.crop_shape(config.data),
     )
-    info[MADE_WITH] = origin.info
+    info[MADE_WITH] = parts.origin.info
     is_writer = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(config.train, enabled=is_writer))
@@ -158,16 +149,15 @@ def train_stage(config: Config, workdir: Workdir | BucketRun, folder: pathlib.Pa
             is_copied=workdir.is_copied,
         )
         stack.callback(checkpoints.close)  # waits for a save in progress, however the run ends
-        if checkpoints.newest_step != config.train.steps:
+        if checkpoints.steps[-1:] != [config.train.steps]:
             compiled_step()  # while the state is made and workers start
-        state, step, miou = restore_or_init(config, model, mesh, checkpoints, progress, origin)
-        progress.describe(config, model, train_set, eval_set, mesh, step)
+        state, step, miou = restore_or_init(parts, checkpoints, progress.message)
+        progress.describe(parts, step)
         writer = stack.enter_context(MetricWriter(folder, config, step, enabled=is_writer))
         stop = stack.enter_context(PreemptionHandler())
         batches = stack.enter_context(train_batches(config, train_set, mesh, step))
-        recorded = portable(config, workdir.address)
-        facts = start_facts(recorded, mesh, inputs, origin, len(train_set.source), step)
-        receipt = ReceiptWriter(folder, config, mesh, facts)
+        recorded = parts._replace(config=portable(config, workdir.address))
+        receipt = ReceiptWriter(folder, config, mesh, start_facts(recorded, step))
         log = StepLog(config.train, writer, progress, receipt.flush)
         start, picture = step, ""
         while True:
@@ -212,24 +202,14 @@ def train_stage(config: Config, workdir: Workdir | BucketRun, folder: pathlib.Pa
 
 
 class Parts(NamedTuple):
-    """The parts of a stage.
+    """The parts of a stage."""
 
-    Attributes:
-      config: of the stage; `set_up` makes its class weights numbers.
-      model: of the config's architecture, with the classes and channels of the data.
-      train_set: the training split, with oversampling applied.
-      eval_set: the evaluation split.
-      mesh: devices.
-      inputs: see `collect_inputs`.
-      origin: provenance of what this process computes.
-    """
-
-    config: Config
+    config: Config  # `set_up` makes its class weights numbers
     model: FunctionalModel
-    train_set: Dataset
+    train_set: Dataset  # with oversampling applied
     eval_set: Dataset
     mesh: Mesh
-    inputs: Inputs
+    inputs: Inputs  # see `summarize_split`
     origin: Provenance
 
 
@@ -246,7 +226,12 @@ def set_up(config: Config, workdir: Workdir | BucketRun, folder: pathlib.Path) -
             lambda inputs: check_workdir(workdir, folder, config, inputs),
             quiet=not is_writer,
         )
-    multihost.check_equal(config, parts.inputs | parts.origin.facts)
+    fields = {
+        f"config.{name}": value
+        for name, value in config_lib.flatten(config).items()
+        if name not in config_lib.DATA_PATHS
+    }
+    multihost.check_equal(fields | parts.inputs | parts.origin.facts)
     with multihost.raise_on_all_hosts():
         if is_writer:
             claim_workdir(workdir, folder, config, parts.inputs)
@@ -260,10 +245,7 @@ def set_up(config: Config, workdir: Workdir | BucketRun, folder: pathlib.Path) -
 def load_parts(config: Config, check: Callable[[Inputs], None], *, quiet: bool) -> Parts:
     """Validates a stage and loads its data; writes nothing.
 
-    Args:
-      config: of the stage.
-      check: called with what identifies the data, before work that takes long.
-      quiet: whether to print nothing about the data.
+    Calls `check` with what identifies the data, before work that takes long.
 
     Raises:
       UserError: there is a mistake in the config or the data; or as `check`.
@@ -282,65 +264,65 @@ def load_parts(config: Config, check: Callable[[Inputs], None], *, quiet: bool) 
     height, stride = config_lib.crop_shape(config.data)[0], model.architecture.output_stride
     mesh_lib.check_height("config.data.crop_size", height, stride, mesh)
     splits = {config.data.split: train_set, config.data.eval_split: eval_set}
-    inputs = collect_inputs(summarize_splits(config, splits, quiet=quiet))
+    inputs: Inputs = {}
+    for split, dataset in splits.items():
+        inputs |= summarize_split(config, split, dataset, quiet=quiet)
     check(inputs)
     train_set = oversampling.apply(config.data, train_set, quiet=quiet)
     origin = provenance(config, train_set)
     return Parts(config, model, train_set, eval_set, mesh, inputs, origin)
 
 
-def summarize_splits(
-    config: Config, splits: dict[str, Dataset], *, quiet: bool
-) -> dict[str, statistics.SampleSummary]:
-    """Summarizes the splits by samples, and warns of what looks wrong with them.
+def summarize_split(config: Config, split: str, dataset: Dataset, *, quiet: bool) -> Inputs:
+    """Returns what identifies a split, by a sample of it; warns of what looks wrong with it.
 
     Raises:
-      UserError: a split has no valid pixel, or an example is damaged.
+      UserError: the split has no valid pixel, or an example is damaged.
     """
-    summaries = {}
-    for split, dataset in splits.items():
-        summaries[split] = statistics.summarize_sample(dataset)
-        warnings = statistics.check_valid_pixels(dataset, summaries[split], split)
-        pixels = summaries[split].pixels.tolist()
-        imbalance = statistics.describe_imbalance(dataset.labels.names, pixels, config.loss)
-        if imbalance and split == config.data.split:
-            warnings.append(f"{imbalance}. {statistics.MEND_IMBALANCE}")
-        for warning in () if quiet else warnings:
-            print_warning(warning)
-    return summaries
+    is_train = split == config.data.split
+    summary = statistics.summarize_sample(dataset)
+    warnings = statistics.check_valid_pixels(dataset, summary, split)
+    pixels = summary.pixels.tolist()
+    imbalance = statistics.describe_imbalance(dataset.labels.names, pixels, config.loss)
+    if imbalance and is_train:
+        warnings.append(f"{imbalance}. {statistics.MEND_IMBALANCE}")
+    for warning in () if quiet else warnings:
+        print_warning(warning)
+    return {
+        f"classes of {split}": list(summary.class_names),
+        f"number of images of {split}": summary.num_examples,
+        f"names and labels of {split} (digest of some)": summary.label_digest,
+        f"{PIXELS} of {split} (digest of some)": summary.image_digest,
+    }
 
 
 def restore_or_init(
-    config: Config,
-    model: FunctionalModel,
-    mesh: Mesh,
-    checkpoints: Checkpoints,
-    progress: Progress,
-    origin: Provenance,
+    parts: Parts, checkpoints: Checkpoints, log: Callable[[str], None]
 ) -> tuple[TrainState, int, float | None]:
     """Restores the newest intact checkpoint, or initializes; returns state, step and mIoU.
 
     Raises:
       UserError: no checkpoint can be read, or `train.strict_resume` refuses it.
     """
-    abstract = abstract_state(config, model, mesh)
+    config, model = parts.config, parts.model
+    abstract = abstract_state(config, model, parts.mesh)
     restored = checkpoints.restore(abstract)
-    if restored is not None:
-        with multihost.raise_on_all_hosts():
-            if restored.step < config.train.steps and jax.process_index() == 0:
-                strict = config.train.strict_resume
-                origin.check_resume(restored.info, restored.step, strict=strict)
-        return restored.state, restored.step, restored.miou
-    return first_state(config, model, mesh, progress.message), 0, None
+    if restored is None:
+        return first_state(config, model, shardings_of(abstract), log), 0, None
+    with multihost.raise_on_all_hosts():
+        if restored.step < config.train.steps and jax.process_index() == 0:
+            strict = config.train.strict_resume
+            check_resume(parts.origin, restored.info, restored.step, strict=strict)
+    return restored.state, restored.step, restored.miou
 
 
 def first_state(
-    config: Config, model: FunctionalModel, mesh: Mesh, log: Callable[[str], None]
+    config: Config, model: FunctionalModel, shardings: TrainState, log: Callable[[str], None]
 ) -> TrainState:
-    """Returns the state before the first step."""
+    """Returns the state before the first step, on the devices of its shardings."""
     variables = initialize.init_variables(config, model, log=log)
     state = initialize.on_host(functools.partial(init_state, config), lambda: variables)
-    return mesh_lib.device_put(state, shardings_of(abstract_state(config, model, mesh)))
+    return mesh_lib.device_put(state, shardings)
 
 
 def compile_step(
@@ -392,11 +374,6 @@ def resolve_architecture(config: Config, dataset: Dataset) -> Architecture:
         raise UserError(
             f"config.model.num_classes = {num_classes}, but the data set has "
             f"{dataset.labels.num_classes} classes; leave it None to take the data set's"
-        )
-    if len(config.data.mean) != dataset.num_channels:
-        raise UserError(
-            f"config.data.mean has {len(config.data.mean)} numbers, but images have "
-            f"{dataset.num_channels} channels"
         )
     try:
         chosen = architecture(

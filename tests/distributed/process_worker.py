@@ -5,7 +5,6 @@ each outcome as a line of JSON.
 """
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -19,16 +18,13 @@ import jax
 import numpy as np
 
 import tiny
-from deeplab_jax import data as data_lib
-from deeplab_jax.data import statistics
 from deeplab_jax.distributed import launch, multihost
 from deeplab_jax.distributed.preemption import PreemptionHandler
 from deeplab_jax.inference import predictor
 from deeplab_jax.inference.positive import PositiveClass
 from deeplab_jax.inference.predictor import Predictor
-from deeplab_jax.training.provenance import provenance
-from deeplab_jax.training.workdir import collect_inputs
-from deeplab_jax.utils import versions
+from deeplab_jax.training import provenance
+from deeplab_jax.training.train import load_parts
 from deeplab_jax.utils.errors import UserError
 
 
@@ -42,14 +38,10 @@ def report(name, action):
 
 def check(seed=0, shapes_seed=0):
     config = tiny.get_config()
-    config.data.shapes.seed = shapes_seed
-    summaries = {
-        split: statistics.summarize_sample(data_lib.load(config.data, split))
-        for split in ("train", "val")
-    }
-    origin = provenance(config, data_lib.load(config.data, "train"))
-    inputs = collect_inputs(summaries) | origin.facts
-    multihost.check_equal(dataclasses.replace(config, seed=seed), inputs)
+    config.data.shapes.seed, config.mesh.data = shapes_seed, -1
+    parts = load_parts(config, lambda inputs: None, quiet=True)
+    facts = {"config.seed": seed, "config.data.shapes.seed": shapes_seed}
+    multihost.check_equal(facts | parts.inputs | parts.origin.facts)
 
 
 def check_versions(number):
@@ -62,7 +54,7 @@ def check_versions(number):
         if number == 1:
             stack.enter_context(mock.patch("importlib.metadata.version", version))
             stack.enter_context(
-                mock.patch.object(versions, "source_digest", return_value="changed")
+                mock.patch.object(provenance, "source_digest", return_value="changed")
             )
             stack.enter_context(mock.patch("cv2.__version__", "4.13.0"))
         check()

@@ -19,6 +19,8 @@ from deeplab_jax.training.logging import MetricWriter
 from deeplab_jax.training.train import train
 from deeplab_jax.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,6 +1,7 @@
 """Whole runs: repeated, killed, stopped, resumed, started from others; and bad input."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -11,8 +12,10 @@ import pytest
 import tiny
 from deeplab_jax.training.train import train
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import saved_model
+from deeplab_jax.weights import initialize, saved_model
 from tiny import finish, start_command
+
+pytestmark = pytest.mark.usefixtures("shared_steps")
 
 
 def overridden(**fields):
@@ -33,12 +36,16 @@ def assert_same(one, other):
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-def best_model(workdir):
-    """Arrays of the checkpoint that a workdir stands for, named as `tiny.saved_state` does."""
-    saved = saved_model.read(workdir).variables
-    return {f"['model']['params']['{k}']": v for k, v in saved.params.items()} | {
-        f"['model']['batch_stats']['{k}']": v for k, v in saved.batch_stats.items()
+def named_arrays(variables):
+    """Arrays of a model, named as `tiny.saved_state` does."""
+    return {f"['model']['params']['{k}']": v for k, v in variables.params.items()} | {
+        f"['model']['batch_stats']['{k}']": v for k, v in variables.batch_stats.items()
     }
+
+
+def best_model(workdir):
+    """Arrays of the checkpoint that a workdir stands for."""
+    return named_arrays(saved_model.read(workdir).variables)
 
 
 @pytest.fixture(scope="module")
@@ -66,23 +73,29 @@ def test_output_and_files_of_a_run(unbroken):
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 8
 
 
-def test_the_same_command_twice_gives_the_same_bits(unbroken, tmp_path):
-    finish(start_command(tmp_path))
-    assert_same(tiny.saved_state(tmp_path), tiny.saved_state(unbroken[0]))
-
-
 def test_a_run_killed_repeatedly_ends_as_if_never_killed(unbroken, tmp_path):
-    rng = np.random.default_rng(0)
-    for kill_at in (1, 5):
-        process = start_command(tmp_path)
-        while True:  # let it come to a step, then some moment of the next ones
+    """Which also means that the same command twice gives the same bits."""
+
+    def start_until(step, *flags):
+        process = start_command(tmp_path, *flags)
+        while True:
             line = process.stderr.readline()
             assert line, "it ended before it could be killed"
-            if line.startswith("step ") and int(line.split()[1].split("/")[0]) >= kill_at:
-                break
-        time.sleep(rng.uniform(0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+            if line.startswith("step ") and int(line.split()[1].split("/")[0]) >= step:
+                return process
+
+    process = start_until(2, "--config.train.save_every=0")
+    sent = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, err = finish(process)  # with exit code 0
+    assert time.monotonic() - sent < 10
+    stopped = re.search(r"stopped by SIGTERM at step (\d); saved", err)[1]
+    assert (tmp_path / "checkpoints" / stopped).is_dir()
+    assert "mIoU" not in out
+    process = start_until(5)
+    time.sleep(np.random.default_rng(0).uniform(0, 0.1))  # some moment of the next steps
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
     _, err = finish(start_command(tmp_path))
     assert "from step" in err
     assert_same(tiny.saved_state(tmp_path), tiny.saved_state(unbroken[0]))
@@ -90,26 +103,11 @@ def test_a_run_killed_repeatedly_ends_as_if_never_killed(unbroken, tmp_path):
     assert steps == sorted(set(steps))
 
 
-def test_sigterm_saves_and_exits_with_0_and_the_run_resumes(unbroken, tmp_path):
-    process = start_command(tmp_path, "--config.train.save_every=0")
-    while not process.stderr.readline().startswith("step 2/"):
-        pass
-    sent = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    out, err = finish(process)
-    assert time.monotonic() - sent < 10
-    assert "stopped by SIGTERM at step" in err
-    assert "mIoU" not in out
-    _, err = finish(start_command(tmp_path, "--config.train.save_every=0"))
-    assert "from step" in err
-    assert_same(tiny.saved_state(tmp_path), tiny.saved_state(unbroken[0]))
-
-
 def test_a_finished_run_costs_nothing_and_shows_its_result(unbroken):
     workdir, out, _ = unbroken
     before = (workdir / "metrics.jsonl").read_text()
-    again, _ = finish(start_command(workdir))
-    assert again == out
+    result = train(tiny.get_config(), workdir)
+    assert out == f"mIoU {result.miou:.4f} at step {result.step}\npredictions: {result.picture}\n"
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
@@ -121,12 +119,12 @@ def test_adamw_resumes_bit_for_bit(tmp_path):
         optimizer__schedule="cosine",
         optimizer__layer_decay=0.8,
         loss__label_smoothing=0.1,
-        train__keep=9,
+        train__steps=4,
+        train__eval_every=0,
     )
     train(config, tmp_path / "run")
     expected = tiny.saved_state(tmp_path / "run")
-    for step in (6, 8):
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     train(config, tmp_path / "run")
     resumed = tiny.saved_state(tmp_path / "run")
     assert_same(resumed, expected)
@@ -163,17 +161,21 @@ def test_fine_tuning_at_another_output_stride_with_frozen_batch_norm(unbroken, t
     assert sum(np.any(end[name] != start[name]) for name in start) > 10
 
 
-def test_only_the_backbone_is_loaded(unbroken, tmp_path, capfd):
-    config = overridden(
-        init__backbone=str(unbroken[0]), train__steps=1, optimizer__learning_rate=1e-12
-    )
-    train(config, tmp_path)
-    end, source = tiny.saved_state(tmp_path), best_model(unbroken[0])
+def initial_variables(config):
+    """Where a run of the config starts, as `best_model` names them, and the lines it prints."""
+    said = []
+    variables = initialize.init_variables(config, tiny.Run(config).model, log=said.append)
+    return named_arrays(variables), said
+
+
+def test_only_the_backbone_is_loaded(unbroken):
+    start, said = initial_variables(overridden(init__backbone=str(unbroken[0])))
+    source = best_model(unbroken[0])
     name = "['model']['params']['backbone.layer1.0.conv1.kernel']"
-    np.testing.assert_allclose(end[name], source[name], atol=1e-6)
+    np.testing.assert_array_equal(start[name], source[name])
     head = "['model']['params']['classifier.aspp.branches.0.conv.kernel']"
-    assert np.any(end[head] != source[head])
-    assert "backbone from" in capfd.readouterr().err
+    assert np.any(start[head] != source[head])
+    assert "backbone from" in said[0]
 
 
 def test_evaluation_at_another_output_stride_counts_every_image(tmp_path):
@@ -244,7 +246,7 @@ def test_mismatches_are_reported_at_startup(tmp_path, fields, message):
     assert not (tmp_path / "checkpoints").exists() or not any((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_checkpoint_of_another_model_is_refused_with_what_differs(unbroken, tmp_path):
+def test_a_checkpoint_of_another_model_is_refused_with_what_differs(unbroken):
     config = overridden(init__path=str(unbroken[0]), model__architecture="paper_resnet34")
     with pytest.raises(UserError, match=r"(?s)does not fit .*paper_resnet34.*missing.*layer1.2"):
-        train(config, tmp_path)
+        initial_variables(config)
