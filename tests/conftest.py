@@ -148,11 +148,11 @@ def command(monkeypatch, capfd):
 
 @pytest.fixture(scope="module")
 def shared_steps():
-    """Runs that differ only in data, initial weights or evaluation share one training step.
+    """Runs that differ only in data, initial weights, evaluation or logs share one training step.
 
     It is traced and compiled once.
     """
-    from deeplab_jax.config import DataConfig, EvalConfig, InitConfig
+    from deeplab_jax.config import DataConfig, EvalConfig, InitConfig, TrainConfig
     from deeplab_jax.training import train
 
     compile_step, steps = train.compile_step, {}
@@ -160,7 +160,12 @@ def shared_steps():
     def compile_once(config, model, mesh):
         crop, mean, std = config.data.crop_size, config.data.mean, config.data.std
         data = DataConfig(crop_size=crop, mean=mean, std=std)
-        alike = dataclasses.replace(config, data=data, init=InitConfig(), eval=EvalConfig())
+        branches = {"data": data, "init": InitConfig(), "eval": EvalConfig()}
+        default = TrainConfig()
+        unused = ("log_every", "eval_every", "save_every", "keep", "receipt_every", "loggers")
+        unused = {name: getattr(default, name) for name in (*unused, "strict_resume")}
+        branches["train"] = dataclasses.replace(config.train, **unused)
+        alike = dataclasses.replace(config, **branches)
         key = repr((model.architecture, alike, mesh))
         if key not in steps:
             steps[key] = compile_step(config, model, mesh)

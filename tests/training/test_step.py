@@ -1,6 +1,7 @@
 """The training step: its parts, alone and on several devices."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -26,12 +27,25 @@ def config_with(**branches):
     return config
 
 
+@functools.cache
+def plain():
+    """The run that others are compared with; its step is compiled once."""
+    return tiny.Run(config_with())
+
+
+def low_logits(run, state, batch):
+    """Logits of all heads in training, before they are upsampled."""
+    pixels = normalize(batch["image"], run.config.data.mean, run.config.data.std)
+    apply = functools.partial(run.model.apply, train=True, upsample=False)
+    return jax.device_get(jax.jit(apply)(state.variables, pixels)[0])
+
+
 def flat(tree):
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def test_the_loss_falls():
-    _, history = tiny.Run(config_with()).train(8)
+    _, history = plain().train(8)
     assert np.mean([h["loss"] for h in history[-2:]]) < 0.9 * history[0]["loss"]
 
 
@@ -47,12 +61,12 @@ def test_a_batch_without_a_valid_pixel_moves_no_parameter():
 
 
 def test_rematerialisation_changes_nothing():
-    plain, curve = tiny.Run(config_with()).train(3)
+    stored, curve = plain().train(3)
     remat, same_curve = tiny.Run(config_with(train={"remat": True})).train(3)
     np.testing.assert_allclose(
         [h["loss"] for h in same_curve], [h["loss"] for h in curve], rtol=1e-5
     )
-    np.testing.assert_allclose(flat(remat.variables), flat(plain.variables), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(flat(remat.variables), flat(stored.variables), rtol=1e-3, atol=1e-4)
 
 
 def test_frozen_batch_norm_keeps_its_statistics_and_trains_the_rest():
@@ -64,7 +78,7 @@ def test_frozen_batch_norm_keeps_its_statistics_and_trains_the_rest():
     moved = [name for name in before.params if np.any(after.params[name] != before.params[name])]
     assert "backbone.stem.0.conv.kernel" in moved
 
-    moving, _ = tiny.Run(config_with()).train(2)
+    moving, _ = plain().train(2)
     assert np.any(flat(moving.variables.batch_stats) != flat(before.batch_stats))
 
 
@@ -95,9 +109,7 @@ def test_labels_downsampled_to_the_logits():
     run = tiny.Run(config)
     batch, state = run.batches(1)[0], run.start()
     _, _, found = jax.jit(lambda s, b: gradients(run.model, config, s, b, run.mesh))(state, batch)
-    pixels = normalize(batch["image"], config.data.mean, config.data.std)
-    outputs, _ = run.model.apply(state.variables, pixels, train=True, upsample=False)
-    logits = np.asarray(outputs["out"], np.float64)
+    logits = low_logits(run, state, batch)["out"].astype(np.float64)
     # 3 pixels of features over the 33 of the image: each covers 11, the first with its middle at 5.
     labels = np.asarray(batch["label"])[:, 5::11, 5::11]
     assert batch["label"].shape[1:] == (33, 33)
@@ -115,19 +127,20 @@ def test_labels_are_not_downsampled_for_a_named_model_with_a_decoder():
         tiny.Run(config)
 
 
-def test_loss_of_a_model_with_aligned_corners():
+def test_metrics_of_a_model_with_aligned_corners():
     """Both heads' losses are torch's of logits that torch resizes."""
     options = {"architecture": "smp_resnet18", "dropout": 0.0, "aux_head": True}
     config = config_with(model=options | {"atrous_rates": (1, 2)})
     run = tiny.Run(config)
     batch, state = run.batches(1)[0], run.start()
-    _, _, found = jax.jit(lambda s, b: gradients(run.model, config, s, b, run.mesh))(state, batch)
-    pixels = normalize(batch["image"], config.data.mean, config.data.std)
-    outputs, _ = run.model.apply(state.variables, pixels, train=True, upsample=False)
+    outputs = low_logits(run, state, batch)
+    _, found = run.step(state, batch)
+    assert set(found) == {"loss", "aux_loss", "grad_norm", "learning_rate"}
+    assert found["learning_rate"] == pytest.approx(0.05)
     labels = torch.tensor(np.asarray(batch["label"]), dtype=torch.int64)
     expected = {}
     for head, logits in outputs.items():
-        low = torch.tensor(np.asarray(logits, np.float64)).permute(0, 3, 1, 2)
+        low = torch.tensor(logits.astype(np.float64)).permute(0, 3, 1, 2)
         assert low.shape[2:] == (5, 5)
         high = torch.nn.functional.interpolate(low, (33, 33), mode="bilinear", align_corners=True)
         expected[head] = torch.nn.functional.cross_entropy(high, labels, ignore_index=255).item()
@@ -206,15 +219,8 @@ def test_the_global_norm_is_that_of_all_gradients():
         assert global_norm(some) == pytest.approx(expected)
 
 
-def test_metrics_of_a_step():
-    run = tiny.Run(config_with(model={"architecture": "torchvision_resnet18", "aux_head": True}))
-    _, history = run.train(1)
-    assert set(history[0]) == {"loss", "aux_loss", "grad_norm", "learning_rate"}
-    assert history[0]["learning_rate"] == pytest.approx(0.05)
-
-
 def test_bfloat16_follows_float32():
-    _, curve = tiny.Run(config_with()).train(3)
+    _, curve = plain().train(3)
     state, close = tiny.Run(config_with(model={"dtype": "bfloat16"})).train(3)
     np.testing.assert_allclose([h["loss"] for h in close], [h["loss"] for h in curve], rtol=0.05)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.variables)} == {"float32"}
