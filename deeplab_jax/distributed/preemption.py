@@ -57,12 +57,9 @@ class PreemptionHandler:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
-        self._restore()
+        self.__exit__()
 
-    def _restore(self) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous = {}
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
