@@ -37,9 +37,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "train.py", "--config", "tests/tiny.py"]
 
 
-def get_config() -> Config:
-    """Returns the config of a run that takes seconds."""
-    return Config(
+def get_config(**fields) -> Config:
+    """Returns the config of a run that takes seconds, with fields such as `train__steps`."""
+    config = Config(
         model=ModelConfig(architecture="paper_resnet18", width=0.125, bn_momentum=0.9),
         data=DataConfig(
             name="shapes",
@@ -53,6 +53,16 @@ def get_config() -> Config:
         eval=EvalConfig(batch_size=3, size=33, num_pictures=2),
         mesh=MeshConfig(data=1),
     )
+    for name, value in fields.items():
+        branch, _, field = name.rpartition("__")
+        setattr(getattr(config, branch) if branch else config, field, value)
+    return config
+
+
+def short_config(**fields) -> Config:
+    """Returns the config of four steps of the smallest model, evaluated at the end only."""
+    short = {"model__width": 0.0625, "train__steps": 4, "train__eval_every": 0}
+    return get_config(**short | fields)
 
 
 class Run:

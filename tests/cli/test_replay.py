@@ -14,11 +14,7 @@ pytestmark = pytest.mark.usefixtures("shared_steps")
 
 
 def get_config(seed=0):
-    config = tiny.get_config()
-    config.seed, config.model.width = seed, 0.0625
-    config.train.steps, config.train.eval_every, config.train.save_every = 3, 0, 1
-    config.train.keep = 9
-    return config
+    return tiny.short_config(seed=seed, train__steps=3, train__save_every=1, train__keep=9)
 
 
 @pytest.fixture(scope="module")

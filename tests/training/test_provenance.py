@@ -1,6 +1,5 @@
 """Runs that resume with other versions or images than their checkpoints."""
 
-import dataclasses
 import json
 import shutil
 from unittest import mock
@@ -23,12 +22,6 @@ pytestmark = pytest.mark.usefixtures("shared_steps")
 HEADLINE = "the run resumes with other versions or images than those of checkpoint"
 
 
-def short_config():
-    config = tiny.get_config()
-    config.train = dataclasses.replace(config.train, steps=4, eval_every=0, save_every=2)
-    return config
-
-
 @pytest.fixture(scope="module", autouse=True)
 def unedited():
     """The source files count as unchanged, even if one is edited while the tests run."""
@@ -39,7 +32,7 @@ def unedited():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
-    train(short_config(), workdir)
+    train(tiny.short_config(), workdir)
     return workdir
 
 
@@ -64,7 +57,7 @@ def strict(config):
 
 
 def test_the_same_versions_resume_without_a_word(killed, finished, capfd):
-    assert train(strict(short_config()), killed).step == 4
+    assert train(strict(tiny.short_config()), killed).step == 4
     assert HEADLINE not in capfd.readouterr().err
     one, other = tiny.saved_state(killed), tiny.saved_state(finished)
     assert all(np.array_equal(one[name], other[name]) for name in other)
@@ -74,9 +67,9 @@ def test_versions_that_make_the_same_images_are_a_warning_once(killed, capfd, mo
     real = cv2.__version__
     monkeypatch.setattr(cv2, "__version__", "4.13.0")
     monkeypatch.setattr(versions, "source_digest", lambda: "edited")
-    config = short_config()
+    config = tiny.short_config()
     with pytest.raises(UserError, match=r"leave out config\.train"):
-        train(strict(short_config()), killed)
+        train(strict(tiny.short_config()), killed)
     assert train(config, killed).step == 4
     said = capfd.readouterr().err
     assert f"{HEADLINE} 2:" in said
@@ -97,14 +90,14 @@ def test_versions_that_make_the_same_images_are_a_warning_once(killed, capfd, mo
 def test_other_images_are_noticed_though_versions_are_equal(killed, capfd, monkeypatch):
     monkeypatch.setattr(cv2, "warpAffine", other_warp)
     with pytest.raises(UserError, match=f"(?s){HEADLINE} 2:\n  the first .* has OTHER BYTES"):
-        train(strict(short_config()), killed)
-    assert train(short_config(), killed).step == 4
+        train(strict(tiny.short_config()), killed)
+    assert train(tiny.short_config(), killed).step == 4
     assert "has OTHER BYTES than then" in capfd.readouterr().err
 
 
 def test_a_finished_run_is_not_warned_about(finished, capfd, monkeypatch):
     monkeypatch.setattr(cv2, "__version__", "4.13.0")
-    train(strict(short_config()), finished)
+    train(strict(tiny.short_config()), finished)
     assert HEADLINE not in capfd.readouterr().err
 
 
@@ -114,13 +107,13 @@ def test_an_older_checkpoint_says_nothing(killed, capfd):
     del info["made_with"]
     path.write_text(json.dumps(info))
     with pytest.raises(UserError, match="checkpoint 2 does not say with which versions"):
-        train(strict(short_config()), killed)
-    assert train(short_config(), killed).step == 4
+        train(strict(tiny.short_config()), killed)
+    assert train(tiny.short_config(), killed).step == 4
     assert HEADLINE not in capfd.readouterr().err
 
 
 def test_the_second_of_two_stages_is_guarded_too(tmp_path, capfd, monkeypatch):
-    config = short_config()
+    config = tiny.short_config()
     config.train.steps = 2
     config.second_stage = SecondStageConfig(steps=3)
     config.train.save_every = 1
@@ -133,7 +126,7 @@ def test_the_second_of_two_stages_is_guarded_too(tmp_path, capfd, monkeypatch):
 
 def test_the_crop_is_row_0_of_batch_0(monkeypatch):
     """Also with oversampling and several workers, whatever hosts have which rows."""
-    config = short_config()
+    config = tiny.short_config()
     dataset = data_lib.load(config.data, "train")
     arguments = {"batch_size": config.train.batch_size, "seed": config.seed}
     with pipeline.train_batches(dataset, config.data, **arguments, start_step=0) as batches:

@@ -21,16 +21,6 @@ pytestmark = pytest.mark.usefixtures("shared_steps")
 MASK = np.uint64(2**32 - 1)
 
 
-def get_config(**fields):
-    config = tiny.get_config()
-    config.model.width = 0.0625
-    config.train.steps, config.train.eval_every, config.train.save_every = 4, 0, 2
-    for name, value in fields.items():
-        branch, field = name.split("__")
-        setattr(getattr(config, branch), field, value)
-    return config
-
-
 def plain_digest(words):
     """The digest of a row of words in 64-bit integers of NumPy."""
     words = np.asarray(words, np.uint64).ravel()
@@ -83,7 +73,7 @@ def test_digests_tell_signs_places_and_flipped_bits_apart():
 
 @pytest.mark.parametrize(("data", "space"), [(4, 1), (2, 2), (1, 4)])
 def test_digests_do_not_depend_on_the_mesh(data, space):
-    config = get_config()
+    config = tiny.short_config()
     rows = {"image": noise(4, 33, 9, 3), "label": noise(4, 33, 9)}
     digests = []
     for config.mesh.data, config.mesh.space in ((1, 1), (data, space)):
@@ -95,7 +85,7 @@ def test_digests_do_not_depend_on_the_mesh(data, space):
 
 
 def test_digests_of_a_sharded_state_are_those_of_one_device():
-    config = get_config()
+    config = tiny.short_config()
     found = []
     for config.mesh.data, config.mesh.fully_sharded in ((1, False), (4, True)):
         run = tiny.Run(config)
@@ -130,13 +120,13 @@ def test_digests_of_a_sharded_state_do_not_wait_for_each_other_on_cpus():
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
-    train(get_config(), workdir)
+    train(tiny.short_config(), workdir)
     return workdir
 
 
 def test_lines_have_the_bits_of_the_steps(whole):
     read = receipt.read(whole)
-    run = tiny.Run(get_config())
+    run = tiny.Run(tiny.short_config())
     shardings = shardings_of(abstract_state(run.config, run.model, run.mesh))
     state = first_state(run.config, run.model, shardings, print)
     for step, batch in enumerate(run.batches(4), start=1):
@@ -164,7 +154,7 @@ def test_lines_have_the_bits_of_the_steps(whole):
 
 
 def test_a_run_without_a_receipt_has_the_same_bits(whole, tmp_path):
-    train(get_config(train__receipt_every=0), tmp_path)
+    train(tiny.short_config(train__receipt_every=0), tmp_path)
     assert not (tmp_path / receipt.FILE).exists()
     ours, theirs = tiny.saved_state(tmp_path), tiny.saved_state(whole)
     for name in theirs:
@@ -172,7 +162,7 @@ def test_a_run_without_a_receipt_has_the_same_bits(whole, tmp_path):
 
 
 def test_states_are_digested_every_few_steps(tmp_path):
-    train(get_config(train__receipt_every=3), tmp_path)
+    train(tiny.short_config(train__receipt_every=3), tmp_path)
     assert receipt.read(tmp_path).steps_with("state") == [0, 2, 3, 4]
 
 
@@ -181,7 +171,7 @@ def test_a_resumed_run_goes_on_with_its_receipt(whole, tmp_path):
     shutil.rmtree(tmp_path / "checkpoints" / "4")
     path = tmp_path / receipt.FILE
     path.write_text(path.read_text()[:-100])  # as a kill leaves it
-    train(get_config(), tmp_path)
+    train(tiny.short_config(), tmp_path)
     resumed, once = receipt.read(tmp_path), receipt.read(whole)
     assert resumed.steps == once.steps
     assert [start["step"] for start in resumed.starts] == [0, 2]
@@ -192,13 +182,13 @@ def test_a_resumed_run_goes_on_with_its_receipt(whole, tmp_path):
 def test_a_finished_run_that_runs_again_leaves_its_receipt(whole, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     before = (tmp_path / receipt.FILE).read_bytes()
-    train(get_config(), tmp_path)
+    train(tiny.short_config(), tmp_path)
     assert (tmp_path / receipt.FILE).read_bytes() == before
 
 
 def test_a_loss_that_is_not_finite_is_in_the_receipt(tmp_path):
     with pytest.raises(UserError, match="is not finite"):
-        train(get_config(optimizer__learning_rate=1e30), tmp_path)
+        train(tiny.short_config(optimizer__learning_rate=1e30), tmp_path)
     last = max(receipt.read(tmp_path).steps.items())[1]
     assert not np.isfinite(np.array(int(last["loss"], 16), np.uint32).view(np.float32))
 

@@ -27,14 +27,7 @@ pytestmark = pytest.mark.usefixtures("shared_steps")
 
 
 def get_config(**fields):
-    config = tiny.get_config()
-    config.model.width = 0.0625
-    config.train.steps, config.train.eval_every, config.train.save_every = 4, 0, 1
-    config.train.keep = 9
-    for name, value in fields.items():
-        branch, _, field = name.rpartition("__")
-        setattr(getattr(config, branch) if branch else config, field, value)
-    return config
+    return tiny.short_config(**{"train__save_every": 1, "train__keep": 9} | fields)
 
 
 @pytest.fixture(scope="module")

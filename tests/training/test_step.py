@@ -20,17 +20,10 @@ from deeplab_jax.training.step import global_norm, gradients, has_cross_entropy_
 from deeplab_jax.utils.errors import UserError
 
 
-def config_with(**branches):
-    config = tiny.get_config()
-    for branch, fields in branches.items():
-        setattr(config, branch, dataclasses.replace(getattr(config, branch), **fields))
-    return config
-
-
 @functools.cache
 def plain():
     """The run that others are compared with; its step is compiled once."""
-    return tiny.Run(config_with())
+    return tiny.Run(tiny.get_config())
 
 
 def low_logits(run, state, batch):
@@ -50,7 +43,7 @@ def test_the_loss_falls():
 
 
 def test_a_batch_without_a_valid_pixel_moves_no_parameter():
-    run = tiny.Run(config_with(optimizer={"weight_decay": 0.0}))
+    run = tiny.Run(tiny.get_config(optimizer__weight_decay=0.0))
     start = run.start()
     before = jax.device_get(start.variables.params)
     (batch,) = run.batches(1)
@@ -62,7 +55,7 @@ def test_a_batch_without_a_valid_pixel_moves_no_parameter():
 
 def test_rematerialisation_changes_nothing():
     stored, curve = plain().train(3)
-    remat, same_curve = tiny.Run(config_with(train={"remat": True})).train(3)
+    remat, same_curve = tiny.Run(tiny.get_config(train__remat=True)).train(3)
     np.testing.assert_allclose(
         [h["loss"] for h in same_curve], [h["loss"] for h in curve], rtol=1e-5
     )
@@ -70,7 +63,7 @@ def test_rematerialisation_changes_nothing():
 
 
 def test_frozen_batch_norm_keeps_its_statistics_and_trains_the_rest():
-    run = tiny.Run(config_with(train={"freeze_bn": True}))
+    run = tiny.Run(tiny.get_config(train__freeze_bn=True))
     before = jax.device_get(run.start().variables)
     state, _ = run.train(2)
     after = jax.device_get(state.variables)
@@ -84,7 +77,7 @@ def test_frozen_batch_norm_keeps_its_statistics_and_trains_the_rest():
 
 def test_a_batch_in_parts_has_the_gradient_of_the_whole():
     """Parts with unequal numbers of valid pixels: a mean of means would differ."""
-    config = config_with(train={"freeze_bn": True}, model={"dropout": 0.0})
+    config = tiny.get_config(train__freeze_bn=True, model__dropout=0.0)
     run = tiny.Run(config)
     batch = run.batches(1)[0]
     label = np.array(batch["label"])
@@ -105,7 +98,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole():
 
 
 def test_labels_downsampled_to_the_logits():
-    config = config_with(loss={"upsample": False}, model={"dropout": 0.0})
+    config = tiny.get_config(loss__upsample=False, model__dropout=0.0)
     run = tiny.Run(config)
     batch, state = run.batches(1)[0], run.start()
     _, _, found = jax.jit(lambda s, b: gradients(run.model, config, s, b, run.mesh))(state, batch)
@@ -122,15 +115,19 @@ def test_labels_downsampled_to_the_logits():
 
 def test_labels_are_not_downsampled_for_a_named_model_with_a_decoder():
     """Its logits have output stride 4, and the labels would have 16."""
-    config = config_with(loss={"upsample": False}, model={"architecture": "smpplus_resnet18"})
+    config = tiny.get_config(loss__upsample=False, model__architecture="smpplus_resnet18")
     with pytest.raises(UserError, match=r"loss.upsample must be true .* plus of smpplus_resnet18"):
         tiny.Run(config)
 
 
 def test_metrics_of_a_model_with_aligned_corners():
     """Both heads' losses are torch's of logits that torch resizes."""
-    options = {"architecture": "smp_resnet18", "dropout": 0.0, "aux_head": True}
-    config = config_with(model=options | {"atrous_rates": (1, 2)})
+    config = tiny.get_config(
+        model__architecture="smp_resnet18",
+        model__dropout=0.0,
+        model__aux_head=True,
+        model__atrous_rates=(1, 2),
+    )
     run = tiny.Run(config)
     batch, state = run.batches(1)[0], run.start()
     outputs = low_logits(run, state, batch)
@@ -169,7 +166,7 @@ def test_downsampled_labels_are_at_the_positions_of_upsampled_features(size, str
 
 
 def test_averaged_parameters_follow_the_formula():
-    run = tiny.Run(config_with(optimizer={"ema_decay": 0.75}))
+    run = tiny.Run(tiny.get_config(optimizer__ema_decay=0.75))
     state = run.start()
     expected = jax.device_get(state.ema_params)
     for batch in run.batches(3):
@@ -183,7 +180,7 @@ def test_averaged_parameters_follow_the_formula():
 
 
 def test_dropout_follows_the_step_and_the_seed():
-    config = config_with(model={"dropout": 0.5}, train={"freeze_bn": True})
+    config = tiny.get_config(model__dropout=0.5, train__freeze_bn=True)
     run = tiny.Run(config)
     batch = run.batches(1)[0]
     loss = jax.jit(lambda s, b: gradients(run.model, config, s, b, run.mesh)[2]["loss"])
@@ -221,7 +218,7 @@ def test_the_global_norm_is_that_of_all_gradients():
 
 def test_bfloat16_follows_float32():
     _, curve = plain().train(3)
-    state, close = tiny.Run(config_with(model={"dtype": "bfloat16"})).train(3)
+    state, close = tiny.Run(tiny.get_config(model__dtype="bfloat16")).train(3)
     np.testing.assert_allclose([h["loss"] for h in close], [h["loss"] for h in curve], rtol=0.05)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.variables)} == {"float32"}
 

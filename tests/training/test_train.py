@@ -18,14 +18,6 @@ from tiny import finish, start_command
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
 
-def overridden(**fields):
-    config = tiny.get_config()
-    for name, value in fields.items():
-        branch, field = name.split("__")
-        setattr(getattr(config, branch), field, value)
-    return config
-
-
 def metrics(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -112,7 +104,7 @@ def test_a_finished_run_costs_nothing_and_shows_its_result(unbroken):
 
 
 def test_adamw_resumes_bit_for_bit(tmp_path):
-    config = overridden(
+    config = tiny.get_config(
         optimizer__name="adamw",
         optimizer__arguments={"b2": 0.95, "mu_dtype": "bfloat16"},
         optimizer__learning_rate=0.003,
@@ -135,7 +127,7 @@ def test_it_resumes_on_another_number_of_devices(unbroken, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(unbroken[0], workdir)
     shutil.rmtree(workdir / "checkpoints" / "8")
-    assert train(overridden(mesh__data=4), workdir).step == 8
+    assert train(tiny.get_config(mesh__data=4), workdir).step == 8
     before, after = (
         {entry["step"]: entry["loss"] for entry in metrics(folder) if "loss" in entry}
         for folder in (unbroken[0], workdir)
@@ -146,7 +138,7 @@ def test_it_resumes_on_another_number_of_devices(unbroken, tmp_path):
 
 
 def test_fine_tuning_at_another_output_stride_with_frozen_batch_norm(unbroken, tmp_path):
-    config = overridden(
+    config = tiny.get_config(
         init__path=str(unbroken[0]),
         model__output_stride=8,
         train__freeze_bn=True,
@@ -169,7 +161,7 @@ def initial_variables(config):
 
 
 def test_only_the_backbone_is_loaded(unbroken):
-    start, said = initial_variables(overridden(init__backbone=str(unbroken[0])))
+    start, said = initial_variables(tiny.get_config(init__backbone=str(unbroken[0])))
     source = best_model(unbroken[0])
     name = "['model']['params']['backbone.layer1.0.conv1.kernel']"
     np.testing.assert_array_equal(start[name], source[name])
@@ -179,14 +171,14 @@ def test_only_the_backbone_is_loaded(unbroken):
 
 
 def test_evaluation_at_another_output_stride_counts_every_image(tmp_path):
-    config = overridden(eval__output_stride=8, train__steps=1, eval__batch_size=4)
+    config = tiny.get_config(eval__output_stride=8, train__steps=1, eval__batch_size=4)
     train(config, tmp_path)
     (entry,) = [entry for entry in metrics(tmp_path) if "eval/miou" in entry]
     assert entry["eval/images"] == 5
 
 
 def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path):
-    config = overridden(optimizer__learning_rate=1e30, train__save_every=1)
+    config = tiny.get_config(optimizer__learning_rate=1e30, train__save_every=1)
     with pytest.raises(UserError, match=r"step \d is not finite: .*learning_rate"):
         train(config, tmp_path)
     state = tiny.saved_state(tmp_path)
@@ -194,7 +186,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path):
 
 
 def test_a_workdir_of_another_run_is_refused(unbroken):
-    config = overridden(optimizer__learning_rate=0.1, train__steps=9)
+    config = tiny.get_config(optimizer__learning_rate=0.1, train__steps=9)
     with pytest.raises(
         UserError, match=r"(?s)optimizer.learning_rate: 0.1 here, 0.05 there.*train.steps: 9 here"
     ):
@@ -203,8 +195,8 @@ def test_a_workdir_of_another_run_is_refused(unbroken):
 
 def test_a_run_that_failed_to_start_does_not_occupy_its_workdir(tmp_path):
     with pytest.raises(UserError, match="neither"):
-        train(overridden(init__path="nowhere", train__steps=1), tmp_path)
-    assert train(overridden(train__steps=1), tmp_path).step == 1
+        train(tiny.get_config(init__path="nowhere", train__steps=1), tmp_path)
+    assert train(tiny.get_config(train__steps=1), tmp_path).step == 1
 
 
 def test_checkpoints_without_a_config_are_refused(unbroken, tmp_path):
@@ -242,11 +234,11 @@ def test_an_address_that_is_no_bucket_is_refused_as_workdir(tmp_path, monkeypatc
 )
 def test_mismatches_are_reported_at_startup(tmp_path, fields, message):
     with pytest.raises(UserError, match=message):
-        train(overridden(**fields), tmp_path)
+        train(tiny.get_config(**fields), tmp_path)
     assert not (tmp_path / "checkpoints").exists() or not any((tmp_path / "checkpoints").iterdir())
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_what_differs(unbroken):
-    config = overridden(init__path=str(unbroken[0]), model__architecture="paper_resnet34")
+    config = tiny.get_config(init__path=str(unbroken[0]), model__architecture="paper_resnet34")
     with pytest.raises(UserError, match=r"(?s)does not fit .*paper_resnet34.*missing.*layer1.2"):
         initial_variables(config)
