@@ -192,7 +192,7 @@ def claim_workdir(
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return {**json.loads(path.read_text())}  # TypeError unless these are named fields
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); choose another --workdir") from error
 

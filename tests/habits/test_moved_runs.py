@@ -166,5 +166,5 @@ def test_a_second_stage_that_does_not_fit_is_refused_before_the_first(tmp_path, 
 def test_a_damaged_file_of_a_run_is_named(tmp_path, first_run, name, content):
     shutil.copytree(first_run, tmp_path / "run")
     (tmp_path / "run" / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name} (is not JSON|does not hold named fields)"):
+    with pytest.raises(UserError, match=f"{name} is damaged"):
         train(get_config(), tmp_path / "run")
