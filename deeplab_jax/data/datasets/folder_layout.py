@@ -52,36 +52,27 @@ def detect_layout(config: DataConfig) -> FolderLayout:
         raise UserError(f"config.data.root: there is no folder {root}")
     if folder.image_pattern:
         return _from_settings(root, folder)
-    is_standard = (root / "images").is_dir() and (root / "masks").is_dir()
     layout = None
-    if is_standard:
-        _require_two_folders(root, folder)
+    if (root / "images").is_dir() and (root / "masks").is_dir():
         layout = _standard(root, folder)
         if any(layout.splits.values()):
             return layout
     return _from_proposal(root, folder, layout)
 
 
-def _require_two_folders(root: pathlib.Path, config: FolderConfig) -> None:
-    for name in ("", *SPLITS):
-        images, masks = root / "images" / name, root / "masks" / name
-        if not (images.is_dir() and masks.is_dir() and os.path.samefile(images, masks)):
-            continue
-        real = pathlib.Path(os.path.realpath(images))
-        classes = config.classes or (
-            str(root / "classes.txt") if (root / "classes.txt").is_file() else ""
-        )
-        use = f" and config.data.folder.classes={shlex.quote(classes)}" if classes else ""
-        raise UserError(
-            f"config.data.root: {images} and {masks} are one folder, {real}: each image would be "
-            f"its own mask. To use the images and masks that are in it, set "
-            f"config.data.root={shlex.quote(str(real))}{use}"
-        )
-
-
 def _standard(root: pathlib.Path, config: FolderConfig) -> FolderLayout:
     """Pairs the folders images and masks, which may hold a folder for each split."""
     folders = [root / "images", root / "masks"]
+    for images, masks in ([folder / name for folder in folders] for name in ("", *SPLITS)):
+        if images.is_dir() and masks.is_dir() and os.path.samefile(images, masks):
+            real, known = os.path.realpath(images), root / "classes.txt"
+            classes = config.classes or (str(known) if known.is_file() else "")
+            use = f" and config.data.folder.classes={shlex.quote(classes)}" if classes else ""
+            raise UserError(
+                f"config.data.root: {images} and {masks} are one folder, {real}: each image would "
+                "be its own mask. To use the images and masks that are in it, set "
+                f"config.data.root={shlex.quote(real)}{use}"
+            )
     has_splits = any(p.name.lower() in SPELLINGS and p.is_dir() for p in folders[0].iterdir())
     middle = "{split}/" if has_splits else ""
     files = Files(root, itertools.chain(*map(find_files, folders)))
@@ -125,9 +116,9 @@ def _from_proposal(
     files = Files(root, paths)
     names = _listed_names(root)
     proposals = propose(files, names) or (propose(files) if names else [])
-    if coco.splits and not any(proposal.is_of_masks for proposal in proposals):
-        return coco
     if coco.splits:
+        if not any(proposal.is_of_masks for proposal in proposals):
+            return coco
         file = next((pair.listed_in for pair in itertools.chain(*coco.splits.values())), root)
         raise UserError(
             f"config.data.root: {root} has polygons and masks. Choose the polygons with\n"

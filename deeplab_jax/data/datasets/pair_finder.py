@@ -113,15 +113,18 @@ class PairFinder:
         texts = self.image_pattern.text, self.mask_pattern.text
         return FolderLayout(kind, splits, self.problems, self.skipped, *texts, self.notes)
 
+    def _settings(self, old: str, new: str) -> str:
+        """Spells the patterns as settings, in which a part is replaced."""
+        texts = self.image_pattern.text, self.mask_pattern.text
+        return spell_settings(*(text.replace(old, new) for text in texts))
+
     def _note_splits_in_names(self, names: Iterable[str]) -> None:
         """Notes that all names begin with a split, as in `train_1`, but are split by a fraction."""
         starts = {name.rpartition("/")[2].partition("_")[0].lower() for name in names}
         if len(starts) > 1 and starts <= SPELLINGS.keys():
-            patterns = self.image_pattern.text, self.mask_pattern.text
-            texts = (text.replace("{name}", "{split}_{name}") for text in patterns)
             self.notes.append(
                 f"names begin with {', '.join(sorted(starts))}, but a fraction of all is val. To "
-                f"use these splits, set {spell_settings(*texts)}"
+                f"use these splits, set {self._settings('{name}', '{split}_{name}')}"
             )
 
     def _select(
@@ -236,11 +239,8 @@ class PairFinder:
                 other = groups.get("val" if split == "train" else "train")
                 self._add_split_without_pairs(group, other)
         splits = {split: splits[split] for split in SPLITS if splits.get(split)}
-        if (
-            splits.keys() - {"test"} == {"train"}
-            and "val" not in groups
-            and self.origin != "standard"
-        ):
+        is_train = splits.keys() - {"test"} == {"train"} and "val" not in groups
+        if is_train and self.origin != "standard":
             share = split_by_hash(splits["train"], self.config)
             self.notes.append(
                 f"there is no split val: {len(share['val'])} of the {len(splits['train'])} "
@@ -250,15 +250,13 @@ class PairFinder:
         return splits
 
     def _add_split_without_pairs(self, group: _Group, other: _Group | None) -> None:
-        what = "has no images"
+        what, use = "has no images", ""
         if group.images:
             path = self.root / self.mask_pattern.fill(next(iter(group.images)), group.spelling)
             what = f"none of its {len(group.images)} images has a mask, such as {path}"
-        use = ""
         if other and other.has_pairs:
-            patterns = self.image_pattern.text, self.mask_pattern.text
-            texts = (text.replace("{split}", other.spelling) for text in patterns)
-            use = f". To use the other split only, set {spell_settings(*texts)}"
+            settings = self._settings("{split}", other.spelling)
+            use = f". To use the other split only, set {settings}"
         self.problems.append(f"{self.root}: split {group.spelling}: {what}{use}")
 
     def _pair_all(self, group: _Group) -> list[Pair]:
@@ -362,11 +360,7 @@ class PairFinder:
         return last_parts | whole | {name: name for name in files}
 
     def _parse_line(
-        self,
-        line: str,
-        images: Mapping[str, str],
-        masks: Mapping[str, str],
-        path: pathlib.Path,
+        self, line: str, images: Mapping[str, str], masks: Mapping[str, str], path: pathlib.Path
     ) -> dict[str, str]:
         """Returns the image that a line of a list names, and its mask; or adds a problem."""
         image_folder, mask_folder = (

@@ -8,18 +8,16 @@ import pathlib
 import re
 import shlex
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from deeplab_jax.data.io.images import SUFFIXES
 
 SPLITS = ("train", "val", "test")
-
 # Names that others give to splits, lower case.
-SPELLINGS = {split: split for split in SPLITS} | {
-    **dict.fromkeys(("training", "trn"), "train"),
+SPELLINGS = {"training": "train", "trn": "train", "testing": "test"} | {
     **dict.fromkeys(("valid", "validation", "eval"), "val"),
-    **dict.fromkeys(("testing",), "test"),
+    **{split: split for split in SPLITS},
 }
 MASK_SUFFIXES = SUFFIXES | {".npz", ".mat", ".json"}
 
@@ -51,15 +49,11 @@ class File(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """Paths below a root, such as `{split}/{name}_mask.png`; capitals do not matter.
-
-    `{split}` is a spelling of a split, `{name}` the name, which may have subfolders before it,
-    `{number}` the name as a number with any zeros before it, `{folder}` any folders. At the end,
-    `.*` is any suffix.
+    """Paths below a root, such as `{split}/{name}_mask.png`; docs/own_data.md describes them.
 
     Attributes:
       text: the pattern.
-      suffixes: what `.*` matches, lower case.
+      suffixes: what `.*` matches at the end, lower case.
     """
 
     text: str
@@ -86,19 +80,17 @@ class Pattern:
                 seen |= {part} & {"{split}", "{name}"}
             is_first = "(?P<name>" in regex
             components.append(f"(?P<parents>(?:.+/)?){regex}" if is_first else regex)
-        suffixes = "|".join(re.escape(suffix) for suffix in sorted(self.suffixes))
-        suffix = f"(?:{suffixes})" if text.endswith(".*") else ""
+        suffix = f"(?:{'|'.join(map(re.escape, self.suffixes))})" if text.endswith(".*") else ""
         return re.compile("/".join(components) + suffix, re.IGNORECASE)
 
     def match(self, path: str) -> File | None:
         found = self._regex.fullmatch(path)
         if not found:
             return None
-        groups = found.groupdict()
-        folder = f"{groups['folder']}/" if groups.get("folder") else ""
-        spelling = groups.get("split") or ""
-        name = folder + groups["parents"] + groups["name"]
-        return File(path, normal_form(name), SPELLINGS.get(spelling.lower(), ""), spelling)
+        groups = {"folder": "", "split": ""} | found.groupdict(default="")
+        folder = f"{groups['folder']}/" if groups["folder"] else ""
+        name = normal_form(folder + groups["parents"] + groups["name"])
+        return File(path, name, SPELLINGS.get(groups["split"].lower(), ""), groups["split"])
 
     def fill(self, name: str, split: str = "") -> str:
         """Returns the path of a name and a spelling of a split."""
@@ -177,16 +169,9 @@ class Files:
             masks = {path: file for path, file in masks.items() if path not in images}
         else:
             images = {path: file for path, file in images.items() if path not in masks}
-        both = image_pattern.has_split and mask_pattern.has_split
-        return Pairing(
-            image_pattern,
-            mask_pattern,
-            *(_by_key(files.values(), both) for files in (images, masks)),
-        )
-
-
-def _by_key(files: Collection[File], with_split: bool) -> dict[Key, list[File]]:
-    found: dict[Key, list[File]] = {}
-    for file in files:
-        found.setdefault((file.split if with_split else "", file.name), []).append(file)
-    return found
+        pairing = Pairing(image_pattern, mask_pattern, {}, {})
+        by_split = pairing.by_split
+        for found, files in ((pairing.images, images), (pairing.masks, masks)):
+            for file in files.values():
+                found.setdefault((file.split if by_split else "", file.name), []).append(file)
+        return pairing

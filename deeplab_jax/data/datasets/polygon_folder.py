@@ -58,16 +58,16 @@ def detect_coco(
     if not contents:
         return layout
     coco_json.require_pycocotools()
-    paths = listed([str(path) for path in contents])
     layout.notes.append(
-        f"found: polygons in {paths}; where regions overlap, the smallest is on top"
+        f"found: polygons in {listed([*map(str, contents)])}; where regions overlap, the smallest "
+        "is on top"
     )
+    finder = _ImageFinder(base, files, layout.problems)
     for content in contents.values():
         layout.problems.extend(content.problems)
         layout.notes.extend(content.notes)
-    finder = _ImageFinder(base, files, layout.problems)
-    for split, paths_of_split in _sort_by_split(base, contents, layout).items():
-        pairs = (finder.pair(path, contents[path], split) for path in paths_of_split)
+    for split, paths in _sort_by_split(base, contents, layout).items():
+        pairs = (finder.pair(path, contents[path], split) for path in paths)
         layout.splits[split] = list(itertools.chain(*pairs))
     if not layout.splits.get("val"):
         source = "train" if "train" in layout.splits else ""
@@ -104,7 +104,7 @@ def _read_all(paths: Iterable[pathlib.Path], layout: FolderLayout) -> dict[pathl
     if not found:
         layout.problems.extend(itertools.chain(*others.values()))
         return {}
-    drawn = [path for path, one in found.items() if any(r.segmentation for r in one.regions)]
+    drawn = {path for path, one in found.items() if any(r.segmentation for r in one.regions)}
     used = {
         path: one
         for path, one in found.items()

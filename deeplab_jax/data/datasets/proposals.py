@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence, Set
@@ -31,19 +32,8 @@ _SPLIT = re.compile(
 
 # Parts of the names of files and folders, lower case. Long ones count within other words too.
 _MASK_WORDS = (
-    *(
-        "mask",
-        "label",
-        "annot",
-        "truth",
-        "segm",
-        "manual",
-        "semantic",
-        "trimap",
-        "target",
-        "polygon",
-    ),
-    *("gt", "seg", "ann", "anno", "lbl", "msk", "ho", "matte"),
+    *("mask", "label", "annot", "truth", "segm", "manual", "semantic", "trimap", "target"),
+    *("polygon", "gt", "seg", "ann", "anno", "lbl", "msk", "ho", "matte"),
 )
 _IMAGE_WORDS = ("image", "photo", "picture", "original", "img", "im", "rgb", "sat", "raw", "input")
 # Of masks that hold no classes, or the colours of classes beside the same masks with ids.
@@ -185,21 +175,24 @@ class _Path:
 
 
 def _candidates(files: Files) -> list[tuple[str, str]]:
-    """Returns patterns that may pair the files, from samples of them."""
+    """Returns patterns that may pair the files, from samples of them; those with .* are the last.
+
+    Of the patterns that are derived, those that match few of the files are dropped.
+    """
     split_paths = [
         path for path in map(_split_path, files.paths) if path[2].lower() in MASK_SUFFIXES
     ]
     suffixes: dict[str, set[str]] = collections.defaultdict(set)
     for folder, _, suffix in split_paths:
         suffixes[folder] |= {suffix.lower()} & SUFFIXES
+    by_folder: dict[tuple[str, ...], list[_Path]] = collections.defaultdict(list)
     kinds: dict[tuple[str, ...], list[_Path]] = collections.defaultdict(list)
     by_token: dict[str, list[_Path]] = collections.defaultdict(list)
-    by_folders: dict[tuple[str, ...], list[_Path]] = collections.defaultdict(list)
     for folder, stem, suffix in split_paths:
         written = (suffix, ".*") if len(suffixes[folder]) > 1 else (suffix,)
         path = _Path(*_template(folder), stem, suffix, written)
+        by_folder[path.folders].append(path)
         kinds[*_kind(folder), suffix.lower()].append(path)
-        by_folders[path.folders].append(path)
         for token in {_normal(token[0]) for token in path.tokens}:
             by_token[token].append(path)
     texts: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -207,25 +200,21 @@ def _candidates(files: Files) -> list[tuple[str, str]]:
         for path in dict.fromkeys((group[0], group[len(group) // 2], group[-1])):
             # The files that share its rarest word or number, and others if they are few.
             alike = sorted((by_token[_normal(token[0])] for token in path.tokens), key=len)
-            few = [each for each in (*alike[1:], by_folders[path.folders]) if len(each) <= 64]
+            few = [each for each in (*alike[1:], by_folder[path.folders]) if len(each) <= 64]
             others = dict.fromkeys(itertools.chain(*alike[:1], *few))
             nearest = sorted(others, key=lambda other: -len({*path.folders} & {*other.folders}))
             derived = _derive_all(path, nearest[:_MAX_OTHERS])
             texts.update(dict.fromkeys(text for two in derived for text in _orient(*two)).keys())
     # Those of all images are found from most samples.
-    return _most_frequent([text for text, _ in texts.most_common(_MAX_DERIVED)], files.paths)
-
-
-def _most_frequent(texts: list[tuple[str, str]], paths: Sequence[str]) -> list[tuple[str, str]]:
-    """Drops those that match few of a sample of all paths; those with .* are the last."""
-    sample = paths[:: max(len(paths) // 200, 1)]
-    patterns = {text: Pattern(text, MASK_SUFFIXES) for text in itertools.chain(*texts)}
+    found = [text for text, _ in texts.most_common(_MAX_DERIVED)]
+    sample = files.paths[:: max(len(files.paths) // 200, 1)]
+    patterns = {text: Pattern(text, MASK_SUFFIXES) for text in itertools.chain(*found)}
     counts = {
         text: sum(bool(pattern.match(path)) for path in sample)
         for text, pattern in patterns.items()
     }
-    total = {(image, mask): counts[image] + counts[mask] for image, mask in texts}
-    kept = [pair for pair in texts if 3 * total[pair] >= max(total.values())]
+    total = {(image, mask): counts[image] + counts[mask] for image, mask in found}
+    kept = [pair for pair in found if 3 * total[pair] >= max(total.values())]
     kept = sorted(kept, key=lambda pair: -total[pair])[:_MAX_CANDIDATES]
     return sorted(kept, key=lambda pair: "".join(pair).count(".*"))
 
@@ -250,10 +239,8 @@ def _derive_all(path: _Path, others: Sequence[_Path]) -> Iterator[tuple[str, str
             head = "/".join((*path.folders[:-num_last], "{name}/"))
             yield head + path.stem + path.suffix, head + other.stem + other.suffix
     for candidates in found.values():  # 1.png and gt/a/1.png, not gt/b/1.png, belong to img/a/1.png
-        most = max(num_equal for num_equal, _ in candidates)
-        for num_equal, pairs in candidates:
-            if num_equal == most:
-                yield from pairs
+        most, _ = max(candidates)
+        yield from itertools.chain(*(pairs for number, pairs in candidates if number == most))
 
 
 def _common_start(one: Sequence[str], two: Sequence[str]) -> list[str]:
@@ -372,8 +359,8 @@ def _normal(token: str) -> str:
 def _split_path(path: str) -> tuple[str, str, str]:
     """Splits a path into its folder, its name without the suffix, and the suffix with its dot."""
     folder, _, name = path.rpartition("/")
-    stem, dot, suffix = name.rpartition(".")
-    return (folder, stem, dot + suffix) if stem else (folder, name, "")
+    stem, suffix = os.path.splitext(name)
+    return folder, stem, suffix
 
 
 @functools.lru_cache(maxsize=4096)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -94,8 +95,9 @@ def _parse_coco(path: pathlib.Path, modified: int) -> CocoFile:
             problems.append(f"the categories {names[key]!r} and {name!r} have one id, {key}")
         if one.get("supercategory") != name:
             groups.add(str(one.get("supercategory")))
-    repeated = {name for name in names.values() if list(names.values()).count(name) > 1}
-    notes += [f"categories of the name {name!r} are one class" for name in sorted(repeated)]
+    times = collections.Counter(names.values())
+    repeated = sorted(name for name, number in times.items() if number > 1)
+    notes += [f"categories of the name {name!r} are one class" for name in repeated]
 
     images = _read_images(content, problems)
     num_unknown, used = 0, set()
@@ -103,9 +105,9 @@ def _parse_coco(path: pathlib.Path, modified: int) -> CocoFile:
         key, category = _key(one["image_id"]), _key(one["category_id"])
         used.add(category)
         if category not in names:
-            known = listed([f"{each} ({name})" for each, name in names.items()])
             problems.append(
-                f"annotation {one.get('id')} has the category {category}, expected one of {known}"
+                f"annotation {one.get('id')} has the category {category}, expected one of "
+                + listed([f"{each} ({name})" for each, name in names.items()])
             )
         elif key in images:
             region = Region(one.get("id"), names[category], one.get("segmentation"))
@@ -201,17 +203,10 @@ def draw(
     ignore_label: int,
     remarks: list[tuple[str, str]],
 ) -> UInt8[np.ndarray, "h w"]:
-    """Draws the regions of an image, the largest first, so that smaller ones cover larger ones.
+    """Draws the regions of the image of an id, smaller ones on top of larger ones.
 
     Crowd regions count as others do: CVAT marks all masks as crowd. Regions of no class are not
-    drawn.
-
-    Args:
-      path: the COCO file.
-      key: id of the image.
-      names: of the classes.
-      ignore_label: the id of pixels that do not count.
-      remarks: regions without pixels ("not drawn") and "overlaps" of classes are added to it.
+    drawn. Those without pixels ("not drawn") and "overlaps" of classes are added to `remarks`.
 
     Raises:
       UserError: the file cannot be read, or does not list the image.

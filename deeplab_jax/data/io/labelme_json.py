@@ -35,7 +35,7 @@ _POINT_RADIUS = 5
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a LabelMe file and checks that its shapes have labels and points.
+    """Reads a LabelMe file; its shapes have labels and points.
 
     Raises:
       UserError: the file cannot be read, or is not one of LabelMe's.
@@ -55,11 +55,7 @@ def draw(
 ) -> UInt8[np.ndarray, "h w"]:
     """Draws shapes as labelme's `utils.shapes_to_label` does: in their order, edges included.
 
-    Args:
-      path: the file.
-      names: of the classes.
-      ignore_label: the id of pixels that do not count.
-      remarks: shapes that are "not drawn" are added to it.
+    Shapes that are "not drawn" are added to `remarks`.
 
     Raises:
       UserError: the file cannot be read.
@@ -105,20 +101,17 @@ def _draw_shape(
             raise ValueError(f"its mask is {list(code.shape)}, its points {points.tolist()}")
         picture.paste(value, (left, top), Image.fromarray(code))
         return points
+    draw: Any = canvas.polygon
     if kind in ("circle", "point"):
         radius = math.dist(*points) if kind == "circle" else _POINT_RADIUS
-        points = points[0] + [[-radius], [radius]]
+        points, draw = points[0] + [[-radius], [radius]], canvas.ellipse
     elif kind == "rectangle":
-        points = np.stack([points.min(0), points.max(0)])
+        points, draw = np.stack([points.min(0), points.max(0)]), canvas.rectangle
     xy = [tuple(point) for point in points.tolist()]
-    if kind in ("circle", "point"):
-        canvas.ellipse(xy, outline=value, fill=value)
-    elif kind == "rectangle":
-        canvas.rectangle(xy, outline=value, fill=value)
-    elif kind in ("line", "linestrip"):
+    if kind in ("line", "linestrip"):
         canvas.line(xy, fill=value, width=_LINE_WIDTH)
     else:
-        canvas.polygon(xy, outline=value, fill=value)
+        draw(xy, outline=value, fill=value)
     return points
 
 

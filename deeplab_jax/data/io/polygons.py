@@ -71,12 +71,7 @@ def class_id(label: str, names: Sequence[str], ignore_label: int) -> int:
 def read_json(
     path: pathlib.Path, kind: str, pack: Callable[[dict[str, Any]], Any] | None = None
 ) -> dict[str, Any]:
-    """Reads a JSON file.
-
-    Args:
-      path: the file.
-      kind: the expected format, "COCO" or "LabelMe".
-      pack: replaces each object as soon as it is parsed.
+    """Reads a JSON file of a kind, "COCO" or "LabelMe"; `pack` replaces each object when parsed.
 
     Raises:
       UserError: the file cannot be read, or is not JSON.
