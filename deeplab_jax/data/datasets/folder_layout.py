@@ -9,12 +9,12 @@ import pathlib
 import shlex
 
 from deeplab_jax.config import DataConfig, FolderConfig
-from deeplab_jax.data.datasets.csv_table import find_csv
-from deeplab_jax.data.datasets.pair_finder import FolderLayout, PairFinder
+from deeplab_jax.data.dataset import Pair
+from deeplab_jax.data.datasets.pair_finder import FolderLayout, PairFinder, nearest_name
 from deeplab_jax.data.datasets.pairing import SPELLINGS, SPLITS, Files
 from deeplab_jax.data.datasets.polygon_folder import detect_coco, find_json
 from deeplab_jax.data.datasets.proposals import has_split, propose
-from deeplab_jax.data.datasets.splits import find_lists, without_suffix
+from deeplab_jax.data.datasets.splits import find_lists, split_by_hash, without_suffix
 from deeplab_jax.data.io import lists
 from deeplab_jax.data.io.images import SUFFIXES
 from deeplab_jax.utils.errors import UserError
@@ -47,7 +47,7 @@ def detect_layout(config: DataConfig) -> FolderLayout:
     if root.is_file() and root.suffix.lower() == ".json":
         return detect_coco(root, (), folder)
     if root.is_file():
-        return find_csv(root, folder)
+        return _from_csv(root, folder)
     if not root.is_dir():
         raise UserError(f"config.data.root: there is no folder {root}")
     if folder.image_pattern:
@@ -96,6 +96,48 @@ def _from_settings(root: pathlib.Path, config: FolderConfig) -> FolderLayout:
                 + _describe_files(files)
             )
     return PairFinder(root, config, files, pairing, "settings").find()
+
+
+def _from_csv(table: pathlib.Path, config: FolderConfig) -> FolderLayout:
+    """Returns the pairs of a table; its paths are relative to the folder of the CSV file."""
+    folder = table.parent
+    rows = lists.read_table(table)
+    has_splits = any(row["split"] for row in rows.values())
+    problems: list[str] = []
+    splits: dict[str, list[Pair]] = {}
+    lines: dict[str, int] = {}
+    for line, row in rows.items():
+        image, mask = (_existing_path(folder, row[column]) for column in ("image", "mask"))
+        name = pathlib.PurePath(image).with_suffix("").as_posix() if image else ""
+        split = SPELLINGS.get(row["split"].lower(), "") if has_splits else "train"
+        missing = next((file for file in (image, mask) if not os.path.isfile(folder / file)), None)
+        problem = ""
+        if not image or not mask:
+            problem = f"names no {'mask' if image else 'image'}"
+        elif not split:
+            problem = f"has split {row['split']!r}, expected {', '.join(SPLITS)}"
+        elif name in lines:
+            problem = f"names the image {image} of line {lines[name]} again"
+        elif missing and os.path.isdir(folder / missing):
+            problem = f"names {missing}, which is a folder"
+        elif missing:
+            expected = folder / missing
+            siblings = os.listdir(expected.parent) if expected.parent.is_dir() else ()
+            hint = nearest_name(expected.name, siblings, problems)
+            problem = f"names {missing}, which does not exist{hint}"
+        else:
+            splits.setdefault(split, []).append(Pair(name, folder / image, folder / mask, table))
+        if problem:
+            problems.append(f"{table}: line {line} {problem}")
+        lines.setdefault(name, line)
+    if not has_splits:
+        splits = split_by_hash(splits.get("train", []), config)
+    return FolderLayout("csv", splits, problems, [])
+
+
+def _existing_path(folder: pathlib.Path, path: str) -> str:
+    """Replaces the backslashes of a path in a table by slashes, unless there is such a file."""
+    return path if os.path.isfile(folder / path) else path.replace("\\", "/")
 
 
 def _from_proposal(

@@ -88,16 +88,12 @@ class Proposal:
 
 
 def propose(files: Files, listed: Set[str] | None = None) -> list[Proposal]:
-    """Finds the patterns that fit files.
+    """Finds the patterns that fit the files below a root.
 
-    Args:
-      files: all files below a root.
-      listed: the last components of the names in lists of splits; only these images need a mask.
-
-    Returns:
-      Those with which each image has exactly one mask; if there are none, the one with which most
-      images have one, if these are at least half of all. One is in the result for each different
-      set of pairs, but none if another one pairs the same images and more.
+    Those with which each image has exactly one mask; if there are none, the one with which most
+    images have one, if these are at least half of all. If the last components of names in lists of
+    splits are given, only these images need a mask. Of patterns with the same pairs one is in the
+    result, and none if another one pairs the same images and more.
     """
     found: dict[frozenset[tuple[str, str]], Proposal] = {}
     for image_text, mask_text in _candidates(files):

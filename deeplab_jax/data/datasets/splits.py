@@ -55,11 +55,10 @@ def without_suffix(name: str) -> str:
 
 
 def split_by_hash(pairs: Sequence[Pair], config: FolderConfig) -> dict[str, list[Pair]]:
-    """Divides pairs into train and val, by a hash of the name and the seed.
+    """Divides pairs into train and val by a hash of the name and the seed; see docs/own_data.md.
 
-    The pairs whose hash is below `val_fraction` are val, so that adding pairs moves no others. Of
-    two or more, the smallest hash is always val and the largest train; such a single pair moves
-    when one with a smaller or larger hash is added. A fraction of 0 or 1 is none or all.
+    Pairs whose hash is below `val_fraction` are val, so that adding pairs moves no others, except
+    that of two or more the smallest hash is val and the largest train. 0 or 1 is none or all.
     """
     hashes = {}
     for pair in pairs:

@@ -42,14 +42,13 @@ class CocoImage:
 
 @dataclasses.dataclass(frozen=True)
 class CocoFile:
-    """The contents of a COCO file.
+    """The contents of a COCO file, without wrong entries, which are problems.
 
     Attributes:
       categories: names of the categories, in the order of their ids; each once.
       group: the category that stands for the others and has no annotation, as Roboflow's of id 0.
       images: by id.
-      problems: a sentence for each wrong entry. These entries are left out.
-      notes: what was decided about entries that may be meant otherwise.
+      problems, notes: sentences for the user.
     """
 
     categories: tuple[str, ...]
@@ -165,11 +164,7 @@ def _pack(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def encode(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """Returns pycocotools' run-length code of an annotation's segmentation.
-
-    Raises:
-      Exception: the segmentation is damaged. pycocotools raises various errors.
-    """
+    """Returns pycocotools' run-length code of a segmentation, or raises any error if damaged."""
     from pycocotools import mask as coco_mask
 
     if not isinstance(segmentation, dict):

@@ -25,9 +25,7 @@ _MARKS = {
 def read_text(path: pathlib.Path, errors: str = "strict") -> str:
     """Reads a text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, as of PowerShell.
 
-    Args:
-      path: the file.
-      errors: "strict", or "surrogateescape" for names of files that need not be UTF-8.
+    `errors` is "surrogateescape" for names of files, which need not be UTF-8.
 
     Raises:
       UserError: the file cannot be read, or has another encoding.
