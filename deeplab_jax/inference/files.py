@@ -90,9 +90,12 @@ def find_images(
     for argument in map(_stage, arguments):
         path = pathlib.Path(argument)
         if os.path.isdir(path):
-            images = [file for file in find_files(path) if file.suffix.lower() in SUFFIXES]
-            matches = {file: file.relative_to(path) for file in sorted(images)}
-            problem = f"the folder contains no image files (videos: name '{argument}/*.mp4')"
+            files = sorted(find_files(path))
+            images = [file for file in files if file.suffix.lower() in SUFFIXES]
+            matches = {file: file.relative_to(path) for file in images}
+            problem = "the folder contains no image files"
+            if any(file.suffix.lower() in VIDEO_SUFFIXES for file in files):
+                problem += f" (its videos: name them, or use a pattern such as '{argument}/*.mp4')"
         elif not os.path.exists(path) and glob.has_magic(argument):
             matches = {file: pathlib.Path(file.name) for file in match_files(argument)}
             problem = "no file matches the pattern"

@@ -185,12 +185,14 @@ def test_images_without_masks_and_masks_without_images(streets):
     assert "val: holds no *_leftImg8bit.png" in error_of("cityscapes", streets, "val")
 
 
-def test_an_invalid_root(tmp_path):
+def test_an_invalid_root(tmp_path, streets, scenes):
     wanted = "- leftImg8bit, or leftImg8bit_trainvaltest.zip from https://www.city"
-    for root in ("", tmp_path / "none"):
-        message = error_of("cityscapes", root)
-        assert f"config.data.root is '{root}', but must be a folder that holds" in message
-        assert wanted in message
+    message = error_of("cityscapes", "")
+    assert "config.data.root is empty" in message
+    assert wanted in message
+    message = error_of("cityscapes", tmp_path / "none")
+    assert f"{tmp_path / 'none'} does not exist" in message
+    assert wanted in message
     packed = tmp_path / "packed"
     packed.mkdir()
     assert wanted in error_of("cityscapes", packed)
@@ -198,6 +200,7 @@ def test_an_invalid_root(tmp_path):
         (packed / f"{name}_trainvaltest.zip").touch()
     (packed / "leftImg8bit").mkdir()
     assert error_of("cityscapes", packed).endswith(f"unpack gtFine_trainvaltest.zip in {packed}")
+    assert f"{scenes} looks like the root" in error_of("ade20k", scenes / ADE)
 
 
 def test_another_ignore_label(streets):

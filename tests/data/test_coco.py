@@ -268,7 +268,7 @@ def test_prepared_once_and_again_when_it_changes(maker, monkeypatch, capsys):
 def test_missing_files(maker, tmp_path):
     assert "annotations_trainval2017.zip" in error_of("")
     message = error_of(tmp_path / "nowhere", "val")
-    assert f"config.data.root is '{tmp_path / 'nowhere'}', but must be a folder" in message
+    assert f"config.data.root: {tmp_path / 'nowhere'} does not exist" in message
     assert "annotations/instances_val2017.json, or annotations_trainval2017.zip" in message
     assert (
         "- val2017, or val2017.zip from http://images.cocodataset.org/zips/val2017.zip" in message

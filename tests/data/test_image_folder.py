@@ -451,7 +451,11 @@ def test_the_table_of_colors_is_exact():
             r"mask_name must be a text that holds \{name\} once and no suffix",
         ),
         ("val_fraction", 1.5, r"val_fraction must be in \[0, 1\]"),
-        ("masks_hold", "id", r"masks_hold must be auto, ids, colors or binary, got 'id'"),
+        (
+            "masks_hold",
+            "id",
+            r"must be auto, ids, colors or binary \(did you mean 'ids'\?\), got 'id'",
+        ),
     ],
 )
 def test_wrong_settings_are_named_before_any_file_is_read(field, value, message):

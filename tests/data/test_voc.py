@@ -267,9 +267,21 @@ def test_published_checksums():
 
 def test_missing_root(tmp_path):
     message = error_of(tmp_path / "nowhere")
-    assert f"config.data.root is '{tmp_path / 'nowhere'}', but must be a folder" in message
+    assert f"config.data.root: {tmp_path / 'nowhere'} does not exist" in message
     assert "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt" in message
     assert f"{VOC_TAR} from http://host.robots.ox.ac.uk" in message
+
+
+def test_empty_root(tmp_path):
+    (tmp_path / "empty").mkdir()
+    message = error_of(tmp_path / "empty", "trainaug")
+    assert "does not hold what this split needs" in message
+    assert VOC_TAR in message
+    assert SBD_TAR in message
+
+
+def test_a_root_one_folder_too_deep(root):
+    assert f"{root} looks like the root" in error_of(root / "VOCdevkit")
 
 
 def test_trainaug_asks_for_sbd(tmp_path, data_dir):

@@ -42,16 +42,23 @@ def find_archives(archives: Iterable[Archive], root: str, hint: str) -> dict[Arc
     Raises:
       UserError: archives are missing. The message lists them and ends with the hint.
     """
-    found = {each: find_archive(each, expand_home(root)) if root else None for each in archives}
-    missing = [
-        f"- {pathlib.PurePosixPath(archive.folder, archive.marker)}, or {archive.file_name} "
-        f"from {archive.urls[0]}"
-        for archive, path in found.items()
-        if path is None
-    ]
+    folder = expand_home(root)
+    found = {archive: find_archive(archive, folder) if root else None for archive in archives}
+    missing = [archive for archive, path in found.items() if path is None]
     if missing:
-        heading = f"config.data.root is {root!r}, but must be a folder that holds"
-        raise UserError("\n".join([heading, *missing, hint]))
+        state = " is empty"
+        if root:
+            lacks = "does not hold what this split needs" if folder.exists() else "does not exist"
+            state = f": {folder} {lacks}"
+            if any(find_archive(archive, folder.parent) for archive in missing):
+                hint += f" {folder.parent} looks like the root."
+        needed = [
+            f"- {pathlib.PurePosixPath(archive.folder, archive.marker)}, or {archive.file_name} "
+            f"from {archive.urls[0]}"
+            for archive in missing
+        ]
+        heading = f"config.data.root{state}. It must be a folder that holds"
+        raise UserError("\n".join([heading, *needed, hint]))
     return {archive: path for archive, path in found.items() if path is not None}
 
 
