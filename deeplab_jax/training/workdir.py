@@ -269,7 +269,7 @@ def _open_locked(folder: pathlib.Path) -> TextIO:
         except OSError as error:
             file.seek(0)
             holder = file.read() or "another process"
-            if error.errno in (errno.EACCES, errno.EAGAIN):
+            if error.errno in (errno.EACCES, errno.EAGAIN) or _is_running(holder):
                 file.close()
                 raise UserError(
                     f"--workdir {folder} is in use by {holder}: wait for it or stop it, or choose "
@@ -287,3 +287,11 @@ def _open_locked(folder: pathlib.Path) -> TextIO:
                 file.flush()
                 return file
         file.close()
+
+
+def _is_running(holder: str) -> bool:
+    """Returns whether the holder of a lock, as its file names it, is a process of this host."""
+    named = re.fullmatch(r"process (\d+) on host (.+)", holder)
+    if named is None or named[2] != socket.gethostname() or int(named[1]) == os.getpid():
+        return False
+    return os.path.exists(f"/proc/{named[1]}")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from unittest import mock
 
 import pytest
 
@@ -77,6 +78,16 @@ def test_a_run_that_fails_leaves_no_folder(tmp_path):
     with pytest.raises(UserError, match="none"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_without_locks_a_running_process_of_this_host_is_noticed(tmp_path, monkeypatch):
+    no_locks = mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        (tmp_path / ".lock").write_text(f"process {process.pid} on host {socket.gethostname()}")
+        with pytest.raises(UserError, match=f"process {process.pid}"), lock_workdir(tmp_path):
+            pass
+        process.kill()
 
 
 def test_without_locks_there_is_a_warning_with_the_last_run(tmp_path, monkeypatch, capsys):
