@@ -176,7 +176,7 @@ BAD = {
     "scale 0": (["--scales", "0"], "--scales must be one or more numbers above 0"),
     "an output stride": (["--output-stride", "12"], r"--output-stride must be 8, 16 or 32"),
     "a batch of nothing": (["--batch-size", "0"], "--batch-size must be 1 or more"),
-    "a data set": (["--data", "shape"], r"must be one of .*did you mean 'shapes'"),
+    "a data set": (["--data", "shape"], r"unknown data set 'shape' \(did you mean 'shapes'"),
     "a split": (["--split", "vall"], r"split of data set shapes must be .*did you mean 'val'"),
     "a config file": (["--data", "nowhere.py"], "there is no config file nowhere.py"),
     "a name of JSON": (["--json", "scores.txt"], "--json must be a file that ends in .json"),
