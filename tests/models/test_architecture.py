@@ -8,6 +8,7 @@ import pytest
 from deeplab_jax.config import ModelConfig
 from deeplab_jax.models.architecture import (
     ARCHITECTURES,
+    BACKBONE_NEUTRAL,
     BACKBONES,
     Architecture,
     architecture,
@@ -174,11 +175,6 @@ def test_rates_that_would_not_be_whole_are_refused():
         ("paper_resnet18", {"decoder_convs": 0}, "decoder_convs must be 1 or more, got 0"),
         ("paper_resnet18", {"head_channels": 0}, "head_channels must be 1 or more, got 0"),
         ("paper_resnet18", {"padding": "same"}, "padding must be 'symmetric' .the backbone resnet"),
-        (
-            "paper_mobilenet_v3_large",
-            {"shortcut": "avg_pool"},
-            "shortcut must be 'conv1x1' .the backbone mobilenet_v3_large has no such choice",
-        ),
         ("paper_resnet18", {"width": 0}, "width must be above 0, got 0"),
         ("paper_resnet18", {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ("paper_resnet18", {"width": -1, "stem": "x"}, "stem must be .*; width must be"),
@@ -187,6 +183,27 @@ def test_rates_that_would_not_be_whole_are_refused():
 def test_mistakes_are_named(name, overrides, message):
     with pytest.raises(UserError, match=message):
         architecture(name, num_classes=2, **overrides)
+
+
+def test_choices_of_resnets_are_refused_for_mobilenets():
+    choices = {
+        "multi_grid": (1, 2, 4),
+        "dilation_rule": "torchvision",
+        "residual": "pre",
+        "stem": "deep",
+        "shortcut": "avg_pool",
+        "stride_place": "conv1",
+        "padding": "same",
+        "cascade": 1,
+    }
+    with pytest.raises(UserError) as info:
+        architecture("paper_mobilenet_v3_large", num_classes=2, **choices)
+    expected = [
+        f"{field} must be {BACKBONE_NEUTRAL[field]!r} (the backbone mobilenet_v3_large has no such "
+        f"choice), got {value!r}"
+        for field, value in choices.items()
+    ]
+    assert str(info.value).partition(": ")[2].split("; ") == expected
 
 
 def test_hashes_and_returns_from_json():
