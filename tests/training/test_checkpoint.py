@@ -1,6 +1,8 @@
 """Checkpoints: round trips, which are kept, damage, kills and full disks."""
 
 import dataclasses
+import errno
+import functools
 import os
 import pathlib
 import shutil
@@ -169,6 +171,22 @@ def test_a_foreign_checkpoint_is_not_taken(two_saves, tmp_path):
     )
     with pytest.raises(UserError, match="no checkpoint under"):
         open_at(folder).restore(foreign)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "x"), ValueError("x [OS error 28: ENOSPC No space left on device]")],
+)
+@pytest.mark.parametrize("method", ["save_checkpointables_async", "wait", "close"])
+def test_a_full_disk_is_reported(tmp_path, monkeypatch, method, error):
+    def fail(*_, **__):
+        raise error
+
+    checkpoints = open_at(tmp_path)
+    save = functools.partial(checkpoints.save, state_of(1), 1, INFO, None, wait=True)
+    monkeypatch.setattr(checkpoints._checkpointer, method, fail)
+    with pytest.raises(UserError, match=r"is full .*Free some space"):
+        checkpoints.close() if method == "close" else save()
 
 
 def test_a_disk_that_fills_up_while_saving_leaves_nothing_half_written(tmp_path):
