@@ -65,14 +65,21 @@ def test_output_and_files_of_a_run(unbroken):
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 8
 
 
+def test_the_same_command_twice_gives_the_same_bits(unbroken, tmp_path):
+    finish(start_command(tmp_path))
+    assert_same(tiny.saved_state(tmp_path), tiny.saved_state(unbroken[0]))
+
+
 def test_a_run_killed_repeatedly_ends_as_if_never_killed(unbroken, tmp_path):
-    """Which also means that the same command twice gives the same bits."""
+    """First by SIGTERM, at which it saves and exits with 0."""
+    said = []
 
     def start_until(step, *flags):
         process = start_command(tmp_path, *flags)
         while True:
             line = process.stderr.readline()
             assert line, "it ended before it could be killed"
+            said.append(line)
             if line.startswith("step ") and int(line.split()[1].split("/")[0]) >= step:
                 return process
 
@@ -85,6 +92,7 @@ def test_a_run_killed_repeatedly_ends_as_if_never_killed(unbroken, tmp_path):
     assert (tmp_path / "checkpoints" / stopped).is_dir()
     assert "mIoU" not in out
     process = start_until(5)
+    assert f"from step {stopped}" in "".join(said)
     time.sleep(np.random.default_rng(0).uniform(0, 0.1))  # some moment of the next steps
     process.send_signal(signal.SIGKILL)
     process.communicate()
