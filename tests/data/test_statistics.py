@@ -60,10 +60,10 @@ def test_a_large_split_is_sampled_from_its_first_to_its_last_example():
 
 
 def test_the_share_of_ignored_pixels():
-    dataset, summary = summarize([[[0, 255, 255]], [[255, 255, 255]]])
-    assert summary.ignored_share == pytest.approx(5 / 6)
+    dataset, summary = summarize([[[0, 255, 255]], 3 * [[255, 1, 255]]])
+    assert summary.ignored_share == pytest.approx(8 / 12)
     warnings = statistics.check_valid_pixels(dataset, summary, "train")
-    assert "about 83% of the pixels in 'train' are ignored" in warnings
+    assert "about 66% of the pixels in 'train' are ignored" in warnings
 
 
 def test_a_split_of_ignored_pixels_is_an_error():
