@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import pathlib
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from deeplab_jax.config import Config
 from deeplab_jax.config import io as config_io
 from deeplab_jax.config.rules import validate
+from deeplab_jax.config.schema import flatten
 from deeplab_jax.data import labels
 from deeplab_jax.data.io import classes as class_files
 from deeplab_jax.data.labels import LabelSet
@@ -23,7 +24,6 @@ from deeplab_jax.utils.errors import UserError
 from deeplab_jax.utils.files import require_writable
 from deeplab_jax.utils.paths import is_bucket, required_path
 from deeplab_jax.weights import families, hub, hub_folder, hugging_face, saved_model, torch_file
-from deeplab_jax.weights.families import Recognised
 from deeplab_jax.weights.families.family import BACKBONE
 from deeplab_jax.weights.matching import ConversionReport, Converted, require_finite
 from deeplab_jax.weights.saved_model import SavedModel
@@ -132,12 +132,10 @@ def read_model(source: str | os.PathLike[str], reading: Reading = Reading()) -> 
       UserError: There is no model, it cannot be read, or its weights are not finite.
     """
     path = hub.find_weights(source)
-    if not hub_folder.is_checkpoint(path):
-        saved, found = _read_weights(path, reading)
-        if found and found.family.name != "torchvision":
-            print(f"{path}:", *found.notes, file=sys.stderr, flush=True)
-        return saved
-    return _of_this_package(saved_model.read(path), reading)
+    saved, _, notes = _open(path, reading)
+    if notes:
+        print(f"{path}:", *notes, file=sys.stderr, flush=True)
+    return saved
 
 
 def _of_this_package(saved: SavedModel, reading: Reading) -> SavedModel:
@@ -149,79 +147,80 @@ def _of_this_package(saved: SavedModel, reading: Reading) -> SavedModel:
 
     def read_variables() -> Variables:
         variables = saved.read_variables()
-        require_finite(variables.params | variables.batch_stats, str(saved.path))
+        if not reading.allow_nonfinite:
+            require_finite(variables.params | variables.batch_stats, str(saved.path))
         return variables
 
-    if reading.allow_nonfinite:
-        return saved
     return dataclasses.replace(saved, read_variables=read_variables)
 
 
-def _read_weights(path: pathlib.Path, reading: Reading) -> tuple[SavedModel, Recognised | None]:
-    """Reads a DeepLab's weights, and their family unless they are in a folder of this package."""
-    file = hub_folder.read_file_or_folder(path)
-    if hub_folder.is_ours(file.config):
-        return _of_this_package(hub_folder.to_saved_model(path, file), reading), None
+def _open(
+    path: pathlib.Path, reading: Reading
+) -> tuple[SavedModel, Callable[[], Converted], tuple[str, ...]]:
+    """Returns a model, a function that reads it with a report, and notes on another codebase's."""
+    file = hub_folder.open_model(path)
+    if isinstance(file, SavedModel):
+        ours = _of_this_package(file, reading)
+
+        def read_ours() -> Converted:
+            names = (*ours.variables.params, *ours.variables.batch_stats)
+            return Converted(ours.variables, ConversionReport(tuple((n, n) for n in names)))
+
+        return ours, read_ours, ()
     settings = _settings(reading.settings)
-    model_settings = {
-        name.removeprefix("model."): value
-        for name, value in settings.items()
-        if name.startswith("model.")
-    }
+    of_model = {k.removeprefix("model."): v for k, v in settings.items() if k.startswith("model.")}
     with _naming(path):
         found = families.recognise(
             file.arrays, file.config, family=reading.family, notes=file.notes
         )
-        names = found.description.classes
-        if "num_classes" not in model_settings and found.description.fields["num_classes"] == 1:
-            found = found.with_background(model_settings)
+        names = found.said.classes
+        if "num_classes" not in of_model and found.shown.fields["num_classes"] == 1:
+            found = found.with_background(of_model)
             names = ("background", *(names or ("foreground",)))
-            model_settings["num_classes"] = 2
-        architecture = found.architecture(model_settings)
+            of_model["num_classes"] = 2
+        architecture = found.architecture(of_model)
         classes = _labels(names, architecture.num_classes, reading.classes)
-    assumptions = found.assumptions(model_settings)
-    if assumed := [each for each in assumptions if each.partition("=")[0] not in settings]:
+    assumed = [f"{k}={v}" for k, v in found.assumptions(of_model).items() if k not in settings]
+    if assumed:
         note = f"Assumed {', '.join(assumed)}, as {found.family.title} has by default"
         notes = (*found.notes, f"{note}; `deeplab-jax convert` sets others by --set FIELD=VALUE.")
         found = dataclasses.replace(found, notes=notes)
-    channels = architecture.in_channels
-    mean, std = found.normalization()
+    mean, std = (
+        _per_channel(settings.get(field, value), architecture.in_channels)
+        for field, value in zip(("data.mean", "data.std"), found.normalization(), strict=True)
+    )
     info = saved_model.describe(
         architecture,
         classes,
-        mean=_per_channel(settings.get("data.mean", mean), channels),
-        std=_per_channel(settings.get("data.std", std), channels),
+        mean=mean,
+        std=std,
         resize=found.family.resize,
         size=found.family.size,
     )
-    read = functools.partial(_converted, path, found, architecture, reading)
-    return SavedModel(path, info, lambda: read().variables), found
 
+    def read() -> Converted:
+        model = FunctionalModel.of(architecture)
+        with _naming(path):
+            return found.to_model(model, allow_nonfinite=reading.allow_nonfinite)
 
-def _converted(
-    path: pathlib.Path, found: Recognised, architecture: Architecture, reading: Reading
-) -> Converted:
-    model = FunctionalModel.of(architecture)
-    with _naming(path):
-        return found.to_model(model, allow_nonfinite=reading.allow_nonfinite)
+    notes = found.notes if found.family.name != "torchvision" else ()
+    return SavedModel(path, info, lambda: read().variables), read, notes
 
 
 def _settings(texts: Sequence[str]) -> dict[str, Any]:
     """Returns the values of settings for reading, by field."""
+    names = [text.partition("=")[0] for text in texts]
     config = config_io.override(Config(), texts)
     validate(config)
     if max(config.data.mean + config.data.std) > 2:
         raise UserError("data.mean and data.std are of values 0..1: divide those of 0..255 by 255")
-    values = {}
-    for name in (text.partition("=")[0] for text in texts):
-        fields = name.startswith("model.") and name != "model.architecture"
-        if not fields and name not in ("data.mean", "data.std"):
+    for name in names:
+        if not re.fullmatch(r"model\.(?!architecture$).*|data\.(mean|std)", name):
             raise UserError(
                 f"--set {name}: a weights file is read with fields model.*, data.mean and data.std"
             )
-        section, _, field = name.partition(".")
-        values[name] = getattr(getattr(config, section), field)
-    return values
+    values = flatten(config)
+    return {name: values[name] for name in names}
 
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -269,15 +268,11 @@ def _to_folder(path: pathlib.Path, target: pathlib.Path, reading: Reading) -> Co
             f"{path} is a checkpoint: it is converted to a file that ends in "
             f"{', '.join(SUFFIXES)}, not {target}"
         )
-    model, found = _read_weights(path, reading)
-    if found is None:
-        variables = model.variables
-        names = (*variables.params, *variables.batch_stats)
-        report = ConversionReport(tuple((name, name) for name in names))
-    else:
-        variables, report = _converted(path, found, model.architecture, reading)
-    folder = saved_model.write_model(target, variables, model.info)
-    return Conversion(path, folder, model.architecture, report.used, report.dropped, report.notes)
+    saved, read, _ = _open(path, reading)
+    variables, report = read()
+    folder = saved_model.write_model(target, variables, saved.info)
+    saved_model.copy_calibration(saved, folder)
+    return Conversion(path, folder, saved.architecture, report.used, report.dropped, report.notes)
 
 
 def _to_file(path: pathlib.Path, target: pathlib.Path, reading: Reading) -> Conversion:

@@ -136,13 +136,7 @@ def is_name(text: str) -> bool:
 
 
 def fetch(name: str) -> pathlib.Path:
-    """Returns the file of published weights, downloaded unless it is on this machine.
-
-    The file is looked up in this package's cache, then in PyTorch's. A file whose SHA-256 checksum
-    is wrong is not used.
-
-    Args:
-      name: A key of `FILES`.
+    """Returns the file of a key of `FILES`, downloaded unless it is in our cache or PyTorch's.
 
     Raises:
       UserError: The cache cannot be written to; or the file cannot be downloaded, with the URL and
@@ -178,11 +172,11 @@ def torch_cache_folder() -> pathlib.Path:
 
 def _is_intact(path: pathlib.Path, digest: str) -> bool:
     """Whether a file can be read and has the published checksum; if not, logs why."""
+    problem = "is damaged (its SHA-256 checksum is wrong)"
     try:
-        intact = file_digest(path, "sha256").startswith(digest)
+        if file_digest(path, "sha256").startswith(digest):
+            return True
     except OSError as error:
-        logging.warning("%s cannot be read (%s), and is not used", path, error.strerror)
-        return False
-    if not intact:
-        logging.warning("%s is damaged (its SHA-256 checksum is wrong), and is not used", path)
-    return intact
+        problem = f"cannot be read ({error.strerror})"
+    logging.warning("%s %s, and is not used", path, problem)
+    return False

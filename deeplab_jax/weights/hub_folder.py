@@ -1,7 +1,4 @@
-"""Model folders as on Hugging Face's hub: `config.json` beside one or several weights files.
-
-Reads this package's and other libraries'; writes this package's.
-"""
+"""Model folders as on Hugging Face's hub: `config.json` beside one or several weights files."""
 
 from __future__ import annotations
 
@@ -18,8 +15,9 @@ from deeplab_jax.config.rules import type_problems
 from deeplab_jax.data.labels import LabelSet
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError, listed
-from deeplab_jax.weights import torch_file
-from deeplab_jax.weights.saved_model import SavedModel
+from deeplab_jax.weights import saved_model, torch_file
+from deeplab_jax.weights.matching import fill, own_slots
+from deeplab_jax.weights.saved_model import SavedModel, copy_calibration
 from deeplab_jax.weights.torch_file import WeightsFile
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -67,11 +65,7 @@ def is_checkpoint(path: pathlib.Path) -> bool:
 
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the weights files of a folder.
-
-    Raises:
-      UserError: There are none, a shard is missing, or the index is damaged.
-    """
+    """Returns the weights files of a folder, or raises UserError if one is missing."""
     name = weights_name(child.name for child in folder.iterdir())
     if name is None:
         raise UserError(f"{folder} is no folder as on the hub: it has no {EXPECTED}")
@@ -85,11 +79,7 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def shards(index: pathlib.Path) -> list[str]:
-    """Returns the names of the files that an index lists.
-
-    Raises:
-      UserError: The index is damaged, or names files of another folder.
-    """
+    """Returns the names of the files that an index lists, or raises UserError."""
     names = read_json(index).get("weight_map")
     names = set(map(str, names.values())) if isinstance(names, dict) else {}
     wrong = [name for name in names if not re.fullmatch(r"\w[\w.-]*", name)]
@@ -106,21 +96,17 @@ def read_file_or_folder(path: pathlib.Path) -> WeightsFile:
 
 
 def read(folder: pathlib.Path) -> WeightsFile:
-    """Reads the arrays and the config of a folder; nothing in it is executed.
-
-    Raises:
-      UserError: As `files`, `torch_file.read_file` and `read_json`.
-    """
-    first, *others = map(torch_file.read_file, files(folder))
-    arrays = first.arrays
-    for each in others:
-        arrays |= each.arrays
-    config = dict(first.config)
+    """Reads the arrays and the config of a folder, or raises UserError; nothing is executed."""
+    arrays: dict[str, np.ndarray] = {}
+    config: dict[str, Any] = {}
+    notes: tuple[str, ...] = ()
+    for file in map(torch_file.read_file, files(folder)):
+        arrays, config, notes = arrays | file.arrays, config | file.config, notes + file.notes
     if (folder / CONFIG).is_file():
         config |= read_json(folder / CONFIG)
     if (folder / PREPROCESSOR).is_file():  # of transformers: mean and std
         config["preprocessor_config"] = read_json(folder / PREPROCESSOR)
-    return dataclasses.replace(first, arrays=arrays, format="hub folder", config=config)
+    return WeightsFile(arrays, config, notes)
 
 
 def is_ours(config: dict[str, Any]) -> bool:
@@ -128,15 +114,20 @@ def is_ours(config: dict[str, Any]) -> bool:
     return config.get("library") == _OURS
 
 
+def open_model(path: pathlib.Path) -> SavedModel | WeightsFile:
+    """Returns a checkpoint's or folder's model of this package, or another codebase's weights."""
+    if is_checkpoint(path):
+        return saved_model.read(path)
+    file = read_file_or_folder(path)
+    return to_saved_model(path, file) if is_ours(file.config) else file
+
+
 def to_saved_model(folder: pathlib.Path, file: WeightsFile) -> SavedModel:
-    """Returns the model in a folder of this package.
+    """Returns the model in a folder of this package, or raises UserError.
 
     Args:
       folder: The folder, or the weights file in it.
       file: What `read` returned for it; `is_ours` holds for its config.
-
-    Raises:
-      UserError: The config is damaged or of another version. So may the use of `variables`.
     """
     folder = folder if folder.is_dir() else folder.parent
     if file.config.get("format") != _FORMAT:
@@ -144,9 +135,15 @@ def to_saved_model(folder: pathlib.Path, file: WeightsFile) -> SavedModel:
             f"{folder / CONFIG} has format {str(file.config.get('format'))[:20]}, and this version "
             f"of deeplab_jax reads format {_FORMAT}: use the version that wrote it"
         )
+
+    def read_variables() -> Variables:
+        return fill(
+            model, own_slots(model), file.arrays, source=f"{folder}", allow_nonfinite=True
+        ).variables
+
     try:
         info: dict[str, Any] = file.config["info"]
-        saved = SavedModel(folder, info, lambda: _variables(folder, file.arrays, model))
+        saved = SavedModel(folder, info, read_variables)
         typed, architecture = _Info(**info), saved.architecture
         for problem in (*type_problems(typed, "info."), *type_problems(architecture, "")):
             raise TypeError(problem)
@@ -167,31 +164,8 @@ def to_saved_model(folder: pathlib.Path, file: WeightsFile) -> SavedModel:
     return saved
 
 
-def _variables(
-    folder: pathlib.Path, arrays: dict[str, np.ndarray], model: FunctionalModel
-) -> Variables:
-    expected = model.abstract.params | model.abstract.batch_stats
-    kinds, found = (
-        {(name, array.shape, array.dtype) for name, array in each.items()}
-        for each in (expected, arrays)
-    )
-    if wrong := sorted({name for name, *_ in kinds ^ found}):
-        raise UserError(
-            f"the arrays of {folder} do not fit its {CONFIG}: {listed(wrong)} (missing, not in the "
-            "model, or of another shape or type)"
-        )
-    params, batch_stats = (
-        {name: np.array(arrays[name]) for name in group} for group in model.abstract
-    )
-    return Variables(params, batch_stats)
-
-
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-      UserError: The file cannot be read, or holds anything else.
-    """
+    """Reads a JSON object, or raises UserError."""
     try:
         value = json.loads(path.read_bytes())
         if not isinstance(value, dict):
@@ -202,15 +176,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def write(saved: SavedModel, folder: pathlib.Path) -> None:
-    """Writes a model into a new folder, for `read` and `to_saved_model`.
-
-    Raises:
-      UserError: The weights cannot be written.
-      OSError: The folder or the config cannot be written.
-    """
+    """Writes a model, with its calibration, into a new folder, for `read` and `to_saved_model`."""
     folder.mkdir()
     torch_file.write(
         folder / _WEIGHTS[0], {**saved.variables.params, **saved.variables.batch_stats}
     )
     config = {"library": _OURS, "format": _FORMAT, "info": saved.info}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    copy_calibration(saved, folder)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from deeplab_jax.utils.errors import UserError, first_line, listed
 from deeplab_jax.weights import hub_folder, model_card
-from deeplab_jax.weights.saved_model import SavedModel
+from deeplab_jax.weights.saved_model import CALIBRATION, SavedModel
 from deeplab_jax.weights.torch_file import SUFFIXES
 
 _OFFLINE = (
@@ -42,6 +42,9 @@ _REASONS: dict[str | int | None, str] = {
 }
 
 
+_BESIDE = (hub_folder.CONFIG, hub_folder.PREPROCESSOR, CALIBRATION)  # files read with weights
+
+
 class _Repository(NamedTuple):
     """What a source names; `path` is a file or a folder in the repository."""
 
@@ -61,13 +64,10 @@ def is_remote(text: str) -> bool:
 
 
 def download(source: str) -> pathlib.Path:
-    """Returns the folder or file that a name on Hugging Face's hub stands for.
+    """Returns the folder or file that `org/name`, or `hf://org/name@v1.0/folder`, stands for.
 
-    Only the weights and their config are downloaded. `huggingface_hub` caches files and
+    Only the weights and what is read with them are downloaded. `huggingface_hub` caches files and
     verifies their sizes; without network, what an earlier call downloaded is used.
-
-    Args:
-      source: `org/name`, or as `hf://org/name@v1.0/folder`.
 
     Raises:
       UserError: The extra `hub` is not installed, or there is no such model, or no access to it.
@@ -91,10 +91,10 @@ def download(source: str) -> pathlib.Path:
 
         if where.path in names:
             file = pathlib.PurePosixPath(where.path)
-            # Weights under one of the hub's names are read with the config beside them.
+            # Weights under one of the hub's names are read with what is beside them.
             has_config = hub_folder.weights_name([file.name]) is not None
-            config = [str(file.with_name(hub_folder.CONFIG))] if has_config else []
-            return fetch(where.path, *config) / where.path
+            beside = [str(file.with_name(name)) for name in _BESIDE if has_config]
+            return fetch(where.path, *beside) / where.path
         prefix = f"{where.path}/" if where.path else ""
         weights = hub_folder.weights_name(
             each.removeprefix(prefix) for each in names if each.startswith(prefix)
@@ -103,7 +103,7 @@ def download(source: str) -> pathlib.Path:
             files = [each for each in names if each.endswith(SUFFIXES)]
             hint = f"; it has {listed(files)}: give one after the name" if files else ""
             raise UserError(f"{source}: no {hub_folder.EXPECTED} there{hint}")
-        root = fetch(prefix + hub_folder.CONFIG, prefix + weights)
+        root = fetch(*(prefix + name for name in (weights, *_BESIDE)))
         if weights.endswith(".json"):
             fetch(*(prefix + name for name in hub_folder.shards(root / prefix / weights)))
         return root / where.path
@@ -149,7 +149,7 @@ def push(saved: SavedModel, destination: str, *, private: bool = False, license:
             repo_id=where.name,
             folder_path=folder,
             commit_message="Upload a model of deeplab_jax",
-            delete_patterns=model_card.PICTURE,  # of an older model
+            delete_patterns=[model_card.PICTURE, CALIBRATION],  # of an older model
         )
         return f"{api.endpoint}/{where.name}"
 

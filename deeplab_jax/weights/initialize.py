@@ -13,15 +13,10 @@ from deeplab_jax.config import Config
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import families, hub, hub_folder, saved_model
-from deeplab_jax.weights.matching import (
-    ConversionReport,
-    Converted,
-    Slot,
-    match_arrays,
-    problem_lines,
-    to_variables,
-)
+from deeplab_jax.weights import families, hub, hub_folder
+from deeplab_jax.weights.families.family import BACKBONE
+from deeplab_jax.weights.matching import Converted, fill, own_slots
+from deeplab_jax.weights.saved_model import SavedModel
 
 
 def init_variables(config: Config, model: FunctionalModel, log: Callable[[str], None]) -> Variables:
@@ -43,18 +38,16 @@ def init_variables(config: Config, model: FunctionalModel, log: Callable[[str], 
     backbone_only = not config.init.path
     field = "config.init.backbone" if backbone_only else "config.init.path"
     path = hub.find_weights(source, field)
-    if hub_folder.is_checkpoint(path):
-        path = saved_model.find_checkpoint(path)
-    log(f"{'backbone' if backbone_only else 'model'} from {path}")
     options: dict[str, Any] = {
         "allow_missing": config.init.allow_missing,
         "backbone_only": backbone_only,
     }
     try:
-        file = None if hub_folder.is_checkpoint(path) else hub_folder.read_file_or_folder(path)
-        if file is None or hub_folder.is_ours(file.config):
-            saved = hub_folder.to_saved_model(path, file) if file else saved_model.read(path)
-            converted, report = from_checkpoint(saved.variables, model, **options)
+        file = hub_folder.open_model(path)
+        at = file.path if isinstance(file, SavedModel) else path
+        log(f"{'backbone' if backbone_only else 'model'} from {at}")
+        if isinstance(file, SavedModel):
+            converted, report = from_checkpoint(file.variables, model, **options)
         else:
             found = families.recognise(
                 file.arrays, file.config, backbone_only=backbone_only, notes=file.notes
@@ -118,31 +111,13 @@ def from_checkpoint(
     allow_missing: str = "",
     backbone_only: bool = False,
 ) -> Converted:
-    """Returns the variables of a checkpoint that a model uses, as `families.to_model`.
-
-    Args:
-      saved: The checkpoint's variables.
-      model: The model to convert them for.
-      allow_missing: Regular expression. Variables in whose name it is found may be missing.
-      backbone_only: Whether to use only the backbone.
-
-    Raises:
-      UserError: Arrays are missing, left over, of another shape or not finite; the message lists
-        them.
-    """
-    slots = {
-        name: Slot(name, tuple(range(value.ndim)), value.shape, value.dtype)
-        for name, value in (model.abstract.params | model.abstract.batch_stats).items()
-        if not backbone_only or name.startswith("backbone.")
-    }
-    arrays = {
-        name: array
-        for name, array in (saved.params | saved.batch_stats).items()
-        if not backbone_only or name in slots
-    }
-    used, replaced, missing, problems = match_arrays(arrays, slots, allow_missing)
-    if problems:
-        lines = [f"the checkpoint does not fit {model.architecture.name}:"]
-        raise UserError("\n".join([*lines, *problem_lines(problems)]))
-    report = ConversionReport(tuple((name, name) for name in used), (), replaced, missing)
-    return Converted(to_variables(arrays, used, model), report)
+    """Returns those of a checkpoint's variables that a model uses; otherwise as `fill`."""
+    prefix = BACKBONE if backbone_only else ""
+    arrays = saved.params | saved.batch_stats
+    return fill(
+        model,
+        {name: slot for name, slot in own_slots(model).items() if name.startswith(prefix)},
+        {name: array for name, array in arrays.items() if name.startswith(prefix)},
+        source="the checkpoint",
+        allow_missing=allow_missing,
+    )

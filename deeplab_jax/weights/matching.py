@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ import numpy as np
 
 from deeplab_jax.models.functional import Arrays, FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError, listed
+
+Problems = dict[str, list[str]]  # names of arrays by what is wrong with them
 
 
 class Slot(NamedTuple):
@@ -31,22 +33,6 @@ class Slot(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     first_channels: int = 0
-
-
-class Match(NamedTuple):
-    """Which arrays fill which variables.
-
-    Attributes:
-      used: The variable for each array that is used.
-      replaced: Variables that stay random because the number of classes differs.
-      missing: Variables that stay random because the checkpoint lacks them, as allowed.
-      problems: What does not fit, by kind.
-    """
-
-    used: dict[str, Slot]
-    replaced: tuple[str, ...]
-    missing: tuple[str, ...]
-    problems: dict[str, list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,18 +61,39 @@ class Converted(NamedTuple):
     report: ConversionReport
 
 
-def match_arrays(
-    arrays: Mapping[str, np.ndarray], slots: Mapping[str, Slot], allow_missing: str = ""
-) -> Match:
-    """Matches arrays with a model's variables by name, and checks their shapes and types.
+def own_slots(model: FunctionalModel) -> dict[str, Slot]:
+    """Returns the slots of a file with the names, axes and types of this package."""
+    return {
+        name: Slot(name, tuple(range(value.ndim)), value.shape, value.dtype)
+        for name, value in (model.abstract.params | model.abstract.batch_stats).items()
+    }
+
+
+def fill(
+    model: FunctionalModel,
+    slots: Mapping[str, Slot],
+    arrays: Mapping[str, np.ndarray],
+    *,
+    source: str = "the file",
+    allow_missing: str | None = None,
+    allow_nonfinite: bool = False,
+    hints: Callable[[], Iterable[str]] = tuple,
+) -> Converted:
+    """Returns the variables that arrays fill, in the model's layout and types.
 
     Args:
-      arrays: The arrays of a checkpoint.
-      slots: The model's variables by the names that their arrays have in the checkpoint.
-      allow_missing: Regular expression. Variables in whose name it is found may be missing.
+      model: The model.
+      slots: Its variables by the names that their arrays have.
+      arrays: The arrays, each of which must have a slot.
+      source: Where they are from, for the error message.
+      allow_missing: Regular expression. Variables in whose name it is found may be missing. None:
+        all must be there, and logits of another number of classes are refused.
+      allow_nonfinite: Whether to keep NaN and infinite values instead of refusing them.
+      hints: Returns further lines for the error message.
 
     Raises:
-      UserError: `allow_missing` is not a regular expression.
+      UserError: Arrays are missing, left over, or of another shape or type; the message lists them
+        all. Or weights are not finite. Or `allow_missing` is not a regular expression.
     """
     try:
         allowed = re.compile(allow_missing or "(?!)")  # an empty expression allows nothing
@@ -94,47 +101,57 @@ def match_arrays(
         raise UserError(
             f"allow_missing must be a regular expression, got {allow_missing!r} ({error})"
         ) from error
-    used, replaced, missing = {}, [], []
-    problems: dict[str, list[str]] = collections.defaultdict(list)
+    used: dict[str, Slot] = {}
+    replaced, missing = [], []
+    problems: Problems = collections.defaultdict(list)
     for key, slot in slots.items():
         array = arrays.get(key)
-        if array is None:
-            if allowed.search(slot.name):
-                missing.append(slot.name)
-            else:
-                problems["missing"].append(key)
+        if array is None and allowed.search(slot.name):
+            missing.append(slot.name)
+        elif array is None:
+            problems["missing"].append(key)
+        elif allow_missing is not None and _differs_in_classes(slot, array.shape):
+            replaced.append(slot.name)
         elif array.shape != slot.shape:
-            if _differs_in_classes(slot, array.shape):
-                replaced.append(slot.name)
-            else:
-                problems["of another shape"].append(
-                    f"{key} is {list(array.shape)}, the model's is {list(slot.shape)}"
-                )
+            shapes = f"{list(array.shape)}, the model's is {list(slot.shape)}"
+            problems["of another shape"].append(f"{key} is {shapes}")
         elif not jnp.issubdtype(array.dtype, jnp.floating):
             problems["of another type"].append(f"{key} is {array.dtype}, not floating point")
         else:
             used[key] = slot
     if extra := list(arrays.keys() - slots.keys()):
         problems["not in the model"] = extra
-    return Match(used, tuple(replaced), tuple(missing), problems)
+    if problems:
+        headline = f"{source} does not fit {model.architecture.name}:"
+        raise UserError("\n".join([headline, *_lines(problems), *hints()]))
+    types = collections.Counter((arrays[k].dtype.name, s.dtype.name) for k, s in used.items())
+    report = ConversionReport(
+        tuple((key, slot.name) for key, slot in used.items()),
+        replaced=tuple(replaced),
+        missing=tuple(missing),
+        notes=tuple(
+            f"{count} arrays were {old} and became {new}."
+            for (old, new), count in types.items()
+            if old != new
+        ),
+    )
+    values = {slot.name: _value(arrays[key], slot) for key, slot in used.items()}
+    if not allow_nonfinite:
+        require_finite({key: values[slot.name] for key, slot in used.items()})
 
+    def select(group: Arrays) -> Arrays:
+        return {name: values[name] for name in group if name in values}
 
-def problem_lines(problems: Mapping[str, list[str]]) -> list[str]:
-    """Returns a line for an error message for each kind of problem."""
-    return [f"  {kind}: {listed(sorted(names), '; ')}" for kind, names in problems.items()]
+    return Converted(Variables(*map(select, model.abstract)), report)
 
 
 def require_finite(arrays: Mapping[str, np.ndarray], source: str = "") -> None:
     """Checks that weights are finite and that no running variance is negative.
 
-    Args:
-      arrays: The weights by name.
-      source: Where they are from, for the error message.
-
     Raises:
       UserError: The message lists the arrays, and how many of their values are wrong.
     """
-    problems: dict[str, list[str]] = collections.defaultdict(list)
+    problems: Problems = collections.defaultdict(list)
     wrong = set()
     for name, array in arrays.items():
         is_variance = name.endswith(("running_var", ".var"))
@@ -148,52 +165,30 @@ def require_finite(arrays: Mapping[str, np.ndarray], source: str = "") -> None:
                 problems[kind].append(f"{name} ({count} of {array.size} {array.dtype} values)")
     if problems:
         of_source = f" of {source}" if source else ""
-        lines = [f"{len(wrong)} of {len(arrays)} arrays{of_source} cannot be weights of a model:"]
-        lines += problem_lines(problems)
-        lines.append(
+        lines = [
+            f"{len(wrong)} of {len(arrays)} arrays{of_source} cannot be weights of a model:",
+            *_lines(problems),
             "  training diverged or the file is damaged: use an earlier or another copy "
-            "(`deeplab-jax convert --allow-nonfinite` keeps them)"
-        )
+            "(`deeplab-jax convert --allow-nonfinite` keeps them)",
+        ]
         raise UserError("\n".join(lines))
 
 
-def to_variables(
-    arrays: Mapping[str, np.ndarray],
-    used: Mapping[str, Slot],
-    model: FunctionalModel,
-    allow_nonfinite: bool = False,
-) -> Variables:
-    """Returns the variables that the used arrays fill, in the model's layout and types.
+def _lines(problems: Problems) -> list[str]:
+    return [f"  {kind}: {listed(sorted(names), '; ')}" for kind, names in problems.items()]
 
-    Raises:
-      UserError: As `require_finite`, unless `allow_nonfinite`.
-    """
-    # Copies, even where an array could be used as it is: it may be a view of a file.
-    with np.errstate(over="ignore"):  # a number too large for the type becomes infinite
-        values = {
-            slot.name: np.array(np.transpose(arrays[key], slot.axes), slot.dtype, order="C")
-            for key, slot in used.items()
-        }
-    for slot in used.values():
-        if slot.first_channels:
-            values[slot.name] = np.roll(values[slot.name], -slot.first_channels, axis=2)
-    if not allow_nonfinite:
-        require_finite({key: values[slot.name] for key, slot in used.items()})
 
-    def select(group: Arrays) -> Arrays:
-        return {name: values[name] for name in group if name in values}
-
-    return Variables(select(model.abstract.params), select(model.abstract.batch_stats))
+@np.errstate(over="ignore")  # a number too large for the type becomes infinite
+def _value(array: np.ndarray, slot: Slot) -> np.ndarray:
+    """Returns a copy, even of an array that could be used as it is: it may be a view of a file."""
+    value = np.array(np.transpose(array, slot.axes), slot.dtype, order="C")
+    return np.roll(value, -slot.first_channels, axis=2) if slot.first_channels else value
 
 
 def _differs_in_classes(slot: Slot, shape: tuple[int, ...]) -> bool:
-    """Whether a logits layer's array has the variable's shape except for the number of classes."""
-    if not (".logits." in slot.name or slot.name.startswith("decoder.")):
+    """Whether a logits layer's array differs from the variable only in the number of classes."""
+    is_logits = ".logits." in slot.name or slot.name.startswith("decoder.")
+    if not is_logits or len(shape) != len(slot.shape):
         return False
-    if len(shape) != len(slot.shape):
-        return False
-    classes_axis = slot.axes[-1]
-    return all(
-        axis == classes_axis or size == expected
-        for axis, (size, expected) in enumerate(zip(shape, slot.shape, strict=True))
-    )
+    differing = [axis for axis, n in enumerate(shape) if n != slot.shape[axis]]
+    return differing == [slot.axes[-1]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pathlib
@@ -89,15 +90,13 @@ def _scores(checkpoint: pathlib.Path) -> dict[str, str]:
     rows = {"data": f"{config.data.name}, split {config.data.split}"}
     metrics = checkpoint / "../../metrics.jsonl"
     for line in metrics.read_text().splitlines() if metrics.is_file() else ():
-        try:
+        # Not of another line, or of one that a kill cut short.
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             entry = json.loads(line)
-            if str(entry["step"]) == checkpoint.name and entry["eval/miou"] is not None:
-                miou, images = float(entry["eval/miou"]), int(entry["eval/images"])
-                settings = resolve_eval(config)
+            if str(entry["step"]) == checkpoint.name:
                 rows["mean IoU"] = (
-                    f"{miou:.4f} on {images} images of {config.data.name}, split "
-                    f"{config.data.eval_split}, protocol {settings.protocol}"
+                    f"{entry['eval/miou']:.4f} on {entry['eval/images']} images of "
+                    f"{config.data.name}, split {config.data.eval_split}, protocol "
+                    f"{resolve_eval(config).protocol}"
                 )
-        except (ValueError, KeyError, TypeError):  # another line, or one that a kill cut short
-            continue
     return rows

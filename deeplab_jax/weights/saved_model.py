@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import pathlib
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from deeplab_jax.utils.errors import UserError, first_line
 from deeplab_jax.utils.registry import module_of
 
 METRIC = "miou"
+CALIBRATION = "calibration.json"  # in a model's folder; see `inference.calibration`
 FORMAT = 2  # of `info` and of the names of arrays; incremented when their meaning changes
 
 
@@ -56,19 +58,14 @@ class SavedModel:
             registers it.
         """
         fields = self.info["architecture"]
-        absent = [
-            (f"{part} {fields[part]!r}", self.info["registered_by"].get(part, "MODULE"))
-            for part, registry in (("backbone", BACKBONES), ("head", HEADS))
-            if fields[part] not in registry
-        ]
-        if absent:
-            parts = " and the ".join(part for part, _ in absent)
-            modules = dict.fromkeys(module for _, module in absent)
-            raise UserError(
-                f"{self.path} has the {parts}, not registered here. When the model was trained, "
-                f"{' and '.join(modules)} registered it: import that first, or on the command line "
-                f"give {' '.join(f'--import {module}' for module in modules)}"
-            )
+        for part, registry in (("backbone", BACKBONES), ("head", HEADS)):
+            if fields[part] not in registry:
+                module = self.info["registered_by"].get(part, "MODULE")
+                raise UserError(
+                    f"{self.path} has the {part} {fields[part]!r}, not registered here. When the "
+                    f"model was trained, {module} registered it: import that first, or on the "
+                    f"command line give --import {module}"
+                )
         return Architecture(**fields)
 
 
@@ -113,9 +110,7 @@ def describe(
 def write_model(
     path: str | os.PathLike[str], variables: Variables, info: dict[str, Any]
 ) -> pathlib.Path:
-    """Writes a model as a checkpoint's folder, which `read` accepts, and returns the folder.
-
-    The folder appears only when it is complete.
+    """Writes a model as a checkpoint's folder, which appears only when it is complete.
 
     Raises:
       UserError: The path exists or cannot be written.
@@ -133,6 +128,12 @@ def write_model(
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     return folder
+
+
+def copy_calibration(saved: SavedModel, folder: pathlib.Path) -> None:
+    """Copies the calibration of these weights, if there is one, to another folder of them."""
+    if (beside := saved.path / CALIBRATION).is_file():
+        shutil.copyfile(beside, folder / CALIBRATION)
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -204,12 +205,9 @@ def _read_part(folder: pathlib.Path, name: str) -> Any:
 
 
 def check_format(workdir: pathlib.Path) -> None:
-    """Checks that this version can resume the run in a workdir.
+    """Raises UserError if the newest checkpoint in a workdir has another format.
 
     A checkpoint that cannot be read is ignored here, because `Checkpoints.restore` handles it.
-
-    Raises:
-      UserError: The newest checkpoint has another format.
     """
     newest = step_folders(workdir / "checkpoints")[-1]
     try:
@@ -233,8 +231,7 @@ def _require_format(path: pathlib.Path, info: dict[str, Any]) -> None:
 def orbax_context(*, is_copied: bool = False) -> Any:
     """Returns the `ocp.Context` with which all checkpoints are written and read.
 
-    Args:
-      is_copied: whether each process writes and reads all of it in a folder of its own.
+    With `is_copied`, each process writes and reads all of it in a folder of its own.
     """
     from orbax.checkpoint import v1 as ocp  # takes 0.2 s, which weights files do not need
 

@@ -1,10 +1,9 @@
 """Reads and writes weights files: PyTorch's `.pth`, without PyTorch, and `.safetensors`.
 
 Since PyTorch 1.6 a `.pth` is a zip archive of a pickle, which describes the tensors, and of the
-tensors' bytes; before that it was a sequence of pickles followed by the bytes. Either is mapped
+tensors' bytes; before that it was a sequence of pickles followed by the bytes. The file is mapped
 into memory, the pickle is read as data (`torch_format.state_dict`), and each array is a read-only
-view of the mapped bytes, without a copy. So are those of a `.safetensors` file. Nothing in a file
-is executed.
+view of the mapped bytes. So are those of a `.safetensors` file. Nothing in a file is executed.
 
 Format: `torch/serialization.py` of PyTorch 2.13, functions `_save` and `_legacy_save`.
 """
@@ -12,6 +11,7 @@ Format: `torch/serialization.py` of PyTorch 2.13, functions `_save` and `_legacy
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import mmap
@@ -66,25 +66,14 @@ class WeightsFile:
     Attributes:
       arrays: Read-only arrays by name, in the file's order. They are views of the file where it
         has them as they are: it may be replaced while they are in use, but not changed in place.
-      format: "PyTorch zip", "PyTorch legacy", "safetensors", "TFLite" or "hub folder".
-      entry: The key of the state dict in the checkpoint's dictionary, or the keys joined by "/" if
-        it is nested deeper; empty if the dictionary is the state dict.
-      ignored: The other keys of these dictionaries, except those in `config`.
       config: What is known beside the arrays: the `config.json` of a folder (`hub_folder`), what a
         TFLite file's graph says (`tflite_file`), or a checkpoint's "meta" under that key.
+      notes: A sentence that says where the state dict was, unless it was the whole file.
     """
 
     arrays: dict[str, np.ndarray]
-    format: str
-    entry: str = ""
-    ignored: tuple[str, ...] = ()
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """A sentence that says where the state dict was, unless it was the whole file."""
-        ignored = f"; not read: {listed(self.ignored)}" if self.ignored else ""
-        return (f'The state dict was under "{self.entry}"{ignored}.',) if self.entry else ()
+    notes: tuple[str, ...] = ()
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -93,7 +82,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def read_file(path: str | os.PathLike[str]) -> WeightsFile:
-    """Reads a state dict from a `.pth`, `.pt` or `.safetensors` file.
+    """Reads a state dict from a `.pth`, `.pt`, `.safetensors` or `.tflite` file.
 
     The format is detected from the content. A training script's checkpoint, a dictionary with the
     state dict under "model", "state_dict" or another key, is accepted too; see
@@ -102,7 +91,7 @@ def read_file(path: str | os.PathLike[str]) -> WeightsFile:
 
     Raises:
       UserError: The file does not exist or is damaged; it holds no state dict; it holds complex,
-        quantised or sparse tensors; or its pickle asks for anything but arrays.
+        quantised or sparse tensors; or its pickle asks for what only attacks do.
     """
     path = pathlib.Path(path)
     try:
@@ -121,7 +110,7 @@ def _read_file(path: pathlib.Path) -> WeightsFile:
     start = data[:512]
     # Before the others: the length of the header, in bytes 0 to 7, can look like their signature.
     if start[8:9] == b"{":
-        return _read_safetensors(path, data)
+        return WeightsFile(_read_safetensors(path, data))
     if start[4:8] == b"TFL3":
         from deeplab_jax.weights import tflite_file
 
@@ -130,11 +119,6 @@ def _read_file(path: pathlib.Path) -> WeightsFile:
         return _read_zip(path, memoryview(data))
     if start.startswith(pickle.PROTO):
         return _read_legacy(data)
-    if start[257:262] == b"ustar":
-        raise Unreadable(
-            "is a tar archive, which PyTorch wrote before 0.1.10 and this package does not read: "
-            "load it with PyTorch and save its state dict again"
-        )
     for first_bytes, message in _OTHER_FORMATS.items():
         if start.lstrip().startswith(first_bytes):
             raise Unreadable(message)
@@ -143,26 +127,21 @@ def _read_file(path: pathlib.Path) -> WeightsFile:
     )
 
 
-def _weights_file(
-    file_format: str, root: Any, load_storage: Callable[[Storage], np.ndarray]
-) -> WeightsFile:
+def _weights_file(root: Any, load_storage: Callable[[Storage], np.ndarray]) -> WeightsFile:
     entry, tensors = state_dict.find_state_dict(root)
-    meta = root.get("meta") if entry else None  # mmsegmentation's config and classes
+    arrays = state_dict.arrays(tensors, load_storage)
+    if not entry:
+        return WeightsFile(arrays)
+    meta = root.get("meta")  # mmsegmentation's config and classes
     config = {"meta": meta} if isinstance(meta, dict) else {}
     ignored: list[str] = []
     for key in entry:
-        ignored += [str(name)[:200] for name in root if name not in (key, *config)]
+        ignored += [str(name) for name in root if name not in (key, *config)]
         root = root[key]
-    arrays = state_dict.arrays(tensors, load_storage)
-    return WeightsFile(arrays, file_format, "/".join(entry), tuple(ignored), config)
-
-
-def _elements(raw: memoryview, dtype: np.dtype[Any], little_endian: bool) -> np.ndarray:
-    if little_endian:
-        return np.frombuffer(raw, dtype)
-    swapped = np.frombuffer(raw, f">u{dtype.itemsize}").astype(f"<u{dtype.itemsize}")
-    swapped.flags.writeable = False
-    return swapped.view(dtype)
+    not_read = f"; not read: {listed(ignored)}" if ignored else ""
+    return WeightsFile(
+        arrays, config, (f'The state dict was under "{"/".join(entry)}"{not_read}.',)
+    )
 
 
 # PyTorch's zip format
@@ -171,21 +150,17 @@ def _elements(raw: memoryview, dtype: np.dtype[Any], little_endian: bool) -> np.
 def _read_zip(path: pathlib.Path, data: memoryview) -> WeightsFile:
     entries = _zip_entries(path, len(data))
     order = bytes(_zip_entry(data, entries, "byteorder")) if "byteorder" in entries else b"little"
-    if order not in (b"little", b"big"):
-        raise Unreadable(f"is damaged: its byte order is {order[:20]!r}")
-    loaded: dict[Storage, np.ndarray] = {}
+    if order != b"little":
+        raise Unreadable(f"has the byte order {order[:20]!r}, expected b'little'")
 
     def load_storage(storage: Storage) -> np.ndarray:
-        if storage not in loaded:
-            raw = _zip_entry(data, entries, f"data/{storage.key}")
-            if len(raw) != storage.numel * storage.dtype.itemsize:
-                raise Unreadable(f"has {len(raw)} bytes stored for {storage.numel} elements")
-            loaded[storage] = _elements(raw, storage.dtype, order == b"little")
-        return loaded[storage]
+        raw = _zip_entry(data, entries, f"data/{storage.key}")
+        if len(raw) != storage.numel * storage.dtype.itemsize:
+            raise Unreadable(f"has {len(raw)} bytes stored for {storage.numel} elements")
+        return np.frombuffer(raw, storage.dtype)
 
-    pickled = io.BytesIO(_zip_entry(data, entries, "data.pkl"))
-    root = state_dict.parse(pickled, state_dict.storage)
-    return _weights_file("PyTorch zip", root, load_storage)
+    root = state_dict.parse(io.BytesIO(_zip_entry(data, entries, "data.pkl")), state_dict.storage)
+    return _weights_file(root, functools.cache(load_storage))
 
 
 def _zip_entries(path: pathlib.Path, file_size: int) -> dict[str, zipfile.ZipInfo]:
@@ -197,21 +172,18 @@ def _zip_entries(path: pathlib.Path, file_size: int) -> dict[str, zipfile.ZipInf
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         raise Unreadable(f"is a damaged or truncated zip archive ({error})") from error
     entries = {info.filename.partition("/")[2]: info for info in infos}
-    if "data.pkl" not in entries:
-        raise Unreadable("is a zip archive but not PyTorch's: it has no entry data.pkl")
-    if "constants.pkl" in entries:
+    if "data.pkl" not in entries or "constants.pkl" in entries:
         raise Unreadable(
-            "is a TorchScript program: load it with `torch.jit.load` and save its state dict"
+            "is a zip archive without a state dict of PyTorch; if it is a TorchScript program, "
+            "load it with `torch.jit.load` and save its state dict"
         )
     if len(entries) != len(infos):
         raise Unreadable("is damaged: two entries of the archive have the same name")
-    if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
-        raise Unreadable(
-            "was compressed after PyTorch wrote it: unpack it and pack it again without "
-            "compression (`zip -0 -r`)"
-        )
     if any(info.file_size != info.compress_size or info.flag_bits & 1 for info in infos):
-        raise Unreadable("is damaged or encrypted")
+        raise Unreadable(
+            "is damaged, encrypted or compressed after PyTorch wrote it: unpack it and pack it "
+            "again without compression (`zip -0 -r`)"
+        )
     # With overlapping entries, verifying checksums could take the square of the file's size.
     if sum(info.file_size for info in infos) > file_size:
         raise Unreadable("is damaged: its entries are larger than the file")
@@ -250,36 +222,34 @@ def _read_legacy(data: mmap.mmap) -> WeightsFile:
     _, protocol, system = header
     if protocol != _LEGACY_PROTOCOL or not isinstance(system, dict):
         raise Unreadable("has an unknown version of PyTorch's format")
+    if system.get("little_endian") is False:
+        raise Unreadable("has the byte order of another kind of machine, expected little-endian")
 
-    roots: dict[str, Storage] = {}
+    storages: dict[str, Storage] = {}
 
     def load_persistent(persistent_id: Any) -> Storage | Opaque:
         match persistent_id:
-            case ("module", Opaque() as layer, _, _):  # a loss, with its source code
+            case ("module", Opaque() as layer, _, _):  # with its source code
                 return layer
         storage = state_dict.storage(persistent_id)
-        root = dataclasses.replace(storage, view=None)
-        if roots.setdefault(storage.key, root) != root:
+        if isinstance(storage, Storage) and storages.setdefault(storage.key, storage) != storage:
             raise Unreadable("is damaged: a storage has two types or sizes")
         return storage
 
     root = state_dict.parse(file, load_persistent)
     keys = state_dict.parse(file, _no_persistent)
-    contents = _legacy_contents(memoryview(data), data.tell(), keys, roots)
-    little_endian = system.get("little_endian", True) is not False
+    position = data.tell()
+
+    @functools.cache
+    def contents() -> dict[str, memoryview]:
+        return _legacy_contents(memoryview(data), position, keys, storages)
 
     def load_storage(storage: Storage) -> np.ndarray:
-        if storage.key not in contents:
+        if storage.key not in contents():
             raise Unreadable("has no bytes stored for it")
-        elements = _elements(contents[storage.key], storage.dtype, little_endian)
-        if storage.view is None:
-            return elements
-        start, length = storage.view
-        if start + length > elements.size:
-            raise Unreadable(f"reaches past the end of the {elements.size} elements stored for it")
-        return elements[start : start + length]
+        return np.frombuffer(contents()[storage.key], storage.dtype)
 
-    return _weights_file("PyTorch legacy", root, load_storage)
+    return _weights_file(root, load_storage)
 
 
 def _legacy_contents(
@@ -308,7 +278,7 @@ def _no_persistent(persistent_id: Any) -> Any:
 # safetensors
 
 
-def _read_safetensors(path: pathlib.Path, data: mmap.mmap) -> WeightsFile:
+def _read_safetensors(path: pathlib.Path, data: mmap.mmap) -> dict[str, np.ndarray]:
     """Returns views of the mapped file; the library checks the header, but copies each array."""
     try:
         with safetensors.safe_open(path, "numpy"):
@@ -325,11 +295,11 @@ def _read_safetensors(path: pathlib.Path, data: mmap.mmap) -> WeightsFile:
     arrays = {}
     for name, entry in entries.items():
         first, last = entry["data_offsets"]
-        raw = memoryview(data)[end + first : end + last]
-        arrays[name] = np.frombuffer(raw, _SAFETENSORS_TYPES[entry["dtype"]]).reshape(
-            entry["shape"]
+        elements = np.frombuffer(
+            memoryview(data)[end + first : end + last], _SAFETENSORS_TYPES[entry["dtype"]]
         )
-    return WeightsFile(arrays, "safetensors")
+        arrays[name] = elements.reshape(entry["shape"])
+    return arrays
 
 
 # Writing

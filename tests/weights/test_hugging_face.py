@@ -240,7 +240,7 @@ def test_training_starts_from_a_published_model(published, folder, model):
     expected = saved_model.read(model)
     config = tiny.get_config()
     functions = FunctionalModel.of(expected.architecture)
-    for source in (f"hf://{NAME}/small/model.safetensors", f"hf://{NAME}", str(folder)):
+    for source in (f"hf://{NAME}/small/model.safetensors", str(folder)):
         config.init.path = source
         found = initialize.init_variables(config, functions, lambda _: None)
         for ours, theirs in zip(found, expected.variables, strict=True):
@@ -282,6 +282,17 @@ def test_convert_pushes_and_reads_back(hub, logged_in, model, command, tmp_path)
     assert back.info == first.info
     for ours, theirs in zip(back.variables, first.variables, strict=True):
         assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_calibration_goes_with_its_checkpoint(hub, logged_in, model, tmp_path):  # noqa: F811
+    calibrated = shutil.copytree(model, tmp_path / "calibrated")
+    (calibrated / "calibration.json").write_text("its")
+    hugging_face.push(saved_model.read(calibrated), NAME)
+    dl.convert(f"hf://{NAME}", tmp_path / "back")
+    for folder in (names.find_weights(f"hf://{NAME}"), tmp_path / "back"):
+        assert (folder / "calibration.json").read_text() == "its"
+    hugging_face.push(saved_model.read(model), NAME)
+    assert "calibration.json" not in hub.repos[NAME].files
 
 
 def test_commands_pass_the_name_on(published, command):

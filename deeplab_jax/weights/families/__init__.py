@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from deeplab_jax.models.architecture import ARCHITECTURES, Architecture, architecture
+from deeplab_jax.models.architecture import ARCHITECTURES, Architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError, listed
-from deeplab_jax.weights.families.family import BACKBONE, Family
-from deeplab_jax.weights.families.recognised import Recognised
-from deeplab_jax.weights.families.recognition import FAMILIES, recognise
+from deeplab_jax.weights.families.family import BACKBONE
+from deeplab_jax.weights.families.recognition import FAMILIES, Recognised, recognise
 from deeplab_jax.weights.matching import Converted
 from deeplab_jax.weights.saved_model import SavedModel
 
@@ -27,6 +25,15 @@ __all__ = [
     "to_model",
 ]
 
+# Fields that change what a network computes, and neither names nor shapes of its arrays.
+UNSEEN = (
+    *("output_stride", "multi_grid", "atrous_rates", "dilation_rule", "stride_place", "padding"),
+    *("align_corners", "bn_epsilon", "backbone_bn_epsilon"),
+)
+# Fields that models of all families take as arguments, and those that matter only in training.
+_ARGUMENTS = ("num_classes", "in_channels", "width", "head_channels")
+_OF_TRAINING = ("name", "bn_momentum", "backbone_bn_momentum", "dropout", "dtype")
+
 
 def to_model(
     arrays: Mapping[str, np.ndarray],
@@ -39,7 +46,7 @@ def to_model(
     """Converts the arrays of a file of any family to a model's variables.
 
     Raises:
-      UserError: As `recognise` and `Family.to_model`.
+      UserError: As `recognise` and `Recognised.to_model`.
     """
     found = recognise(arrays, backbone_only=backbone_only, notes=notes)
     return found.to_model(model, allow_missing=allow_missing, backbone_only=backbone_only)
@@ -76,21 +83,6 @@ def from_model(
     return target.from_model(variables, chosen)
 
 
-# Fields that are arguments of the family's own models, or follow from them.
-_ARGUMENTS = ("num_classes", "in_channels", "width", "head_channels")
-_OPTIONAL = {
-    "torchvision": ("aux_head",),
-    "mmseg": ("aux_head", "stem"),
-    "smp": ("separable_aspp",),
-    "vainf": (),
-}
-# Fields that change what a network computes, and neither names nor shapes of its arrays.
-UNSEEN = (
-    *("output_stride", "multi_grid", "atrous_rates", "dilation_rule", "stride_place", "padding"),
-    *("align_corners", "bn_epsilon", "backbone_bn_epsilon"),
-)
-
-
 def loading_notes(saved: SavedModel, family: str = "") -> tuple[str, ...]:
     """Returns what the user of a written file must set where it is loaded.
 
@@ -101,17 +93,27 @@ def loading_notes(saved: SavedModel, family: str = "") -> tuple[str, ...]:
     Raises:
       UserError: The given family has no such model.
     """
-    name = family or _family_name(saved.architecture)
-    if name == "timm":
+    chosen = saved.architecture
+    target = FAMILIES[family or _family_name(chosen)]
+    if target.name == "timm":
         return ()
-    target = FAMILIES[name]
-    try:
-        values = _differing(saved.architecture, target)
-    except UserError as error:
+    plus = "plus" if chosen.decoder == "plus" else ""
+    theirs = ARCHITECTURES.get(f"{target.name}{plus}_{chosen.backbone}")
+    ignored = {*_ARGUMENTS, *_OF_TRAINING, *target.optional}
+    values = {
+        field: getattr(chosen, field)
+        for field in Architecture.__dataclass_fields__
+        if field not in ignored and getattr(chosen, field) != getattr(theirs, field, None)
+    }
+    if theirs is None or not values.keys() <= set(UNSEEN):
+        seen = [f"{field}={value}" for field, value in values.items() if field not in UNSEEN]
+        if theirs is None:
+            seen = [f"backbone={chosen.backbone}"]
+        problem = f"{target.title} has no such model ({listed(seen)})"
         if family:
-            raise
-        return (f"Only this package reads the file: {error}",)
-    if saved.architecture.in_channels == len(target.mean):
+            raise UserError(f"{chosen.name} cannot be written as {target.name}: {problem}")
+        return (f"Only this package reads the file: {problem}",)
+    if chosen.in_channels == len(target.mean):
         for field in ("mean", "std"):
             ours = tuple(saved.info[field])
             if not np.allclose(ours, getattr(target, field), atol=1e-3):
@@ -138,30 +140,3 @@ def _family_name(chosen: Architecture) -> str:
             "and hf://org/name write a folder of this package"
         )
     return own if own in FAMILIES else "torchvision"
-
-
-def _differing(chosen: Architecture, target: Family) -> dict[str, Any]:
-    """Returns the fields of `UNSEEN` in which a model differs from the family's own."""
-    plus = chosen.decoder == "plus" and f"{target.name}plus_resnet50" in ARCHITECTURES
-    name = f"{target.name}{'plus' if plus else ''}_{chosen.backbone}"
-    if name not in ARCHITECTURES:
-        raise UserError(f"{target.title} has no model {chosen.backbone}")
-    fields = (*_ARGUMENTS, *_OPTIONAL[target.name])
-    theirs = architecture(name, **{field: getattr(chosen, field) for field in fields})
-    ours, wanted = (
-        {name: slot.shape for name, slot in target.slots(FunctionalModel.of(each)).items()}
-        for each in (chosen, theirs)
-    )
-    values = {
-        field: (getattr(chosen, field), getattr(theirs, field))
-        for field in Architecture.__dataclass_fields__
-        if getattr(chosen, field) != getattr(theirs, field)
-    }
-    if ours != wanted:
-        ignored = ("name", "bn_momentum", "backbone_bn_momentum", "dropout", "dtype")
-        seen = [f"{f}={a} here, {b} there" for f, (a, b) in values.items() if f not in ignored]
-        raise UserError(
-            f"{chosen.name} cannot be written as {target.name}: {target.title} has no such model "
-            f"({listed(seen, '; ')})"
-        )
-    return {field: values[field][0] for field in UNSEEN if field in values}

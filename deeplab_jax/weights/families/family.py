@@ -24,7 +24,6 @@ BACKBONE = "backbone."  # the beginning of the names of a backbone's variables h
 
 # Rows of (regular expression for a module here, its name in the family with groups as \1).
 Table = Sequence[tuple[str, str]]
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Leaf(NamedTuple):
@@ -51,23 +50,16 @@ _DROPPED = (
 )
 
 
-class Description(NamedTuple):
-    """What a file's names, shapes and config say of its model.
+class Said(NamedTuple):
+    """What a config says of a model: fields of `Architecture`, names of classes, normalization.
 
-    Attributes:
-      name: A key of `ARCHITECTURES`, which gives the fields that nothing says.
-      fields: Fields of `Architecture` that shapes or the config say.
-      classes: Names of the classes, if the config has them.
-      mean, std: Of the channels, 0..1, if the config has them.
-      num_rates: Number of ASPP's atrous branches, if shapes tell it.
+    `mean` and `std` are of the channels, 0..1. Empty: the config does not say it.
     """
 
-    name: str
     fields: dict[str, Any]
     classes: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    num_rates: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +67,16 @@ class Family:
     """A codebase whose weights are read, and written if `writes`.
 
     Attributes:
-      name: The name for `--as`, and the first part of the names of its architectures.
+      name: The name for `--as`.
       title: The name for people.
-      signature: Regular expressions; a DeepLab of the family has an array for each.
-      foreign: Regular expression; a DeepLab of the family has no array for it.
+      signature: For each array that a DeepLab of the family has, beginnings of its name, of which
+        one must fit. Empty: no file is recognised as the family's.
       modules: Returns the table of module names for an architecture.
-      describe: Returns what shapes and a config (see `WeightsFile.config`) say of the model.
       assumed: Fields of `Architecture` that shapes never tell, for a report.
-      backbone: Regular expression for the beginning of the names of a backbone's arrays.
-      head_prefixes: Beginnings of the names of other arrays of a whole model.
+      backbone: Beginning of the names of a backbone's arrays.
+      architectures: The first part of the names of its architectures; empty: `name`.
+      read_config: Returns what a config (see `WeightsFile.config`) says, given the fields of
+        `Architecture` that shapes tell.
       leaves: Arrays of a layer. "depthwise_kernel" and "norm_bias" go before "kernel" and "bias".
       dropped: (regular expression for a name, reason) of arrays without a counterpart.
       first_channels: Returns for a variable the number of its first input channels that are the
@@ -93,6 +86,7 @@ class Family:
       complete: Adds the arrays that a format leaves out, and returns notes on it.
       defaults: Fields of `Architecture` where the family differs from the named architecture, if
         the file does not tell them.
+      optional: Fields that its models take as arguments, beside the sizes that all take.
       mean, std: Of the channels, 0..1, unless a config says others.
       resize: How the family resizes images, for the checkpoint's description.
       size: Height and width of its training crops or evaluated images, pixels.
@@ -101,13 +95,12 @@ class Family:
 
     name: str
     title: str
-    signature: tuple[str, ...]
+    signature: tuple[tuple[str, ...], ...]
     modules: Callable[[Architecture], Table]
-    describe: Callable[[Shapes, Mapping[str, Any]], Description]
     assumed: tuple[str, ...]
     backbone: str
-    head_prefixes: tuple[str, ...]
-    foreign: str = r"(?!)"
+    architectures: str = ""
+    read_config: Callable[[Mapping[str, Any], Mapping[str, Any]], Said] = lambda *_: Said({})
     leaves: tuple[Leaf, ...] = TORCH_LEAVES
     dropped: tuple[tuple[str, str], ...] = ()
     first_channels: Callable[[str, tuple[int, ...], Architecture], int] = lambda *_: 0
@@ -116,6 +109,7 @@ class Family:
         lambda arrays: (arrays, ())
     )
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    optional: tuple[str, ...] = ()
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     resize: str = ""
@@ -124,9 +118,18 @@ class Family:
 
     def matches(self, names: Iterable[str]) -> bool:
         """Whether names have the family's signature."""
-        return not any_match(self.foreign, names) and all(
-            any_match(each, names) for each in self.signature
-        )
+        return bool(self.signature) and all(any_begins(names, *each) for each in self.signature)
+
+    def module_names(self, architecture: Architecture) -> Callable[[str], str]:
+        """Returns a function that gives the family's name of a module here, "" if it has none."""
+        table = [(re.compile(pattern), theirs) for pattern, theirs in self.modules(architecture)]
+
+        @functools.cache
+        def name_of(ours: str) -> str:
+            found = ((pattern.fullmatch(ours), theirs) for pattern, theirs in table)
+            return next((match.expand(theirs) for match, theirs in found if match), "")
+
+        return name_of
 
     def slots(self, model: FunctionalModel, *, backbone_only: bool = False) -> dict[str, Slot]:
         """Returns the variables of a model that a file must fill, by the family's names."""
@@ -142,14 +145,8 @@ class Family:
         self, variables: Mapping[str, Any], architecture: Architecture
     ) -> Iterator[tuple[str, Slot]]:
         """Yields the family's name of each variable, "" if it has none, and how it is filled."""
-        table = [(re.compile(pattern), theirs) for pattern, theirs in self.modules(architecture)]
+        module_of = self.module_names(architecture)
         leaves = {(leaf.name, len(leaf.axes)): leaf for leaf in self.leaves}
-
-        @functools.cache
-        def module_of(ours: str) -> str:
-            found = ((pattern.fullmatch(ours), theirs) for pattern, theirs in table)
-            return next((match.expand(theirs) for match, theirs in found if match), "")
-
         for name, value in variables.items():
             parent, _, kind = name.rpartition(".")
             shape, special = tuple(value.shape), kind
@@ -172,7 +169,7 @@ class Family:
         for pattern, reason in (*_DROPPED, *self.dropped):
             if re.fullmatch(pattern, name):
                 return reason
-        if backbone_only and not re.match(self.backbone, name):
+        if backbone_only and not name.startswith(self.backbone):
             return "belongs to a head, and only the backbone is used"
         is_aux = name.startswith(("aux_classifier.", "auxiliary_head."))
         if is_aux and not model.architecture.aux_head:
@@ -212,6 +209,5 @@ def pool_first(name: str, shape: tuple[int, ...], architecture: Architecture) ->
     return shape[2] // (2 + len(architecture.atrous_rates))
 
 
-def any_match(pattern: str, names: Iterable[str]) -> bool:
-    """Whether a regular expression matches the beginning of one of the names."""
-    return any(map(re.compile(pattern).match, names))
+def any_begins(names: Iterable[str], *beginnings: str) -> bool:
+    return any(name.startswith(beginnings) for name in names)

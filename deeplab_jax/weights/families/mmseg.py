@@ -6,30 +6,18 @@ Source: mmseg 1.4, `models/decode_heads/{aspp_head,fcn_head}.py`, `models/backbo
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights.families.family import Description, Family, Shapes, Table, pool_first
-from deeplab_jax.weights.families.resnets import (
-    MMSEG_STEM,
-    channels,
-    has_aux_head,
-    list_of_rates,
-    num_branches,
-    numbers,
-    read_resnet,
-    resnet_rows,
-    section,
-    side,
-)
+from deeplab_jax.weights.families.family import Family, Said, Table, any_begins, pool_first
+from deeplab_jax.weights.families.reading import list_of_rates, numbers, section
+from deeplab_jax.weights.families.resnets import MMSEG_STEM, resnet_rows
 
 _MAX_CONFIG = 1_000_000  # characters
 _READ = ("model", "data_preprocessor", "img_norm_cfg")  # variables of a config
-_LOGITS = "decode_head.conv_seg.weight"
-_AUX_CONV = "auxiliary_head.convs.0.conv.weight"
-_BOTTLENECK = "backbone.layer1.0.conv3.weight"
 
 
 def _modules(architecture: Architecture) -> Table:
@@ -44,31 +32,24 @@ def _modules(architecture: Architecture) -> Table:
     )
 
 
-def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
-    fields = read_resnet(shapes, "backbone.", deep_stem="stem.0")
-    if fields["shortcut"] == "avg_pool":
+def _read_config(config: Mapping[str, Any], shown: Mapping[str, Any]) -> Said:
+    if shown["shortcut"] == "avg_pool":
         raise UserError(
             "the file has a backbone ResNetV1d of mmsegmentation, which is not supported: where a "
             "stride is removed, its shortcuts do not average as timm's do"
         )
-    fields |= {
-        "num_classes": side(shapes, _LOGITS, 0, 21),
-        "aux_head": has_aux_head(shapes, _LOGITS, "auxiliary_head.conv_seg.weight")
-        and side(shapes, _AUX_CONV, 1, 0) == 4 * side(shapes, _AUX_CONV, 0, 1),
-        "head_channels": channels(
-            shapes, "decode_head.bottleneck.conv.weight", fields["width"], 512
-        ),
-    }
     meta = section(config, "meta")
     values = values_of_config(meta.get("cfg") or meta.get("config"))
-    fields |= _settings(section(values, "model"), has_bottlenecks=_BOTTLENECK in shapes)
+    is_basic = shown["backbone"] in ("resnet18", "resnet34")
     mean, std = _normalization(values)
     classes = meta.get("CLASSES") or section(meta, "dataset_meta").get("classes")
-    names = tuple(classes) if isinstance(classes, list | tuple) else ()
-    if not all(isinstance(name, str) for name in names):
-        names = ()
-    num_rates = num_branches(shapes, r"decode_head\.aspp_modules\.(\d+)\.conv\.")
-    return Description(f"mmseg_{fields['backbone']}", fields, names, mean, std, num_rates)
+    names = classes if isinstance(classes, list | tuple) else ()
+    return Said(
+        _settings(section(values, "model"), has_bottlenecks=not is_basic),
+        tuple(name for name in names if isinstance(name, str)),
+        mean,
+        std,
+    )
 
 
 def _settings(model: Mapping[str, Any], has_bottlenecks: bool) -> dict[str, Any]:
@@ -88,9 +69,7 @@ def _settings(model: Mapping[str, Any], has_bottlenecks: bool) -> dict[str, Any]
             raise UserError("the config has contract_dilation=False, which is for ResNet-50 up")
         fields["dilation_rule"] = "paper"  # the first block has the whole rate too
     if strides := list_of_rates(backbone.get("strides")):
-        fields["output_stride"] = 4
-        for stride in strides:
-            fields["output_stride"] *= stride
+        fields["output_stride"] = 4 * math.prod(strides)
     if grid := list_of_rates(backbone.get("multi_grid")):
         fields["multi_grid"] = grid
     if rates := list_of_rates(head.get("dilations")):
@@ -146,7 +125,7 @@ def _literal(node: ast.AST) -> Any:
 
 def _rename(names: Sequence[str]) -> list[str]:
     """Adds "backbone." to the names of a pretrained backbone's file."""
-    if any(name.startswith("backbone.") for name in names):
+    if any_begins(names, "backbone."):
         return list(names)
     return [name if name.startswith(("fc.", "head.")) else f"backbone.{name}" for name in names]
 
@@ -154,14 +133,14 @@ def _rename(names: Sequence[str]) -> list[str]:
 MMSEG = Family(
     name="mmseg",
     title="mmsegmentation",
-    signature=(r"decode_head\.aspp_modules\.0\.conv\.", r"decode_head\.conv_seg\.weight"),
-    foreign=r"decode_head\.(?:c1_bottleneck|sep_bottleneck)\.",  # DeepLabv3+
+    # DeepLabv3+ has a depthwise convolution instead of the first.
+    signature=(("decode_head.aspp_modules.1.conv.",), ("decode_head.conv_seg.weight",)),
     modules=_modules,
-    describe=_describe,
     assumed=("output_stride", "multi_grid", "atrous_rates", "align_corners"),
-    backbone=r"backbone\.",
-    head_prefixes=("decode_head.", "auxiliary_head."),
+    backbone="backbone.",
+    read_config=_read_config,
     first_channels=pool_first,
     rename=_rename,
+    optional=("aux_head", "stem"),
     resize="random scale 0.5..2.0 of the config's image scale, bilinear, half-pixel centres",
 )

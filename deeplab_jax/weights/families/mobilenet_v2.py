@@ -6,86 +6,74 @@ Sources: transformers 5, `models/mobilenet_v2/modeling_mobilenet_v2.py`; tensorf
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights.families.family import (
-    Description,
-    Family,
-    Leaf,
-    Shapes,
-    Table,
-    pool_first,
-)
-from deeplab_jax.weights.families.resnets import numbers, section, side
-from deeplab_jax.weights.families.torchvision import width_of
+from deeplab_jax.weights.families.family import Family, Leaf, Said, Table, pool_first
+from deeplab_jax.weights.families.reading import numbers, section
 
 _EPSILON = 1e-3  # of batch norm in the backbone; 1e-5 in the head
 _HEAD_EPSILON = 1e-5
 
+_HF_PARTS = {"expand": "expand_1x1", "depthwise": "conv_3x3", "project": "reduce_1x1"}
+_BLOCKS = [(i, part) for i in range(1, 18) for part in _HF_PARTS if (i, part) != (1, "expand")]
 
-def _hf_modules(architecture: Architecture) -> Table:
-    stem, head = "mobilenet_v2.conv_stem.", "segmentation_head."
-    rows = [
-        ("backbone.stem", f"{stem}first_conv"),
-        ("backbone.block1.depthwise", f"{stem}conv_3x3"),
-        ("backbone.block1.project", f"{stem}reduce_1x1"),
-        *(
-            (f"backbone.block{block}.{ours}", f"mobilenet_v2.layer.{block - 2}.{theirs}")
-            for block in range(2, 18)
-            for ours, theirs in (
-                ("expand", "expand_1x1"),
-                ("depthwise", "conv_3x3"),
-                ("project", "reduce_1x1"),
-            )
-        ),
-        ("classifier.aspp.branches.0", f"{head}conv_aspp"),
-        ("classifier.aspp.branches.1.project", f"{head}conv_pool"),
-        ("classifier.aspp.project", f"{head}conv_projection"),
-    ]
+
+def _hf_block(block: int, part: str) -> str:
+    scope = f"layer.{block - 2}" if block > 1 else "conv_stem"
+    return f"mobilenet_v2.{scope}.{_HF_PARTS[part]}"
+
+
+def _tf_block(block: int, part: str) -> str:
+    return f"MobilenetV2/expanded_conv{f'_{block - 1}' if block > 1 else ''}/{part}"
+
+
+def _rows(stem: str, blocks: Iterable[str], head: str, conv: str, bn: str) -> Table:
+    """Returns rows; `head` has the names of ASPP's branch, pooling and projection, and logits."""
+    branch, pooling, projection, logits = head.split()
+    modules = {
+        "backbone.stem": stem,
+        **{
+            f"backbone.block{i}.{part}": theirs
+            for (i, part), theirs in zip(_BLOCKS, blocks, strict=True)
+        },
+        "classifier.aspp.branches.0": branch,
+        "classifier.aspp.branches.1.project": pooling,
+        "classifier.aspp.project": projection,
+    }
     return [
-        *((f"{ours}.conv", f"{theirs}.convolution") for ours, theirs in rows),
-        *((f"{ours}.bn", f"{theirs}.normalization") for ours, theirs in rows),
-        ("classifier.logits", f"{head}classifier.convolution"),
+        *((f"{ours}.conv", theirs + conv) for ours, theirs in modules.items()),
+        *((f"{ours}.bn", theirs + bn) for ours, theirs in modules.items()),
+        ("classifier.logits", logits + conv),
     ]
 
 
-def _tf_modules(architecture: Architecture) -> Table:
-    scope = "MobilenetV2/expanded_conv"
-    rows = [
-        ("backbone.stem", "MobilenetV2/Conv"),
-        *(
-            (
-                f"backbone.block{block}.{part}",
-                f"{scope}{f'_{block - 1}' if block > 1 else ''}/{part}",
-            )
-            for block in range(1, 18)
-            for part in ("expand", "depthwise", "project")
-        ),
-        ("classifier.aspp.branches.0", "aspp0"),
-        ("classifier.aspp.branches.1.project", "image_pooling"),
-        ("classifier.aspp.project", "concat_projection"),
-    ]
-    return [
-        *((f"{ours}.conv", theirs) for ours, theirs in rows),
-        *((f"{ours}.bn", f"{theirs}/BatchNorm") for ours, theirs in rows),
-        ("classifier.logits", "logits/semantic"),
-    ]
+_HF_ROWS = _rows(
+    "mobilenet_v2.conv_stem.first_conv",
+    [_hf_block(*each) for each in _BLOCKS],
+    "segmentation_head.conv_aspp segmentation_head.conv_pool "
+    "segmentation_head.conv_projection segmentation_head.classifier",
+    ".convolution",
+    ".normalization",
+)
+_TF_ROWS = _rows(
+    "MobilenetV2/Conv",
+    [_tf_block(*each) for each in _BLOCKS],
+    "aspp0 image_pooling concat_projection logits/semantic",
+    "",
+    "/BatchNorm",
+)
 
 
-def _hf_describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
-    last = "mobilenet_v2.layer.15.reduce_1x1.convolution.weight"
-    stem = "mobilenet_v2.conv_stem.first_conv.convolution.weight"
-    logits = "segmentation_head.classifier.convolution.weight"
-    fields = _fields(shapes, (stem, last, logits), in_axis=1, out_axis=0)
+def _read_hf_config(config: Mapping[str, Any], shown: Mapping[str, Any]) -> Said:
+    fields: dict[str, Any] = {}
     if config.get("output_stride") in (8, 16, 32):
         fields["output_stride"] = int(config["output_stride"])  # JSON's may be 8.0
-    if epsilon := numbers([config.get("layer_norm_eps", 0)])[:1]:
-        fields |= {"backbone_bn_epsilon": epsilon[0]} if epsilon[0] > 0 else {}
+    if (epsilon := numbers([config.get("layer_norm_eps", 0)])) and epsilon[0] > 0:
+        fields["backbone_bn_epsilon"] = epsilon[0]
     if config.get("tf_padding") is False:
         fields["padding"] = "symmetric"
     if config.get("hidden_act", "relu6") != "relu6":
@@ -93,34 +81,15 @@ def _hf_describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
     preprocessor = section(config, "preprocessor_config")
     mean, std = (numbers(preprocessor.get(f"image_{field}")) for field in ("mean", "std"))
     names = section(config, "id2label")
-    ordered = [names.get(str(index)) for index in range(fields["num_classes"])]
-    known = all(isinstance(name, str) for name in ordered)
-    classes = tuple(map(str, ordered)) if known else ()
-    return Description("tf_mobilenet_v2", fields, classes, mean, std)
+    ordered = [names.get(str(index)) for index in range(shown["num_classes"])]
+    classes = tuple(name for name in ordered if isinstance(name, str))
+    return Said(fields, classes, mean, std)
 
 
-def _tf_describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
-    last, stem = "MobilenetV2/expanded_conv_16/project/weights", "MobilenetV2/Conv/weights"
-    names = (stem, last, "logits/semantic/weights")
-    fields = _fields(shapes, names, in_axis=2, out_axis=3)
-    if "output_stride" in config:
-        fields["output_stride"] = config["output_stride"]
-    return Description("tf_mobilenet_v2", fields, (), config.get("mean", ()), config.get("std", ()))
-
-
-def _fields(
-    shapes: Shapes, names: tuple[str, str, str], *, in_axis: int, out_axis: int
-) -> dict[str, Any]:
-    """Returns fields; `names` are the kernels of the stem, the last block and the logits."""
-    stem, last, logits = names
-    width = width_of(side(shapes, last, out_axis, 320), 320)
-    return {
-        "backbone": "mobilenet_v2",
-        "width": width,
-        "in_channels": side(shapes, stem, in_axis, 3),
-        "num_classes": side(shapes, logits, out_axis, 21),
-        "head_channels": max(1, round(side(shapes, logits, in_axis, 256) / width)),
-    }
+def _read_tf_config(config: Mapping[str, Any], shown: Mapping[str, Any]) -> Said:
+    stride = config.get("output_stride")
+    fields = {"output_stride": stride} if stride else {}
+    return Said(fields, (), config.get("mean", ()), config.get("std", ()))
 
 
 def _unfold_batch_norm(
@@ -152,6 +121,7 @@ def _unfold_batch_norm(
 
 
 _BOTH: dict[str, Any] = {
+    "architectures": "tf",
     "first_channels": pool_first,
     "mean": (0.5, 0.5, 0.5),
     "std": (0.5, 0.5, 0.5),
@@ -165,14 +135,13 @@ HF = Family(
     name="hf",
     title="transformers' MobileNetV2",
     signature=(
-        r"segmentation_head\.conv_aspp\.convolution\.weight",
-        r"mobilenet_v2\.conv_stem\.",
+        ("segmentation_head.conv_aspp.convolution.weight",),
+        ("mobilenet_v2.conv_stem.",),
     ),
-    modules=_hf_modules,
-    describe=_hf_describe,
+    modules=lambda _: _HF_ROWS,
     assumed=("output_stride", "align_corners"),
-    backbone=r"mobilenet_v2\.",
-    head_prefixes=("segmentation_head.", "classifier."),
+    backbone="mobilenet_v2.",
+    read_config=_read_hf_config,
     dropped=(
         (
             r"mobilenet_v2\.conv_1x1\..*",
@@ -186,12 +155,11 @@ HF = Family(
 TF = Family(
     name="tf",
     title="TensorFlow's research/deeplab with MobileNetV2",
-    signature=(r"MobilenetV2/Conv/weights", r"aspp0/weights", r"logits/semantic/weights"),
-    modules=_tf_modules,
-    describe=_tf_describe,
+    signature=(("MobilenetV2/Conv/weights",), ("aspp0/weights",), ("logits/semantic/weights",)),
+    modules=lambda _: _TF_ROWS,
     assumed=("output_stride",),
-    backbone=r"MobilenetV2/",
-    head_prefixes=("aspp0/", "image_pooling/", "concat_projection/", "logits/"),
+    backbone="MobilenetV2/",
+    read_config=_read_tf_config,
     leaves=(
         Leaf("kernel", "/weights", (0, 1, 2, 3)),
         Leaf("depthwise_kernel", "/depthwise_weights", (0, 1, 3, 2)),

@@ -1,4 +1,4 @@
-"""Recognising the family of a file, and saying what a file is that belongs to none.
+"""Recognising a file's family, architecture and variables, or saying why it belongs to none.
 
 Prefixes that wrappers add to all names are removed first. Only the names decide the family:
 exactly one family's signature must match.
@@ -7,20 +7,25 @@ exactly one family's signature must match.
 from __future__ import annotations
 
 import collections
+import dataclasses
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from deeplab_jax.models.architecture import Architecture, architecture
+from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.utils.errors import UserError, did_you_mean, listed
-from deeplab_jax.weights.families.family import Family, any_match
+from deeplab_jax.weights.families.family import Family, Said, any_begins
 from deeplab_jax.weights.families.mmseg import MMSEG
 from deeplab_jax.weights.families.mobilenet_v2 import HF, TF
-from deeplab_jax.weights.families.recognised import Recognised
+from deeplab_jax.weights.families.reading import Shown, read_shapes
 from deeplab_jax.weights.families.smp import SMP
 from deeplab_jax.weights.families.torchvision import TIMM, TORCHVISION
 from deeplab_jax.weights.families.vainf import VAINF
+from deeplab_jax.weights.matching import Converted, fill
 
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (TORCHVISION, MMSEG, SMP, VAINF, HF, TF, TIMM)
@@ -33,26 +38,142 @@ _TOP_MODULE = re.compile(
     r"backbone|(?:aux_)?classifier|features|conv1|bn1|layer\d|fc|\d+|stem|encoder|decoder"
     r"|(?:decode|auxiliary|segmentation|classification)_head|mobilenet_v2"
 )
-# The first parts of the names of torchvision's and timm's backbones and classifiers.
-_BACKBONE = r"backbone\.|features\.|conv1\.|layer\d\.|\d+\."
 _MAX_WRAPPERS = 8
 _AVERAGED = "n_averaged"  # of `torch.optim.swa_utils.AveragedModel`
+# Fields that shapes tell and a config of a run can set.
+_BACKBONE_FIELDS = ("width", "stem", "shortcut")
+_HEAD_FIELDS = ("aux_head", "head_channels", "separable_aspp")
 
-# What names say of other tasks' files: regular expressions that some name must match, each.
-_OTHER_TASKS: tuple[tuple[tuple[str, ...], str], ...] = (
-    ((r"decode_head\.c1_bottleneck\.",), "a DeepLabv3+ of mmsegmentation"),
-    ((r"decode_head\.psp_modules\.",), "a PSPNet or UPerNet of mmsegmentation"),
-    ((r"decode_head\.convs\.",), "an FCN of mmsegmentation"),
-    ((r"decode_head\.",), "another model of mmsegmentation or transformers"),
-    ((r"segmentation_head\.0\.", r"decoder\.blocks\."), "a U-Net of segmentation_models.pytorch"),
-    ((r"segmentation_head\.0\.",), "another model of segmentation_models.pytorch"),
-    ((r"backbone\.", r"classifier\.0\.weight", r"classifier\.4\."), "an FCN of torchvision"),
-    ((r"backbone\.", r"classifier\.cbr\."), "an LR-ASPP of torchvision"),
-    ((r"mobilenet_v2\.", r"classifier\.weight"), "a classifier of transformers"),
-    ((r"(?:backbone\.)?(?:fc|classifier|head)\.", r"(?:conv1|features|stem)\."), "a classifier"),
-    ((r"(?:backbone\.)?(?:conv1|stem)\.", r"(?:backbone\.)?layer1\."), "a backbone"),
-    ((r"rpn\.|roi_heads\.|bbox_head\.",), "a detector"),
-)
+
+@dataclasses.dataclass(frozen=True)
+class Recognised:
+    """A file's arrays by the names of its family.
+
+    Attributes:
+      family: The family.
+      arrays: Arrays by the names in the family's table.
+      file_names: The names in the file by these.
+      config: What the file says beside its arrays, see `WeightsFile.config`.
+      notes: What was done and found, a sentence each.
+      ignored: (name in the file, reason) of arrays outside the model.
+    """
+
+    family: Family
+    arrays: dict[str, np.ndarray]
+    file_names: dict[str, str]
+    config: Mapping[str, Any]
+    notes: tuple[str, ...]
+    ignored: tuple[tuple[str, str], ...] = ()
+
+    @functools.cached_property
+    def shown(self) -> Shown:
+        """What shapes tell of the model; may raise UserError."""
+        return read_shapes(self.family, {name: each.shape for name, each in self.arrays.items()})
+
+    @functools.cached_property
+    def said(self) -> Said:
+        """What the config says of the model; may raise UserError."""
+        return self.family.read_config(self.config, self.shown.fields)
+
+    def architecture(self, settings: Mapping[str, Any] | None = None) -> Architecture:
+        """Returns the architecture: from settings, config, shapes, or the family's default.
+
+        Raises:
+          UserError: There is no such architecture, or a setting is invalid.
+        """
+        fields = {**self.family.defaults, **self.shown.fields, **self.said.fields}
+        chosen = architecture(self.shown.name, **fields | dict(settings or {}))
+        num_rates = self.shown.num_rates
+        if num_rates not in (None, len(chosen.atrous_rates)):
+            raise UserError(
+                f"the file's ASPP has {num_rates} atrous branches, and the rates of "
+                f"{self.family.title} are {_spelled(chosen.atrous_rates)}: convert it with --set "
+                f"model.atrous_rates={','.join(['RATE'] * num_rates)}"
+            )
+        return chosen
+
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Returns the mean and std of the channels, 0..1: the config's, else the family's."""
+        return self.said.mean or self.family.mean, self.said.std or self.family.std
+
+    def assumptions(self, settings: Mapping[str, Any]) -> dict[str, str]:
+        """Returns the values of fields of a config that nothing in the file says."""
+        chosen = self.architecture(settings)
+        values = {
+            f"model.{field}": getattr(chosen, field)
+            for field in self.family.assumed
+            if field not in {*self.said.fields, *settings}
+        }
+        for field in ("mean", "std"):
+            if not getattr(self.said, field):
+                values[f"data.{field}"] = getattr(self.family, field)
+        return {field: _spelled(value) for field, value in values.items()}
+
+    def with_background(self, settings: Mapping[str, Any]) -> Recognised:
+        """Returns a file of one class, which has a sigmoid, as one of two with a softmax.
+
+        The background's logit is 0: softmax([0, x]) is sigmoid(x) for the class.
+        """
+        slots = self.family.slots(FunctionalModel.of(self.architecture(settings)))
+        arrays = dict(self.arrays)
+        for key, slot in slots.items():
+            if ".logits." in slot.name and key in arrays:
+                both = [np.zeros_like(arrays[key]), arrays[key]]
+                arrays[key] = np.concatenate(both, axis=slot.axes[-1])
+        note = "The one class, which has a sigmoid, became two: background has the logit 0."
+        return dataclasses.replace(self, arrays=arrays, notes=(*self.notes, note))
+
+    def to_model(
+        self,
+        model: FunctionalModel,
+        *,
+        allow_missing: str | None = None,
+        backbone_only: bool = False,
+        allow_nonfinite: bool = False,
+    ) -> Converted:
+        """Converts the arrays to a model's variables, as `fill`; errors say what would fit."""
+        why = {name: self.family.why_dropped(name, model, backbone_only) for name in self.arrays}
+        variables, report = fill(
+            model,
+            self.family.slots(model, backbone_only=backbone_only),
+            {name: array for name, array in self.arrays.items() if not why[name]},
+            source="the file's backbone" if backbone_only else "the file",
+            allow_missing=allow_missing,
+            allow_nonfinite=allow_nonfinite,
+            hints=lambda: [
+                *self._hints(model.architecture, backbone_only, allow_missing is not None),
+                *(f"  {note}" for note in self.notes),
+            ],
+        )
+        dropped = ((self.file_names.get(n, n), reason) for n, reason in why.items() if reason)
+        report = dataclasses.replace(
+            report,
+            used=tuple((self.file_names.get(n, n), ours) for n, ours in report.used),
+            dropped=(*dropped, *self.ignored),
+            notes=(*self.notes, *report.notes),
+        )
+        return Converted(variables, report)
+
+    def _hints(self, ours: Architecture, backbone_only: bool, is_run: bool) -> list[str]:
+        """Returns a line on the architecture that fits the file better than ours."""
+        try:
+            found = self.architecture()
+        except UserError:
+            return []
+        if not is_run:
+            return [f"  {found.name} is nearest"]
+        fields = _BACKBONE_FIELDS if backbone_only else (*_BACKBONE_FIELDS, *_HEAD_FIELDS)
+        values = {f: getattr(found, f) for f in fields if getattr(found, f) != getattr(ours, f)}
+        # Families with the same backbone are equal here.
+        if found.name != ours.name and not (backbone_only and found.backbone == ours.backbone):
+            values = {"architecture": found.name}
+        if not values:
+            return [
+                "  if the file is meant to be partial, name what may be missing: "
+                "`--config.init.allow_missing=REGEX`"
+            ]
+        flags = (f"`--config.model.{field}={_spelled(value)}`" for field, value in values.items())
+        return [f"  {found.name} is nearest: {' '.join(flags)}"]
 
 
 def recognise(
@@ -84,11 +205,14 @@ def recognise(
         raise UserError("timm's files are backbones: give the file as `--config.init.backbone`")
     named, unwrapping = unwrap(arrays)
     ignored: list[tuple[str, str]] = []
-    if inner := _only_model_inside(named, backbone_only):
+    inside = {} if _deeplabs(named) else _inner_models(named)
+    if len(inside) == 1 and (backbone_only or "a DeepLabv3" in inside.values()):
+        inner = f"{next(iter(inside))}."
         beside = [name for name in named if not name.startswith(inner)]
         ignored = [(name, f'is not under "{inner}", where the model is') for name in beside]
-        inside = {n.removeprefix(inner): a for n, a in named.items() if n.startswith(inner)}
-        named, more = unwrap(inside)
+        named, more = unwrap(
+            {n.removeprefix(inner): a for n, a in named.items() if n.startswith(inner)}
+        )
         count = f"{len(beside)} arrays beside it are not read"
         unwrapping += [f'The model is under "{inner}"; {count}.', *more]
     notes = (*notes, *unwrapping)
@@ -113,7 +237,7 @@ def recognise(
 def _family_of(
     named: Mapping[str, np.ndarray], backbone_only: bool, notes: Sequence[str]
 ) -> Family:
-    matching = [family for family in FAMILIES.values() if family.matches(named)]
+    matching = _deeplabs(named)
     if len(matching) == 1:
         return matching[0]
     if len(matching) > 1:
@@ -124,12 +248,12 @@ def _family_of(
         )
     if backbone_only:
         for family in (SMP, HF, TF):
-            if any_match(family.backbone, named):
+            if any_begins(named, family.backbone):
                 return family
-        has_resnet = any_match(r"(?:backbone\.)?layer1\.0\.conv1\.", named)
-        if has_resnet and any_match(r"(?:backbone\.)?stem\.|decode_head", named):
+        has_resnet = any_begins(named, "layer1.0.conv1.", "backbone.layer1.0.conv1.")
+        if has_resnet and any_begins(named, "stem.", "backbone.stem.", "decode_head"):
             return MMSEG
-        if any_match(_BACKBONE, named):
+        if any_begins(named, "backbone.", "features.", "conv1.", "layer1.", "0."):
             return TORCHVISION
     raise UserError("\n  ".join([*_what_it_is(named, backbone_only), *notes]))
 
@@ -138,48 +262,30 @@ def _what_it_is(named: Mapping[str, np.ndarray], backbone_only: bool) -> list[st
     """Returns the lines of the error message for a file that is no known DeepLab."""
     counts = collections.Counter(_first(name) for name in named)
     found = [f'"{first}" ({count} arrays)' for first, count in counts.items()]
-    begin = f"its names begin with {listed(found)}"
-    inside = _inner_models(named)
-    hints = [f'{kind} is under "{first}."' for first, kind in inside.items()]
-    if inside:
-        hints.append(
+    lines = [f"its names begin with {listed(found)}"]
+    if inside := _inner_models(named):
+        lines += [f'{kind} is under "{first}."' for first, kind in inside.items()]
+        lines.append(
             "save the arrays of one, for example: `torch.save({name.removeprefix(prefix): value "
             "for name, value in state_dict.items() if name.startswith(prefix)}, FILE)`"
         )
     if backbone_only:
         known = "ResNets of torchvision, timm, mmsegmentation and smp, and MobileNetV2 and V3"
-        return [f"the file has no known backbone: {known}", begin, *hints]
+        return [f"the file has no known backbone: {known}", *lines]
     if len(inside) > 1:
-        return ["the file holds more than one model", begin, *hints]
-    # The family with most of its signature in the file, and among equals with most names alike.
-    nearest = max(
-        FAMILIES.values(),
-        key=lambda each: (
-            sum(any_match(part, named) for part in each.signature),
-            sum(name.startswith(each.head_prefixes) for name in named),
-        ),
-    )
+        return ["the file holds more than one model", *lines]
     lacking = [
-        re.sub(r"\(\?:([^|)]*)[^)]*\)", r"\1", part).replace("\\", "").replace("[34]", "4")
-        for part in nearest.signature
-        if not any_match(part, named)
+        ([each[0] for each in family.signature if not any_begins(named, *each)], family.title)
+        for family in FAMILIES.values()
+        if family.signature
     ]
-    tasks = (t for parts, t in _OTHER_TASKS if all(any_match(part, named) for part in parts))
-    task = next(tasks, "")
-    has_backbone = any_match(
-        r"(?:backbone\.|encoder\.|features\.|mobilenet_v2\.)?\w*(?:layer1|conv_stem|0)\.", named
-    )
-    lines = [f"the file holds no DeepLabv3{f': it is {task}' if task else ''}"]
-    if lacking:
-        lines[0] += f"; nearest is {nearest.title}, of which it lacks {listed(lacking)}"
-    if task and has_backbone:
-        lines.append("its backbone can be used: give the file as `--config.init.backbone`")
-    elif not task:
-        lines.append(
-            "a classifier, or another model with a known backbone, can be given as "
-            "`--config.init.backbone`"
-        )
-    return [*lines, begin, *hints]
+    names, title = min(lacking, key=lambda each: len(each[0]))
+    return [
+        f"the file holds no DeepLabv3; nearest is {title}, of which it lacks {listed(names)}",
+        *lines,
+        "a classifier, or another model with a known backbone, can be given as "
+        "`--config.init.backbone`",
+    ]
 
 
 def unwrap(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -208,22 +314,20 @@ def _inner_models(named: Mapping[str, np.ndarray]) -> dict[str, str]:
         if _TOP_MODULE.fullmatch(first):
             continue
         inner, _ = unwrap(group)
-        if any(family.matches(inner) for family in FAMILIES.values()):
+        if _deeplabs(inner):
             kinds[first] = "a DeepLabv3"
-        elif any(name.startswith(("backbone.", "features.", "layer1.")) for name in inner):
+        elif any_begins(inner, "backbone.", "features.", "layer1."):
             kinds[first] = "a backbone"
     return kinds
 
 
-def _only_model_inside(named: Mapping[str, np.ndarray], backbone_only: bool) -> str:
-    """Returns the prefix of the only model in a file that has other arrays beside it, or ""."""
-    if any(family.matches(named) for family in FAMILIES.values()):
-        return ""
-    kinds = _inner_models(named)
-    if len(kinds) != 1 or not (backbone_only or "a DeepLabv3" in kinds.values()):
-        return ""
-    return f"{next(iter(kinds))}."
+def _deeplabs(names: Iterable[str]) -> list[Family]:
+    return [family for family in FAMILIES.values() if family.matches(names)]
 
 
 def _first(name: str) -> str:
     return name.partition(".")[0]
+
+
+def _spelled(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

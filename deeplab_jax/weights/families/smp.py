@@ -10,18 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deeplab_jax.models.architecture import Architecture
-from deeplab_jax.models.backbones.resnet import RESNETS
-from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights.families.family import Description, Family, Shapes, Table, any_match
-from deeplab_jax.weights.families.resnets import (
-    aspp_rows,
-    channels,
-    list_of_rates,
-    num_branches,
-    read_resnet,
-    resnet_rows,
-    side,
-)
+from deeplab_jax.weights.families.family import Family, Said, Table, any_begins
+from deeplab_jax.weights.families.reading import list_of_rates
+from deeplab_jax.weights.families.resnets import aspp_rows, resnet_rows
 
 # Beginnings of names before `DeepLabV3Decoder` was a module with attributes.
 _OLD_DECODER = {
@@ -62,34 +53,18 @@ def _separable(ours: str, conv: str, bn: str) -> Table:
     )
 
 
-def _describe(shapes: Shapes, config: Mapping[str, Any]) -> Description:
-    is_plus = any(name.startswith("decoder.block1.") for name in shapes)
-    encoder = str(config.get("encoder_name", "resnet50"))
-    if encoder not in RESNETS or config.get("encoder_depth", 5) != 5:
-        raise UserError(
-            f"the file's encoder is {encoder} of depth {config.get('encoder_depth', 5)}; known are "
-            f"{', '.join(RESNETS)} of depth 5"
-        )
-    fields = read_resnet(shapes, "encoder.")
-    aspp = "decoder.aspp.0." if is_plus else "decoder.aspp."
-    separable = any(re.match(rf"{re.escape(aspp)}convs\.1\.0\.1\.", name) for name in shapes)
-    fields |= {
-        "num_classes": side(shapes, "segmentation_head.0.weight", 0, 21),
-        "head_channels": channels(shapes, f"{aspp}project.0.weight", fields["width"], 256),
-        "separable_aspp": separable,
-    }
-    # The keyword arguments of the model, which a folder of the hub has.
+def _read_config(config: Mapping[str, Any], shown: Mapping[str, Any]) -> Said:
+    """Reads the keyword arguments of the model, which a folder of the hub has."""
+    fields: dict[str, Any] = {}
     if config.get("encoder_output_stride") in (8, 16):
         fields["output_stride"] = int(config["encoder_output_stride"])  # JSON's may be 8.0
     if rates := list_of_rates(config.get("decoder_atrous_rates")):
         fields["atrous_rates"] = rates
-    num_rates = num_branches(shapes, rf"{re.escape(aspp)}convs\.(\d+)\.0\.")
-    name = f"{'smpplus' if is_plus else 'smp'}_{fields['backbone']}"
-    return Description(name, fields, num_rates=num_rates)
+    return Said(fields)
 
 
 def _rename(names: Sequence[str]) -> list[str]:
-    if not any_match(r"decoder\.0\.convs\.", names):
+    if not any_begins(names, "decoder.0.convs."):
         return list(names)
     return [
         re.sub(r"decoder\.[012]\.", lambda m: _OLD_DECODER[m[0]], name, count=1) for name in names
@@ -99,16 +74,19 @@ def _rename(names: Sequence[str]) -> list[str]:
 SMP = Family(
     name="smp",
     title="segmentation_models.pytorch",
-    signature=(r"segmentation_head\.0\.weight", r"decoder\.(?:aspp\.|aspp\.0\.|0\.)convs\."),
+    signature=(
+        ("segmentation_head.0.weight",),
+        ("decoder.aspp.convs.", "decoder.aspp.0.convs.", "decoder.0.convs."),
+    ),
     modules=_modules,
-    describe=_describe,
     assumed=("output_stride", "atrous_rates", "align_corners"),
-    backbone=r"encoder\.",
-    head_prefixes=("decoder.", "segmentation_head.", "classification_head."),
+    backbone="encoder.",
+    read_config=_read_config,
     dropped=(
         (r"classification_head\..*", "classifies whole images, which a segmentation does not need"),
     ),
     rename=_rename,
     defaults={"atrous_rates": (12, 24, 36)},  # at each output stride
+    optional=("separable_aspp",),
     resize="as the author of the weights did; images with sides that the output stride divides",
 )

@@ -24,20 +24,6 @@ class Unreadable(Exception):
     """The file is damaged or asks for something forbidden; the message continues "FILE ..."."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Global:
-    """The meaning of a name such as `torch.FloatStorage` in a file.
-
-    Attributes:
-      name: The module and the attribute, joined by a dot.
-      call: Returns plain data for the arguments with which the file calls the name. None: the name
-        must not be called.
-    """
-
-    name: str
-    call: Callable[..., Any] | None = None
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Opaque:
     """Stands for a value that is not needed, and for its type, whose name it has."""
@@ -49,20 +35,16 @@ class Machine:
     """The stack machine that runs a pickle's instructions.
 
     Args:
-      find_global: Returns the meaning of a dotted name, or raises `Unreadable`.
+      find_global: Returns for a dotted name a function, which makes plain data of the arguments
+        with which the file calls the name; or `Opaque`.
       load_persistent: Returns the object for a persistent id, which is any plain value.
-      attributed: Types, besides dictionaries, that may carry attributes. These are dropped.
     """
 
     def __init__(
-        self,
-        find_global: Callable[[str], Global | Opaque],
-        load_persistent: Callable[[Any], Any],
-        attributed: tuple[type, ...] = (),
+        self, find_global: Callable[[str], Any], load_persistent: Callable[[Any], Any]
     ) -> None:
         self.find_global = find_global
         self.load_persistent = load_persistent
-        self.attributed = (dict, Opaque, *attributed)
         self.stack: list[Any] = []
         self.outer_stacks: list[list[Any]] = []  # one per mark
         self.memo: dict[int, Any] = {}
@@ -79,17 +61,16 @@ class Machine:
             try:
                 opcode, argument, position = next(instructions)
             except ValueError as error:
+                reason = str(error)[:200]
+                raise Unreadable(f"has a damaged or truncated pickle: {reason}") from error
+            if opcode.name != "STOP" and opcode.name not in _INSTRUCTIONS:
                 raise Unreadable(
-                    f"has a damaged or truncated pickle: {str(error)[:200]}"
-                ) from error
+                    f"uses the pickle instruction {opcode.name} at byte {position}, which no "
+                    "state dict needs"
+                )
             try:
                 if opcode.name == "STOP":
                     return self.stack.pop()
-                if opcode.name not in _INSTRUCTIONS:
-                    raise Unreadable(
-                        f"uses the pickle instruction {opcode.name} at byte {position}, which no "
-                        "state dict needs"
-                    )
                 _INSTRUCTIONS[opcode.name](self, argument)
             # Wrong operands in a damaged file: an empty stack, an unknown memo index, arguments of
             # the wrong number or type.
@@ -127,12 +108,13 @@ class Machine:
             raise TypeError
         self.push(self.find_global(f"{module}.{name}"))
 
-    def push_opaque(self, name: str, *dropped: Any) -> None:
-        self.push(Opaque(name))
-
     def push_mark(self) -> None:
         self.outer_stacks.append(self.stack)
         self.stack = []
+
+    def push_frozenset(self) -> None:
+        self.pop_to_mark()
+        self.push(Opaque("frozenset"))
 
     def memoize(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
@@ -142,20 +124,13 @@ class Machine:
         if type(arguments) is not tuple or any(type(each) is not dict for each in keywords):
             raise TypeError
         if type(function) is Opaque:
-            # `_reconstruct(numpy.ndarray, ...)` makes an array.
-            is_made = "._reconstruct" in function.name and type(arguments[0]) is Opaque
-            return self.push(arguments[0] if is_made else function)
-        if type(function) is not Global or function.call is None or keywords:
+            return self.push(function)
+        if not callable(function) or keywords:
             raise TypeError
         # The arguments may be in the memo and be copied by every call.
         copied = (len(value) for value in arguments if type(value) in (list, dict))
         self.charge(len(arguments) + sum(copied))
-        return self.push(function.call(*arguments))
-
-    def drop_attributes(self) -> None:
-        self.pop(1)
-        if type(self.stack[-1]) not in self.attributed:
-            raise TypeError
+        return self.push(function(*arguments))
 
     def extend(self, values: list[Any]) -> None:
         if type(self.stack[-1]) is list:
@@ -180,23 +155,17 @@ def assign(target: dict[Any, Any], key: Any, value: Any) -> None:
 # Protocol 2, which `torch.save` writes; Python 2's strings, found in files of 2017; and what
 # `torch.save(..., pickle_protocol=4)` adds, such as bytes and sets.
 _INSTRUCTIONS: dict[str, Callable[[Machine, Any], None]] = {
-    "PROTO": lambda m, version: None,
-    "FRAME": lambda m, size: None,
-    "NONE": lambda m, _: m.push(None),
+    **dict.fromkeys(("PROTO", "FRAME"), lambda m, _: None),
+    "NONE": Machine.push,  # its argument is None
     "NEWTRUE": lambda m, _: m.push(True),
     "NEWFALSE": lambda m, _: m.push(False),
-    "BININT": Machine.push,
-    "BININT1": Machine.push,
-    "BININT2": Machine.push,
-    "LONG1": Machine.push,
-    "BINFLOAT": Machine.push,
-    "BINUNICODE": Machine.push_text,
-    "SHORT_BINUNICODE": Machine.push_text,
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), Machine.push),
+    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES"), Machine.push),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE"), Machine.push_text),
     # `pickletools` decodes these as Latin-1; PyTorch reads UTF-8.
-    "BINSTRING": lambda m, text: m.push(text.encode("latin-1").decode()),
-    "SHORT_BINSTRING": lambda m, text: m.push(text.encode("latin-1").decode()),
-    "BINBYTES": Machine.push,
-    "SHORT_BINBYTES": Machine.push,
+    **dict.fromkeys(
+        ("BINSTRING", "SHORT_BINSTRING"), lambda m, text: m.push(text.encode("latin-1").decode())
+    ),
     "MARK": lambda m, _: m.push_mark(),
     "EMPTY_TUPLE": lambda m, _: m.push(()),
     "TUPLE1": lambda m, _: m.push(tuple(m.pop(1))),
@@ -209,19 +178,17 @@ _INSTRUCTIONS: dict[str, Callable[[Machine, Any], None]] = {
     "EMPTY_DICT": lambda m, _: m.push({}),
     "SETITEM": lambda m, _: m.set_items(m.pop(2)),
     "SETITEMS": lambda m, _: m.set_items(m.pop_to_mark()),
-    "EMPTY_SET": lambda m, _: m.push_opaque("set"),
+    "EMPTY_SET": lambda m, _: m.push(Opaque("set")),
     "ADDITEMS": lambda m, _: m.extend(m.pop_to_mark()),
-    "FROZENSET": lambda m, _: m.push_opaque("frozenset", m.pop_to_mark()),
+    "FROZENSET": lambda m, _: m.push_frozenset(),
     "GLOBAL": lambda m, names: m.push_global(*names.split(" ", 1)),
     "STACK_GLOBAL": lambda m, _: m.push_global(*m.pop(2)),
     "REDUCE": lambda m, _: m.call(),
     "NEWOBJ": lambda m, _: m.call(),
     "NEWOBJ_EX": lambda m, _: m.call(*m.pop(1)),
-    "BUILD": lambda m, _: m.drop_attributes(),
+    "BUILD": lambda m, _: m.push(m.pop(2)[0]),  # the state is dropped
     "BINPERSID": lambda m, _: m.push(m.load_persistent(m.pop(1)[0])),
-    "BINGET": lambda m, index: m.push(m.memo[index]),
-    "LONG_BINGET": lambda m, index: m.push(m.memo[index]),
-    "BINPUT": Machine.memoize,
-    "LONG_BINPUT": Machine.memoize,
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, index: m.push(m.memo[index])),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), Machine.memoize),
     "MEMOIZE": lambda m, _: m.memoize(len(m.memo)),
 }

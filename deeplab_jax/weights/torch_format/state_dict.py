@@ -1,9 +1,9 @@
-"""The state dict in a pickle of PyTorch: the allowed names, and tensors as NumPy arrays.
+"""The state dict in a pickle of PyTorch: the names in it, and tensors as NumPy arrays.
 
 `pickle_reader` turns the pickle into plain data. This module gives the names in it their meaning
-and turns tensors into NumPy views that stay inside the bytes stored for them. A name is one of
-three: it builds tensors and dictionaries (`_CALLS`); it belongs to data that training scripts save
-beside the state dict (`_DATA`), which becomes `Opaque`; or the file is refused.
+and turns tensors into NumPy views that stay inside the bytes stored for them. A few names make
+tensors and dictionaries (`_CALLS`). Every other one, of what training scripts save beside the state
+dict, becomes `Opaque` and is never imported or called.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import sys
 from collections.abc import Callable
 from typing import IO, Any
 
@@ -19,13 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from deeplab_jax.utils.errors import listed
-from deeplab_jax.weights.torch_format.pickle_reader import (
-    Global,
-    Machine,
-    Opaque,
-    Unreadable,
-    assign,
-)
+from deeplab_jax.weights.torch_format.pickle_reader import Machine, Opaque, Unreadable, assign
 
 # PyTorch's storage classes and the element type each holds.
 STORAGE_TYPES: dict[str, np.dtype[Any]] = {
@@ -40,15 +33,6 @@ STORAGE_TYPES: dict[str, np.dtype[Any]] = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
-# Storages of tensors that are refused. They are known so that the error can name the tensor.
-_REFUSED_STORAGE_TYPES: dict[str, np.dtype[Any]] = {
-    "ComplexFloatStorage": np.dtype("<c8"),
-    "ComplexDoubleStorage": np.dtype("<c16"),
-    "QInt8Storage": np.dtype("i1"),
-    "QUInt8Storage": np.dtype("u1"),
-    "QInt32Storage": np.dtype("<i4"),
-    "storage.UntypedStorage": np.dtype("u1"),
-}
 
 # Keys under which training scripts save the state dict, in the order of preference; torchvision's
 # scripts use "model". The last ones hold averaged parameters.
@@ -57,27 +41,24 @@ _ENTRIES = (
     *("weights", "params", "model_ema", "state_dict_ema", "ema_state_dict", "ema", "params_ema"),
 )
 _MAX_NESTED = 2  # dictionaries around a state dict
-
 _MAX_DIMENSIONS = 64  # NumPy's limit
-_MAX_SEARCHED = 1 << 24  # bytes of a file that are searched for the classes of a model
+_HOW = 'save only the state dict: `torch.save(model.state_dict(), "weights.pth")`'
+
+# Names that no training script saves but attacks do. A file with one is refused as a warning, even
+# though nothing is called.
+_HARMFUL = re.compile(
+    r"(os|posix|nt|pty|sys|shutil|socket|commands|subprocess|importlib|runpy)\.\S*"
+    r"|(builtins|__builtin__|_?io)\.(__import__|compile|eval|exec|execfile|open)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A one-dimensional array in the file, which tensors are views of.
-
-    Attributes:
-      dtype: The type of the elements.
-      key: The storage's name in the file.
-      numel: The number of elements.
-      view: Start and length of the part that is used; None: all. Only files from before PyTorch
-        0.4 have it.
-    """
+    """A one-dimensional array in the file, named `key`, which tensors are views of."""
 
     dtype: np.dtype[Any]
     key: str
     numel: int
-    view: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +69,6 @@ class Tensor:
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Unsupported:
-    """A tensor of a kind that no array can represent."""
-
-    kind: str
 
 
 # From the pickle to tensors
@@ -108,48 +82,30 @@ def parse(file: IO[bytes], load_persistent: Callable[[Any], Any]) -> Any:
       load_persistent: Returns the object for a persistent id.
 
     Raises:
-      Unreadable: See `Machine.run`; or the pickle uses a forbidden name.
+      Unreadable: See `Machine.run`; or the pickle uses a harmful name.
     """
-
-    def find_global(name: str) -> Global | Opaque:
-        if name in _GLOBALS:
-            return _GLOBALS[name]
-        if _DATA.fullmatch(name):
-            return Opaque(name)
-        raise Unreadable(_refusal(name, file))
-
-    return Machine(find_global, load_persistent, (Tensor, Unsupported)).run(file)
+    return Machine(_find_global, load_persistent).run(file)
 
 
-def _refusal(name: str, file: IO[bytes]) -> str:
-    how = '`torch.save(model.state_dict(), "weights.pth")`'
-    file.seek(0)
-    is_standard = name.partition(".")[0] in {*sys.stdlib_module_names, "__builtin__"}
-    has_layers = re.search(rb"torch\.nn\.modules\.(?!loss\b)", file.read(_MAX_SEARCHED))
-    if has_layers and not is_standard:
-        return (
-            f"is a whole pickled model of the class {name[:200]}, which only that class's own code "
-            "can rebuild; nothing in the file was run. Where that code is available, save the "
-            f"state dict instead: {how}"
+def _find_global(name: str) -> Any:
+    if _HARMFUL.fullmatch(name):
+        raise Unreadable(
+            f"asks for {name[:200]}, which no state dict needs, and was refused; nothing in the "
+            f"file was run. If the file is yours, {_HOW}. If it is not, do not trust it"
         )
-    return (
-        f"asks for {name[:200]}, which no state dict needs, and was refused; nothing in the file "
-        f"was run. If the file is yours, save only the state dict: {how}. If it is not, do not "
-        "trust it"
-    )
+    return _CALLS.get(name) or Opaque(name)
 
 
-def storage(persistent_id: Any) -> Storage:
-    """Returns the storage that a persistent id describes."""
-    kind, storage_type, key, _, numel, *rest = _checked(persistent_id, tuple)
-    if kind != "storage" or len(rest) > 1:
+def storage(persistent_id: Any) -> Storage | Opaque:
+    """Returns the storage that a persistent id describes; opaque if NumPy lacks its type."""
+    kind, storage_type, key, _, numel, *view = _checked(persistent_id, tuple)
+    if kind != "storage" or len(view) > 1:
         raise TypeError
-    view = rest[0] if rest else None
-    if view is not None:
-        _, start, length = _checked(view, tuple)
-        view = (_count(start), _count(length))
-    dtype = _STORAGE_GLOBALS[_checked(storage_type, Global).name]
-    return Storage(dtype, _checked(key, str), _count(numel), view)
+    if view and view[0] is not None:
+        raise Unreadable(f"has storages of PyTorch before 0.4: load it there and {_HOW}")
+    name = _checked(storage_type, Opaque).name
+    dtype = STORAGE_TYPES.get(name.removeprefix("torch."))
+    return storage_type if dtype is None else Storage(dtype, _checked(key, str), _count(numel))
 
 
 # `pickle_reader` takes `TypeError` and `ValueError` to mean that the file is damaged.
@@ -173,19 +129,18 @@ def _tensor(
     requires_grad: Any = False,
     hooks: Any = None,
     metadata: Any = None,
-) -> Tensor | Unsupported:
-    if _checked(storage, Storage).dtype.kind == "c":
-        return Unsupported(f"complex ({storage.dtype.name})")
+) -> Tensor | Opaque:
+    if type(storage) is Opaque:
+        return storage
     if metadata:  # set only for these and for views of complex tensors
-        return Unsupported("negated lazily")
+        return Opaque("tensor (negated lazily)")
     if len(_checked(size, tuple)) != len(_checked(stride, tuple)) or len(size) > _MAX_DIMENSIONS:
         raise Unreadable("is damaged: a tensor has different numbers of sizes and strides")
-    return Tensor(storage, _count(offset), tuple(map(_count, size)), tuple(map(_count, stride)))
+    counts = _count(offset), tuple(map(_count, size)), tuple(map(_count, stride))
+    return Tensor(_checked(storage, Storage), *counts)
 
 
 def _parameter(data: Any, *rest: Any) -> Any:
-    if type(data) not in (Tensor, Unsupported):
-        raise TypeError
     return data
 
 
@@ -196,57 +151,13 @@ def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
     return ordered
 
 
-def _unsupported(kind: str) -> Callable[..., Unsupported]:
-    return lambda *arguments: Unsupported(kind)
-
-
-_untyped = _unsupported("of a type that PyTorch has no storage class for (uint16, float8, ...)")
-_quantised = _unsupported("quantised")
-_sparse = _unsupported("sparse")
-
-# The names that make tensors and dictionaries, besides the storage types.
-_CALLS: dict[str, Callable[..., Any] | None] = {
+_CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered_dict,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch.nn.parameter.Parameter": _parameter,
-    "torch._utils._rebuild_tensor_v3": _untyped,
-    "torch._utils._rebuild_qtensor": _quantised,
-    "torch.per_tensor_affine": None,
-    "torch.per_channel_affine": None,
-    "torch._utils._rebuild_sparse_tensor": _sparse,
-}
-# The names of data that training scripts save beside the state dict, as a pattern. `getattr` and
-# `partial` may be among them because nothing is called: the history buffers of mmengine hold bound
-# methods, and Python 3.11 pickles the members of an enum with `getattr`.
-_DATA = re.compile(
-    r"""
-    (builtins|__builtin__)\.(bool|bytearray|bytes|complex|dict|float|frozenset|getattr|int|list|long
-        |object|range|set|slice|str|tuple|unicode|xrange|Ellipsis)
-    |collections\.(Counter|ChainMap|defaultdict|deque)
-    |argparse\.Namespace|types\.SimpleNamespace|functools\.partial|typing\.[A-Z]\w*
-    |pathlib\.(_local\.)?\w+Path|datetime\.(date|datetime|time|timedelta|timezone)
-    |zoneinfo\.ZoneInfo|decimal\.Decimal|fractions\.Fraction|uuid\.UUID
-    |_codecs\.encode|copy_?reg\._reconstructor  # bytes and objects of older protocols
-    |numpy\.(ndarray|dtype|(bool|u?int|float|complex|str|bytes|datetime|timedelta)[\d_]*)
-    |numpy\._?core\.multiarray\.(_reconstruct|scalar)|numpy\.(random|dtypes)\.(\w+\.)?\w+
-    |torch\.((q?u?int|b?float|complex|bool)\w*|device|Size|_C\.Generator|torch_version\.TorchVersion
-        |serialization\._get_layout|strided)
-    |(\w+\.)*torch\.(channels_\w+|\w+_format)  # under any module that imports PyTorch
-    |torch\.(nn\.modules\.loss|nn\.functional|optim\.\w+|(cuda\.)?amp\.grad_scaler)\.\w+
-    |mmengine\.(config|logging)(\.\w+){2,3}|mmcv\.utils\.config\.\w+|addict\.addict\.Dict
-    |easydict\.EasyDict|yacs\.config\.CfgNode|omegaconf\.\w+\.\w+
-    |(pytorch_lightning|lightning|lightning_fabric)(\.\w+)?\.utilities\.\w+\.\w+
-    """,
-    re.VERBOSE,
-)
-_STORAGE_GLOBALS = {
-    f"torch.{name}": dtype for name, dtype in (STORAGE_TYPES | _REFUSED_STORAGE_TYPES).items()
-}
-_GLOBALS = {name: Global(name, call) for name, call in _CALLS.items()} | {
-    name: Global(name) for name in _STORAGE_GLOBALS
 }
 
 
@@ -284,30 +195,22 @@ def find_state_dict(root: Any) -> tuple[tuple[str, ...], dict[Any, Any]]:
         return (), root
     if len(found) == 1:
         return next((path, level[path]) for path in found)
-    how = '`torch.save(model.state_dict(), "weights.pth")`'
     if found:
         keys = [f"{'/'.join(path)!r} ({count} tensors)" for path, count in found.items()]
-        raise Unreadable(
-            f"holds {len(found)} state dicts, under {listed(keys)}: save the one that is meant, "
-            f"with {how}"
-        )
-    if isinstance(root, dict):
-        content = f"a dictionary of {listed([repr(name) for name in root]) or 'nothing'}"
-    else:
-        content = f"one {_type_name(root)}"
-    raise Unreadable(
-        f"holds {content}, but no state dict, neither by itself nor under a key such as "
-        f"{' or '.join(map(repr, _ENTRIES[:3]))}. Save one with {how}"
-    )
+        raise Unreadable(f"holds {len(found)} state dicts, under {listed(keys)}: {_HOW}")
+    content = f"one {_type_name(root)[:200]}"
+    if root and isinstance(root, dict):
+        content += f" of {listed([f'{k!r} ({_type_name(v)})' for k, v in root.items()])}"
+    raise Unreadable(f"holds {content}, but no state dict. Where its code can load it, {_HOW}")
 
 
 def _type_name(value: Any) -> str:
-    return value.name if isinstance(value, (Opaque, Global)) else type(value).__name__
+    return value.name if isinstance(value, Opaque) else type(value).__name__
 
 
 def _num_tensors(value: Any) -> int:
     items = value.values() if isinstance(value, dict) else ()
-    return sum(isinstance(item, (Tensor, Unsupported)) for item in items)
+    return sum(isinstance(item, Tensor) for item in items)
 
 
 def arrays(
@@ -318,19 +221,19 @@ def arrays(
     Raises:
       Unreadable: An entry is not a tensor, is of an unsupported kind, or exceeds its storage.
     """
-    problems, views = [], {}
-    for name, value in state_dict.items():
-        if isinstance(value, Tensor) and isinstance(name, str):
-            try:
-                views[name] = _view(load_storage(value.storage), value)
-            except Unreadable as error:
-                raise Unreadable(f"has an invalid tensor {name[:200]}, which {error}") from error
-        elif isinstance(value, Unsupported):
-            problems.append(f"{name} is {value.kind}")
-        else:
-            problems.append(f"{name} is not a tensor but of type {_type_name(value)}")
+    problems = [
+        f"{name} is of type {_type_name(value)}"
+        for name, value in state_dict.items()
+        if not (isinstance(value, Tensor) and isinstance(name, str))
+    ]
     if problems:
         raise Unreadable(f"holds entries that cannot become arrays: {listed(problems, '; ')}")
+    views = {}
+    for name, tensor in state_dict.items():
+        try:
+            views[name] = _view(load_storage(tensor.storage), tensor)
+        except Unreadable as error:
+            raise Unreadable(f"has an invalid tensor {name[:200]}, which {error}") from error
     return views
 
 
