@@ -78,7 +78,8 @@ def logit_differences(reference, name, dtype, shape):
     return {head: difference(ours[head], theirs[head]) for head in theirs}
 
 
-@pytest.mark.parametrize("shape", [(1, 224, 224), (1, 520, 520), (1, 513, 385)], ids=str)
+# The features of the second are 65 wide, so that each of ASPP's rates makes a difference.
+@pytest.mark.parametrize("shape", [(1, 224, 224), (1, 65, 513)], ids=str)
 def test_logits_of_resnet50(resnet50, shape):
     differences = logit_differences(resnet50, "torchvision_resnet50", "float32", shape)
     assert max(differences.values()) <= LIMITS["float32"], differences
@@ -158,10 +159,9 @@ def test_stages_of_resnet50(resnet50, dtype):
     assert max(differences.values()) <= LIMITS[dtype], differences
 
 
-@pytest.mark.parametrize("depth", [18, 34])
-def test_stages_of_classifiers(depth, dtype):
-    reference = torch_reference.classifier(f"resnet{depth}").to(TORCH_TYPES[dtype])
-    ours = architecture(f"torchvision_resnet{depth}", num_classes=2, dtype=dtype, output_stride=32)
+def test_stages_of_classifiers(dtype):
+    reference = torch_reference.classifier("resnet18").to(TORCH_TYPES[dtype])
+    ours = architecture("torchvision_resnet18", num_classes=2, dtype=dtype, output_stride=32)
     variables = converted(reference, FunctionalModel(ours), backbone_only=True)
     assert all(name.startswith("backbone.") for group in variables for name in group)
     backbone = module_with(variables, ours).backbone
