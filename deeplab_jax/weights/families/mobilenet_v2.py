@@ -6,7 +6,7 @@ Sources: transformers 5, `models/mobilenet_v2/modeling_mobilenet_v2.py`; tensorf
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,54 +18,33 @@ from deeplab_jax.weights.families.reading import numbers, section
 _EPSILON = 1e-3  # of batch norm in the backbone; 1e-5 in the head
 _HEAD_EPSILON = 1e-5
 
-_HF_PARTS = {"expand": "expand_1x1", "depthwise": "conv_3x3", "project": "reduce_1x1"}
-_BLOCKS = [(i, part) for i in range(1, 18) for part in _HF_PARTS if (i, part) != (1, "expand")]
-
-
-def _hf_block(block: int, part: str) -> str:
-    scope = f"layer.{block - 2}" if block > 1 else "conv_stem"
-    return f"mobilenet_v2.{scope}.{_HF_PARTS[part]}"
-
-
-def _tf_block(block: int, part: str) -> str:
-    return f"MobilenetV2/expanded_conv{f'_{block - 1}' if block > 1 else ''}/{part}"
-
-
-def _rows(stem: str, blocks: Iterable[str], head: str, conv: str, bn: str) -> Table:
-    """Returns rows; `head` has the names of ASPP's branch, pooling and projection, and logits."""
-    branch, pooling, projection, logits = head.split()
-    modules = {
-        "backbone.stem": stem,
-        **{
-            f"backbone.block{i}.{part}": theirs
-            for (i, part), theirs in zip(_BLOCKS, blocks, strict=True)
-        },
-        "classifier.aspp.branches.0": branch,
-        "classifier.aspp.branches.1.project": pooling,
-        "classifier.aspp.project": projection,
-    }
-    return [
-        *((f"{ours}.conv", theirs + conv) for ours, theirs in modules.items()),
-        *((f"{ours}.bn", theirs + bn) for ours, theirs in modules.items()),
-        ("classifier.logits", logits + conv),
-    ]
-
-
-_HF_ROWS = _rows(
-    "mobilenet_v2.conv_stem.first_conv",
-    [_hf_block(*each) for each in _BLOCKS],
-    "segmentation_head.conv_aspp segmentation_head.conv_pool "
-    "segmentation_head.conv_projection segmentation_head.classifier",
-    ".convolution",
-    ".normalization",
-)
-_TF_ROWS = _rows(
-    "MobilenetV2/Conv",
-    [_tf_block(*each) for each in _BLOCKS],
-    "aspp0 image_pooling concat_projection logits/semantic",
-    "",
-    "/BatchNorm",
-)
+_PARTS = (("expand", "expand_1x1"), ("depthwise", "conv_3x3"), ("project", "reduce_1x1"))
+# Each convolution with its norm: here, in transformers, in TensorFlow.
+_LAYERS = [
+    ("backbone.stem", "mobilenet_v2.conv_stem.first_conv", "MobilenetV2/Conv"),
+    *(
+        (
+            f"backbone.block{block}.{part}",
+            f"mobilenet_v2.{f'layer.{block - 2}' if block > 1 else 'conv_stem'}.{theirs}",
+            f"MobilenetV2/expanded_conv{f'_{block - 1}' if block > 1 else ''}/{part}",
+        )
+        for block in range(1, 18)
+        for part, theirs in _PARTS
+    ),
+    ("classifier.aspp.branches.0", "segmentation_head.conv_aspp", "aspp0"),
+    ("classifier.aspp.branches.1.project", "segmentation_head.conv_pool", "image_pooling"),
+    ("classifier.aspp.project", "segmentation_head.conv_projection", "concat_projection"),
+]
+_HF_ROWS: Table = [
+    *((f"{ours}.conv", f"{hf}.convolution") for ours, hf, _ in _LAYERS),
+    *((f"{ours}.bn", f"{hf}.normalization") for ours, hf, _ in _LAYERS),
+    ("classifier.logits", "segmentation_head.classifier.convolution"),
+]
+_TF_ROWS: Table = [
+    *((f"{ours}.conv", tf) for ours, _, tf in _LAYERS),
+    *((f"{ours}.bn", f"{tf}/BatchNorm") for ours, _, tf in _LAYERS),
+    ("classifier.logits", "logits/semantic"),
+]
 
 
 def _read_hf_config(config: Mapping[str, Any], shown: Mapping[str, Any]) -> Said:
