@@ -89,9 +89,9 @@ def convert(
         `hf://org/name`. Folder and file may be in a bucket.
       family: The codebase whose names are read or written, a key of `families.FAMILIES`. Default:
         read what the names tell; write that of the architecture.
-      settings: FIELD=VALUE texts, which replace what the source or its defaults say, see `Reading`.
-      classes: File of the names of the classes, see `Reading`.
-      allow_nonfinite: Whether to keep NaN and infinite values instead of refusing them.
+      settings: See `Reading`.
+      classes: See `Reading`.
+      allow_nonfinite: See `Reading`.
 
     Raises:
       UserError: The source fits no known architecture, with the differences from the nearest; the

@@ -58,14 +58,19 @@ class SavedModel:
             registers it.
         """
         fields = self.info["architecture"]
-        for part, registry in (("backbone", BACKBONES), ("head", HEADS)):
-            if fields[part] not in registry:
-                module = self.info["registered_by"].get(part, "MODULE")
-                raise UserError(
-                    f"{self.path} has the {part} {fields[part]!r}, not registered here. When the "
-                    f"model was trained, {module} registered it: import that first, or on the "
-                    f"command line give --import {module}"
-                )
+        absent = [
+            (f"{part} {fields[part]!r}", self.info["registered_by"].get(part, "MODULE"))
+            for part, registry in (("backbone", BACKBONES), ("head", HEADS))
+            if fields[part] not in registry
+        ]
+        if absent:
+            parts = " and the ".join(part for part, _ in absent)
+            modules = dict.fromkeys(module for _, module in absent)
+            raise UserError(
+                f"{self.path} has the {parts}, not registered here. When the model was trained, "
+                f"{' and '.join(modules)} registered it: import that first, or on the command line "
+                f"give {' '.join(f'--import {module}' for module in modules)}"
+            )
         return Architecture(**fields)
 
 
