@@ -170,11 +170,8 @@ def test_old_files_of_smp():
 # Wrappers
 
 
-@pytest.mark.parametrize(
-    ("prefix", "name"),
-    [("module.", "mmseg_resnet18"), ("_orig_mod.net.", "smpplus_resnet18"),
-     ("ema_model.", "vainf_resnet18"), ("_orig_mod.module.", "torchvision_resnet18")],
-)  # fmt: skip
+@pytest.mark.parametrize("prefix", ["module.", "model.", "net.", "_orig_mod.module.", "ema_model."])
+@pytest.mark.parametrize("name", ["mmseg_resnet18", "smpplus_resnet18", "vainf_resnet18"])
 def test_prefixes_of_wrappers_are_removed_and_said(prefix, name):
     model, _, arrays = narrow(name)
     found = families.recognise({prefix + key: array for key, array in arrays.items()})
@@ -207,6 +204,29 @@ def test_names_of_two_families_are_an_error_that_as_decides():
     assert families.recognise(smp | mmseg, family="smp").family.name == "smp"
     with pytest.raises(UserError, match=r"unknown family 'mmsg' \(did you mean 'mmseg'\?\)"):
         families.recognise(smp, family="mmsg")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["decode_head.psp_modules.0.1.conv.weight", "backbone.layer1.0.conv1.weight"], "UPerNet"),
+        (["decode_head.convs.0.conv.weight", "backbone.layer1.0.conv1.weight"], "an FCN of mmseg"),
+        (["decode_head.c1_bottleneck.conv.weight", "backbone.layer1.0.conv1.weight"], "v3+ of mm"),
+        (["backbone.layer1.0.conv1.weight", "classifier.0.weight", "classifier.4.weight"],
+         "an FCN of torchvision"),
+        (["encoder.layer1.0.conv1.weight", "decoder.blocks.0.conv1.0.weight",
+          "segmentation_head.0.weight"], "a U-Net of segmentation_models.pytorch"),
+        (["conv1.weight", "layer1.0.conv1.weight", "fc.weight"], "a classifier"),
+        (["mobilenet_v2.conv_stem.first_conv.convolution.weight", "classifier.weight"],
+         "a classifier of transformers"),
+    ],
+)  # fmt: skip
+def test_another_task_is_named_and_its_backbone_offered(names, words):
+    with pytest.raises(UserError) as caught:
+        families.recognise({name: np.zeros((1, 1, 1, 1), np.float32) for name in names})
+    message = str(caught.value)
+    assert f"it is {words}" in message or words in message
+    assert "--config.init.backbone" in message
 
 
 def test_a_file_of_no_family_names_the_nearest_and_what_it_lacks():
@@ -356,6 +376,15 @@ def test_a_model_that_no_family_writes(tmp_path):
     assert note.startswith("Only this package reads the file")
 
 
+def test_what_a_written_file_does_not_say_is_noted(tmp_path):
+    fields = {"padding": "same", "output_stride": 16, "atrous_rates": (12, 24, 36)}
+    chosen = model_of("torchvision_mobilenet_v2", width=0.25, **fields).architecture
+    names, std = labels.named(*"abcde"), families.FAMILIES["torchvision"].std
+    info = saved_model.describe(chosen, names, mean=(0.5,) * 3, std=std, resize="", size=(1, 1))
+    (note,) = families.loading_notes(saved_model.SavedModel(tmp_path, info, dict))
+    assert "does not say output_stride=16, padding=same, mean=(0.5, 0.5, 0.5), unlike" in note
+
+
 # What people's files also are
 
 
@@ -372,6 +401,19 @@ def test_an_auxiliary_head_of_other_classes_is_dropped(tmp_path):
         assert any(why.startswith("belongs to the auxiliary head") for _, why in done.dropped)
         image = np.zeros((9, 9, 3), np.uint8)
         assert deeplab_jax.load(tmp_path / name).predict(image).shape == (9, 9)
+
+
+@pytest.mark.parametrize("channels", [(16, 32), (16, 64), (8, 64)])
+def test_mmsegs_auxiliary_head_of_other_channels_or_features_is_dropped(channels):
+    arrays = dict(narrow("mmseg_resnet18")[2])
+    conv, logits = "auxiliary_head.convs.0.conv.weight", "auxiliary_head.conv_seg.weight"
+    assert (arrays[conv].shape, families.architecture_of(arrays).aux_head) == ((8, 32, 3, 3), True)
+    arrays[conv] = np.zeros((*channels, 3, 3), np.float32)
+    arrays[logits] = np.zeros((5, channels[0], 1, 1), np.float32)
+    found = families.recognise(arrays)
+    assert not found.architecture().aux_head
+    report = found.to_model(FunctionalModel.of(found.architecture())).report
+    assert dict(report.dropped)[conv].startswith("belongs to the auxiliary head")
 
 
 def test_another_number_of_classes_than_the_files_is_refused(tmp_path):
@@ -459,32 +501,48 @@ def test_the_number_of_rates_must_be_given_if_it_is_another(tmp_path):
         read_model(tmp_path / "a.pth")
     reading = Reading(settings=["model.atrous_rates=3,6,9,12"])
     assert read_model(tmp_path / "a.pth", reading).architecture == model.architecture
+    arrays = recorded("vainf_resnet50")
+    gap = {name: a for name, a in arrays.items() if ".convs.1." not in name}
+    beyond = {name.replace(".convs.3.", ".convs.7."): a for name, a in arrays.items()} | arrays
+    for found, count in ((gap, 2), (beyond, 4)):
+        with pytest.raises(UserError, match=f"ASPP has {count} atrous branches"):
+            families.architecture_of(found)
 
 
-def test_unknown_backbones_are_refused():
+def test_backbones_that_are_not_known_are_named():
     arrays = dict(recorded("torchvision_resnet50"))
-    resnext = {}
     for name in [name for name in arrays if ".conv2.weight" in name]:
         out, into, *sides = arrays[name].shape
-        resnext[name] = np.broadcast_to(np.float32(0), (out, into // 32, *sides))
-    model = FunctionalModel.of(ARCHITECTURES["torchvision_resnet50"])
-    for changed, message in (
-        (resnext, r"of another shape: backbone\.layer1\.0\.conv2\.weight"),
-        ({"backbone.layer1.0.se.conv.weight": np.zeros(1)}, r"not in the model: .*1\.0\.se\."),
-    ):
-        with pytest.raises(UserError, match=message):
-            families.recognise(arrays | changed).to_model(model)
+        arrays[name] = np.broadcast_to(np.float32(0), (2 * out, into // 16, *sides))
+    with pytest.raises(UserError, match="a ResNeXt"):
+        families.architecture_of(arrays)
+    excited = recorded("mmseg_r18_v1c") | {"backbone.layer1.0.se.conv1.conv.weight": np.zeros(1)}
+    with pytest.raises(UserError, match="squeeze-excite"):
+        families.architecture_of(excited)
     stem = {
         "stem.0.weight": np.zeros((4, 3, 4, 4)),
         "stages.0.conv_dw.weight": np.zeros((4, 1, 7, 7)),
     }
     with pytest.raises(UserError, match="has no known backbone"):
         families.recognise(stem, backbone_only=True)
-    heads = {k: v for k, v in narrow("smp_resnet18")[2].items() if not k.startswith("encoder.")}
-    with pytest.raises(UserError, match="the file's backbone is not known"):
-        families.architecture_of(heads | {"encoder._conv_stem.weight": stem["stem.0.weight"]})
+    with pytest.raises(UserError, match="encoder is timm-efficientnet-b0 of depth 5"):
+        families.recognise(
+            narrow("smp_resnet18")[2], {"encoder_name": "timm-efficientnet-b0"}
+        ).architecture()
+
+
+def test_other_networks_of_a_family_are_named_by_config_before_shapes():
+    resnet = narrow("smp_resnet18")[2]
+    other = {key.replace("layer1.0", "_blocks.0"): array for key, array in resnet.items()}
+    with pytest.raises(UserError, match="the file's backbone is no ResNet"):
+        families.architecture_of(other)
+    with pytest.raises(UserError, match="encoder is timm-efficientnet-b0 of depth 5"):
+        families.recognise(other, {"encoder_name": "timm-efficientnet-b0"}).architecture()
+    with pytest.raises(UserError, match="encoder is resnet18 of depth 4"):
+        families.recognise(resnet, {"encoder_depth": 4, "encoder_name": "resnet18"}).architecture()
+    timms = families.recognise(recorded("torchvision_resnet50"), {"architecture": "resnetaa50d"})
     with pytest.raises(UserError, match="the file is a resnetaa50d of timm"):
-        families.recognise(arrays, {"architecture": "resnetaa50d"}).architecture()
+        timms.architecture()
 
 
 @pytest.mark.parametrize(

@@ -179,13 +179,15 @@ def test_a_classifier_is_a_backbone(classifier):
 
 
 def test_a_classifier_is_not_a_segmentation_model(classifier):
-    with pytest.raises(UserError, match=r"(?s)no DeepLabv3.*--config\.init\.backbone"):
+    with pytest.raises(UserError, match=r"(?s)it is a classifier.*--config\.init\.backbone"):
         families.to_model(arrays_of(classifier), functional())
+    with pytest.raises(UserError, match="no DeepLabv3"):
+        families.architecture_of(arrays_of(classifier))
 
 
 def test_loading_it_into_a_resnet_names_it(deeplab, classifier):
     resnet = FunctionalModel(architecture("torchvision_resnet18", num_classes=21))
-    with pytest.raises(UserError, match=f"{NAME} is nearest"):
+    with pytest.raises(UserError, match=f"nearest to {NAME} "):
         families.to_model(arrays_of(deeplab), resnet)
-    with pytest.raises(UserError, match=f"{NAME} is nearest"):
+    with pytest.raises(UserError, match=f"nearest to {NAME} "):
         families.to_model(arrays_of(classifier), resnet, backbone_only=True)

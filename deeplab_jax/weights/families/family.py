@@ -24,6 +24,7 @@ BACKBONE = "backbone."  # the beginning of the names of a backbone's variables h
 
 # Rows of (regular expression for a module here, its name in the family with groups as \1).
 Table = Sequence[tuple[str, str]]
+Shapes = Mapping[str, tuple[int, ...]]  # of arrays by the names in the family's table
 
 
 class Leaf(NamedTuple):
@@ -75,8 +76,8 @@ class Family:
       assumed: Fields of `Architecture` that shapes never tell, for a report.
       backbone: Beginning of the names of a backbone's arrays.
       architectures: The first part of the names of its architectures; empty: `name`.
-      read_config: Returns what a config (see `WeightsFile.config`) says, given the fields of
-        `Architecture` that shapes tell.
+      read_config: Returns what a config (see `WeightsFile.config`) says. May raise UserError, also
+        for what only the shapes of arrays tell.
       leaves: Arrays of a layer. "depthwise_kernel" and "norm_bias" go before "kernel" and "bias".
       dropped: (regular expression for a name, reason) of arrays without a counterpart.
       first_channels: Returns for a variable the number of its first input channels that are the
@@ -100,7 +101,7 @@ class Family:
     assumed: tuple[str, ...]
     backbone: str
     architectures: str = ""
-    read_config: Callable[[Mapping[str, Any], Mapping[str, Any]], Said] = lambda *_: Said({})
+    read_config: Callable[[Mapping[str, Any], Shapes], Said] = lambda *_: Said({})
     leaves: tuple[Leaf, ...] = TORCH_LEAVES
     dropped: tuple[tuple[str, str], ...] = ()
     first_channels: Callable[[str, tuple[int, ...], Architecture], int] = lambda *_: 0

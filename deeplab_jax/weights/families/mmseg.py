@@ -12,12 +12,21 @@ from typing import Any
 
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights.families.family import Family, Said, Table, any_begins, pool_first
+from deeplab_jax.weights.families.family import (
+    Family,
+    Said,
+    Shapes,
+    Table,
+    any_begins,
+    pool_first,
+)
 from deeplab_jax.weights.families.reading import list_of_rates, numbers, section
 from deeplab_jax.weights.families.resnets import MMSEG_STEM, resnet_rows
 
 _MAX_CONFIG = 1_000_000  # characters
 _READ = ("model", "data_preprocessor", "img_norm_cfg")  # variables of a config
+_BOTTLENECK = "backbone.layer1.0.conv3.weight"
+_POOLED_SHORTCUT = "backbone.layer2.0.downsample.1.weight"  # a norm without the pool before it
 
 
 def _modules(architecture: Architecture) -> Table:
@@ -32,20 +41,19 @@ def _modules(architecture: Architecture) -> Table:
     )
 
 
-def _read_config(config: Mapping[str, Any], shown: Mapping[str, Any]) -> Said:
-    if shown["shortcut"] == "avg_pool":
+def _read_config(config: Mapping[str, Any], shapes: Shapes) -> Said:
+    if len(shapes.get(_POOLED_SHORTCUT, ())) == 4:
         raise UserError(
             "the file has a backbone ResNetV1d of mmsegmentation, which is not supported: where a "
             "stride is removed, its shortcuts do not average as timm's do"
         )
     meta = section(config, "meta")
     values = values_of_config(meta.get("cfg") or meta.get("config"))
-    is_basic = shown["backbone"] in ("resnet18", "resnet34")
     mean, std = _normalization(values)
     classes = meta.get("CLASSES") or section(meta, "dataset_meta").get("classes")
     names = classes if isinstance(classes, list | tuple) else ()
     return Said(
-        _settings(section(values, "model"), has_bottlenecks=not is_basic),
+        _settings(section(values, "model"), has_bottlenecks=_BOTTLENECK in shapes),
         tuple(name for name in names if isinstance(name, str)),
         mean,
         std,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights.families.family import Family, Leaf, Said, Table, pool_first
+from deeplab_jax.weights.families.family import Family, Leaf, Said, Shapes, Table, pool_first
 from deeplab_jax.weights.families.reading import numbers, section
 
 _EPSILON = 1e-3  # of batch norm in the backbone; 1e-5 in the head
@@ -47,7 +47,7 @@ _TF_ROWS: Table = [
 ]
 
 
-def _read_hf_config(config: Mapping[str, Any], shown: Mapping[str, Any]) -> Said:
+def _read_hf_config(config: Mapping[str, Any], shapes: Shapes) -> Said:
     fields: dict[str, Any] = {}
     if config.get("output_stride") in (8, 16, 32):
         fields["output_stride"] = int(config["output_stride"])  # JSON's may be 8.0
@@ -60,12 +60,13 @@ def _read_hf_config(config: Mapping[str, Any], shown: Mapping[str, Any]) -> Said
     preprocessor = section(config, "preprocessor_config")
     mean, std = (numbers(preprocessor.get(f"image_{field}")) for field in ("mean", "std"))
     names = section(config, "id2label")
-    ordered = [names.get(str(index)) for index in range(shown["num_classes"])]
+    num_classes = next(iter(shapes.get("segmentation_head.classifier.convolution.weight", ())), 21)
+    ordered = [names.get(str(index)) for index in range(num_classes)]
     classes = tuple(name for name in ordered if isinstance(name, str))
     return Said(fields, classes, mean, std)
 
 
-def _read_tf_config(config: Mapping[str, Any], shown: Mapping[str, Any]) -> Said:
+def _read_tf_config(config: Mapping[str, Any], shapes: Shapes) -> Said:
     stride = config.get("output_stride")
     fields = {"output_stride": stride} if stride else {}
     return Said(fields, (), config.get("mean", ()), config.get("std", ()))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from deeplab_jax.models.architecture import ARCHITECTURES
 from deeplab_jax.models.backbones.mobilenet import divisible_channels
 from deeplab_jax.models.backbones.resnet import RESNETS, STAGE_FEATURES, STEMS, Bottleneck
+from deeplab_jax.models.layers import scaled_channels
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights.families.family import Family
+from deeplab_jax.weights.families.family import Family, Shapes
 
-Shapes = Mapping[str, tuple[int, ...]]
 # Returns the shape [row, column, in, out] of a convolution's kernel by its module's name here; ()
 # if the file has none of that name.
 Kernel = Callable[[str], tuple[int, ...]]
@@ -23,6 +24,7 @@ _MOBILENETS = {
     "mobilenet_v2": ("backbone.block17.project.conv", 320),
     "mobilenet_v3_large": ("backbone.last.conv", 960),
 }
+_MAX_BRANCHES = 100  # of ASPP
 _WIDTHS = [step / 20 for step in range(1, 61)]  # of MobileNets
 
 
@@ -67,20 +69,20 @@ def read_shapes(family: Family, shapes: Shapes) -> Shown:
     known: dict[str, Any] = {"decoder": "plus" if is_plus else "bilinear"}
     depthwise = kernels(**known, separable_aspp=True)("classifier.aspp.branches.1.depthwise")
     known |= {"separable_aspp": bool(depthwise)}
-    fields = known | _read_backbone(lambda **backbone: kernels(**known, **backbone))
+    fields = known | _read_backbone(shapes, lambda **backbone: kernels(**known, **backbone))
     kernel = kernels(**fields)
     logits, project = kernel("classifier.logits"), kernel("classifier.aspp.project.conv")
     fields["num_classes"] = logits[3] if logits else 21
     if project:
         fields["head_channels"] = max(1, round(project[3] / fields["width"]))
     aux_conv, aux_logits = map(kernel, ("aux_classifier.head_conv.conv", "aux_classifier.logits"))
-    last_stage = kernel("backbone.layer4.0.conv1")
-    # For the same classes, and on the features before the last stage.
-    is_aux = aux_logits[3:] == logits[3:] and not (last_stage and aux_conv[2:3] != last_stage[2:3])
-    fields["aux_head"] = bool(aux_logits) and is_aux
-    num_branches = next(
-        i for i in itertools.count() if not kernel(f"classifier.aspp.branches.{i}.conv")
-    )
+    fields["aux_head"] = bool(aux_logits) and aux_logits[3:] == logits[3:]
+    if family.name == "mmseg":  # whose head may be on other features, or have other channels
+        features = kernel("backbone.layer4.0.conv1")[2:3]
+        quarter = tuple(scaled_channels(channels, 1 / 4) for channels in features)
+        fields["aux_head"] &= aux_conv[2:] == features + quarter
+    branches = (f"classifier.aspp.branches.{index}.conv" for index in range(_MAX_BRANCHES))
+    num_branches = sum(bool(kernel(branch)) for branch in branches)
     # Models of the paper, written with torchvision's names, have no 3x3 after ASPP.
     is_papers = logits and not kernel("classifier.head_conv.conv")
     if family.name == "torchvision" and is_papers:
@@ -92,7 +94,7 @@ def read_shapes(family: Family, shapes: Shapes) -> Shown:
     return Shown(name, fields, num_branches - 1 if num_branches else None)
 
 
-def _read_backbone(kernels: Callable[..., Kernel]) -> dict[str, Any]:
+def _read_backbone(shapes: Shapes, kernels: Callable[..., Kernel]) -> dict[str, Any]:
     """Returns the fields of the backbone; `kernels` returns `Kernel` for some of them."""
     for backbone, (last, published) in _MOBILENETS.items():
         kernel = kernels(backbone=backbone)
@@ -103,10 +105,17 @@ def _read_backbone(kernels: Callable[..., Kernel]) -> dict[str, Any]:
             in_channels = first[2] if first else 3
             return {"backbone": backbone, "width": width, "in_channels": in_channels}
     kernel = kernels(backbone="resnet50", stem="conv7x7")
+    inner = kernel("backbone.layer1.0.conv2")
+    kind = ""
     if not kernel("backbone.layer1.0.conv1"):
-        raise UserError(
-            f"the file's backbone is not known; known are {', '.join(RESNETS)} and MobileNets"
-        )
+        kind = "no ResNet"
+    elif inner and inner[2] != inner[3]:
+        kind = "a ResNeXt, with grouped convolutions"
+    elif any(re.search(r"\blayer1\.0\..*\b(?:se|se_module|aa)\.", name) for name in shapes):
+        kind = "a ResNet with further layers in its blocks (squeeze-excite, or blur)"
+    if kind:
+        known = f"{', '.join(RESNETS)}, of the usual, deep-stem and pooled-shortcut forms"
+        raise UserError(f"the file's backbone is {kind}; known are {known}, and MobileNets")
     sizes = [
         next(i for i in itertools.count() if not kernel(f"backbone.layer{stage}.{i}.conv1"))
         for stage in range(1, 5)

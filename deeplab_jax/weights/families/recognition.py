@@ -18,7 +18,7 @@ import numpy as np
 from deeplab_jax.models.architecture import Architecture, architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.utils.errors import UserError, did_you_mean, listed
-from deeplab_jax.weights.families.family import Family, Said, any_begins
+from deeplab_jax.weights.families.family import Family, Said, Shapes, any_begins
 from deeplab_jax.weights.families.mmseg import MMSEG
 from deeplab_jax.weights.families.mobilenet_v2 import HF, TF
 from deeplab_jax.weights.families.reading import Shown, read_shapes
@@ -40,6 +40,24 @@ _TOP_MODULE = re.compile(
 )
 _MAX_WRAPPERS = 8
 _AVERAGED = "n_averaged"  # of `torch.optim.swa_utils.AveragedModel`
+
+# What names say of other tasks' files: regular expressions, each of which must match the beginning
+# of some name, and the task.
+_OTHER_TASKS = (
+    (r"decode_head\.c1_bottleneck\.", "a DeepLabv3+ of mmsegmentation"),
+    (r"decode_head\.psp_modules\.", "a PSPNet or UPerNet of mmsegmentation"),
+    (r"decode_head\.convs\.", "an FCN of mmsegmentation"),
+    (r"decode_head\.", "another model of mmsegmentation or transformers"),
+    (r"segmentation_head\.0\.", r"decoder\.blocks\.", "a U-Net of segmentation_models.pytorch"),
+    (r"segmentation_head\.0\.", "another model of segmentation_models.pytorch"),
+    (r"backbone\.", r"classifier\.0\.weight", r"classifier\.4\.", "an FCN of torchvision"),
+    (r"backbone\.", r"classifier\.cbr\.", "an LR-ASPP of torchvision"),
+    (r"mobilenet_v2\.", r"classifier\.weight", "a classifier of transformers"),
+    (r"(?:backbone\.)?(?:fc|classifier|head)\.", r"(?:conv1|features|stem)\.", "a classifier"),
+    (r"(?:backbone\.)?(?:conv1|stem)\.", r"(?:backbone\.)?layer1\.", "a backbone"),
+    (r"(?:rpn|roi_heads|bbox_head)\.", "a detector"),
+)
+_KNOWN_BACKBONE = r"(?:backbone\.|encoder\.|features\.|mobilenet_v2\.)?\w*(?:layer1|conv_stem|0)\."
 # Fields that shapes tell and a config of a run can set.
 _BACKBONE_FIELDS = ("width", "stem", "shortcut")
 _HEAD_FIELDS = ("aux_head", "head_channels", "separable_aspp")
@@ -66,14 +84,18 @@ class Recognised:
     ignored: tuple[tuple[str, str], ...] = ()
 
     @functools.cached_property
+    def _shapes(self) -> Shapes:
+        return {name: array.shape for name, array in self.arrays.items()}
+
+    @functools.cached_property
     def shown(self) -> Shown:
         """What shapes tell of the model; may raise UserError."""
-        return read_shapes(self.family, {name: each.shape for name, each in self.arrays.items()})
+        return read_shapes(self.family, self._shapes)
 
     @functools.cached_property
     def said(self) -> Said:
         """What the config says of the model; may raise UserError."""
-        return self.family.read_config(self.config, self.shown.fields)
+        return self.family.read_config(self.config, self._shapes)
 
     def architecture(self, settings: Mapping[str, Any] | None = None) -> Architecture:
         """Returns the architecture: from settings, config, shapes, or the family's default.
@@ -81,8 +103,9 @@ class Recognised:
         Raises:
           UserError: There is no such architecture, or a setting is invalid.
         """
-        fields = {**self.family.defaults, **self.shown.fields, **self.said.fields}
-        chosen = architecture(self.shown.name, **fields | dict(settings or {}))
+        said = self.said.fields  # first: a config can name a backbone that shapes only miss
+        fields = {**self.family.defaults, **self.shown.fields, **said, **(settings or {})}
+        chosen = architecture(self.shown.name, **fields)
         num_rates = self.shown.num_rates
         if num_rates not in (None, len(chosen.atrous_rates)):
             raise UserError(
@@ -155,25 +178,40 @@ class Recognised:
         return Converted(variables, report)
 
     def _hints(self, ours: Architecture, backbone_only: bool, is_run: bool) -> list[str]:
-        """Returns a line on the architecture that fits the file better than ours."""
+        """Returns a line on the architecture or the settings that fit the file better than ours."""
         try:
             found = self.architecture()
-        except UserError:
-            return []
+        except UserError as error:
+            return [f"  {error}"]
+        agree = f"{self._agreement(found, backbone_only):.0%} of the arrays agree"
         if not is_run:
-            return [f"  {found.name} is nearest"]
-        fields = _BACKBONE_FIELDS if backbone_only else (*_BACKBONE_FIELDS, *_HEAD_FIELDS)
-        values = {f: getattr(found, f) for f in fields if getattr(found, f) != getattr(ours, f)}
+            return [f"  {agree} with {found.name}, the nearest"]
+        nearest = f"  it is nearest to {found.name}"
         # Families with the same backbone are equal here.
         if found.name != ours.name and not (backbone_only and found.backbone == ours.backbone):
-            values = {"architecture": found.name}
-        if not values:
-            return [
-                "  if the file is meant to be partial, name what may be missing: "
-                "`--config.init.allow_missing=REGEX`"
-            ]
-        flags = (f"`--config.model.{field}={_spelled(value)}`" for field, value in values.items())
-        return [f"  {found.name} is nearest: {' '.join(flags)}"]
+            return [f"{nearest} ({agree}): `--config.model.architecture={found.name}`"]
+        fields = _BACKBONE_FIELDS if backbone_only else (*_BACKBONE_FIELDS, *_HEAD_FIELDS)
+        values = {f: getattr(found, f) for f in fields if getattr(found, f) != getattr(ours, f)}
+        fitting = dataclasses.replace(ours, **values, num_classes=found.num_classes)
+        if values and self._agreement(fitting, backbone_only) == 1:
+            flags = (f"`--config.model.{name}={_spelled(value)}`" for name, value in values.items())
+            return [f"  it fits with {' '.join(flags)}"]
+        return [
+            f"{nearest} all the same ({agree}); if the file is meant to be partial, name what may "
+            "be missing: `--config.init.allow_missing=REGEX`"
+        ]
+
+    def _agreement(self, chosen: Architecture, backbone_only: bool) -> float:
+        """Returns the ratio of equal names and shapes to all on either side, 0..1."""
+        model = FunctionalModel.of(chosen)
+        slots = self.family.slots(model, backbone_only=backbone_only)
+        known = {(name, slot.shape) for name, slot in slots.items()}
+        found = {
+            (name, shape)
+            for name, shape in self._shapes.items()
+            if not self.family.why_dropped(name, model, backbone_only)
+        }
+        return len(found & known) / max(1, len(found | known))
 
 
 def recognise(
@@ -274,18 +312,24 @@ def _what_it_is(named: Mapping[str, np.ndarray], backbone_only: bool) -> list[st
         return [f"the file has no known backbone: {known}", *lines]
     if len(inside) > 1:
         return ["the file holds more than one model", *lines]
-    lacking = [
-        ([each[0] for each in family.signature if not any_begins(named, *each)], family.title)
-        for family in FAMILIES.values()
-        if family.signature
-    ]
-    names, title = min(lacking, key=lambda each: len(each[0]))
-    return [
-        f"the file holds no DeepLabv3; nearest is {title}, of which it lacks {listed(names)}",
-        *lines,
-        "a classifier, or another model with a known backbone, can be given as "
-        "`--config.init.backbone`",
-    ]
+    nearest = max(
+        FAMILIES.values(),
+        key=lambda family: sum(any_begins(named, *each) for each in family.signature),
+    )
+    lacking = [each[0] for each in nearest.signature if not any_begins(named, *each)]
+    tasks = (
+        task for *parts, task in _OTHER_TASKS if all(_any_matches(part, named) for part in parts)
+    )
+    task = next(tasks, "")
+    headline = f"the file holds no DeepLabv3{f': it is {task}' if task else ''}"
+    if lacking:
+        headline += f"; nearest is {nearest.title}, of which it lacks {listed(lacking)}"
+    usable = "a classifier, or another model with a known backbone, can be given as"
+    if task:
+        usable = "its backbone can be used: give the file as"
+    if not task or _any_matches(_KNOWN_BACKBONE, named):
+        lines.insert(0, f"{usable} `--config.init.backbone`")
+    return [headline, *lines]
 
 
 def unwrap(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -323,6 +367,10 @@ def _inner_models(named: Mapping[str, np.ndarray]) -> dict[str, str]:
 
 def _deeplabs(names: Iterable[str]) -> list[Family]:
     return [family for family in FAMILIES.values() if family.matches(names)]
+
+
+def _any_matches(pattern: str, names: Iterable[str]) -> bool:
+    return any(re.match(pattern, name) for name in names)
 
 
 def _first(name: str) -> str:

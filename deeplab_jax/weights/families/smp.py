@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deeplab_jax.models.architecture import Architecture
-from deeplab_jax.weights.families.family import Family, Said, Table, any_begins
+from deeplab_jax.models.backbones.resnet import RESNETS
+from deeplab_jax.utils.errors import UserError
+from deeplab_jax.weights.families.family import Family, Said, Shapes, Table, any_begins
 from deeplab_jax.weights.families.reading import list_of_rates
 from deeplab_jax.weights.families.resnets import aspp_rows, resnet_rows
 
@@ -53,8 +55,14 @@ def _separable(ours: str, conv: str, bn: str) -> Table:
     )
 
 
-def _read_config(config: Mapping[str, Any], shown: Mapping[str, Any]) -> Said:
+def _read_config(config: Mapping[str, Any], shapes: Shapes) -> Said:
     """Reads the keyword arguments of the model, which a folder of the hub has."""
+    encoder, depth = str(config.get("encoder_name", "resnet50")), config.get("encoder_depth", 5)
+    if encoder not in RESNETS or depth != 5:
+        raise UserError(
+            f"the file's encoder is {encoder} of depth {depth}; known are {', '.join(RESNETS)} of "
+            "depth 5"
+        )
     fields: dict[str, Any] = {}
     if config.get("encoder_output_stride") in (8, 16):
         fields["output_stride"] = int(config["encoder_output_stride"])  # JSON's may be 8.0
