@@ -169,11 +169,20 @@ def test_calls_in_an_old_file_are_refused(tmp_path):
     assert not marker.exists()
 
 
-def test_an_unknown_call_is_not_run_and_its_value_refused(tmp_path):
+def test_a_model_in_the_same_file_does_not_hide_a_call(tmp_path):
+    value = {"harm": Calls(os.system, "true"), "model": torch.nn.Sequential(torch.nn.ReLU())}
+    path = tmp_path / "both.pth"
+    torch.save(value, path)
+    with pytest.raises(UserError, match=r"asks for \w+\.system.*refused"):
+        torch_file.read(path)
+
+
+@pytest.mark.parametrize("function", [np.save, torch.save, torch.load])
+def test_an_unknown_call_is_not_run_and_its_value_refused(tmp_path, function):
     marker = tmp_path / "marker"
-    value = {"a": torch.ones(1), "b": Calls(np.save, str(marker), 1)}
+    value = {"a": torch.ones(1), "b": Calls(function, str(marker), 1)}
     torch.save(value, tmp_path / "attack.pth")
-    with pytest.raises(UserError, match=r"b is of type numpy\.\S*save"):
+    with pytest.raises(UserError, match=rf"b is of type \S*{function.__name__}"):
         torch_file.read(tmp_path / "attack.pth")
     torch.save({"model": {"a": value["a"]}, "b": value["b"]}, tmp_path / "beside.pth")
     assert_same(torch_file.read(tmp_path / "beside.pth"), {"a": value["a"]})

@@ -240,7 +240,7 @@ def test_training_starts_from_a_published_model(published, folder, model):
     expected = saved_model.read(model)
     config = tiny.get_config()
     functions = FunctionalModel.of(expected.architecture)
-    for source in (f"hf://{NAME}/small/model.safetensors", str(folder)):
+    for source in (f"hf://{NAME}/small/model.safetensors", f"hf://{NAME}", str(folder)):
         config.init.path = source
         found = initialize.init_variables(config, functions, lambda _: None)
         for ours, theirs in zip(found, expected.variables, strict=True):

@@ -1,6 +1,8 @@
 """Names, axes and errors of the conversion in both directions; test_parity.py compares outputs."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import ml_dtypes
@@ -11,7 +13,7 @@ import torch_reference
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights import families
+from deeplab_jax.weights import families, torch_file
 from random_modules import random_variables
 from torch_reference import torch
 
@@ -58,7 +60,8 @@ def small():
 # What fits
 
 
-@pytest.mark.parametrize(("depth", "aux"), [(50, True), (101, False)])
+@pytest.mark.parametrize("depth", [50, 101])
+@pytest.mark.parametrize("aux", [True, False])
 def test_every_array_of_a_segmentation_model_is_used_once(depth, aux):
     arrays = deeplab(depth, aux)
     model = functional(f"torchvision_resnet{depth}", aux_head=aux)
@@ -75,7 +78,7 @@ def test_every_array_of_a_segmentation_model_is_used_once(depth, aux):
     assert families.architecture_of(arrays) == model.architecture
 
 
-@pytest.mark.parametrize("depth", [34, 50])
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
 def test_a_classifier_is_a_backbone(depth):
     arrays = classifier(depth)
     model = functional(f"torchvision_resnet{depth}")
@@ -92,6 +95,13 @@ def test_a_segmentation_model_serves_as_a_backbone_for_the_papers():
     (params, batch_stats), report = families.to_model(deeplab(50), model, backbone_only=True)
     assert all(name.startswith("backbone.") for name in params | batch_stats)
     assert any(theirs == "aux_classifier.4.bias" for theirs, _ in report.dropped)
+
+
+def test_the_auxiliary_head_is_dropped_where_the_model_has_none():
+    model = functional("torchvision_resnet50", aux_head=False)
+    report = families.to_model(deeplab(50), model).report
+    dropped = dict(report.dropped)
+    assert dropped["aux_classifier.0.weight"].startswith("belongs to the auxiliary head")
 
 
 def test_axes_of_a_kernel(small):
@@ -111,10 +121,45 @@ def test_variables_do_not_share_memory_with_the_file(small):
         assert not np.shares_memory(arrays[theirs], (params | batch_stats)[ours]), ours
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_round_trip_is_bit_exact(tmp_path, small, suffix):
+    model, variables, arrays = small
+    torch_file.write(tmp_path / f"a{suffix}", arrays)
+    back, _ = families.to_model(torch_file.read(tmp_path / f"a{suffix}"), model)
+    for group, expected in zip(back, variables, strict=True):
+        assert group.keys() == expected.keys()
+        assert all(group[name].tobytes() == expected[name].tobytes() for name in expected)
+
+
+def test_torchvision_loads_strictly_what_is_written(tmp_path):
+    arrays = {
+        name: np.arange(array.size, dtype=np.float32).reshape(array.shape) + index
+        for index, (name, array) in enumerate(deeplab(50, num_classes=4).items())
+        if not name.endswith("num_batches_tracked")
+    }
+    model = functional("torchvision_resnet50", num_classes=4)
+    variables, _ = families.to_model(arrays, model)
+    torch_file.write(tmp_path / "back.pth", families.from_model(variables, model.architecture))
+    with torch.device("meta"):
+        target = torch_reference.segmentation_model("deeplabv3_resnet50", aux=True, num_classes=4)
+    loaded = torch.load(tmp_path / "back.pth", weights_only=True)
+    target.load_state_dict(loaded, strict=True, assign=True)
+    for name, array in arrays.items():
+        assert np.array_equal(target.state_dict()[name], array), name
+
+
 def test_variables_of_jax_can_be_written(small):
     _, variables, arrays = small
     back = families.from_model(jax.tree.map(jax.numpy.asarray, variables), small[0].architecture)
     assert all(np.array_equal(back[name], array) for name, array in arrays.items())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers(small, prefix):
+    model, variables, arrays = small
+    (params, _), report = families.to_model({prefix + k: v for k, v in arrays.items()}, model)
+    assert all(np.array_equal(params[name], variables.params[name]) for name in params)
+    assert "".join(re.findall(r'"(.*?)"', " ".join(report.notes))) == prefix
 
 
 # Changes that the report lists
@@ -156,6 +201,22 @@ def test_allowed_missing_arrays_are_listed(small):
         families.to_model(partial, model, allow_missing=r"layer4\.1\.conv")
 
 
+def test_real_partial_imagenet_weights(shared_data):
+    path = shared_data.parent / "weights" / "resnet18_partial.pth"
+    if not path.is_file():
+        pytest.skip(f"{path} is absent")
+    arrays, model = torch_file.read(path), functional("paper_resnet18")
+    with pytest.raises(UserError, match=r"missing: backbone\.layer4\.0\.bn1"):
+        families.to_model(arrays, model, backbone_only=True)
+    (params, _), report = families.to_model(
+        arrays, model, backbone_only=True, allow_missing=r"layer4\.[01]\.(conv|bn)"
+    )
+    assert sum("conv" in name for name in report.missing) == 4
+    assert np.array_equal(
+        params["backbone.stem.0.conv.kernel"], torch.load(path)["conv1.weight"].permute(2, 3, 1, 0)
+    )
+
+
 # What does not fit
 
 
@@ -187,26 +248,28 @@ def test_all_problems_are_shown_together(small):
 @pytest.mark.parametrize(
     ("file", "model", "found"),
     [
-        (lambda: deeplab(101), "torchvision_resnet50", "torchvision_resnet101"),
-        (lambda: deeplab(50, aux=False), "paper_resnet18", "torchvision_resnet50"),
+        (lambda: deeplab(101), "torchvision_resnet50", "torchvision_resnet101 (100% of the arrays"),
+        (lambda: deeplab(50, aux=False), "paper_resnet18", "torchvision_resnet50 (100% of the"),
     ],
 )
 def test_another_architecture_is_named(file, model, found):
     message = refusal(file(), functional(model, aux_head=False))
-    assert f"{found} is nearest: `--config.model.architecture={found}`" in message
+    assert f"it is nearest to {found}" in message
+    assert f"--config.model.architecture={found.split()[0]}`" in message
 
 
 def test_another_backbone_is_named():
     message = refusal(classifier(34), functional("paper_resnet18"), backbone_only=True)
     assert "the file's backbone does not fit paper_resnet18" in message
-    assert "torchvision_resnet34 is nearest" in message
+    assert "nearest to torchvision_resnet34 (100% of the arrays agree)" in message
 
 
-def test_a_model_that_nothing_fits_may_be_partial():
+def test_an_unknown_model_names_the_nearest():
     arrays = deeplab(50)
     arrays = {k.replace("backbone.layer3.5", "backbone.layer3.6"): v for k, v in arrays.items()}
     message = refusal(arrays, functional("torchvision_resnet50"))
     assert "not in the model: backbone.layer3.6.bn1.bias" in message
+    assert re.search(r"nearest to torchvision_resnet50 all the same \(9\d% of the arrays", message)
     assert "`--config.init.allow_missing=REGEX`" in message
 
 
@@ -214,6 +277,12 @@ def test_no_auxiliary_head_in_the_file():
     message = refusal(deeplab(50, aux=False), functional("torchvision_resnet50"))
     assert "missing: aux_classifier.0.weight" in message
     assert "`--config.model.aux_head=False`" in message
+
+
+def test_a_classifier_is_not_a_segmentation_model():
+    assert "--config.init.backbone" in refusal(classifier(50), functional("torchvision_resnet50"))
+    with pytest.raises(UserError, match="holds no DeepLabv3"):
+        families.architecture_of(classifier(50))
 
 
 def test_logits_may_differ_only_in_the_number_of_classes():
@@ -238,3 +307,9 @@ def test_variables_without_a_counterpart_cannot_be_written():
         model.architecture,
     )
     assert "missing: decoder.kernel" in refusal(arrays, model)
+
+
+def test_architecture_of_another_number_of_classes(small):
+    found = families.architecture_of(deeplab(101, aux=False, num_classes=2))
+    expected = architecture("torchvision_resnet101", num_classes=2, aux_head=False)
+    assert dataclasses.asdict(found) == dataclasses.asdict(expected)
