@@ -1,4 +1,4 @@
-"""A file of torchvision's becomes logits where neither PyTorch nor torchvision can be imported."""
+"""torchvision's file becomes logits and a file again, where PyTorch cannot be imported."""
 
 import os
 import subprocess
@@ -24,12 +24,13 @@ from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.weights import saved_model
 
-source, folder, images, logits = sys.argv[1:]
+source, folder, images, logits, back = sys.argv[1:]
 deeplab_jax.convert(source, folder)
 saved = saved_model.read(folder)
 model = FunctionalModel(Architecture(**saved.info["architecture"]))
 outputs, _ = jax.jit(model.apply)(saved.variables, np.load(images))
 np.savez(logits, **outputs)
+deeplab_jax.convert(folder, back)
 """
 
 
@@ -44,9 +45,9 @@ def test_convert_load_and_predict(tmp_path):
     with torch.no_grad():
         expected = reference(torch.from_numpy(np.moveaxis(images, 3, 1).copy()))
 
-    logits = tmp_path / "logits.npz"
+    logits, back = tmp_path / "logits.npz", tmp_path / "back.pth"
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, source, folder, tmp_path / "images.npy", logits],
+        [sys.executable, "-c", PROGRAM, source, folder, tmp_path / "images.npy", logits, back],
         capture_output=True,
         text=True,
         env=os.environ
@@ -64,3 +65,6 @@ def test_convert_load_and_predict(tmp_path):
         assert found[head].shape == theirs.shape == (1, 65, 97, 5)
         difference = np.abs(found[head] - theirs).max() / np.abs(theirs).max()
         assert difference <= 1e-4, head
+    original = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    reference.load_state_dict(torch.load(back, weights_only=True), strict=True)
+    assert all(torch.equal(original[name], new) for name, new in reference.state_dict().items())
