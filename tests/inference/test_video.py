@@ -400,7 +400,7 @@ def test_no_overlay_replaces_a_video_that_is_predicted(predict):
         (["clip.avi", "--smooth", "1"], "--smooth must be 0 or more and below 1, got 1"),
         (["clip.avi", "--heatmap", "red fox"], "are for images: predict videos without them"),
         (["photo.png", "--every", "2"], "--smooth, --every and --frames are for videos and"),
-        (["videos"], "no image files (videos: name 'videos/*.mp4')"),
+        (["videos"], "no image files (its videos: name them"),
     ],
 )
 def test_options_that_do_not_fit_are_reported(predict, arguments, message):
