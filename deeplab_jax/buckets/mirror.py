@@ -67,7 +67,6 @@ class Mirror:
         self._log, self._check_lease = log, check
         # What the bucket holds: an entry as found at the start, or the file that was uploaded.
         self._objects: dict[str, Entry | _Stamp] = {}
-        self._seen: dict[str, set[str]] = {}  # files of the folder's checkpoints at an earlier look
         self._requested = self._done = 0  # calls of `flush`
         self._plain_time = -_PLAIN
         self._answered = time.monotonic()
@@ -196,19 +195,7 @@ class Mirror:
         if not self._objects:
             self._objects = dict(self._store.list())
         self._delete_gone(checkpoints)
-        # A checkpoint that lost files since an earlier look is being deleted here.
-        is_deleted = {
-            each: set(files) < self._seen.get(each, set()) for each, files in checkpoints.items()
-        }
-        self._seen = {
-            each: self._seen[each] if is_deleted[each] else set(files)
-            for each, files in checkpoints.items()
-        }
-        missing = [
-            each
-            for each, files in checkpoints.items()
-            if not is_deleted[each] and not self._is_complete(each, files)
-        ]
+        missing = [each for each in checkpoints if not self._is_complete(each, checkpoints[each])]
         newest = max(missing, key=_step, default=None)
         if newest is not None:
             self._upload_checkpoint(newest, checkpoints[newest])

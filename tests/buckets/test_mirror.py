@@ -261,18 +261,6 @@ def test_every_state_of_the_bucket_can_be_resumed(run):
     assert sum(name.endswith("txt") for name in store.written) > 4
 
 
-def test_a_checkpoint_that_is_being_deleted_is_not_uploaded(run):
-    """Its deletion here may pause after some files, for as long as the upload takes."""
-    run.train(10)
-    run.train(20)
-    manifest = run.folder / "checkpoints/10/model/manifest.ocdbt"
-    store = RecordingStore()
-    store.before = lambda name: manifest.unlink(missing_ok=True)  # while 20 is uploaded
-    with mirror(store, run) as active:
-        active.close()
-    assert checkpoints(store.objects) == [20]
-
-
 def test_files_that_are_there_are_not_uploaded_again(run):
     store = RecordingStore()
     run.train(10)
