@@ -28,6 +28,7 @@ def checkpoint_of(name: str) -> str:
 
 
 def sums_of(path: pathlib.Path) -> Sums:
+    """Computes what a marker says about a file."""
     return path.stat().st_size, file_digest(path, "sha256")
 
 
@@ -39,8 +40,10 @@ def marker(files: Mapping[str, Sums]) -> bytes:
 def marked_files(checkpoint: str, content: bytes, names: Iterable[str]) -> dict[str, Sums | None]:
     """Returns the files of a checkpoint by name, from its marker.
 
-    Orbax writes another text into a file of this name: then those of `names`, the objects of the
-    run, that are in the checkpoint count.
+    Args:
+      checkpoint: its name.
+      content: of the marker. Orbax writes another text into a file of this name.
+      names: all objects of the run: if Orbax wrote the marker, those in the checkpoint count.
     """
     try:
         files = json.loads(content)["files"].items()

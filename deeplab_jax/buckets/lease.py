@@ -2,15 +2,12 @@
 
 `.lease/000007.json` names a holder. The highest number has the run, and creating the next number
 takes it: only one process can create an object. A process that was killed does not renew, which
-others measure by their own clocks; clocks of two machines are never compared. On one machine a file
-lock beside the local copy tells at once whether the holder lives: the system frees it with the
-process.
+others measure by their own clocks; clocks of two machines are never compared.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -24,16 +21,20 @@ from typing import Any
 
 from deeplab_jax.buckets.store import Store, Unreachable
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.files import write_bytes
 
 _RENEWAL = 10.0  # seconds
 _WATCH = 30.0  # seconds without a renewal after which a holder counts as dead
 _LOOK = 2.0  # seconds between two looks at its lease
 _JOIN = 5.0  # seconds that a renewal in progress may delay a release
 
-_COMPLETE = ".complete"  # in a local copy that had all that the bucket had
+# In a local copy that had all that the bucket had; names the copy as its lease does.
+_COMPLETE = ".complete"
+
+_held: set[str] = set()  # nonces of this process's leases
 
 Holder = dict[str, Any]  # content of a lease
-_FIELDS = {"pid", "host", "copy", "nonce", "turn", "ended"}
+_FIELDS = {"pid", "started", "host", "boot", "copy", "nonce", "turn", "ended"}
 
 
 class Lease:
@@ -41,31 +42,56 @@ class Lease:
 
     Attributes:
       lost: process and host of the new holder if another process took the run over, else empty.
-      is_copy_complete: whether the local copy has all that the bucket has: it once had, and nobody
-        else has had the run since.
     """
 
-    def __init__(self, store: Store, folder: pathlib.Path, log: Callable[[str], None]) -> None:
+    @classmethod
+    def take(cls, store: Store, folder: pathlib.Path, log: Callable[[str], None]) -> Lease:
         """Takes a run.
 
         Args:
           store: of the run.
-          folder: local copy of the run. The lock is beside it, and outlives it.
+          folder: local copy of the run.
           log: prints a line.
 
         Raises:
           UserError: another process has the run; the message names it.
           Unreachable: the bucket cannot be reached.
         """
-        self.lost = ""
-        self._own: Holder = {}
-        self._store, self._mark = store, folder / _COMPLETE
-        self._lock = folder.with_name(f"{folder.name}.lock").open("a+")
+        own = _new_holder()
+        mark = folder / _COMPLETE
+        _held.add(own["nonce"])  # before other threads can see the lease
         try:
-            self._take(log)
+            while True:
+                numbers = _numbers(store)
+                before = _read(store, numbers[-1]) if numbers else {}
+                if before is None:  # deleted since: there are newer ones
+                    continue
+                number = max(numbers, default=0) + 1
+                if before:
+                    _wait_until_free(store, number - 1, before, log)
+                if mark.exists() and mark.read_text() == before.get("copy"):
+                    own["copy"] = before["copy"]
+                else:  # until `mark_complete`, which a kill may prevent
+                    mark.unlink(missing_ok=True)
+                    own["copy"] = own["nonce"]
+                begin = _now()
+                # The answer to an earlier attempt may be lost: then the object is there.
+                created = store.create(_name(number), json.dumps(own).encode())
+                found = own if created else _read(store, number)
+                # Meanwhile others may have taken later numbers and deleted this one.
+                if found and found["nonce"] == own["nonce"] and _numbers(store)[-1] == number:
+                    store.delete(_name(old) for old in numbers if old < number - 1)
+                    return cls(store, number, own, mark, begin)
         except BaseException:
-            self._lock.close()
+            _held.discard(own["nonce"])
             raise
+
+    def __init__(
+        self, store: Store, number: int, own: Holder, mark: pathlib.Path, renewed: float
+    ) -> None:
+        self.lost = ""
+        self._store, self._number, self._own, self._mark = store, number, own, mark
+        self._renewed = renewed  # by `_now`, a moment before the last renewal
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
@@ -73,16 +99,17 @@ class Lease:
     def __enter__(self) -> Lease:
         return self
 
-    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
-        if error is None or isinstance(error, Exception):
-            self.release()
-        else:  # such as a second Ctrl-C, after which nobody waits for the bucket
-            self._end.set()
-            self._lock.close()
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    @property
+    def is_copy_complete(self) -> bool:
+        """Whether the local copy has all that the bucket has: nobody wrote to the bucket since."""
+        return self._mark.exists() and self._mark.read_text() == self._own["copy"]
 
     def mark_complete(self) -> None:
         """Records that the local copy has all that the bucket has."""
-        self._mark.touch()
+        write_bytes(self._mark, self._own["copy"].encode())
 
     def unmark_complete(self) -> None:
         """Records that the local copy may lack files, before it is deleted."""
@@ -107,91 +134,19 @@ class Lease:
         """Ends the lease, so that the next process need not wait."""
         self._end.set()
         self._thread.join(_JOIN)
+        _held.discard(self._own["nonce"])
         with contextlib.suppress(UserError):  # the next process waits until it counts as dead
             self.confirm()
             if not self._thread.is_alive():
                 self._write(ended=True)
-        self._lock.close()
-
-    def _take(self, log: Callable[[str], None]) -> None:
-        nonce = secrets.token_hex(8)
-        while True:
-            before, holder, copy = self._wait_until_free(log)
-            if holder.get("copy") != copy:
-                self.unmark_complete()
-            self._number = before + 1
-            self._own = {
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "copy": copy,
-                "nonce": nonce,
-                "turn": 0,
-                "ended": False,
-            }
-            self._renewed = _now()  # a moment before the last renewal
-            # The answer to an earlier attempt may be lost: then the object is there.
-            content = json.dumps(self._own).encode()
-            created = self._store.create(_name(self._number), content)
-            # Meanwhile others may have taken later numbers and deleted this one.
-            newest, holder = _newest(self._store)
-            if newest == self._number and (created or holder["nonce"] == nonce):
-                old = [number for number in _numbers(self._store) if number < before]
-                self._store.delete(map(_name, old))
-                self.is_copy_complete = self._mark.exists()
-                return
-
-    def _wait_until_free(self, log: Callable[[str], None]) -> tuple[int, Holder, str]:
-        """Locks the local copy, and waits until nobody has the run.
-
-        Returns:
-          The number and content of the newest lease, and what names the local copy.
-        """
-        turns = list[tuple[int, int]]()  # in which others held it
-        said, begin = "", time.monotonic()
-        while True:
-            copy = self._lock_copy()
-            number, holder = _newest(self._store)
-            is_free = not holder or holder["ended"]
-            is_here = not is_free and holder["host"] == socket.gethostname()
-            # On this machine, the holder of this copy had its lock.
-            if copy and (is_free or (is_here and holder["copy"] == copy)):
-                return number, holder, copy
-            if is_free:
-                say = f"waiting for the process that ends or begins {self._store.url}"
-            else:
-                in_use = f"{self._store.url} is in use by {_describe(holder)}"
-                turns.append((number, holder["turn"]))
-                if (is_here and not copy) or turns[-1] != turns[0]:
-                    raise UserError(
-                        f"{in_use}: wait for it or stop it, or choose another --workdir"
-                    )
-                say = f"{in_use}, or was: watching for {_WATCH:.0f} s whether it still runs"
-                if copy and time.monotonic() - begin >= _WATCH:
-                    return number, holder, copy
-            if say != said:
-                log(say)
-                said, begin = say, time.monotonic()
-            time.sleep(_LOOK)
-
-    def _lock_copy(self) -> str:
-        """Tries to lock the local copy; returns what names it, and an empty text without a lock."""
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return ""
-        self._lock.seek(0)
-        if copy := self._lock.read():
-            return copy
-        self._lock.write(secrets.token_hex(8))
-        self._lock.flush()
-        return self._lock_copy()
 
     def _renew(self) -> None:
         while not self._end.wait(_RENEWAL):
             begin = _now()
             try:
                 self._write(turn=self._own["turn"] + 1)
-                newest, holder = _newest(self._store)
+                newest = _numbers(self._store)[-1]
+                holder = _read(self._store, newest)
             except UserError:
                 continue
             if newest == self._number:
@@ -205,9 +160,72 @@ class Lease:
         self._store.write(_name(self._number), json.dumps(self._own).encode())
 
 
+def _new_holder() -> Holder:
+    return {
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "nonce": secrets.token_hex(8),
+        "turn": 0,
+        "ended": False,
+    }
+
+
+def _wait_until_free(store: Store, number: int, holder: Holder, log: Callable[[str], None]) -> None:
+    """Returns once a lease has ended or its holder counts as dead; raises UserError if it runs."""
+    in_use = f"{store.url} is in use by {_describe(holder)}"
+    if holder["ended"]:
+        return
+    refused = UserError(f"{in_use}: wait for it or stop it, or choose another --workdir")
+    if holder["host"] == socket.gethostname() and holder["boot"] == _boot() != "":
+        if _runs(holder):
+            raise refused
+        return
+    log(f"{in_use}, or was: watching for {_WATCH:.0f} s whether that process still runs")
+    begin = time.monotonic()
+    while time.monotonic() - begin < _WATCH:
+        time.sleep(_LOOK)
+        now = _read(store, number)
+        if not now or now["ended"]:
+            return
+        if now["turn"] != holder["turn"]:
+            raise refused
+
+
+def _runs(holder: Holder) -> bool:
+    if holder["pid"] == os.getpid():
+        return holder["nonce"] in _held
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it runs as another user
+    return _started(holder["pid"]) in ("", holder["started"])  # another may have its id now
+
+
+def _started(pid: int) -> str:
+    """Returns when a process started, in ticks since the boot; empty if it cannot be seen."""
+    try:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "ended" if fields[0] in "ZX" else fields[19]
+
+
 def _now() -> float:
     """Returns the time of a clock that also runs while the machine is suspended, in seconds."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def _boot() -> str:
+    """Identifies a start of the system, and a container: process ids differ between containers."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return ""
 
 
 def _describe(holder: Holder) -> str:
@@ -223,18 +241,16 @@ def _numbers(store: Store) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
-def _newest(store: Store) -> tuple[int, Holder]:
-    """Returns the number and content of the newest lease; 0 and an empty one if there is none."""
-    while numbers := _numbers(store):
-        name = _name(numbers[-1])
-        if (content := store.read(name)) is None:  # deleted since: there are newer ones
-            continue
-        with contextlib.suppress(ValueError):
-            found = json.loads(content)
-            if isinstance(found, dict) and found.keys() >= _FIELDS:
-                return numbers[-1], found
-        raise UserError(
-            f"{store.url_of(name)} is damaged, so that nobody can know who has the run. Delete it "
-            "if no process uses the run, or choose another --workdir"
-        )
-    return 0, {}
+def _read(store: Store, number: int) -> Holder | None:
+    """Returns the content of a lease; None if there is no such lease."""
+    content = store.read(_name(number))
+    if content is None:
+        return None
+    with contextlib.suppress(ValueError):
+        found = json.loads(content)
+        if isinstance(found, dict) and found.keys() >= _FIELDS and isinstance(found["pid"], int):
+            return found
+    raise UserError(
+        f"{store.url_of(_name(number))} is damaged, so that nobody can know who has the run. "
+        "Delete it if no process uses the run, or choose another --workdir"
+    )

@@ -9,10 +9,15 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable, Iterable
-from multiprocessing.pool import ThreadPool
-from typing import TypeVar
 
-from deeplab_jax.buckets.checkpoints import MARKER, checkpoint_of, marker, sums_of
+from deeplab_jax.buckets.checkpoints import (
+    MARKER,
+    Sums,
+    checkpoint_of,
+    marked_files,
+    marker,
+    sums_of,
+)
 from deeplab_jax.buckets.store import NUM_THREADS, Entry, Store, Unreachable
 from deeplab_jax.utils.download import file_digest
 from deeplab_jax.utils.errors import UserError, first_line
@@ -25,7 +30,6 @@ _JOIN = 5.0  # that a request in progress may delay the end
 
 _Stamp = tuple[int, int]  # size of a local file, and time of its modification in ns
 _Files = dict[str, _Stamp]  # by name
-_Result = TypeVar("_Result")
 
 
 class BucketLost(UserError):
@@ -67,10 +71,14 @@ class Mirror:
         self._log, self._check_lease = log, check
         # What the bucket holds: an entry as found at the start, or the file that was uploaded.
         self._objects: dict[str, Entry | _Stamp] = {}
+        self._is_listed = False
+        self._marked: dict[str, dict[str, int]] = {}  # sizes of the files of complete checkpoints
+        self._sums: dict[tuple[str, _Stamp], Sums] = {}
         self._requested = self._done = 0  # calls of `flush`
         self._plain_time = -_PLAIN
         self._answered = time.monotonic()
         self._reason = ""  # of the failure, until all is in the bucket again
+        self._failing = threading.Lock()
         self._fatal: BaseException | None = None
         self._stopped = self.is_whole = False
         self._wake = threading.Event()
@@ -103,11 +111,11 @@ class Mirror:
         except Unreachable as error:  # a request of the thread may wait for minutes
             self._fail(error)
         if self._reason and time.monotonic() - self._answered > self._patience:
-            checkpoints = _scan(self._folder)[1]  # the first of two stages is in `stage1/`
-            last = max(
-                checkpoints, key=lambda name: (name[:6] != "stage1", _step(name)), default=""
-            )
-            newest = self._folder / last if last else "none yet"
+            checkpoints = _scan(self._folder)[1]
+            times = {
+                name: max(time for _, time in checkpoints[name].values()) for name in checkpoints
+            }
+            newest = self._folder / max(times, key=times.__getitem__) if times else "none yet"
             raise BucketLost(
                 f"{self._store.url} cannot be reached for more than {self._patience:.0f} s "
                 f"({self._reason}). The run is in {self._folder}, its newest checkpoint: {newest}. "
@@ -115,7 +123,12 @@ class Mirror:
             )
 
     def flush(self) -> None:
-        """Waits until all that the folder holds now is in the bucket; raises as `check`."""
+        """Waits until all that the folder holds now is in the bucket.
+
+        Raises:
+          BucketLost: the bucket does not answer for `patience` seconds.
+          UserError: another process took the run over.
+        """
         self._requested += 1
         request = self._requested
         self._wake.set()
@@ -130,7 +143,7 @@ class Mirror:
             self.check()
 
     def close(self) -> None:
-        """Does what `flush` does, and ends the thread."""
+        """Does what `flush` does, and ends the thread; the errors are those of `flush`."""
         try:
             self.flush()
             self.is_whole = True
@@ -175,25 +188,26 @@ class Mirror:
                 self._done = request
 
     def _fail(self, error: Exception) -> None:
-        before, self._reason = self._reason, first_line(error)
-        if not before:
-            self._log(
-                f"{self._store.url} cannot be reached ({self._reason}): saves stay in "
-                f"{self._folder} until it answers"
-            )
+        with self._failing:
+            if not self._reason:
+                self._log(
+                    f"{self._store.url} cannot be reached ({first_line(error)}): saves stay in "
+                    f"{self._folder} until it answers"
+                )
+            self._reason = first_line(error)
 
     def _mirror(self, *, everything: bool) -> bool:
-        """Uploads the newest missing checkpoint, and plain files if due or if `everything` is.
+        """Uploads the newest missing checkpoint and plain files; returns whether there is more.
 
-        Returns:
-          Whether there may be more checkpoints.
+        Args:
+          everything: whether to upload plain files even if the last upload was just now.
         """
         self._check_lease()
         if not self._reason:
             self._answered = time.monotonic()
         plain, checkpoints = _scan(self._folder)
-        if not self._objects:
-            self._objects = dict(self._store.list())
+        if not self._is_listed:
+            self._list()
         self._delete_gone(checkpoints)
         missing = [each for each in checkpoints if not self._is_complete(each, checkpoints[each])]
         newest = max(missing, key=_step, default=None)
@@ -209,18 +223,26 @@ class Mirror:
             self._mark(newest, checkpoints[newest])
         return newest is not None
 
+    def _list(self) -> None:
+        """Reads what the bucket has."""
+        found = self._store.list()
+        for name in found:
+            checkpoint = checkpoint_of(name)
+            if checkpoint and name == f"{checkpoint}/{MARKER}":
+                files = marked_files(checkpoint, self._store.read(name) or b"", found)
+                self._marked[checkpoint] = {
+                    name: sums[0] if sums else found[name].size for name, sums in files.items()
+                }
+        self._objects = dict(found)
+        self._is_listed = True
+
     def _is_complete(self, checkpoint: str, files: _Files) -> bool:
-        """Whether the bucket has a marked checkpoint with these files.
+        """Whether the bucket has a checkpoint with these files.
 
         It may have more, because a kill can interrupt the deletion of the one here.
         """
-
-        def is_there(name: str, stamp: _Stamp) -> bool:
-            there = self._objects.get(name)
-            return there == stamp or (isinstance(there, Entry) and there.size == stamp[0])
-
-        is_marked = f"{checkpoint}/{MARKER}" in self._objects
-        return is_marked and all(is_there(*item) for item in files.items())
+        sizes = {name: size for name, (size, _) in files.items()}
+        return bool(sizes) and sizes.items() <= self._marked.get(checkpoint, {}).items()
 
     def _delete_gone(self, checkpoints: dict[str, _Files]) -> None:
         there = set(map(checkpoint_of, self._objects)) - {""}
@@ -228,12 +250,12 @@ class Mirror:
             place = gone.rpartition("/")[0]
             beside = [each for each in checkpoints if each.rpartition("/")[0] == place]
             newest = max(beside, key=_step, default="")
-            is_marked = f"{gone}/{MARKER}" in self._objects
-            if not is_marked or (newest and self._is_complete(newest, checkpoints[newest])):
+            if gone not in self._marked or self._is_complete(newest, checkpoints.get(newest, {})):
                 self._delete(gone)
 
     def _delete(self, checkpoint: str, keep: Iterable[str] = ()) -> None:
         """Deletes a checkpoint's marker, then its files."""
+        self._marked.pop(checkpoint, None)
         names = {name for name in self._objects if name.startswith(f"{checkpoint}/")}
         for name in sorted(names.difference(keep), key=f"{checkpoint}/{MARKER}".__ne__):
             self._request(self._store.delete, [name])
@@ -243,24 +265,26 @@ class Mirror:
         """Uploads the files of a checkpoint without its marker."""
         self._delete(checkpoint, keep=files)
 
+        def upload(name: str) -> None:
+            if (name, files[name]) not in self._sums:
+                self._sums[name, files[name]] = sums_of(self._folder / name)
+            self._upload(name)
+
         try:
-            _in_threads(self._upload, files)
+            _in_threads(upload, files)
         except (OSError, UserError):
             if _files_of(self._folder, checkpoint) == files:
                 raise  # else it is being deleted here, and is not marked
 
     def _mark(self, checkpoint: str, files: _Files) -> None:
-        folder = self._folder / checkpoint
-        names = [name.removeprefix(f"{checkpoint}/") for name in files]
-        try:
-            sums = _in_threads(lambda name: sums_of(folder / name), names)
-        except FileNotFoundError:
-            return  # it is being deleted here
         if _files_of(self._folder, checkpoint) != files:
             return
         name = f"{checkpoint}/{MARKER}"
-        self._request(self._store.write, name, marker(dict(zip(names, sums, strict=True))))
+        sums = {key[0].removeprefix(f"{checkpoint}/"): self._sums[key] for key in files.items()}
+        self._request(self._store.write, name, marker(sums))
         self._objects[name] = (0, 0)
+        self._marked[checkpoint] = {name: size for name, (size, _) in files.items()}
+        self._sums.clear()
 
     def _upload(self, name: str, *, is_growing: bool = False) -> None:
         path = self._folder / name
@@ -324,11 +348,23 @@ def _step(checkpoint: str) -> int:
     return int(checkpoint.rpartition("/")[2])
 
 
-def _in_threads(function: Callable[[str], _Result], names: Iterable[str]) -> list[_Result]:
-    """Calls a function for each name, in daemon threads, which do not delay the program's end."""
-    pool = ThreadPool(NUM_THREADS)
-    try:
-        return list(pool.imap(function, names))
-    finally:  # after an error, what has begun goes on to its end
-        pool.terminate()
-        pool.join()
+def _in_threads(function: Callable[[str], None], names: Iterable[str]) -> None:
+    """Calls a function for each name in a few threads, which do not delay the program's end."""
+    waiting, errors = iter(list(names)), list[BaseException]()
+
+    def work() -> None:
+        try:
+            for name in waiting:
+                if errors:
+                    return
+                function(name)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(NUM_THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

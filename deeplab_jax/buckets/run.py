@@ -6,7 +6,6 @@ import contextlib
 import pathlib
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 
 from deeplab_jax.buckets import staging
@@ -15,12 +14,11 @@ from deeplab_jax.buckets.lease import Lease
 from deeplab_jax.buckets.mirror import BucketLost, Mirror
 from deeplab_jax.buckets.store import Store, Unreachable
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.utils.files import require_writable
+from deeplab_jax.utils.files import lock_folder, require_writable
 from deeplab_jax.utils.paths import user_cache
 
 # What a run reads besides its checkpoints.
 _READ = re.compile(r"(?:stage1/)?[^/]*\.jsonl?")
-_SLOW = 5.0  # seconds without an answer at the start after which that is said
 
 
 class BucketRun:
@@ -40,7 +38,17 @@ class BucketRun:
     def __init__(
         self, url: str, *, process: int, patience: float, log: Callable[[str], None]
     ) -> None:
-        """Opens nothing yet; `patience`: seconds without the bucket after which the run ends."""
+        """Opens nothing yet.
+
+        Args:
+          url: of the run.
+          process: index of this process.
+          patience: seconds without the bucket after which the run ends.
+          log: prints a line.
+
+        Raises:
+          UserError: the address is malformed, or a package is missing.
+        """
         self._store = Store(url)
         self.address = self._store.url
         # Its own folder, so that the copy of a run at `address/name` is not in it.
@@ -66,15 +74,13 @@ class BucketRun:
             require_writable(self.path, create=True)
         except UserError as error:
             raise UserError(f"{error}. Set XDG_CACHE_HOME to a folder with room") from None
-        slow = threading.Timer(_SLOW, self._log, [f"waiting for an answer of {self.address}"])
-        slow.daemon = True
-        slow.start()
-        try:
-            self._store.check_writable()
-            self._check_markers()
-        finally:
-            slow.cancel()
-        with Lease(self._store, self.path, self._log) as lease:
+        self._store.check_writable()
+        self._check_markers()
+        with (
+            Lease.take(self._store, self.path, self._log) as lease,
+            # Hosts may share a cache; one that has lost the lease may not have noticed yet.
+            lock_folder(self.path, ".lock", f"{self.path}: waiting for the process that has it"),
+        ):
             if lease.is_copy_complete:
                 self._log(f"{self.address}: going on from the local copy {self.path}")
             else:
@@ -97,11 +103,13 @@ class BucketRun:
     def _check_markers(self) -> None:
         """Refuses a bucket whose checkpoints are not marked: the mirror would delete them.
 
-        With a lease, they are those of an earlier attempt.
+        Raises:
+          UserError: no checkpoint is marked, and none can be of an earlier attempt: there is no
+            lease.
         """
         names = self._store.list()
-        is_marked = any(name.startswith(".lease/") or name.endswith(MARKER) for name in names)
-        if not is_marked and any(map(checkpoint_of, names)):
+        files = [name for name in names if checkpoint_of(name) or name.startswith(".lease/")]
+        if files and not any(name.startswith(".lease/") or name.endswith(MARKER) for name in files):
             raise UserError(
                 f"{self.address} holds checkpoints without {MARKER}, which marks those that are "
                 "complete. Copy the run there again, with all its files, or choose another "
@@ -110,8 +118,12 @@ class BucketRun:
 
     def update(self) -> None:
         """Makes the local copy what the bucket has, without what a run never reads."""
-        self.delete()
         self.path.mkdir(parents=True, exist_ok=True)
+        for child in self.path.iterdir():
+            if child.is_dir():
+                shutil.rmtree(child)
+            elif not child.name.startswith("."):
+                child.unlink()
         if self._store.list():
             staging.stage(
                 self.address,
@@ -151,4 +163,5 @@ class BucketRun:
         return self._store.url_of("/".join(path.relative_to(self.path).parts))
 
     def delete(self) -> None:
+        """Deletes the local copy."""
         shutil.rmtree(self.path, ignore_errors=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import json
 import os
 import pathlib
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 
@@ -22,8 +24,11 @@ from deeplab_jax.utils.files import atomic_path, lock_folder, require_writable
 from deeplab_jax.utils.paths import user_cache
 from deeplab_jax.utils.progress import parallel_map
 
-_PAUSES = (0.0, 1.0, 2.0, 4.0)  # seconds before each attempt
+_PAUSES = (0.0, 1.0, 2.0, 4.0)  # seconds before each try to read a file
 _MANY_BYTES, _MANY_FILES = 20_000_000, 100  # from which on copying is shown
+_STALE = 3600.0  # seconds after which a partial file is that of a killed process
+# Names that cannot be files below a folder, or are those of `stage` itself.
+_NO_FILE = re.compile(rb"^/|//|/$|(^|/)(\.\.?|\.staging-[^/]*|[^/]{256,})(/|$)|\0|.{2001}", re.S)
 _MODEL = "a model is read from local files"
 
 Wanted = Callable[[str], bool]
@@ -55,22 +60,18 @@ def stage(
         read; or the disk is too small or not writable.
     """
     url = check_address(url)
-    cache, folder = user_cache() / "deeplab_jax" / "buckets", into or local_path(url)
+    cache, folder = local_path("/".join(url.split("/")[:3])), into or local_path(url)
     try:
         require_writable(cache, create=True)
     except UserError as error:
         raise UserError(f"{error}. Set XDG_CACHE_HOME to a folder that can be written to") from None
-    store, lock = Store(url), hashlib.sha256(f"{url} {into}".encode()).hexdigest()[:16]
-    with lock_folder(cache, f".{lock}.lock", f"{url}: waiting for another process that copies it"):
-        for pause in _PAUSES:
-            time.sleep(pause)
-            problems = _copy(store, wanted or (lambda name: True), folder, title)
-            if not problems:
+    state = ".staging-" + hashlib.sha256(f"{url} {into}".encode()).hexdigest()[:16]
+    copy = _Copy(url, wanted or (lambda name: True), folder, cache / f"{state}.index")
+    with lock_folder(cache, state, f"{url}: waiting for another process that copies it"):
+        for _ in range(3):
+            if copy.update(title):
                 return folder
-    raise UserError(
-        f"{url}: {len(problems)} files could not be read: {max(problems)}. Run the same command "
-        "again: it goes on with the rest"
-    )
+    raise UserError(f"{url}: objects are deleted while they are read. Run the command again")
 
 
 def stage_model(url: str) -> pathlib.Path:
@@ -129,136 +130,171 @@ def _incomplete(url: str) -> str:
     )
 
 
-def _copy(store: Store, wanted: Wanted, folder: pathlib.Path, title: str) -> list[str]:
-    """Copies what is missing in a folder, see `stage`; returns why some files were not copied."""
-    url, listing = store.url, store.list()
-    if not listing:
-        raise UserError(f"{url}: nothing is there. Check the address")
-    found = {name: entry for name, entry in listing.items() if wanted(name)}
-    marked, incomplete = _read_markers(store, listing, set(map(checkpoint_of, found)) - {""})
-    found = {name: found[name] for name in found if checkpoint_of(name) not in incomplete}
-    _check_names(url, found)
-    _remove_others(folder, wanted, found, set(map(checkpoint_of, listing)) - incomplete)
-    with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
-        is_there = pool.map(lambda name: _is_current(folder / name, found[name]), found)
-        needed = [name for name, is_current in zip(found, is_there, strict=True) if not is_current]
-    total = sum(found[name].size for name in needed)
-    _require_space(url, folder, total)
-    is_long = total >= _MANY_BYTES or len(needed) >= _MANY_FILES
-    if is_long:
-        files = "1 file" if len(needed) == 1 else f"{len(needed):,} files"
-        where = f"copied to {folder}: {title}"
-        print(f"{url}: {files}, {decimal(total)}, {where}", file=sys.stderr, flush=True)
-    failed = list[str]()
+class _Copy:
+    """A local copy of the objects below an address."""
 
-    def copy(name: str) -> str | None:
-        """Returns why an object was not copied; empty if because many others could not be."""
-        if len(failed) >= NUM_THREADS:
-            return ""
-        try:
-            _download(store, name, folder / name, found[name], marked.get(name))
-            return None
-        except (Unreachable, OSError) as error:  # also if it is gone or changed since it was listed
-            failed.append(name)
-            return str(error)
+    def __init__(self, url: str, wanted: Wanted, folder: pathlib.Path, index: pathlib.Path) -> None:
+        """Copies nothing yet.
 
-    tasks = parallel_map(copy, needed, "Copying", num_threads=NUM_THREADS, quiet=not is_long)
-    problems = [problem for problem in tasks if problem is not None]
-    if "" not in listing:
-        folder.mkdir(parents=True, exist_ok=True)
-    return problems
+        Args:
+          url, wanted: see `stage`.
+          folder: of the copy; the file, if the address is that of an object.
+          index: a file that records the tag and time of each copied file, as one JSON a line.
+        """
+        self._store, self._wanted, self._folder, self._index = Store(url), wanted, folder, index
 
+    def update(self, title: str) -> bool:
+        """Copies, see `stage`; returns false if an object was deleted after it was listed."""
+        url, listing = self._store.url, self._store.list()
+        if not listing:
+            raise UserError(f"{url}: nothing is there. Check the address")
+        found = {name: entry for name, entry in listing.items() if self._wanted(name)}
+        marked, incomplete = self._read_markers(listing, set(map(checkpoint_of, found)) - {""})
+        found = {n: entry for n, entry in found.items() if checkpoint_of(n) not in incomplete}
+        _check_names(url, found)
+        self._remove_others(found, set(map(checkpoint_of, listing)) - incomplete)
+        needed = self._outdated(found)
+        total = sum(found[name].size for name in needed)
+        self._require_space(total)
+        is_long = total >= _MANY_BYTES or len(needed) >= _MANY_FILES
+        if is_long:
+            files = "1 file" if len(needed) == 1 else f"{len(needed):,} files"
+            where = f"copied to {self._folder}: {title}"
+            print(f"{url}: {files}, {decimal(total)}, {where}", file=sys.stderr, flush=True)
+        is_gone, has_failed = threading.Event(), threading.Event()
 
-def _read_markers(
-    store: Store, listing: Mapping[str, Entry], checkpoints: Iterable[str]
-) -> tuple[dict[str, Sums | None], set[str]]:
-    """Returns what markers say about files, and the checkpoints that are not complete."""
-    marked, incomplete = dict[str, Sums | None](), set[str]()
-    for checkpoint in checkpoints:
-        content = store.read(f"{checkpoint}/{MARKER}")
-        files = marked_files(checkpoint, content or b"", listing)
-        if content is None or any(
-            name not in listing or (sums and listing[name].size != sums[0])
-            for name, sums in files.items()
-        ):
-            incomplete.add(checkpoint)
-        marked |= files
-    return marked, incomplete
+        def copy(name: str) -> str | None:
+            """Returns why an object was not copied; empty if because another could not be."""
+            problem, entry = "", found[name]
+            for pause in _PAUSES:
+                if has_failed.wait(pause) or has_failed.is_set():
+                    return ""
+                try:
+                    if problem:  # it may have changed since it was listed
+                        entry = self._store.list(name)[name]
+                    self._download(name, entry, marked.get(name))
+                    return None
+                except (FileNotFoundError, KeyError):
+                    is_gone.set()
+                    return None
+                except (Unreachable, OSError) as error:
+                    problem = str(error)
+            has_failed.set()
+            return problem
 
-
-def _remove_others(
-    folder: pathlib.Path, wanted: Wanted, found: Collection[str], checkpoints: Collection[str]
-) -> None:
-    """Deletes local files that are wanted but not found, and files of other checkpoints."""
-    if "" not in found and folder.is_file():
-        folder.unlink()
-    for parent, _, files in os.walk(folder, topdown=False):
-        for path in (pathlib.Path(parent, file) for file in files):
-            name = path.relative_to(folder).as_posix()
-            checkpoint = checkpoint_of(name)
-            is_gone = bool(checkpoint) and checkpoint not in checkpoints
-            if name not in found and (is_gone or wanted(name)):
-                path.unlink(missing_ok=True)
-        if not os.listdir(parent):
-            os.rmdir(parent)
-
-
-def _is_current(path: pathlib.Path, entry: Entry) -> bool:
-    """Whether a local file is an object: it has its size, and its time or its MD5."""
-    try:
-        status = path.lstat()
-        if not path.is_file() or status.st_size != entry.size:
-            return False
-        if status.st_mtime_ns == entry.time_ns:
-            return True
-        if not entry.md5 or file_digest(path, "md5") != entry.md5:
-            return False
-        os.utime(path, ns=(entry.time_ns, entry.time_ns))
-        return True
-    except OSError:
-        return False
-
-
-def _require_space(url: str, folder: pathlib.Path, needed: int) -> None:
-    absolute = folder.absolute()
-    existing = next(each for each in (absolute, *absolute.parents) if each.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise UserError(
-            f"{url}: {decimal(needed)} are needed in {folder}, where {decimal(free)} are free. "
-            "Free space there, or set XDG_CACHE_HOME to a folder on another disk"
-        )
-
-
-def _download(store: Store, name: str, path: pathlib.Path, entry: Entry, sums: Sums | None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as partial:
-        store.download(name, partial, entry)
-        if sums and file_digest(partial, "sha256") != sums[1]:
+        tasks = parallel_map(copy, needed, "Copying", num_threads=NUM_THREADS, quiet=not is_long)
+        problems = [problem for problem in tasks if problem is not None]
+        if problems:
             raise UserError(
-                f"{store.url_of(name)} is damaged: its SHA-256 is not the one in the checkpoint's "
-                f"{MARKER}. Use another checkpoint"
+                f"{url}: {len(problems)} of {len(needed)} files could not be read: "
+                f"{max(problems)}. Run the same command again: it goes on with the rest"
             )
-        os.utime(partial, ns=(entry.time_ns, entry.time_ns))
+        if "" not in listing:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        return not is_gone.is_set()
+
+    def _read_markers(
+        self, listing: Mapping[str, Entry], checkpoints: Iterable[str]
+    ) -> tuple[dict[str, Sums | None], set[str]]:
+        """Returns what markers say about files, and the checkpoints that are not complete."""
+        marked, incomplete = dict[str, Sums | None](), set[str]()
+        for checkpoint in checkpoints:
+            content = self._store.read(f"{checkpoint}/{MARKER}")
+            files = marked_files(checkpoint, content or b"", listing)
+            if content is None or any(
+                name not in listing or (sums and listing[name].size != sums[0])
+                for name, sums in files.items()
+            ):
+                incomplete.add(checkpoint)
+            marked |= files
+        return marked, incomplete
+
+    def _remove_others(self, found: Collection[str], checkpoints: Collection[str]) -> None:
+        """Deletes local files that are wanted but not found, and files of other checkpoints."""
+        if "" not in found and self._folder.is_file():
+            self._folder.unlink()
+        for parent, _, files in os.walk(self._folder, topdown=False):
+            for path in (pathlib.Path(parent, file) for file in files):
+                name = path.relative_to(self._folder).as_posix()
+                if path.name.startswith(".") and path.suffix == ".partial":
+                    is_old = path.stat().st_mtime < time.time() - _STALE
+                elif path.name.startswith(".staging-"):  # of `stage`, in the folder of a bucket
+                    is_old = False
+                else:
+                    checkpoint = checkpoint_of(name)
+                    is_gone = bool(checkpoint) and checkpoint not in checkpoints
+                    is_old = name not in found and (is_gone or self._wanted(name))
+                if is_old:
+                    path.unlink(missing_ok=True)
+            if not os.listdir(parent):
+                os.rmdir(parent)
+
+    def _outdated(self, found: Mapping[str, Entry]) -> list[str]:
+        """Returns which objects are not there as local files."""
+        recorded = {}
+        for line in self._index.read_text().splitlines() if self._index.exists() else ():
+            try:
+                name, tag, time_ns = json.loads(line)
+                recorded[name] = (tag, time_ns)
+            except ValueError:  # an empty line, or one that a kill cut short
+                continue
+
+        def is_there(name: str) -> bool:
+            path, entry = self._folder / name, found[name]
+            try:
+                status = path.lstat()
+                if not path.is_file() or status.st_size != entry.size:
+                    return False
+                if recorded.get(name) == (entry.tag, status.st_mtime_ns):
+                    return True
+                if not entry.md5 or file_digest(path, "md5") != entry.md5:
+                    return False
+                os.utime(path, ns=(entry.time_ns, entry.time_ns))
+            except OSError:
+                return False
+            self._record(name, entry)
+            return True
+
+        with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+            there = pool.map(is_there, found)
+            return [name for name, is_current in zip(found, there, strict=True) if not is_current]
+
+    def _require_space(self, needed: int) -> None:
+        folder = self._folder.absolute()
+        existing = next(each for each in (folder, *folder.parents) if each.exists())
+        free = shutil.disk_usage(existing).free
+        if needed > free:
+            raise UserError(
+                f"{self._store.url}: {decimal(needed)} are needed in {self._folder}, where "
+                f"{decimal(free)} are free. Free space there, or set XDG_CACHE_HOME to a folder on "
+                "another disk"
+            )
+
+    def _download(self, name: str, entry: Entry, sums: Sums | None) -> None:
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as partial:
+            self._store.download(name, partial, entry)
+            if sums and file_digest(partial, "sha256") != sums[1]:
+                raise UserError(
+                    f"{self._store.url_of(name)} is damaged: its SHA-256 is not the one in the "
+                    f"checkpoint's {MARKER}. Use another checkpoint"
+                )
+            os.utime(partial, ns=(entry.time_ns, entry.time_ns))
+        self._record(name, entry)
+
+    def _record(self, name: str, entry: Entry) -> None:
+        with self._index.open("ab", buffering=0) as file:  # one write, also beside other threads'
+            file.write(f"\n{json.dumps([name, entry.tag, entry.time_ns])}".encode())
 
 
 def _check_names(url: str, names: Collection[str]) -> None:
     """Raises UserError if objects cannot be files in one folder."""
-    folders = {
-        str(place) for name in names if name for place in pathlib.PurePosixPath(name).parents
-    }
-
-    def is_file(name: str) -> bool:
-        parts = name.split("/") if name else []
-        are_names = all(
-            part not in ("", ".", "..") and "\0" not in part and len(part.encode()) <= 255
-            for part in parts
-        )
-        return are_names and (name or ".") not in folders
-
-    wrong = [ascii(name) for name in names if not is_file(name)]
+    paths = [pathlib.PurePosixPath(name) for name in names if name]
+    folders = {str(parent) for path in paths for parent in path.parents}
+    wrong = [n for n in names if _NO_FILE.search(n.encode()) or (n or ".") in folders]
     if wrong:
         raise UserError(
             f"{url}: cannot be copied, because these names cannot be files beside the others: "
-            f"{listed(wrong)}"
+            f"{listed([ascii(name) for name in wrong])}"
         )

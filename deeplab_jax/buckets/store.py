@@ -11,7 +11,6 @@ import os
 import pathlib
 import re
 import secrets
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -52,12 +51,13 @@ class Entry:
 
     Attributes:
       size: in bytes.
+      tag: changes with the content.
       md5: of the content, hexadecimal; empty if the bucket does not tell.
-      time_ns: when it was written, in nanoseconds since 1970. S3 counts only seconds; so their
-        fraction is a hash of what the bucket changes with the content.
+      time_ns: when it was written, in nanoseconds since 1970.
     """
 
     size: int
+    tag: str
     md5: str
     time_ns: int
 
@@ -70,13 +70,24 @@ class Store:
     """
 
     def __init__(self, url: str) -> None:
-        """Opens a file system, without a request, for `gs://bucket/path` or `s3://bucket/path`."""
+        """Opens a file system, without a request.
+
+        Args:
+          url: `gs://bucket/path` or `s3://bucket/path`.
+
+        Raises:
+          UserError: the address is malformed, or the package for the service is not installed.
+        """
         self.url = check_address(url)
         self.scheme, _, self._root = self.url.partition("://")
         self.bucket = self._root.partition("/")[0]
         self._fs = _open_filesystem(self.scheme)
 
+    def __reduce__(self) -> Any:  # file systems hold threads
+        return Store, (self.url,)
+
     def url_of(self, name: str) -> str:
+        """Returns the address of an object."""
         return f"{self.url}/{name}" if name else self.url
 
     def list(self, prefix: str = "") -> dict[str, Entry]:
@@ -252,5 +263,5 @@ def _entry(info: Mapping[str, Any]) -> Entry:
         md5 = digest if re.fullmatch("[0-9a-f]{32}", digest) else ""
     else:
         md5 = base64.b64decode(info.get("md5Hash", "")).hex()
-    seconds = int((info.get("LastModified") or info["mtime"]).timestamp())
-    return Entry(int(info["size"]), md5, seconds * 10**9 + zlib.crc32(tag.encode()) % 10**9)
+    time_ns = int((info.get("LastModified") or info["mtime"]).timestamp() * 1e9)
+    return Entry(int(info["size"]), tag, md5, time_ns)

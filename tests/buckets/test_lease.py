@@ -16,6 +16,10 @@ from deeplab_jax.buckets.lease import Lease
 from deeplab_jax.buckets.store import Store, Unreachable
 from deeplab_jax.utils.errors import UserError
 
+DEAD = subprocess.Popen([sys.executable, "-c", ""])
+DEAD.wait()
+DEAD = DEAD.pid  # of a process that has ended
+
 
 class MemoryStore:
     """A store of which the requests named in `failing` do not reach the bucket."""
@@ -59,10 +63,12 @@ class MemoryStore:
         return json.loads(self.objects[f".lease/{number:06d}.json"])
 
     def put(self, number, **fields):
-        """Writes the lease of a process on another machine, except for `fields`."""
+        """Writes the lease of a process on this machine that was killed, except for `fields`."""
         holder = {
-            "pid": 4711,
-            "host": "other",
+            "pid": DEAD,
+            "started": lease_lib._started(fields.get("pid", DEAD)),
+            "host": socket.gethostname(),
+            "boot": lease_lib._boot(),
             "copy": "its copy",
             "nonce": "its nonce",
             "turn": 3,
@@ -83,7 +89,7 @@ def take(tmp_path):
 
     def take(store, copy="copy", log=lambda line: None):
         (tmp_path / copy).mkdir(exist_ok=True)
-        taken.append(Lease(store, tmp_path / copy, log))
+        taken.append(Lease.take(store, tmp_path / copy, log))
         return taken[-1]
 
     yield take
@@ -106,7 +112,7 @@ def test_one_run_after_another(bucket, tmp_path):
     store = Store(f"{bucket}/runs/a")
     for number, copy, is_own in [(1, "a", False), (2, "a", True), (3, "b", False), (4, "a", False)]:
         (tmp_path / copy).mkdir(exist_ok=True)
-        with Lease(store, tmp_path / copy, pytest.fail) as held:
+        with Lease.take(store, tmp_path / copy, pytest.fail) as held:
             assert held.is_copy_complete is is_own
             held.mark_complete()
             held.confirm()
@@ -116,10 +122,12 @@ def test_one_run_after_another(bucket, tmp_path):
                 match=rf"^{store.url} is in use by process {os.getpid()} on host .*: wait for it "
                 "or stop it, or choose another --workdir$",
             ):
-                Lease(store, tmp_path / copy, pytest.fail)
+                Lease.take(store, tmp_path / "c", pytest.fail)
 
 
 def test_one_of_many_wins(bucket, tmp_path, monkeypatch):
+    # Each thread is as a process on another host: this process's leases are none of its own.
+    monkeypatch.setattr(lease_lib, "_boot", lambda: "")
     monkeypatch.setattr(lease_lib, "_RENEWAL", 0.1)
     monkeypatch.setattr(lease_lib, "_LOOK", 0.1)
     store, won, refused = Store(bucket), [], []
@@ -129,9 +137,7 @@ def test_one_of_many_wins(bucket, tmp_path, monkeypatch):
         own = Store(bucket)
         barrier.wait()
         try:
-            copy = tmp_path / str(index)  # as on another host
-            copy.mkdir()
-            won.append(Lease(own, copy, lambda line: None))
+            won.append(Lease.take(own, tmp_path / str(index), lambda line: None))
         except UserError as error:
             refused.append(str(error))
 
@@ -147,44 +153,49 @@ def test_one_of_many_wins(bucket, tmp_path, monkeypatch):
     won[0].release()
 
 
-def test_a_copy_is_complete_until_another_is_begun(memory, take, tmp_path, monkeypatch):
-    monkeypatch.setattr(lease_lib, "_WATCH", 0.01)
-    monkeypatch.setattr(lease_lib, "_LOOK", 0.02)
-    first = take(memory)
-    first.mark_complete()
-    first.release()
+def test_a_dead_process_on_this_machine_is_followed_at_once(memory, take):
+    memory.put(6)
+    memory.put(7)
+    assert not take(memory, log=pytest.fail).is_copy_complete
+    assert numbers(memory) == [7, 8]
+
+
+def test_another_process_with_the_id_of_a_dead_one_is_not_that(memory, take):
+    memory.put(1, pid=os.getppid(), started="before")
+    take(memory, log=pytest.fail)
+    assert numbers(memory) == [1, 2]
+
+
+def test_a_process_that_nobody_waits_for_is_dead(memory, take):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        memory.put(1, pid=process.pid)
+        with pytest.raises(UserError, match=f"in use by process {process.pid}"):
+            take(memory)
+        process.kill()
+        assert is_soon(lambda: lease_lib._started(process.pid) == "ended")
+        take(memory, log=pytest.fail)
+
+
+def test_a_copy_is_complete_until_another_is_begun(memory, take, tmp_path):
+    take(memory).mark_complete()
     memory.failing = {"list"}
     with pytest.raises(Unreachable):
         take(memory)
     memory.failing = set()
+    memory.put(2, copy=memory.holder(1)["copy"])
+    for _ in range(2):  # killed before anything else
+        assert take(memory).is_copy_complete
+        memory.put(max(numbers(memory)) + 1, copy=memory.holder(max(numbers(memory)))["copy"])
+    memory.put(max(numbers(memory)) + 1)  # of another copy
     for _ in range(2):
-        held = take(memory)
-        assert held.is_copy_complete
-        held.release()
-        memory.put(numbers(memory)[-1], **held._own | {"ended": False})  # as if killed at once
-    memory.put(numbers(memory)[-1] + 1)  # of another copy
-    for _ in range(2):
-        held = take(memory)
-        assert not held.is_copy_complete
-        held.release()
-        memory.put(numbers(memory)[-1], **held._own | {"ended": False})
-
-
-def test_hosts_that_share_a_copy_do_not_trust_its_lock(memory, take, monkeypatch):
-    """A network file system may lock files for each host by itself."""
-    held = take(memory)
-    held.release()
-    memory.put(1, copy=held._own["copy"])
-    monkeypatch.setattr(lease_lib, "_LOOK", 0.01)
-    threading.Timer(0.2, lambda: memory.put(1, copy=held._own["copy"], turn=4)).start()
-    with pytest.raises(UserError, match="in use by process 4711 on host other"):
-        take(memory)
+        assert not take(memory).is_copy_complete
+        memory.put(max(numbers(memory)) + 1, copy=memory.holder(max(numbers(memory)))["copy"])
 
 
 def test_a_killed_process_is_followed_and_its_copy_known(gs_bucket, tmp_path):
     code = (
         "import os, pathlib, signal; from deeplab_jax.buckets.lease import Lease, Store\n"
-        f"held = Lease(Store('{gs_bucket}/run'), pathlib.Path('{tmp_path}'), print)\n"
+        f"held = Lease.take(Store('{gs_bucket}/run'), pathlib.Path('{tmp_path}'), print)\n"
         "held.mark_complete()\n"
         "print('taken', flush=True); signal.pause()"
     )
@@ -193,15 +204,15 @@ def test_a_killed_process_is_followed_and_its_copy_known(gs_bucket, tmp_path):
     try:
         assert process.stdout.readline() == "taken\n"
         with pytest.raises(UserError, match=f"is in use by process {process.pid} on host"):
-            Lease(store, tmp_path, pytest.fail)
+            Lease.take(store, tmp_path, pytest.fail)
     finally:
         process.kill()
         process.wait()
-    with Lease(store, tmp_path, pytest.fail) as held:
+    with Lease.take(store, tmp_path, pytest.fail) as held:
         assert held.is_copy_complete
 
 
-@pytest.mark.parametrize("other", [{}, {"host": socket.gethostname()}])  # or of another cache here
+@pytest.mark.parametrize("other", [{"host": "other"}, {"boot": "of a container"}])
 def test_a_live_process_on_another_machine_is_named(memory, take, monkeypatch, other):
     monkeypatch.setattr(lease_lib, "_LOOK", 0.01)
     memory.put(1, **other)
@@ -209,12 +220,12 @@ def test_a_live_process_on_another_machine_is_named(memory, take, monkeypatch, o
     lines = []
     begin = time.monotonic()
     with pytest.raises(
-        UserError, match=f"in use by process 4711 on host {memory.holder(1)['host']}"
+        UserError, match=f"in use by process {DEAD} on host {memory.holder(1)['host']}"
     ):
         take(memory, log=lines.append)
     assert time.monotonic() - begin < 5
     assert len(lines) == 1
-    assert re.search("process 4711.*watching for 30 s", lines[0])
+    assert re.search(f"process {DEAD}.*watching for 30 s", lines[0])
     assert numbers(memory) == [1]
 
 
@@ -225,7 +236,7 @@ def test_a_dead_process_on_another_machine_is_followed_whatever_the_clocks(
     monkeypatch.setattr(time, "time", lambda: now)
     monkeypatch.setattr(lease_lib, "_WATCH", 0.3)
     monkeypatch.setattr(lease_lib, "_LOOK", 0.05)
-    memory.put(1)
+    memory.put(1, host="other")
     begin = time.monotonic()
     take(memory)
     assert 0.3 <= time.monotonic() - begin < 5
@@ -233,11 +244,11 @@ def test_a_dead_process_on_another_machine_is_followed_whatever_the_clocks(
 
 
 def test_an_ended_lease_on_another_machine_is_followed_at_once(memory, take, monkeypatch):
-    memory.put(1, ended=True)
-    take(memory, log=pytest.fail).release()
-    memory.put(3)
+    memory.put(1, host="other", ended=True)
+    take(memory, log=pytest.fail)
+    memory.put(3, host="other")
     monkeypatch.setattr(lease_lib, "_LOOK", 0.01)
-    threading.Timer(0.2, lambda: memory.put(3, ended=True)).start()
+    threading.Timer(0.2, lambda: memory.put(3, host="other", ended=True)).start()
     begin = time.monotonic()
     take(memory)
     assert time.monotonic() - begin < 5
@@ -252,19 +263,17 @@ def test_a_lost_answer_is_not_a_lost_lease(memory, take, monkeypatch):
 
 def test_a_lease_taken_after_later_ones_is_none(memory, take, monkeypatch):
     """A slow taker creates a number that others have passed and deleted meanwhile."""
-    monkeypatch.setattr(lease_lib, "_LOOK", 0.01)
-    memory.put(5, ended=True)
+    memory.put(5)
     create = memory.create
 
     def create_late(*arguments):
         monkeypatch.setattr(memory, "create", create)
         memory.objects.clear()
-        memory.put(7)
-        threading.Timer(0.1, lambda: memory.put(7, turn=4)).start()
+        memory.put(7, pid=os.getppid())
         return create(*arguments)
 
     monkeypatch.setattr(memory, "create", create_late)
-    with pytest.raises(UserError, match="is in use by process 4711 "):
+    with pytest.raises(UserError, match=f"is in use by process {os.getppid()} "):
         take(memory)
 
 
@@ -292,10 +301,10 @@ def test_an_outage_ends_no_lease(memory, take, monkeypatch):
 def test_a_lost_lease_is_noticed(memory, take, monkeypatch):
     monkeypatch.setattr(lease_lib, "_RENEWAL", 0.05)
     held = take(memory)
-    memory.put(2)
+    memory.put(2, host="other")
     assert is_soon(lambda: held.lost)
     with pytest.raises(
-        UserError, match="gs://bucket/run was taken over by process 4711 on host other while"
+        UserError, match=f"gs://bucket/run was taken over by process {DEAD} on host other while"
     ):
         held.confirm()
     held.release()
@@ -317,7 +326,7 @@ def test_a_release_without_the_bucket_is_silent(memory, take):
     memory.failing = {"write", "list", "read"}
     held.release()
     memory.failing = set()
-    take(memory, log=pytest.fail)  # this process holds it no longer
+    take(memory)  # this process holds it no longer
     assert numbers(memory) == [1, 2]
 
 
@@ -325,17 +334,7 @@ def test_a_take_without_the_bucket_leaves_nothing(memory, take):
     memory.failing = {"list"}
     with pytest.raises(Unreachable):
         take(memory)
-    memory.failing = set()
-    take(memory, log=pytest.fail)
-
-
-def test_an_interrupt_waits_for_no_bucket(memory, take, tmp_path, monkeypatch):
-    (tmp_path / "copy").mkdir()
-    monkeypatch.setattr(memory, "write", lambda *_: pytest.fail("it would wait"))
-    with pytest.raises(KeyboardInterrupt), Lease(memory, tmp_path / "copy", pytest.fail):
-        raise KeyboardInterrupt
-    monkeypatch.undo()
-    take(memory, log=pytest.fail)  # the lock is free
+    assert not lease_lib._held
 
 
 @pytest.mark.parametrize("content", [b'{"pid": 47', b"[1]", b"{}", b'{"pid": 4711}', b"\xff"])

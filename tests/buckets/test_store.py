@@ -32,7 +32,7 @@ def test_objects_come_back_as_they_were_written(bucket, tmp_path):
     run.download("checkpoints/10/data", tmp_path / "copy", found["checkpoints/10/data"])
     assert (tmp_path / "copy").read_bytes() == content
     run.write("config.json", b"{} ")
-    assert run.list("config.json")["config.json"].time_ns != found["config.json"].time_ns
+    assert run.list("config.json")["config.json"].tag != found["config.json"].tag
     run.delete(["config.json", "absent"])
     assert list(run.list()) == ["checkpoints/10/data"]
 
