@@ -12,6 +12,8 @@ import numpy as np
 from deeplab_jax.evaluation.binary import Curves
 from deeplab_jax.evaluation.tally import Evaluation
 
+_MAX_PREDICTED_SHARE = 0.99  # of one class; a warning above it
+
 
 def to_json(evaluation: Evaluation, interval: tuple[float, float] | None = None) -> dict[str, Any]:
     """Returns the numbers of an evaluation by name, fractions in 0..1; None in place of NaN.
@@ -68,7 +70,15 @@ def _finite(value: float) -> float | None:
 
 def warnings(evaluation: Evaluation) -> list[str]:
     """Returns what may be wrong with the model or the labels, one sentence each."""
-    names, messages = evaluation.labels.names, []
+    names, scores, messages = evaluation.labels.names, evaluation.scores, []
+    share = scores.per_class_predicted_share
+    if len(share) > 1 and np.any(share > _MAX_PREDICTED_SHARE):
+        index = int(share.argmax())
+        messages.append(
+            f"{100 * share[index]:.1f} % of the pixels are predicted as {names[index]}, which is "
+            f"{100 * scores.per_class_true_share[index]:.1f} % of the labels. Likely causes: an "
+            "untrained model, another normalization than in training, or wrong label ids."
+        )
     labelled, predicted = evaluation.matrix.sum(1) > 0, evaluation.matrix.sum(0) > 0
     for message, selected in (
         ("in no label of these images", ~labelled),

@@ -96,7 +96,9 @@ def compile_in_thread(lowered: Any) -> concurrent.futures.Future[Any]:
 class Programs:
     """The compiled programs of jitted functions, one for each function and shapes of arguments.
 
-    They are compiled in threads, several at the same time.
+    Programs that `prepare` announces are compiled in threads, several at the same time. A call
+    waits for its program or, if nothing compiles it, compiles it in its own thread, where JAX's
+    settings by context, such as `jax.enable_x64`, hold.
     """
 
     def __init__(self, functions: Mapping[str, Any]) -> None:
@@ -112,24 +114,22 @@ class Programs:
         """Number of programs that are compiled or being compiled."""
         return len(self._programs)
 
-    def prepare(self, function: str, *arguments: Any) -> concurrent.futures.Future[Any]:
-        """Starts to compile a program, unless it was started before; returns it.
+    def prepare(self, function: str, *arguments: Any) -> None:
+        """Compiles a program in a thread, unless it was started before.
 
         The arguments are arrays or their shapes; all `Variables` have the same shapes.
         """
-        leaves, structure = jax.tree.flatten([x for x in arguments if not isinstance(x, Variables)])
-        key = (function, structure, *map(np.shape, leaves))
-        with self._lock:
-            if key not in self._programs:
-                jitted = self._functions[function]
-                program = self._pool.submit(lambda: compile_lowered(jitted.lower(*arguments)))
-                self._programs[key] = program
-                STARTED.add(program)
-            return self._programs[key]
+        program, is_new = self._find(function, arguments)
+        if is_new:
+            STARTED.add(program)
+            self._pool.submit(self._compile, program, function, arguments)
 
     def __call__(self, function: str, *arguments: Any) -> Any:
         """Calls a function on arrays; raises what compiling it raised."""
-        return self.prepare(function, *arguments).result()(*arguments)
+        program, is_new = self._find(function, arguments)
+        if is_new:
+            self._compile(program, function, arguments)
+        return program.result()(*arguments)
 
     def cancel(self) -> None:
         """Forgets the programs that nothing has begun to compile."""
@@ -137,3 +137,23 @@ class Programs:
             for key, program in list(self._programs.items()):
                 if program.cancel():
                     del self._programs[key]
+
+    def _find(
+        self, function: str, arguments: tuple[Any, ...]
+    ) -> tuple[concurrent.futures.Future[Any], bool]:
+        """Returns the program, which may not be compiled yet, and whether nothing compiles it."""
+        leaves, structure = jax.tree.flatten([x for x in arguments if not isinstance(x, Variables)])
+        key = (function, structure, *map(np.shape, leaves))
+        with self._lock:
+            is_new = key not in self._programs
+            return self._programs.setdefault(key, concurrent.futures.Future()), is_new
+
+    def _compile(
+        self, program: concurrent.futures.Future[Any], function: str, arguments: tuple[Any, ...]
+    ) -> None:
+        if not program.set_running_or_notify_cancel():
+            return
+        try:
+            program.set_result(compile_lowered(self._functions[function].lower(*arguments)))
+        except BaseException as error:
+            program.set_exception(error)

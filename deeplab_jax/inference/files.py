@@ -26,7 +26,9 @@ from deeplab_jax.utils.paths import is_bucket
 VIDEO_SUFFIXES = frozenset(
     (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".webm", ".wmv")
 )
-_OUTPUT = re.compile(r"(_ids|_overlay|_side_by_side|_unsure|_heatmap_.+)\.png$|_overlay\.mp4$")
+_OUTPUT = re.compile(
+    r"(_ids|_overlay|_side_by_side|_unsure|_heatmap_.+)\.png$|_overlay\.(mp4|avi)$"
+)
 
 
 @dataclasses.dataclass(frozen=True)

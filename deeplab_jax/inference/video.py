@@ -34,6 +34,7 @@ from deeplab_jax.visualization import overlays
 
 CAMERA = r"camera:(\d+)"  # a path that names a camera
 _LEGEND_ROWS = 2  # fixed, because the frames of a video have one size
+_CODECS = (("mp4v", ".mp4"), ("MJPG", ".avi"))  # in order of preference
 _DEFAULT_RATE = 30.0  # frames per second, if a file or camera states none that is possible
 _MAX_RATE = 240.0
 
@@ -184,8 +185,8 @@ def predict_video(
     Args:
       segmenter, opacity, move: see `pipeline.predict_images`.
       source, every: see `VideoReader`.
-      base: beginning of the paths to write, to which "_overlay.mp4" and "_areas.csv" are appended;
-        existing files are replaced.
+      base: beginning of the paths to write, to which "_overlay.mp4" (".avi" if OpenCV lacks MPEG-4)
+        and "_areas.csv" are appended; existing files are replaced.
       max_frames, options: of `predict_frames`.
 
     Raises:
@@ -206,12 +207,12 @@ def predict_video(
         picture = cv2.copyMakeBorder(picture, 0, odd[0], 0, odd[1], cv2.BORDER_REPLICATE)
         return frame, class_counts(ids, labels.num_classes), picture
 
-    writer, num_written, varies, seconds = None, 0, False, 0.0
+    writer, overlay, num_written, varies, seconds = None, base, 0, False, 0.0
     total, num_frames = np.zeros(labels.num_classes, np.int64), 0
     files: dict[str, pathlib.Path | str] = {}
     base.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(".partial", f".{base.name[:40]}.", base.parent) as scratch:
-        overlay, areas = (pathlib.Path(scratch) / name for name in ("overlay.mp4", "areas.csv"))
+        areas = pathlib.Path(scratch) / "areas.csv"
         with (
             areas.open("w", newline="") as table,
             concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "images-drawn") as pool,
@@ -225,9 +226,7 @@ def predict_video(
             try:
                 for frame, counts, picture in track(drawn, source.name, expected):
                     if writer is None:
-                        codec = cv2.VideoWriter.fourcc(*"mp4v")
-                        size = picture.shape[1::-1]
-                        writer = cv2.VideoWriter(str(overlay), codec, rate, size)
+                        writer, overlay = _open_writer(areas.parent, rate, picture)
                     end = round(frame.seconds * rate) if reader.is_camera else frame.index
                     while num_written <= end:
                         writer.write(picture)
@@ -242,13 +241,10 @@ def predict_video(
             except KeyboardInterrupt:
                 if not (reader.is_camera and num_frames):
                     raise
-        del writer  # ends the file; OpenCV reports neither a full disk nor a missing codec
+        del writer  # ends the file; OpenCV does not report a full disk
         found = cv2.VideoCapture(str(overlay), cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT)
         if found != num_written:
-            raise UserError(
-                f"cannot write to {base}_overlay.mp4: the disk may be full, or OpenCV cannot write "
-                "MPEG-4, as the package opencv-python-headless from PyPI can"
-            )
+            raise UserError(f"cannot write to {base}_overlay{overlay.suffix}. Is the disk full?")
         for file in (overlay, areas):
             target = base.with_name(f"{base.name}_{file.name}")
             try:
@@ -266,6 +262,22 @@ def predict_video(
     notes = {
         "its frame rate is unknown, 30 per second were assumed": not reader.is_rate_known,
         "its frame rate varies, that of the overlay is the mean": varies,
+        "OpenCV cannot write MPEG-4 here, the overlay is Motion JPEG": overlay.suffix == ".avi",
     }
     about = tuple(note for note, holds in notes.items() if holds)
     return VideoResult(source, reader.size, total, files, num_frames, rate, about)
+
+
+def _open_writer(
+    folder: pathlib.Path, rate: float, picture: UInt8[np.ndarray, "h w 3"]
+) -> tuple[cv2.VideoWriter, pathlib.Path]:
+    for codec, suffix in _CODECS:
+        path = folder / f"overlay{suffix}"
+        code = cv2.VideoWriter.fourcc(*codec)
+        writer = cv2.VideoWriter(str(path), code, rate, picture.shape[1::-1])
+        if writer.isOpened():
+            return writer, path
+    raise UserError(
+        "this OpenCV can write neither MPEG-4 nor Motion JPEG: install the package "
+        "opencv-python-headless from PyPI, which can"
+    )

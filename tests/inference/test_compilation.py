@@ -149,6 +149,10 @@ def test_a_prepared_program_is_compiled_once_in_a_thread_and_shared():
     for shape in ((2,), (3,), (2,)):
         assert programs("double", jnp.ones(shape)).shape == shape
     assert [shape for shape, _ in traced] == [(2, 3), (2,), (3,)]
+    # In their own thread, calls see JAX's settings by context.
+    assert all(thread is threading.current_thread() for _, thread in traced[1:])
+    with jax.enable_x64(True):
+        assert programs("double", np.ones(4)).dtype == np.float64
 
 
 def test_an_error_of_a_thread_is_raised_where_the_program_is_called():
