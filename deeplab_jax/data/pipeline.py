@@ -6,6 +6,7 @@ hosts and with any number of workers.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import TypedDict
@@ -36,7 +37,7 @@ class EvalBatch(Batch):
     """Uncropped images with labels, padded at the bottom and right."""
 
     index: Int32[np.ndarray, " b"]  # of the example in its data set; -1 for a padding row
-    size: Int32[np.ndarray, "b 2"]  # of the image without its padding; for a padding row, any
+    size: Int32[np.ndarray, "b 2"]  # of the image without its padding; a padding row: the batch's
     name: Shaped[np.ndarray, " b"]  # of the example; "" for a padding row
 
 
@@ -197,7 +198,7 @@ class _TrainSource:
         seed: int,
         rows: Sequence[int] | None,
     ) -> None:
-        self._dataset, self._config = dataset, config
+        self._dataset, self._config = dataset, copy.deepcopy(config)  # a caller may change it
         self._batch_size, self._seed = batch_size, seed
         self._rows = range(batch_size) if rows is None else rows
         self._fill = mean_pixel(config)

@@ -18,6 +18,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import weakref
@@ -136,10 +137,9 @@ class _Processes(Iterator[Any]):
         self._made: dict[int, Exception | None] = {}  # what they answered for these steps
         self._workers: dict[Any, subprocess.Popen] = {}
         pickled, end = cloudpickle.dumps((make, shapes)), num_slots * _slot_bytes(shapes)
-        file = os.memfd_create("batches")  # which ends with its last user
+        file = _anonymous_file(end + len(pickled))
         self._tasks = os.pipe()  # workers read from the same end
         try:
-            os.ftruncate(file, end + len(pickled))
             self._memory = mmap.mmap(file, 0)
             self._memory[end:] = pickled
             for _ in range(num_workers):
@@ -215,6 +215,18 @@ class _Processes(Iterator[Any]):
             connection.close()
         for end in self._tasks:
             os.close(end)
+
+
+def _anonymous_file(size: int) -> int:
+    """Returns the descriptor of a file without a name, which ends with its last user."""
+    try:
+        file = os.memfd_create("batches")
+        os.ftruncate(file, size)
+    except OSError:  # a sandbox forbids it
+        with tempfile.TemporaryFile() as unnamed:
+            os.posix_fallocate(unnamed.fileno(), 0, size)
+            file = os.dup(unnamed.fileno())
+    return file
 
 
 def _aligned_bytes(shape: tuple[int, ...]) -> int:

@@ -111,7 +111,7 @@ _KINDS = {
 
 # Kinds of errors that another file of classes may mend.
 ABOUT_CLASSES = ("classes", "colors", "mixed", "unknown")
-MISREAD = (*ABOUT_CLASSES, "one class")  # kinds of errors of masks that are read wrong
+MISREAD = (*ABOUT_CLASSES, "binary", "one class")  # kinds of errors of masks that are read wrong
 
 Remark = tuple[str, str]  # a kind of finding, and one example of it
 
@@ -219,26 +219,32 @@ def check_mask_settings(
 ) -> Iterator[Finding]:
     """Yields a finding if settings are wrong although they could be right for each single mask."""
     read = [scan for scan in scans if scan.counts is not None]
+    values = set().union(*(scan.values for scan in read))
     present = [one.name for one in classes if any(one.images.values())]
-    if len(present) != 1:
-        return
-    values = sorted(set().union(*(scan.values for scan in read)))
-    ids = mask_format.to_ids(np.array([values], int))[0]
-    ignored = [value for value, index in zip(values, ids, strict=True) if index == IGNORE]
-    others = listed([mask_format.describe_value(value) for value in ignored])
-    fix = f"Check {_MASKS_HOLD}, config.data.ignore_label and the file of classes."
-    if mask_format.ignore_label in set(ignored) - {255}:
-        fix = "Set config.data.ignore_label=255, or another value that does not count."
-    elif mask_format.encoding == "ids" and values == [0, 255]:
-        fix = f"Set {_MASKS_HOLD}=binary, or give 255 to a class in the file of classes."
-    yield Finding(
-        "error",
-        "one class",
-        f"all pixels that count are {present[0]}: there is nothing to learn"
-        + f"; {others} does not count" * bool(ignored),
-        fix,
-        len(read),
-    )
+    ids = mask_format.to_ids(np.array([sorted(values)], int))[0]
+    ignored = [value for value, index in zip(sorted(values), ids, strict=True) if index == IGNORE]
+    if mask_format.encoding == "ids" and 255 in ignored and values <= {0, 255}:
+        yield Finding(
+            "error",
+            "binary",
+            "masks hold only 0 and 255, and 255 is ignored: no pixel of a second class counts",
+            "The file of classes says so. Give 255 to a class there."
+            if (255, 255, IGNORE) in mask_format.values[1:]
+            else f"Set {_MASKS_HOLD}=binary.",
+            len(read),
+        )
+    elif len(present) == 1:
+        others = listed([mask_format.describe_value(value) for value in ignored])
+        yield Finding(
+            "error",
+            "one class",
+            f"all pixels that count are {present[0]}: there is nothing to learn"
+            + f"; {others} does not count" * bool(ignored),
+            "Set config.data.ignore_label=255, or another value that does not count."
+            if mask_format.ignore_label in set(ignored) - {255}
+            else f"Check that {_MASKS_HOLD} and config.data.ignore_label are right.",
+            len(read),
+        )
 
 
 def summarize_unknown(scans: Sequence[Scan], mask_format: MaskFormat) -> tuple[dict[str, int], str]:

@@ -280,7 +280,8 @@ def summarize_split(config: Config, split: str, dataset: Dataset, *, quiet: bool
       UserError: the split has no valid pixel, or an example is damaged.
     """
     is_train = split == config.data.split
-    summary = statistics.summarize_sample(dataset)
+    crop = config_lib.crop_shape(config.data) if is_train else None
+    summary = statistics.summarize_sample(dataset, crop)
     warnings = statistics.check_valid_pixels(dataset, summary, split)
     pixels = summary.pixels.tolist()
     imbalance = statistics.describe_imbalance(dataset.labels.names, pixels, config.loss)

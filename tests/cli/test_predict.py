@@ -120,7 +120,7 @@ def test_bad_files_are_reported_at_the_end_and_the_others_predicted(command, mod
     assert "2 images in out" in out
     assert sorted(os.listdir("out")) == ["a_ids.png", "a_overlay.png", "c_ids.png", "c_overlay.png"]
     assert "error: 3 of 5 images could not be predicted: 3 problems" in err
-    for message in ("b.png: is truncated", "text.jpg: is truncated", "none.png: cannot be read"):
+    for message in ("b.png: is truncated", "text.jpg: is a text", "none.png: cannot be read"):
         assert message in err
     assert len(json.loads((here / "areas.json").read_text())["problems"]) == 3
 

@@ -298,7 +298,7 @@ def test_all_problems_are_reported_together(maker, data_dir):
         lines[1:],
         [
             r"1\.jpg: is missing, but .*instances_train2017\.json names it",
-            r"2\.jpg: is truncated, or not in a known image format.*Expected an image",
+            r"2\.jpg: is a text file\. Expected an image",
             r"3\.jpg: is 9 x 9 pixels \(width x height\), but .* says 7 x 5",
             r"4\.jpg: the segmentation of annotation 103 .*its size is \[7, 5\]",
             r"5\.jpg: the segmentation of annotation 104 cannot be decoded",

@@ -1,8 +1,11 @@
 """Image files, as stored and as displayed, and messages about files that are not images."""
 
 import functools
+import gzip
 import io
+import pickle
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -57,9 +60,27 @@ def test_exif_orientation_is_applied(tmp_path, colours, orientation):
         np.testing.assert_allclose(read.astype(int), turned(colours), atol=3)
 
 
-def test_palettes_show_their_colours(tmp_path, colours):
+def test_transparent_pixels_become_white(tmp_path, colours):
+    alpha = np.full((12, 20), 255, np.uint8)
+    alpha[:6], alpha[6:, :10] = 0, 51  # a fifth
+    read = read_photo(save(tmp_path / "a.png", np.dstack([colours, alpha])))
+    assert np.all(read[:6] == 255)
+    np.testing.assert_allclose(read[6:, :10], colours[6:, :10] * 0.2 + 255 * 0.8, atol=1)
+    np.testing.assert_array_equal(read[6:, 10:], colours[6:, 10:])
+
+    grey = np.dstack([np.full((2, 2), 100, np.uint8), np.array([[0, 255], [255, 255]], np.uint8)])
+    read = read_photo(save(tmp_path / "la.png", Image.fromarray(grey, "LA")))
+    np.testing.assert_array_equal(read[..., 0], [[255, 100], [100, 100]])
+
+
+def test_palettes_show_their_colours_and_their_transparent_entry_white(tmp_path, colours):
     paletted = Image.fromarray(colours).quantize(4)
-    np.testing.assert_array_equal(read_photo(save(tmp_path / "a.png", paletted)), colours)
+    entry = np.asarray(paletted)[0, 0]
+    read = read_photo(save(tmp_path / "a.png", paletted))
+    np.testing.assert_array_equal(read, colours)
+    read = read_photo(save(tmp_path / "b.png", paletted, transparency=int(entry)))
+    assert np.all(read[:6, :10] == 255)
+    np.testing.assert_array_equal(read[6:], colours[6:])
 
 
 def test_one_bit_and_grey_become_rgb(tmp_path):
@@ -68,6 +89,29 @@ def test_one_bit_and_grey_become_rgb(tmp_path):
     np.testing.assert_array_equal(read, np.dstack([grey] * 3))
     read = read_photo(save(tmp_path / "b.png", Image.fromarray(grey > 20)))
     np.testing.assert_array_equal(read[..., 1], np.where(grey > 20, 255, 0))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_of_16_bits_the_upper_8_are_taken(tmp_path, suffix, channels):
+    rng = np.random.default_rng(0)
+    deep = rng.integers(0, 65536, (5, 7, channels)).astype(np.uint16)
+    deep[0, 0], deep[0, 1] = 0, 65535
+    if channels == 4:
+        deep[..., 3] = 65535
+    path = tmp_path / f"a{suffix}"
+    cv2.imwrite(str(path), deep)
+    expected = (deep >> 8)[..., :3]
+    expected = expected[..., ::-1] if channels > 1 else np.repeat(expected, 3, axis=2)
+    np.testing.assert_array_equal(read_photo(path), expected)
+
+
+def test_floating_point_in_0_to_1(tmp_path):
+    values = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+    read = read_photo(save(tmp_path / "a.tiff", values))
+    np.testing.assert_array_equal(read[..., 2], np.rint(values * 255))
+    with pytest.raises(UserError, match=r"numbers from 0 to 300, expected numbers in 0\.\.1"):
+        read_photo(save(tmp_path / "b.tiff", values * 300))
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".tif"])
@@ -107,37 +151,50 @@ def test_any_size(tmp_path, size):
     np.testing.assert_array_equal(read_photo(save(tmp_path / "a.png", image)), image)
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "is empty. Expected an image: JPEG"),
-        (b"%PDF-1.7\n", r"is truncated, or not in a known image format: it begins with b'%PDF"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "is truncated, .*ftypheic.*Convert HEIC photos"),
-        (b"\x1aE\xdf\xa3\x01", "is truncated, .*ffmpeg"),
-        ("naïve.jpg\n".encode(), "is truncated"),
-        (b"\xff\xd8\xff\xe0", "is truncated"),
-        (bytes(range(128, 256)) * 20, "is truncated"),
-    ],
-)
-def test_other_files_are_refused_with_their_first_bytes(tmp_path, data, message):
+OTHER_FILES = {
+    "empty": (b"", "is empty. Expected an image: JPEG"),
+    "mp4": (b"\0\0\0\x20ftypisom\0\0\x02\0", r"is a video \(MP4.*ffmpeg"),
+    "mkv": (b"\x1aE\xdf\xa3\x01", r"is a video \(Matroska"),
+    "avi": (b"RIFF\x24\0\0\0AVI LIST", r"is a video \(AVI"),
+    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0", "is a HEIC photo .convert it to JPEG"),
+    "pdf": (b"%PDF-1.7\n", "is a PDF"),
+    "zip": (b"PK\x03\x04\x14\0", "is a ZIP archive"),
+    "gzip": (gzip.compress(b"x"), "is a gzip archive"),
+    "pickle": (pickle.dumps({"a": 1}, protocol=2), "is a Python pickle"),
+    "text": ("dog.jpg\nnaïve.jpg\n".encode(), "is a text file"),
+    "html": (b"<!DOCTYPE html><html>404", "is a web page"),
+    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is an SVG drawing"),
+    "noise": (bytes(range(128, 256)) * 20, "is truncated, or not in a known image format"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_FILES)
+def test_other_files_are_named(tmp_path, kind):
+    data, message = OTHER_FILES[kind]
     path = tmp_path / "file.jpg"
     path.write_bytes(data)
     with pytest.raises(UserError, match=rf"file\.jpg: {message}"):
         read_photo(path)
 
 
-def test_a_truncated_gif_is_refused(tmp_path):
-    path = save(tmp_path / "a.gif", RNG.integers(0, 256, (64, 64), np.uint8))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".webp", ".tif", ".bmp"])
+def test_truncated_images_are_refused(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = save(tmp_path / f"a{suffix}", noise)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"a\.gif: is truncated or damaged"):
+    with pytest.raises(UserError, match=r"a\.\w+: is truncated or damaged"):
         read_photo(path)
 
 
-def test_folders_and_missing_files(tmp_path):
+def test_folders_missing_files_and_giants(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory"):
         read_photo(tmp_path)
     with pytest.raises(UserError, match=r"none\.png: cannot be read \(No such file"):
         read_photo(tmp_path / "none.png")
+    path = save(tmp_path / "a.png", np.zeros((30, 30), np.uint8))
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    with pytest.raises(UserError, match="too large to be decoded"):
+        read_photo(path)
 
 
 # Pixels as stored.
@@ -165,11 +222,37 @@ def test_decode_image_agrees_with_pillow(height, width):
     assert np.abs(ours.astype(int) - theirs).max() <= 4
 
 
+def test_decode_image_is_rgb_and_exact_for_png(tmp_path):
+    image = RNG.integers(0, 256, (9, 11, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(images.read_image(tmp_path / "a.png"), image)
+
+
+def test_decode_image_makes_grey_rgb_and_keeps_opaque_pixels(tmp_path):
+    grey = RNG.integers(0, 256, (6, 8), np.uint8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    rgba = RNG.integers(0, 256, (6, 8, 4), np.uint8)
+    rgba[..., 3] = 255
+    Image.fromarray(rgba).save(tmp_path / "rgba.png")
+    from_grey = images.read_image(tmp_path / "grey.png")
+    np.testing.assert_array_equal(from_grey, np.repeat(grey[..., None], 3, -1))
+    from_rgba = images.read_image(tmp_path / "rgba.png")
+    np.testing.assert_array_equal(from_rgba, rgba[..., :3])
+    grey_jpeg = images.decode_image(jpeg(Image.fromarray(grey)), "a")
+    assert grey_jpeg.shape == (6, 8, 3)
+
+
 def test_decode_image_leaves_pixels_as_stored():
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = 6  # to be shown turned by 90 degrees
     data = jpeg(Image.fromarray(smooth_image(10, 20)), exif=exif)
     assert images.decode_image(data, "a").shape == (10, 20, 3)
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8\xff\xe0"])
+def test_decode_image_rejects_other_bytes(data):
+    with pytest.raises(ValueError, match=r"a: is (empty|a text file|truncated)"):
+        images.decode_image(data, "a")
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.5, 0.9, 0.999])
@@ -180,6 +263,12 @@ def test_truncated_jpeg_is_noticed(fraction, monkeypatch):
     assert images.decode_image(data, "cut.jpg").shape == (90, 120, 3)
     with pytest.raises(UserError, match=r"cut\.jpg: is truncated"):
         images.decode_image(data[: int(fraction * len(data))], "cut.jpg")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (8, 9)])
+def test_small_images_are_sound(tmp_path, size):
+    (tmp_path / "a.jpg").write_bytes(jpeg(Image.fromarray(smooth_image(*size))))
+    assert images.read_image(tmp_path / "a.jpg").shape == (*size, 3)
 
 
 # --- Sizes from headers ------------------------------------------------------------------------

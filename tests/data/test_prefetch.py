@@ -161,6 +161,18 @@ def test_a_worker_that_exits_is_named():
         list(numbers(0, num_workers=1, act=lambda step: os._exit(7)))
 
 
+def test_memory_where_a_sandbox_forbids_anonymous_files(monkeypatch, tmp_path):
+    def forbidden(name):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "memfd_create", forbidden)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with numbers(0, num_workers=1) as batches:
+        for step in range(10):
+            assert_is(next(batches), step)
+        assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("num_workers", "error", "raised"),
     [(0, KeyError, KeyError), (2, KeyError, RuntimeError), (2, UserError, UserError)],

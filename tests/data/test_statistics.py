@@ -26,16 +26,16 @@ class Masks:
         return Example(image=image, label=mask, name=str(index))
 
 
-def summarize(masks, pixel=0):
+def summarize(masks, crop=(2, 2), pixel=0):
     dataset = Dataset(Masks(masks, pixel), labels.named("a", "b"))
-    return dataset, statistics.summarize_sample(dataset)
+    return dataset, statistics.summarize_sample(dataset, crop)
 
 
 def shapes(**fields):
     config = tiny.get_config()
     for name, value in fields.items():
         setattr(config.data.shapes, name, value)
-    return statistics.summarize_sample(data_lib.load(config.data, "train"))
+    return statistics.summarize_sample(data_lib.load(config.data, "train"), (33, 33))
 
 
 def test_digests_tell_data_sets_apart():
@@ -59,11 +59,18 @@ def test_a_large_split_is_sampled_from_its_first_to_its_last_example():
     assert summary.num_examples == 1000
 
 
-def test_the_share_of_ignored_pixels():
-    dataset, summary = summarize([[[0, 255, 255]], 3 * [[255, 1, 255]]])
-    assert summary.ignored_share == pytest.approx(8 / 12)
-    warnings = statistics.check_valid_pixels(dataset, summary, "train")
-    assert "about 66% of the pixels in 'train' are ignored" in warnings
+@pytest.mark.parametrize("crop", [(1, 1), (2, 3), (5, 4), (9, 9)])
+def test_empty_crops_are_counted_at_every_position(crop):
+    rng = np.random.default_rng(0)
+    mask = np.where(rng.random((7, 6)) < 0.1, 0, 255).astype(np.uint8)
+    height, width = min(crop[0], 7), min(crop[1], 6)
+    empty = [
+        (mask[y : y + height, x : x + width] == 255).all()
+        for y in range(8 - height)
+        for x in range(7 - width)
+    ]
+    _, summary = summarize([mask], crop)
+    np.testing.assert_allclose(summary.empty_ratio, np.mean(empty))
 
 
 def test_a_split_of_ignored_pixels_is_an_error():
@@ -78,7 +85,7 @@ def test_one_valid_pixel_between_the_sampled_images_is_enough():
     dataset, summary = summarize(masks)
     assert not summary.pixels.any()
     (warning,) = statistics.check_valid_pixels(dataset, summary, "train")
-    assert "about 100% of the pixels in 'train' are ignored" in warning
+    assert "about 100% of the crops" in warning
 
 
 def test_absent_classes_are_named_if_all_images_were_read():

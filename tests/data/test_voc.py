@@ -138,11 +138,15 @@ def test_indices_outside_are_errors(root):
             source[index]
 
 
-def test_a_source_with_open_files_pickles(root):
+def test_reads_in_another_process(root):
     source = load(root, "trainaug")
-    source[0]
-    again = pickle.loads(pickle.dumps(source))
-    np.testing.assert_array_equal(again[6]["label"], source[6]["label"])
+    source[0]  # its files are open now
+    code = "import pickle, sys; s = pickle.load(sys.stdin.buffer); print(s[6]['label'].sum())"
+    run = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(source), capture_output=True, check=True
+    )
+    assert int(run.stdout) == source[6]["label"].sum()
+    assert run.stderr == b""
 
 
 def test_grey_images_are_rgb(root):

@@ -77,10 +77,7 @@ def test_unreadable_files(maker):
     found = only(report_of(maker), "error")
     assert (found.kind, found.count) == ("unreadable", 2)
     assert "t3.png: is truncated" in found.examples[0]
-    assert (
-        "v1.png: is truncated, or not in a known image format: it begins with b'no image'"
-        in found.examples[1]
-    )
+    assert "v1.png: is a text file" in found.examples[1]
 
 
 def test_truncated_files_are_found_where_opencv_fills_them_up(maker, monkeypatch):
@@ -213,6 +210,13 @@ def test_zero_and_255_name_the_setting(maker):
     for report in (report_of(maker), report_of(maker, masks_hold="binary")):
         assert report.findings == ()
         assert sum(report.classes[1].pixels.values()) == np.sum(pixels == 1)
+
+
+def test_masks_of_255_that_are_read_as_ids_name_the_setting(maker):
+    maker.text("classes.txt", "road 0", "crack 1")
+    rewrite(maker, lambda _, ids: np.full_like(ids, 255))
+    found = only(report_of(maker, masks_hold="ids"), "error")
+    assert (found.kind, found.mend) == ("binary", "Set config.data.folder.masks_hold=binary.")
 
 
 def test_a_second_value_that_is_ignored_is_an_error(maker):

@@ -185,7 +185,7 @@ def test_names_that_are_not_utf8_are_split_and_checked(maker):
     (maker.root / "train.txt").write_bytes(os.fsencode(f"{BYTES}\n1\n"))
     (maker.root / "val.txt").write_text("2\n")
     maker.expect(maker.load("train"), [BYTES, "1"])
-    summarize_sample(maker.load("train"))  # hashes names
+    summarize_sample(maker.load("train"), None)  # hashes names
     records.fingerprint([(BYTES, maker.root / f"images/{BYTES}.png")])
     maker.root = maker.root / "pairs.csv"
     assert len(names_of(maker)) == 9

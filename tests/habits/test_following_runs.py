@@ -75,6 +75,7 @@ EVERYTHING = {"scales": (0.5, 1.0), "flip": True, "window": 33, "overlap": 0.25}
 @pytest.mark.parametrize(
     ("settings", "large"),
     [
+        ({}, None),
         ({"scales": (0.75, 1.25), "flip": True, "output_stride": 8}, None),
         (EVERYTHING, None),
         ({"overlap": 0.25}, 40 * 50),  # images of more pixels are cut into windows by default

@@ -100,8 +100,11 @@ def test_other_columns_are_refused_with_a_line_that_would_work(maker, line):
     )
 
 
-def test_a_list_of_voc_in_utf_16(tmp_path):
+def test_a_list_of_a_class_is_not_one_of_voc(tmp_path):
     path = tmp_path / "train.txt"
+    path.write_text("2007_000032 -1\n2007_000039  1\n")
+    with pytest.raises(UserError, match=r"train\.txt: has a second column.*as in 2007_000032"):
+        voc.read_list(path)
     path.write_bytes("2007_000032\r\n2007_000039\r\n".encode("utf-16"))
     assert voc.read_list(path) == ["2007_000032", "2007_000039"]
 

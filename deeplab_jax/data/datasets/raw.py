@@ -53,13 +53,14 @@ def load(raw: RawDataset, config: DataConfig, split: str) -> Dataset:
     if packed:
         raise UserError(f"config.data.root: unpack {' and '.join(packed)} in {config.root}")
     root = expand_home(config.root)
+    labels = raw.read_labels(root)
     parts = ("train", "val") if split == "trainval" else (split,)
     pairs = [pair for part in parts for pair in _match_files(raw, root, part)]
     table = np.full(256, _UNKNOWN, np.int16)
     table[list(raw.class_of_id)] = list(raw.class_of_id.values())
     source = FileSource(pairs, functools.partial(_read_label, table))
     source.check_samples()
-    return Dataset(source, raw.read_labels(root))
+    return Dataset(source, labels)
 
 
 def _read_label(table: np.ndarray, path: pathlib.Path) -> UInt8[np.ndarray, "h w"]:

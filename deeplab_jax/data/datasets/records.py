@@ -169,10 +169,13 @@ def _bucket_address(folder: pathlib.Path) -> str:
 def _download(url: str) -> pathlib.Path | None:
     """Copies a prepared folder from a bucket, unless it is not there."""
     from deeplab_jax.buckets import staging
-    from deeplab_jax.buckets.store import Store
+    from deeplab_jax.buckets.store import Store, Unreachable
 
-    if not Store(url).list(_INFO):
-        return None
+    try:
+        if not Store(url).list(_INFO):
+            return None
+    except Unreachable as error:
+        raise UserError(f"TFDS_DATA_DIR: {error}. Try again later") from error
     return staging.stage(url, title="training reads each image many times")
 
 

@@ -238,4 +238,9 @@ def read_list(path: pathlib.Path) -> list[str]:
     names = lists.read_text(path, "surrogateescape").split()
     if not names:
         raise UserError(f"{path}: names no image, expected one a line, as in 2007_000032")
+    if {"-1", "0", "1"} & set(names):
+        raise UserError(
+            f"{path}: has a second column, as VOC's lists of the images of a class have; expected "
+            f"one name a line, as in {names[0]}"
+        )
     return list(dict.fromkeys(names))

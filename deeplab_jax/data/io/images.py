@@ -5,6 +5,7 @@ OpenCV decodes common files, because it is fast. Pillow decodes the others, and 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import os
@@ -22,18 +23,46 @@ from deeplab_jax.utils.errors import UserError
 
 # Suffixes by which folders are searched, lower case: formats of Pillow or OpenCV, NumPy arrays.
 SUFFIXES = frozenset(
-    (
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
-        *(".tga", ".jp2", ".avif", ".ppm", ".pgm", ".pbm", ".pnm", ".npy"),
+    f".{kind}"
+    for kind in (
+        *("jpg", "jpeg", "jpe", "jfif", "png", "bmp", "tif", "tiff", "webp", "gif", "tga"),
+        *("jp2", "avif", "ppm", "pgm", "pbm", "pnm", "npy"),
     )
 )
 
 MAX_PIXELS = 2**30  # OpenCV's limit; Pillow's own is a sixth of it
 _OPEN_LOCK = threading.Lock()
 
-_EXPECTED = (
-    "Expected an image: JPEG, PNG, TIFF, WebP, BMP, GIF, ... Convert HEIC photos to JPEG, and "
-    "extract the frames of videos, for example with `ffmpeg -i VIDEO frames/%05d.png`."
+_EXPECTED = "Expected an image: JPEG, PNG, TIFF, WebP, BMP, GIF, ..."
+_VIDEO_HINT = " Extract its frames first, for example with `ffmpeg -i VIDEO frames/%05d.png`."
+
+# Files that Pillow cannot read: offset of the signature, signature, description.
+_SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
+    (4, b"ftypheic", "a HEIC photo (convert it to JPEG or PNG first)"),
+    (4, b"ftypheix", "a HEIC photo (convert it to JPEG or PNG first)"),
+    (4, b"ftypmif1", "a HEIF photo (convert it to JPEG or PNG first)"),
+    (4, b"ftyp", "a video (MP4 or QuickTime)"),
+    (4, b"moov", "a video (QuickTime)"),
+    (0, b"\x1aE\xdf\xa3", "a video (Matroska or WebM)"),
+    (8, b"AVI ", "a video (AVI)"),
+    (0, b"\x00\x00\x01\xba", "a video (MPEG)"),
+    (0, b"\x00\x00\x01\xb3", "a video (MPEG)"),
+    (0, b"FLV", "a video (Flash)"),
+    (0, b"OggS", "an Ogg video or sound"),
+    (0, b"%PDF", "a PDF"),
+    (0, b"PK\x03\x04", "a ZIP archive or an office document"),
+    (0, b"\x1f\x8b", "a gzip archive"),
+    (0, b"\x80\x02", "a Python pickle"),
+    (0, b"\x89HDF", "an HDF5 file"),
+    (0, b"MZ", "a Windows program"),
+    (0, b"\x7fELF", "a program"),
+)
+# First characters, lower case, and description.
+_MARKUP: tuple[tuple[bytes, str], ...] = (
+    (b"<svg ", "an SVG drawing"),
+    (b"<?xml", "an XML file"),
+    (b"<!doctype", "a web page, not an image from it"),
+    (b"<html", "a web page, not an image from it"),
 )
 
 
@@ -60,7 +89,12 @@ def read_array(path: pathlib.Path) -> np.ndarray:
 def read_image(
     path: str | os.PathLike[str], num_channels: int = 3, *, upright: bool = False
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Reads an image file, as `decode_image`, or a `.npy` file, uint8 `[h, w, num_channels]`.
+    """Reads the pixels of an image file, as `decode_image` defines them.
+
+    Args:
+      path: an image file, or a `.npy` file with a uint8 array `[h, w, num_channels]`.
+      num_channels: see `decode_image`.
+      upright: see `decode_image`.
 
     Raises:
       UserError: the file is missing, damaged, not an image, or has another number of channels.
@@ -88,7 +122,7 @@ def decode_image(
 
     Args:
       data: the bytes of the file.
-      name: of the file, for errors.
+      name: the name of the file, for errors.
       num_channels: 3: RGB; 1: grey, to which colours are converted; 4: RGBA, not put on white. Any
         other number needs a file with as many channels, or a TIFF with one page per channel.
       upright: whether to apply an EXIF orientation, as viewers do. That of a TIFF always is.
@@ -118,8 +152,13 @@ def decode_8_bits(
 ) -> Image.Image:
     """Decodes an image file to 8 bits per channel; a palette or an alpha channel stays.
 
-    With `keep_grey`, grey of more bits, of mode I or F, stays as it is. Raises UserError as
-    `decode_image`.
+    Args:
+      data: the bytes of the file.
+      name: the name of the file, for errors.
+      keep_grey: whether grey of more bits, of mode I or F, stays as it is.
+
+    Raises:
+      UserError: see `decode_image`.
     """
     with _decode_errors(data, name):
         image = _open(data)
@@ -132,8 +171,11 @@ def decode_8_bits(
 def read_values(path: pathlib.Path) -> np.ndarray:
     """Reads the numbers that an image file stores: grey, colours, or indices of a palette.
 
-    They are `[h, w]`, or `[h, w, channels]` with an alpha channel or colours. Raises UserError if
-    the bytes are truncated or not an image.
+    Returns:
+      `[h, w]`, or `[h, w, channels]` with an alpha channel or colours.
+
+    Raises:
+      UserError: the bytes are truncated or not an image.
     """
     data = read_bytes(path)
     with _decode_errors(data, path):
@@ -173,9 +215,11 @@ def is_lossy(path: pathlib.Path) -> bool:
 
 
 def open_image(file: pathlib.Path | io.BytesIO) -> ImageFile.ImageFile:
-    """Opens an image of at most 2^30 pixels with Pillow, without decoding it.
+    """Opens an image with Pillow, without decoding it.
 
-    Raises various errors for other files.
+    Raises:
+      DecompressionBombError: the image has more than 2^30 pixels.
+      Exception: Pillow does not know the format, or the header is damaged.
     """
     with _OPEN_LOCK:  # Pillow's limit is a global variable
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -191,7 +235,10 @@ def open_image(file: pathlib.Path | io.BytesIO) -> ImageFile.ImageFile:
 
 
 def orientation(file: pathlib.Path | io.BytesIO) -> int:
-    """Returns the EXIF orientation; 1 (as stored) by default, and for a TIFF: decoders apply it."""
+    """Returns the EXIF orientation of an image file, 1 (as stored) if it has none.
+
+    Decoders apply that of a TIFF, so it counts as 1.
+    """
     try:
         with open_image(file) as image:
             return _orientation(image)
@@ -215,7 +262,10 @@ def _orientation(image: ImageFile.ImageFile) -> int:
 
 
 def read_size(path: pathlib.Path) -> tuple[int, int] | None:
-    """Reads the height and width of an upright image from its header; None: it cannot be read."""
+    """Reads the height and width that `read_image` gives an upright image, without decoding it.
+
+    None: the file cannot be read, or the header does not say it.
+    """
     try:
         if path.suffix.lower() == ".npy":
             height, width, _ = np.load(path, mmap_mode="r", allow_pickle=False).shape
@@ -234,14 +284,36 @@ def _decode_errors(data: bytes, name: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name}: is too large to be decoded ({error}). Cut it.") from None
+    except MemoryError:
+        raise UserError(f"{name}: does not fit in memory. Cut it.") from None
     except UnidentifiedImageError:
-        text = f"truncated, or not in a known image format: it begins with {data[:16]!r}"
-        raise UserError(f"{name}: is {text if data else 'empty'}. {_EXPECTED}") from None
+        raise UserError(f"{name}: {_describe(data)}") from None
     except Exception as error:  # Pillow's many decoders raise errors of many types
         reason = str(error) or type(error).__name__
-        raise UserError(
-            f"{name}: is truncated or damaged, or too large ({reason}). Replace the file."
-        ) from None
+        raise UserError(f"{name}: is truncated or damaged ({reason}). Replace the file.") from None
+
+
+def _describe(data: bytes) -> str:
+    """Says what a file that is not an image is, and what was expected."""
+    head = data[:4096]
+    start = head.lstrip().lower()
+    names = [name for offset, bits, name in _SIGNATURES if head[offset:].startswith(bits)]
+    names += [name for prefix, name in _MARKUP if start.startswith(prefix)]
+    if not data:
+        names = ["empty"]
+    elif not names:
+        names = ["a text file" if _is_text(head) else "truncated, or not in a known image format"]
+    return f"is {names[0]}. {_EXPECTED}" + (_VIDEO_HINT if "video" in names[0] else "")
+
+
+def _is_text(head: bytes) -> bool:
+    try:  # the last character may be cut, which an incremental decoder accepts
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return all(character.isprintable() or character.isspace() for character in text)
 
 
 def _open(data: bytes) -> ImageFile.ImageFile | np.ndarray:
@@ -326,10 +398,12 @@ def _to_8_bits(values: np.ndarray, name: str | os.PathLike[str]) -> UInt8[np.nda
         return values
     is_float = values.dtype.kind == "f"
     low, high = values.min(), values.max()
-    largest = 1 if is_float else 65535
-    if not (low >= 0 and high <= largest):
+    if not (low >= 0 and high <= (1 if is_float else 65535)):
+        expected = (
+            "in 0..1. Scale them to these" if is_float else "of 16 bits. Scale them to 0..65535"
+        )
         raise UserError(
-            f"{name}: holds numbers from {low:g} to {high:g}, expected numbers in 0..{largest}. "
-            "Scale them, or save the image with 8 bits per channel."
+            f"{name}: holds numbers from {low:g} to {high:g}, expected numbers {expected}, or save "
+            "the image with 8 bits per channel."
         )
     return np.rint(values * 255.0 if is_float else values >> 8).astype(np.uint8)
