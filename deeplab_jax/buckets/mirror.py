@@ -242,7 +242,8 @@ class Mirror:
         It may have more, because a kill can interrupt the deletion of the one here.
         """
         sizes = {name: size for name, (size, _) in files.items()}
-        return bool(sizes) and sizes.items() <= self._marked.get(checkpoint, {}).items()
+        is_marked = bool(sizes) and sizes.items() <= self._marked.get(checkpoint, {}).items()
+        return is_marked and all(_size(self._objects.get(name)) == sizes[name] for name in sizes)
 
     def _delete_gone(self, checkpoints: dict[str, _Files]) -> None:
         there = set(map(checkpoint_of, self._objects)) - {""}
@@ -342,6 +343,10 @@ def _files_of(folder: pathlib.Path, checkpoint: str) -> _Files:
 def _stamp(path: pathlib.Path) -> _Stamp:
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
+
+
+def _size(there: Entry | _Stamp | None) -> int:
+    return there.size if isinstance(there, Entry) else there[0] if there else -1
 
 
 def _step(checkpoint: str) -> int:

@@ -19,7 +19,7 @@ from rich.filesize import decimal
 from deeplab_jax.buckets.checkpoints import MARKER, Sums, checkpoint_of, marked_files
 from deeplab_jax.buckets.store import NUM_THREADS, Entry, Store, Unreachable, check_address
 from deeplab_jax.utils.download import file_digest
-from deeplab_jax.utils.errors import UserError, listed
+from deeplab_jax.utils.errors import UserError, listed, print_warning
 from deeplab_jax.utils.files import atomic_path, lock_folder, require_writable
 from deeplab_jax.utils.paths import user_cache
 from deeplab_jax.utils.progress import parallel_map
@@ -201,11 +201,18 @@ class _Copy:
         for checkpoint in checkpoints:
             content = self._store.read(f"{checkpoint}/{MARKER}")
             files = marked_files(checkpoint, content or b"", listing)
-            if content is None or any(
-                name not in listing or (sums and listing[name].size != sums[0])
+            damaged = [
+                name
                 for name, sums in files.items()
-            ):
+                if name not in listing or (sums and listing[name].size != sums[0])
+            ]
+            if content is None or damaged:
                 incomplete.add(checkpoint)
+            if content is not None and damaged:
+                print_warning(
+                    f"{self._store.url_of(checkpoint)} is left out: {listed(damaged)} is gone or "
+                    f"has another size than {MARKER} says"
+                )
             marked |= files
         return marked, incomplete
 

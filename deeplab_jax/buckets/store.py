@@ -18,6 +18,7 @@ from deeplab_jax.utils.download import file_digest
 from deeplab_jax.utils.errors import UserError, first_line
 
 NUM_THREADS = 8  # that send requests at once
+_SMALL = 5 * 2**20  # bytes up to which `gcsfs` sends a file in one request
 _SECONDS = 15.0  # without a byte of an answer
 _EXTRAS = {"gs": ("gcs", "gcsfs.core"), "s3": ("s3", "s3fs")}
 # What the services call the permission for each action.
@@ -123,8 +124,15 @@ class Store:
 
     def write(self, name: str, content: bytes) -> None:
         """Writes an object, at once as a whole."""
+        options: dict[str, Any] = {}
+        if self.scheme == "gs":  # S3's library sends a checksum
+            options["consistency"] = "md5"
+            # `gcsfs` frames contents by newlines; a server takes a "\r" before one as part of it.
+            # A content of one chunk or more is sent without a frame.
+            if content.endswith(b"\r"):
+                options["chunksize"] = len(content)
         with self._errors("write", name):
-            self._fs.pipe_file(self._path(name), content)
+            self._fs.pipe_file(self._path(name), content, **options)
 
     def create(self, name: str, content: bytes) -> bool:
         """Writes an object unless it exists, as one action; returns whether it did not exist."""
@@ -137,8 +145,12 @@ class Store:
 
     def upload(self, path: pathlib.Path, name: str) -> None:
         """Writes a file as an object, at once as a whole."""
+        if self.scheme == "gs" and path.stat().st_size < _SMALL:
+            self.write(name, path.read_bytes())
+            return
+        options = {"consistency": "md5"} if self.scheme == "gs" else {}
         with self._errors("write", name):
-            self._fs.put_file(str(path), self._path(name))
+            self._fs.put_file(str(path), self._path(name), **options)
 
     def download(self, name: str, path: pathlib.Path, entry: Entry) -> None:
         """Reads an object into a file, and compares its size and MD5.

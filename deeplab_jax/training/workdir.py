@@ -111,6 +111,9 @@ def update_copies(workdir: Workdir | BucketRun) -> None:
     with multihost.raise_on_all_hosts():
         if jax.process_index() > 0:
             workdir.update()
+    # Processes that restore other steps would wait for each other without end.
+    steps = [folder.name for folder in step_folders(workdir.path / "checkpoints")]
+    multihost.check_equal({f"checkpoints in the copy of {workdir.address}": steps})
 
 
 def check_workdir(

@@ -274,6 +274,21 @@ def test_files_that_are_there_are_not_uploaded_again(run):
     assert checkpoints(store.objects) == [10, 20]
 
 
+def test_a_checkpoint_that_was_damaged_in_the_bucket_is_uploaded_again(run):
+    store = RecordingStore()
+    run.train(10)
+    with mirror(store, run) as active:
+        active.close()
+    whole = dict(store.objects)
+    name = next(name for name in whole if name.startswith("checkpoints/10/model/"))
+    for damaged in (whole | {name: b"?"}, {key: whole[key] for key in whole if key != name}):
+        store = RecordingStore(damaged)
+        with mirror(store, run) as active:
+            active.close()
+        assert store.written == [name, "checkpoints/10/commit_success.txt"]
+        assert store.objects == whole
+
+
 def test_lines_that_are_appended(run):
     store = RecordingStore()
     run.write("metrics.jsonl")

@@ -1,5 +1,6 @@
 """Runs whose workdir is in a bucket: whole, killed, cut off from the bucket, by two processes."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 
 import tiny
 from bucket_kills import end_state, kill_and_resume, problems
-from deeplab_jax.buckets.checkpoints import checkpoint_of
+from deeplab_jax.buckets.checkpoints import checkpoint_of, marker
 from deeplab_jax.buckets.run import BucketRun
 from deeplab_jax.buckets.store import Store
 from deeplab_jax.training import receipt
@@ -150,6 +151,25 @@ def test_two_processes_run_in_one_bucket(gs_bucket, tmp_path):
     assert [entry["step"] for entry in metrics if "loss" in entry] == list(range(1, 9))
     for name, value in tiny.saved_state(tmp_path / "one").items():
         np.testing.assert_allclose(state[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("own_server", ["gs"], indirect=True)
+def test_processes_that_see_other_checkpoints_are_refused(own_server, gs_bucket, monkeypatch):
+    store = Store(f"{gs_bucket}/run")
+    sums = 2, hashlib.sha256(b"{}").hexdigest()
+    store.write("checkpoints/2/info/data.json", b"{}")
+    store.write("checkpoints/2/commit_success.txt", marker({"info/data.json": sums}))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        flags = (f"--coordinator=localhost:{free.getsockname()[1]}", "--num_processes=2")
+    first = start_command(store.url, *flags, "--process_id=0")
+    own_server.make_bucket(store.bucket)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", own_server.url)
+    second = start_command(store.url, *flags, "--process_id=1")
+    for process in (first, second):
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 2, err
+        assert f'the copy of {store.url}: ["2"] on process 0' in err
 
 
 def test_two_stages_run_in_one_bucket(gs_bucket, tmp_path):

@@ -310,7 +310,7 @@ def marker(files=CHECKPOINT, **changed):
     return json.dumps({"files": listed}).encode()
 
 
-def test_checkpoints_count_once_their_marker_is_there(bucket):
+def test_checkpoints_count_once_their_marker_is_there(bucket, capfd):
     store = fill(f"{bucket}/run", {"config.json": b"{}"})
     for step in (1, 2, 3, 4):
         fill(f"{bucket}/run/checkpoints/{step}", CHECKPOINT)
@@ -320,6 +320,9 @@ def test_checkpoints_count_once_their_marker_is_there(bucket):
     folder = stage(f"{bucket}/run", title="a test")
     steps = {path.name for path in (folder / "checkpoints").iterdir()}
     assert steps == {"1", "2"}
+    warning = capfd.readouterr().err  # nothing of 3, which may be written right now
+    assert warning.count("warning") == 1
+    assert "run/checkpoints/4 is left out: checkpoints/4/absent is gone or has another" in warning
     assert tree_of(folder / "checkpoints/2").keys() == {*CHECKPOINT, "commit_success.txt"}
 
     store.write("checkpoints/3/commit_success.txt", marker())

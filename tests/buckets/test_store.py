@@ -37,6 +37,33 @@ def test_objects_come_back_as_they_were_written(bucket, tmp_path):
     assert list(run.list()) == ["checkpoints/10/data"]
 
 
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r", b"\r\n", b"\n\r"])
+def test_the_end_of_a_line_at_the_end_of_a_file_is_kept(bucket, tmp_path, end):
+    run = Store(bucket)
+    path = tmp_path / "file"
+    for name, content in {
+        "end": end,
+        "short": b"a\r\nb" + end,
+        "long": bytes(6_000_000) + end,
+    }.items():
+        path.write_bytes(content)
+        run.upload(path, name)
+        assert run.read(name) == content, name
+        run.write(name, content)
+        assert run.read(name) == content, name
+
+
+@pytest.mark.parametrize("size", [100, 6_000_000])
+def test_what_a_server_stores_otherwise_counts_as_not_written(servers, gs_bucket, size, tmp_path):
+    assert gs_bucket  # its environment
+    run = Store(servers("gs").make_bucket("lossy"))
+    (tmp_path / "file").write_bytes(bytes(size))
+    with pytest.raises(Unreachable, match="MD5"):
+        run.upload(tmp_path / "file", "a")
+    with pytest.raises(Unreachable, match="MD5"):
+        run.write("a", bytes(size))
+
+
 def test_a_download_that_differs_is_refused(bucket, tmp_path):
     run = Store(bucket)
     run.write("a", b"before")
