@@ -240,7 +240,7 @@ def test_the_middle_of_a_large_image_is_used(saved, tmp_path, monkeypatch):
         ("a.onnx", Quantisation("float16", num_calibration=0), "num_calibration must be 1"),
         ("a.onnx", Quantisation("int8", "train"), "there is no folder train, and .* no run"),
         ("a.onnx", Quantisation("int8", "EMPTY"), "contains no images to calibrate with"),
-        ("a.onnx", Quantisation("int8", "BROKEN"), r"a\.png: is truncated, or not"),
+        ("a.onnx", Quantisation("int8", "BROKEN"), r"a\.png: is a text file"),
     ],
 )
 def test_mistakes_are_reported(saved, tmp_path, name, wanted, message):
