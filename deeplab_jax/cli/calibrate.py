@@ -55,9 +55,8 @@ def calibrate(
     from deeplab_jax.buckets.outputs import local_output
     from deeplab_jax.data.labels import class_id
     from deeplab_jax.evaluation import calibration, setup
-    from deeplab_jax.inference.calibration import NAME
     from deeplab_jax.inference.segmenter import load
-    from deeplab_jax.utils.paths import is_bucket, user_cache
+    from deeplab_jax.utils.paths import CALIBRATION, is_bucket, user_cache
     from deeplab_jax.visualization import plots
     from deeplab_jax.weights import hub
 
@@ -75,7 +74,7 @@ def calibrate(
                 f"{given} is no checkpoint's folder on this machine, in which the calibration "
                 "could be kept: give --out FILE.json, and later predict --calibration FILE.json"
             )
-        out = str(segmenter.path / NAME)
+        out = str(segmenter.path / CALIBRATION)
         outputs.check("--out", out)
     warnings = setup.check_compatible(segmenter.labels, segmenter.architecture.in_channels, dataset)
     warnings += setup.training_warning(checkpoint, config)

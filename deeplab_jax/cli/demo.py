@@ -13,6 +13,7 @@ import typer
 from deeplab_jax.cli import options, outputs
 from deeplab_jax.cli.errors import exit_on_sigterm
 from deeplab_jax.utils.errors import print_warning
+from deeplab_jax.utils.paths import CALIBRATION
 
 
 def demo(
@@ -65,13 +66,13 @@ def demo(
 def _write(checkpoint: str, folder: pathlib.Path, calibration: str, runtime: str) -> None:
     """Writes the demo, with the calibration of the file or of the checkpoint's folder."""
     from deeplab_jax.export.demo.site import write_site
-    from deeplab_jax.inference.calibration import NAME, read
+    from deeplab_jax.inference.calibration import read
     from deeplab_jax.weights import hub, hub_folder, saved_model
 
     path = hub.find_weights(checkpoint)
     if not calibration:
         model = saved_model.find_checkpoint(path) if hub_folder.is_checkpoint(path) else path
-        beside = model / NAME  # as `inference.segmenter` finds it
+        beside = model / CALIBRATION  # as `inference.segmenter` finds it
         calibration = str(beside) if beside.is_file() else ""
     about = write_site(
         checkpoint, folder, output="logits" if calibration else "ids", runtime=runtime
@@ -85,4 +86,5 @@ def _write(checkpoint: str, folder: pathlib.Path, calibration: str, runtime: str
             "the page predicts at scale 1, without mirrored images, at output stride "
             f"{about['output_stride']}: calibrate the model so too"
         )
-    dataclasses.replace(found, report={}).write(folder / NAME)  # the report names local paths
+    # Without the report, which names local paths.
+    dataclasses.replace(found, report={}).write(folder / CALIBRATION)

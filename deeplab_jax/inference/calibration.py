@@ -20,12 +20,10 @@ from deeplab_jax.config.rules import type_problems
 from deeplab_jax.utils.errors import UserError, print_warning
 from deeplab_jax.utils.files import write_bytes
 from deeplab_jax.utils.paths import is_bucket
-from deeplab_jax.weights.saved_model import CALIBRATION
 
 if TYPE_CHECKING:
     from deeplab_jax.inference.segmenter import Segmenter
 
-NAME = CALIBRATION
 FORMAT = 1
 _ROWS = 1 << 16  # pixels at once, so that photos need little memory
 TINY = float(np.finfo(np.float32).tiny)  # for a softmax in float32, which may give 0

@@ -26,7 +26,7 @@ from deeplab_jax.inference.positive import PositiveClass
 from deeplab_jax.inference.predictor import Predictor, TestTimeAugmentation
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
-from deeplab_jax.utils.paths import is_bucket, required_path
+from deeplab_jax.utils.paths import CALIBRATION, is_bucket, required_path
 from deeplab_jax.utils.progress import in_thread
 from deeplab_jax.weights import hub
 from deeplab_jax.weights.convert import read_model
@@ -173,7 +173,7 @@ class Segmenter:
         The file beside the checkpoint is read where it is used, so that a damaged one does not keep
         the model from predicting, or from being calibrated anew. Raises UserError if it is damaged.
         """
-        beside = self.path / calibration_lib.NAME
+        beside = self.path / CALIBRATION
         file = self._calibration or (beside if beside.is_file() else None)
         return calibration_lib.read(file, self.classes) if file else None
 

@@ -42,8 +42,8 @@ class Checkpoints:
     """The checkpoints of one run: the newest few, and the best by mIoU.
 
     Saves are asynchronous and get their final name only when complete. All processes must call each
-    method. Together they write into one folder, each its own shards; or each writes all into a
-    folder of its own.
+    method. Together they write into one folder, each its own shards; or each has a folder of its
+    own, and that of process 0 gets the arrays of all.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Checkpoints:
         self._open = functools.partial(
             ocp.training.Checkpointer,
             directory,
-            context=orbax_context(is_copied=self._is_copied),
+            context=orbax_context("copies" if self._is_copied else "together"),
             # The training loop decides when to save: it forces each save.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
@@ -97,9 +97,10 @@ class Checkpoints:
         for found in reversed(self._checkpointer.checkpoints):
             damage = ""
             try:
-                with quiet_orbax():
-                    trees = self._checkpointer.load_checkpointables(
-                        found.step, _to_trees(abstract) | {"info": None}
+                # Alone, because not all processes may find it damaged.
+                with quiet_orbax(), orbax_context():
+                    trees = ocp.load_checkpointables(
+                        self._directory / str(found.step), _to_trees(abstract) | {"info": None}
                     )
             except Exception as error:  # a damaged file can make the reader raise anything
                 damage = first_line(error)
@@ -143,6 +144,9 @@ class Checkpoints:
         """
         with self._explain_full_disk():
             if step not in self.steps:
+                with multihost.raise_on_all_hosts():
+                    if not self._is_copied or jax.process_index() == 0:
+                        self._check_space(state)
                 if self._is_copied:
                     state = multihost_utils.process_allgather(state, tiled=True)
                 trees = _to_trees(state) | {"info": info}
@@ -159,6 +163,12 @@ class Checkpoints:
         with self._explain_full_disk():
             self._checkpointer.close()
 
+    def _check_space(self, state: TrainState) -> None:
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            raise self._disk_full(f"{free / 1e6:.0f} MB free, about {needed / 1e6:.0f} MB needed")
+
     @contextlib.contextmanager
     def _explain_full_disk(self) -> Iterator[None]:
         try:
@@ -167,12 +177,14 @@ class Checkpoints:
             full = isinstance(error, OSError) and error.errno == errno.ENOSPC
             # TensorStore reports the system's error only as text in its message.
             if full or "No space left" in str(error) or "ENOSPC" in str(error):
-                raise UserError(
-                    f"the disk that holds {self._directory} is full ({first_line(error)}); earlier "
-                    "checkpoints are intact. Free some space and run the same command again: it "
-                    "resumes from the newest."
-                ) from error
+                raise self._disk_full(first_line(error)) from error
             raise
+
+    def _disk_full(self, detail: str) -> UserError:
+        return UserError(
+            f"the disk that holds {self._directory} is full ({detail}); earlier checkpoints are "
+            "intact. Free some space and run the same command again: it resumes from the newest."
+        )
 
 
 def read_state(folder: pathlib.Path, abstract: TrainState) -> TrainState:

@@ -7,6 +7,8 @@ import pathlib
 
 from deeplab_jax.utils.errors import UserError
 
+CALIBRATION = "calibration.json"  # in a model's folder; see `inference.calibration`
+
 
 def expand_home(path: str | os.PathLike[str]) -> pathlib.Path:
     """Returns a path with a leading `~` or `~user` replaced by the home folder, if there is one."""

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from deeplab_jax.utils.errors import UserError, first_line, listed
+from deeplab_jax.utils.paths import CALIBRATION
 from deeplab_jax.weights import hub_folder, model_card
-from deeplab_jax.weights.saved_model import CALIBRATION, SavedModel
+from deeplab_jax.weights.saved_model import SavedModel
 from deeplab_jax.weights.torch_file import SUFFIXES
 
 _OFFLINE = (

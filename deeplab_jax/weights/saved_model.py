@@ -14,7 +14,7 @@ import pathlib
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -23,10 +23,10 @@ from deeplab_jax.data.labels import LabelSet
 from deeplab_jax.models.architecture import BACKBONES, HEADS, Architecture
 from deeplab_jax.models.functional import Variables
 from deeplab_jax.utils.errors import UserError, first_line
+from deeplab_jax.utils.paths import CALIBRATION
 from deeplab_jax.utils.registry import module_of
 
 METRIC = "miou"
-CALIBRATION = "calibration.json"  # in a model's folder; see `inference.calibration`
 FORMAT = 2  # of `info` and of the names of arrays; incremented when their meaning changes
 
 
@@ -161,7 +161,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> pathlib.Path:
         )
     from orbax.checkpoint import v1 as ocp
 
-    with ocp.training.Checkpointer(folder, context=orbax_context()) as checkpointer:
+    with ocp.training.Checkpointer(folder, context=orbax_context("together")) as checkpointer:
         found = checkpointer.checkpoints
     if not found:
         raise UserError(f"no complete checkpoint at {path}")
@@ -233,10 +233,13 @@ def _require_format(path: pathlib.Path, info: dict[str, Any]) -> None:
         )
 
 
-def orbax_context(*, is_copied: bool = False) -> Any:
+def orbax_context(processes: Literal["alone", "together", "copies"] = "alone") -> Any:
     """Returns the `ocp.Context` with which all checkpoints are written and read.
 
-    With `is_copied`, each process writes and reads all of it in a folder of its own.
+    Args:
+      processes: "alone": this process waits for no other. A `Checkpointer` needs all: "together" in
+        one folder, to which each writes its own shards; or "copies", each with a folder of its own,
+        of which that of process 0 gets the arrays.
     """
     from orbax.checkpoint import v1 as ocp  # takes 0.2 s, which weights files do not need
 
@@ -245,8 +248,13 @@ def orbax_context(*, is_copied: bool = False) -> Any:
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="info")
     context = ocp.Context()
     context.checkpointables.registry = registry
-    if is_copied:
+    if processes == "alone":
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.active_processes = {jax.process_index()}
+    elif processes == "copies":
         context.multiprocessing.primary_host = None
+        # Else a process takes the signal of another, that its folder exists, for its own.
+        context.asynchronous.create_directories_asynchronously = False
     return context
 
 

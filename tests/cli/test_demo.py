@@ -22,8 +22,9 @@ import deeplab_jax as dl
 from conftest import ROOT, SHARED
 from deeplab_jax.export.demo import runtime as runtime_lib
 from deeplab_jax.export.demo.server import Handler, make_server
-from deeplab_jax.inference.calibration import FORMAT, NAME, Calibration
+from deeplab_jax.inference.calibration import FORMAT, Calibration
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.paths import CALIBRATION
 from deeplab_jax.weights import hub_folder
 from deeplab_jax.weights.convert import read_model
 
@@ -226,13 +227,13 @@ def test_unsure_pixels_are_those_of_the_calibration(command, model, images, tmp_
         sureness = found.sureness(probabilities, ids)
         median = float(np.median(sureness[np.isfinite(sureness)]))
         found = dataclasses.replace(found, threshold=median)
-        found.write(checkpoint / NAME)
+        found.write(checkpoint / CALIBRATION)
         if of is None:
             assert "warning" not in write_site(command, checkpoint, folder, real_runtime)
             shutil.copytree(images, folder, dirs_exist_ok=True)
-            assert "/home/me" not in (folder / NAME).read_text()
+            assert "/home/me" not in (folder / CALIBRATION).read_text()
         else:
-            found.write(folder / NAME)
+            found.write(folder / CALIBRATION)
         seen, pixels = browse(folder, NAMES[:1])
         name = NAMES[0]
         require_same(dl.load(checkpoint), images / name, seen["images"][name], pixels[name])
@@ -291,7 +292,7 @@ def test_the_folder_is_complete_and_served(command, model, tmp_path, fake_runtim
                 assert answer.headers["Content-Type"] == kind
                 assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
                 assert answer.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
-        for missing in (f"{url}.map", f"{url}/../../../../etc/passwd"):
+        for missing in (f"{url}.map", f"{url}%00", f"{url}/../../../../etc/passwd"):
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 urllib.request.urlopen(missing)
         code, _, err = command("demo", model, "--port", server.server_port)
@@ -308,9 +309,11 @@ def test_the_calibration_beside_weights_as_on_the_hub(command, model, tmp_path, 
     hub_folder.write(read_model(model), tmp_path / "fox")
     names = dl.load(model).classes
     found = Calibration(FORMAT, names, {}, 1.0, (1.0,) * 3, 0.5, 0.1, None, {})
-    found.write(tmp_path / "fox" / NAME)
+    found.write(tmp_path / "fox" / CALIBRATION)
     write_site(command, tmp_path / "fox", tmp_path / "site", fake_runtime)
-    assert (tmp_path / "site" / NAME).read_bytes() == (tmp_path / "fox" / NAME).read_bytes()
+    assert (tmp_path / "site" / CALIBRATION).read_bytes() == (
+        tmp_path / "fox" / CALIBRATION
+    ).read_bytes()
 
 
 def test_it_serves_until_ctrl_c(model, fake_runtime):

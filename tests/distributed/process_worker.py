@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sys
 from unittest import mock
@@ -16,14 +17,20 @@ from unittest import mock
 import cv2
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 import tiny
+from deeplab_jax.config import MeshConfig
 from deeplab_jax.distributed import launch, multihost
+from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.distributed.preemption import PreemptionHandler
 from deeplab_jax.inference import predictor
 from deeplab_jax.inference.positive import PositiveClass
 from deeplab_jax.inference.predictor import Predictor
+from deeplab_jax.models.functional import Variables
 from deeplab_jax.training import provenance
+from deeplab_jax.training.checkpoint import Checkpoints
+from deeplab_jax.training.state import TrainState
 from deeplab_jax.training.train import load_parts
 from deeplab_jax.utils.errors import UserError
 
@@ -100,6 +107,40 @@ def stops(number):
         return [answers, stop.name]
 
 
+def restore_copies(number, folder):
+    """Saves, and restores from a copy of each process; then that of process 1 is damaged."""
+
+    def open_copy(outcome):
+        own = folder / f"copy-{number}" / "checkpoints"
+        checkpoints = Checkpoints(own, keep=1, log=print, is_copied=True)
+        try:
+            return outcome(checkpoints, own)
+        finally:
+            checkpoints.close()
+
+    replicated = NamedSharding(mesh_lib.make_mesh(MeshConfig(data=-1)), PartitionSpec())
+    variables = Variables({"w": np.arange(3.0, dtype=np.float32)}, {"m": np.ones(3, np.float32)})
+    state = TrainState(np.int32(2), variables, {"momentum": np.zeros(3, np.float32)}, None)
+    state = jax.tree.map(lambda leaf: mesh_lib.device_put(leaf, replicated), state)
+
+    def save(checkpoints, own):
+        checkpoints.save(state, 2, {"format": 0}, None, wait=True)
+        return len(list(own.rglob("*")))
+
+    def restore(checkpoints, own):
+        restored = checkpoints.restore(state)
+        return [restored.step, np.asarray(restored.state.variables.params["w"]).tolist()]
+
+    report("save a copy", lambda: open_copy(save))
+    multihost.allgather("saved")
+    if number == 1:
+        shutil.copytree(folder / "copy-0", folder / "copy-1", dirs_exist_ok=True)
+    report("restore a copy", lambda: open_copy(restore))
+    if number == 1:
+        shutil.rmtree(folder / "copy-1" / "checkpoints" / "2" / "model")
+    report("restore a damaged copy", lambda: open_copy(restore))
+
+
 def agree(number, folder):
     multihost._VISIBLE_SECONDS = 0.5
     own = folder / str(number)
@@ -120,6 +161,7 @@ def agree(number, folder):
     predictor.LARGE_IMAGE, predictor.DEFAULT_WINDOW = 0, 33
     report("large images", lambda: windows(None))
     report("stop", lambda: stops(number))
+    restore_copies(number, folder)
 
 
 def main():

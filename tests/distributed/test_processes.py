@@ -362,6 +362,13 @@ def test_all_processes_see_a_signal_to_one_at_the_same_call(agreed):
     assert [outcomes["stop"] for outcomes in agreed[0]] == [expected] * 2
 
 
+def test_each_process_reads_its_own_copy_of_a_checkpoint(agreed):
+    assert agreed[0][0]["save a copy"] > 10
+    assert [each["restore a copy"] for each in agreed[0]] == [[2, [0.0, 1.0, 2.0]]] * 2
+    for outcomes in agreed[0]:  # none waits for the other
+        assert "no checkpoint under" in outcomes["restore a damaged copy"]
+
+
 def test_a_mistake_on_one_process_ends_the_others_too(agreed):
     _, codes, said, _ = agreed
     assert codes == [1, 2]

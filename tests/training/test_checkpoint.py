@@ -189,6 +189,15 @@ def test_a_full_disk_is_reported(tmp_path, monkeypatch, method, error):
         checkpoints.close() if method == "close" else save()
 
 
+def test_a_full_disk_is_reported_before_anything_is_written(tmp_path, monkeypatch):
+    checkpoints = open_at(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"is full .*Free some space"):
+        checkpoints.save(state_of(1), 1, INFO, None, wait=True)
+    assert steps_in(tmp_path) == set()
+
+
 def test_a_disk_that_fills_up_while_saving_leaves_nothing_half_written(tmp_path):
     mount = tmp_path / "small"
     mount.mkdir()

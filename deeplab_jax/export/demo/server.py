@@ -6,6 +6,7 @@ import functools
 import http.server
 import os
 import pathlib
+import sys
 from typing import Any
 
 from deeplab_jax.utils.errors import UserError
@@ -30,13 +31,21 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.send_header("Cache-Control", "no-cache")
         super().end_headers()
 
+    def send_head(self) -> Any:
+        try:
+            return super().send_head()
+        except ValueError:  # a zero byte in the path
+            self.send_error(http.HTTPStatus.NOT_FOUND)
+            return None
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
 
 class _Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Prints nothing: the page was closed meanwhile, or the path is none."""
+        if not isinstance(sys.exception(), ConnectionError):  # the page was closed meanwhile
+            super().handle_error(request, client_address)
 
 
 def make_server(
