@@ -26,14 +26,25 @@ from deeplab_jax.utils.errors import UserError, first_line, listed
 from deeplab_jax.utils.paths import is_bucket
 
 ORDER = ("batch", "loss", "aux_loss", "grad_norm", "learning_rate", "state")  # in a step
-# What a fact of a start can change first, where that is not all.
+_ALL = "start batch loss update"
+_STEPS = "start loss update"
+# What a fact of a start can change first: a field of the config by the longest name; else a kind.
 _CHANGES = {
-    **dict.fromkeys(config_lib.FREE_FIELDS | config_lib.RESUMABLE | {"data.eval_split"}, ""),
-    **dict.fromkeys(("mesh.data", "mesh.space", "mesh.fully_sharded", "devices"), "step"),
-    **dict.fromkeys(("model", "init", "optimizer", "loss", "train", "mesh"), "step"),
-    **dict.fromkeys(("data", "train.batch_size"), "batch"),
-    **dict.fromkeys(("data.mean", "data.std", "seed"), "batch step"),
-    "first crop": "",  # an effect
+    "seed": "start batch loss",
+    "model": "start loss",
+    "data": "batch",
+    "data.mean": "batch loss",
+    "data.std": "batch loss",
+    "init": "start",
+    "optimizer": "start update",
+    "optimizer.accumulate": "loss",
+    "loss": "loss",
+    "train": "loss",
+    "train.batch_size": "batch",
+    "train.steps": "update",
+    "mesh": "loss",
+    **dict.fromkeys(config_lib.FREE_FIELDS | {"data.eval_split"}, ""),
+    **{name: "" for name in config_lib.RESUMABLE if not name.startswith("mesh.")},
 }
 
 
@@ -45,13 +56,25 @@ class Change:
     name: str
     values: tuple[Any, Any]
 
-    def can_change(self, what: str) -> bool:
-        """Whether it can be the first to change a "batch", or what a "step" computes from it."""
+    @property
+    def can_change(self) -> str:
+        """What it can be the first to change."""
         if self.kind == "versions":
-            return EFFECTS.get(self.name) != {"batch": STEPS, "step": BATCHES}[what]
-        names = [self.kind, *itertools.accumulate(self.name.split("."), "{}.{}".format)]
-        found = [_CHANGES[name] for name in names if name in _CHANGES]  # the last is most specific
-        return bool(found) and what in found[-1]
+            return {BATCHES: "batch", STEPS: _STEPS}.get(EFFECTS.get(self.name, ""), _ALL)
+        if self.kind == "devices":
+            return _STEPS
+        if self.kind == "data":
+            return "" if self.name == "first crop" else "batch"  # a crop is an effect
+        names = itertools.accumulate(self.name.split("."), "{}.{}".format)
+        found = [_CHANGES[name] for name in names if name in _CHANGES]
+        return found[-1] if found else ""
+
+    @property
+    def rank(self) -> int:
+        """Lower for what is more likely to be the cause; pixels differ if a version decodes so."""
+        if self.kind == "versions":
+            return 4 if self.can_change == _ALL else 2
+        return {"config": 0, "devices": 3}.get(self.kind, 2 if "pixels" in self.name else 1)
 
     def __str__(self) -> str:
         prefix = {"versions": "version of ", "config": "config.", "devices": "devices: "}
@@ -118,9 +141,13 @@ def float_of(bits: str) -> float:
 
 
 def likely_causes(difference: Difference, changes: Iterable[Change]) -> list[str]:
-    """Returns the changes that can have made the difference."""
-    what = "batch" if difference.what == "batch" else "step"
-    return [str(change) for change in changes if change.can_change(what)]
+    """Returns the changes that can have made the difference, the most likely first."""
+    kinds = {"batch": "batch", "loss": "loss", "aux_loss": "loss", "grad_norm": "loss"}
+    wanted = {kinds.get(difference.what, "update")}
+    if difference.what == "state":
+        wanted = {"update", "loss"} if difference.step else {"start"}
+    able = [change for change in changes if wanted & {*change.can_change.split()}]
+    return [str(change) for change in sorted(able, key=lambda change: change.rank)]
 
 
 def config_of(start: Mapping[str, Any], root: str = "") -> Config:
@@ -173,9 +200,10 @@ class Batches:
           UserError: they are not here, or are not those that the run read.
         """
         file = pathlib.Path(self.folder) / batch_name(step)
-        made: Any
         if self.folder and file.is_file():
-            source, made = str(file), np.load(file)
+            source = str(file)
+            with np.load(file) as arrays:
+                image, label = arrays["image"], arrays["label"]
         else:
             source = "made again here, it"
             made = pipeline.train_batch(
@@ -184,7 +212,7 @@ class Batches:
                 seed=self._config.seed,
                 step=step - 1,
             )
-        image, label = made["image"], made["label"]
+            image, label = made["image"], made["label"]
         digests = map(spell, jax.jit(digest_images)(image, label))
         if [*digests] != [*self.receipt.steps[step]["batch"].values()]:
             raise UserError(

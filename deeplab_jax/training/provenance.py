@@ -131,7 +131,12 @@ def check_resume(now: Provenance, info: Mapping[str, Any], step: int, *, strict:
 
 def byte_versions() -> dict[str, str]:
     """Returns the version of everything that decides a run's bytes; its names are in `EFFECTS`."""
-    distributions = [f"{name} {_version(name)}" for name in _OPENCV if _version(name)]
+    file = pathlib.Path(cv2.__file__).resolve()
+    distributions = [
+        f"{name} {_version(name)}"
+        for name in _OPENCV
+        if _version(name) and _locate(name, "cv2/__init__.py") == file
+    ]
     special = {
         "python": platform.python_version(),
         # Of the library that is imported: several distributions may be installed over each other.
@@ -148,6 +153,12 @@ def source_digest() -> str:
     for path in sorted(_SOURCE.rglob("*.py")):
         digest.update(str(path.relative_to(_SOURCE)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+def _locate(distribution: str, file: str) -> pathlib.Path:
+    return pathlib.Path(
+        str(importlib.metadata.distribution(distribution).locate_file(file))
+    ).resolve()
 
 
 def _version(distribution: str) -> str:

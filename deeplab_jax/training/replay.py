@@ -35,7 +35,7 @@ def choose_window(
     Args:
       covered: the receipt.
       checkpoints: steps of the checkpoints, in order.
-      steps: first and last state; None: from the newest checkpoint before the last step.
+      steps: first and last state; None: from the newest checkpoint with recorded steps after it.
       from_start: start from the initial state, not from a checkpoint.
 
     Raises:
@@ -44,8 +44,18 @@ def choose_window(
     known = covered.steps_with("batch")
     if not known:
         raise UserError(f"{covered.path} covers no steps: the run was stopped in its first one")
-    first, last = steps or (known[-1] - 1, known[-1])
-    is_covered = all("batch" in covered.steps.get(n, ()) for n in range(first + 1, last + 1))
+    newest = known[-1]
+    kept = f"the checkpoints are at {', '.join(map(str, checkpoints)) or 'no steps'}"
+    if steps is None:
+        usable = [0] if from_start else [each for each in checkpoints if each < newest]
+        if not usable:
+            raise UserError(
+                f"{covered.path} covers {covered.covered}, and {kept}: none comes before the last "
+                "step. With --from-start, all steps are taken again"
+            )
+        steps = usable[-1], newest
+    first, last = steps
+    is_covered = all("batch" in covered.steps.get(step, ()) for step in range(first + 1, last + 1))
     if not 0 <= first < last or not is_covered:
         raise UserError(
             f"--steps {first}:{last} must be two of the steps that {covered.path} covers, or 0 and "
@@ -54,12 +64,10 @@ def choose_window(
     usable = [0] if from_start or not first else [each for each in checkpoints if each <= first]
     if not usable:
         raise UserError(
-            f"no checkpoint at or before step {first}: the checkpoints are at "
-            f"{', '.join(map(str, checkpoints)) or 'no steps'}. Choose later steps, or take all "
+            f"no checkpoint at or before step {first}: {kept}. Choose later steps, or take all "
             f"{last} steps from the initial state with --from-start"
         )
-    begin = usable[-1]
-    return begin, first if steps else begin, last
+    return usable[-1], first, last
 
 
 def replay(

@@ -38,7 +38,7 @@ _INIT_PATHS = ("config.init.path", "config.init.backbone")
 
 # The workdirs that this process has locked: a record lock never excludes its own process, and is
 # lost as soon as that process closes the file anywhere.
-_held: set[pathlib.Path] = set()
+_held: set[tuple[int, pathlib.Path]] = set()
 _held_guard = threading.Lock()
 
 Inputs = dict[str, Any]
@@ -138,17 +138,17 @@ def check_workdir(
     path, shown = folder / "config.json", workdir.shown(folder)
     if not path.exists():
         raise UserError(f"{shown} holds checkpoints but no config.json; choose another --workdir")
-    saved = _read_json(folder / _INPUTS) if (folder / _INPUTS).exists() else inputs
+    differing = config_lib.differences(portable(config, workdir.address), _read_json(path))
+    is_known = (folder / _INPUTS).exists()  # else paths of data must be the same
+    saved = _read_json(folder / _INPUTS) if is_known else {}
     differing = {
         field: values
-        for field, values in config_lib.differences(
-            portable(config, workdir.address), _read_json(path)
-        ).items()
-        if field.removeprefix("config.") not in config_lib.FREE_FIELDS
+        for field, values in differing.items()
+        if not (is_known and field.removeprefix("config.") in config_lib.FREE_FIELDS)
         # Weights under another path may be those of the start of the run.
         and not (saved.get(field) and saved[field] == _digest(field, config))
     }
-    for name, value in inputs.items():
+    for name, value in inputs.items() if is_known else ():
         if value == saved.get(name):
             continue
         if name.startswith(PIXELS) and not config.train.strict_resume:
@@ -236,7 +236,7 @@ def lock_workdir(folder: pathlib.Path) -> Iterator[None]:
     Raises:
       UserError: another run has the lock; the message names its process and host.
     """
-    key = folder.resolve()
+    key = os.getpid(), pathlib.Path(os.path.realpath(folder))
     with _held_guard:
         if key in _held:
             raise UserError(
@@ -245,8 +245,8 @@ def lock_workdir(folder: pathlib.Path) -> Iterator[None]:
             )
         _held.add(key)
     try:
-        existed = folder.exists()
         try:
+            existed = folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             file = _open_locked(folder)
         except OSError as error:
@@ -266,21 +266,21 @@ def lock_workdir(folder: pathlib.Path) -> Iterator[None]:
 def _open_locked(folder: pathlib.Path) -> TextIO:
     path = folder / _LOCK
     while True:
-        file = path.open("a+")
+        file = path.open("a+", errors="replace")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
-            holder = file.read() or "another process"
+            holder = file.read()
             if error.errno in (errno.EACCES, errno.EAGAIN) or _is_running(holder):
                 file.close()
                 raise UserError(
-                    f"--workdir {folder} is in use by {holder}: wait for it or stop it, or choose "
-                    "another --workdir"
+                    f"--workdir {folder} is in use by {holder or 'another process'}: wait for it "
+                    "or stop it, or choose another --workdir"
                 ) from error
             print_warning(
                 f"{folder} is on a file system without locks ({error.strerror}): make sure that no "
-                f"other run uses it; the last one was {holder}"
+                "other run uses it" + (f"; the last one was {holder}" if holder else "")
             )
         # The former holder may have deleted the file after it was opened here.
         with contextlib.suppress(FileNotFoundError):
@@ -297,4 +297,10 @@ def _is_running(holder: str) -> bool:
     named = re.fullmatch(r"process (\d+) on host (.+)", holder)
     if named is None or named[2] != socket.gethostname() or int(named[1]) == os.getpid():
         return False
-    return os.path.exists(f"/proc/{named[1]}")
+    try:
+        os.kill(int(named[1]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it runs as another user
+    return True

@@ -140,8 +140,11 @@ def test_the_crop_is_row_0_of_batch_0(monkeypatch):
     assert provenance(config, dataset).crop != before.crop
 
 
-def test_versions_are_those_of_what_is_imported():
+def test_versions_are_those_of_what_is_imported(monkeypatch):
     found = versions.byte_versions()
     assert found["opencv"].startswith(f"{cv2.__version__} (opencv")
     assert found["numpy"] == np.__version__
     assert set(found) <= set(versions.EFFECTS)
+    # A distribution that is installed elsewhere is not the library that is imported.
+    monkeypatch.setattr(cv2, "__file__", "/usr/lib/python3/dist-packages/cv2.so")
+    assert versions.byte_versions()["opencv"] == f"{cv2.__version__} (no wheel)"

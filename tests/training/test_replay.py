@@ -81,9 +81,7 @@ def test_a_window_replays_bit_for_bit_and_the_run_is_only_read(
 
 def test_replay_from_the_start_without_checkpoints(own, tmp_path):
     shutil.copy(own[0] / "run" / receipt.FILE, tmp_path)
-    with pytest.raises(
-        UserError, match=r"no checkpoint at or before step 3: the checkpoints are at no st"
-    ):
+    with pytest.raises(UserError, match=r"covers steps 1 to 4, and the checkpoints are at no st"):
         replay(tmp_path)
     with pytest.raises(UserError, match=r"no checkpoint at or before step 2.* --from-start"):
         replay(tmp_path, (2, 4))
@@ -189,11 +187,20 @@ def test_the_same_run_twice_is_equal(first, tmp_path):
     assert {change.name for change in found.changes} == {"data.num_workers", "train.save_every"}
 
 
+def test_a_changed_seed(first, tmp_path):
+    train(get_config(seed=1), tmp_path)
+    found = bisect(first, tmp_path)
+    assert (found.difference.step, found.difference.what) == (0, "state")
+    assert (found.batch.step, found.batch.where) == (1, [*range(8)])
+    assert found.causes == ["config.seed: 0 | 1"]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "step", "what"),
     [
         ("data__scale_range", (0.6, 2.0), 1, "batch"),
         ("loss__label_smoothing", 0.1, 1, "loss"),
+        ("optimizer__learning_rate", 0.06, 1, "learning_rate"),
         ("optimizer__momentum", 0.8, 2, "state"),
         ("train__steps", 5, 2, "learning_rate"),
     ],

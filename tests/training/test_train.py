@@ -83,6 +83,9 @@ def test_a_run_killed_repeatedly_ends_as_if_never_killed(unbroken, tmp_path):
             if line.startswith("step ") and int(line.split()[1].split("/")[0]) >= step:
                 return process
 
+    process = start_until(1)  # before the first checkpoint
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
     process = start_until(2, "--config.train.save_every=0")
     sent = time.monotonic()
     process.send_signal(signal.SIGTERM)
