@@ -133,13 +133,19 @@ def initialize(options: LaunchOptions) -> bool:
     count, index, place = _expected_processes(options)
     if count == 1:
         return False
-    name = f"process {index} of {count}" if count else "a process of this run"
+    name = f"process {index} of {count}"
     if count:
         _log(f"{name}: waiting for all at {place}, up to {options.start_timeout} s")
     # JAX's handler would swallow SIGTERM; `PreemptionHandler` has its own.
     jax.config.update("jax_enable_preemption_service", False)
 
     def give_up() -> None:
+        if not count:
+            _log(
+                "error: the processes of this run did not all start within "
+                f"{options.start_timeout} s"
+            )
+            exit_now(2)
         _log(
             f"error: {name}: not all came to {place} within {options.start_timeout} s. Check that "
             "all were started, under SLURM by srun, with the same address and number of processes; "

@@ -38,28 +38,31 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         would have none.
     """
     devices = jax.devices() if devices is None else list(devices)
-    count = len(devices) if config.data == -1 else config.data * config.space
-    used = devices[:count]
-    shape = (count // config.space, config.space)
-    idle = {each.process_index for each in devices} - {each.process_index for each in used}
-    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
-    problem = ""
-    if count % config.space:
-        problem = f"mesh.space does not divide the {count} devices"
-    elif count > len(devices):
-        problem = f"needs {count} devices, but there are {len(devices)} ({devices[0].platform})"
-    elif idle:
-        problem = f"takes {count} of {len(devices)} devices and leaves process {min(idle)} none"
-    elif num_slices > 1 and (count < len(devices) or shape[0] % num_slices):
-        problem = f"does not divide {len(devices)} devices into {num_slices} slices"
-    if problem:
+    count = config.data * config.space
+    if config.data == -1:
+        count = len(devices) // config.space * config.space
+        if count != len(devices):
+            raise UserError(
+                f"config.mesh.space = {config.space} does not divide the {len(devices)} devices"
+            )
+    if not 0 < count <= len(devices):
         raise UserError(
-            f"config.mesh.data = {config.data} with mesh.space = {config.space}: {problem}; "
-            "mesh.data = -1 takes all devices"
+            f"config.mesh.data = {config.data} with mesh.space = {config.space} needs {count} "
+            f"devices, but there are {len(devices)} ({devices[0].platform}); "
+            "mesh.data = -1 takes all of them"
         )
+    used = {device.process_index for device in devices[:count]}
+    idle = {device.process_index for device in devices} - used
+    if idle:
+        raise UserError(
+            f"config.mesh.data = {config.data} with mesh.space = {config.space} takes {count} of "
+            f"{len(devices)} devices and leaves process {min(idle)} none; mesh.data = -1 takes all"
+        )
+    shape = (count // config.space, config.space)
     types = (AxisType.Auto, AxisType.Auto)
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if num_slices == 1:
-        return jax.make_mesh(shape, (DATA, SPACE), axis_types=types, devices=used)
+        return jax.make_mesh(shape, (DATA, SPACE), axis_types=types, devices=devices[:count])
     # The network between TPU slices is slow: they lie along `data`, which a step sums over once.
     from jax.experimental import mesh_utils
 
@@ -218,9 +221,10 @@ def spatially_partitioned(model: FunctionalModel, mesh: Mesh) -> FunctionalModel
     if mesh.shape[SPACE] == 1:
         return model
 
-    def edit(module: DeepLabV3) -> None:
-        use_implementation(module, XLA)
-        if module.decoder is not None:
-            module.decoder.replicate = lambda x: lax.with_sharding_constraint(x, row_sharding(mesh))
+    return model.edited(_partition, mesh)
 
-    return model.edited(edit)
+
+def _partition(module: DeepLabV3, mesh: Mesh) -> None:
+    use_implementation(module, XLA)
+    if module.decoder is not None:
+        module.decoder.replicate = lambda x: lax.with_sharding_constraint(x, row_sharding(mesh))

@@ -35,9 +35,10 @@ def allgather(value: Any) -> list[Any]:
     """Returns the JSON values of all processes, by process index."""
     if jax.process_count() == 1:
         return [value]
-    counts = collections.Counter(device.process_index for device in jax.devices())
-    if len(set(counts.values())) > 1:
-        raise UserError(f"the processes have different numbers of devices: {dict(counts)}")
+    if len(jax.devices()) != jax.process_count() * jax.local_device_count():
+        found = collections.Counter(device.process_index for device in jax.devices())
+        counts = [found[process] for process in range(jax.process_count())]
+        raise UserError(f"the processes have different numbers of devices: {counts}")
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(data)))
     # Powers of two, because JAX compiles a program for each size.

@@ -167,6 +167,9 @@ class FunctionalModel:
             use_running_average=not train or freeze_bn,
             raise_if_not_found=False,
         )
+        rates = (part.rate for _, part in nnx.iter_modules(module) if isinstance(part, nnx.Dropout))
+        if train and key is None and (rate := max(rates, default=0.0)):
+            raise ValueError(f"train=True needs a key: dropout is {rate}, not 0")
         if train and remat:
             if not hasattr(module.backbone, "remat"):
                 raise ValueError(

@@ -275,7 +275,7 @@ def test_refuses(shape, message):
 
 def test_training_needs_the_key_of_dropout():
     model = FunctionalModel(narrow())
-    with pytest.raises(ValueError, match=r"no `rngs` argument was provided to Dropout"):
+    with pytest.raises(ValueError, match=r"train=True needs a key: dropout is 0\.1"):
         model.apply(random_variables(model), jnp.ones((1, 9, 9, 3)), train=True)
 
 
