@@ -63,7 +63,8 @@ def check(path: str, subject: str, *, kind: Literal["file", "folder", "new"] = "
         (Store(path) if kind == "folder" else store).check_writable()
     else:
         folder = local if kind == "folder" else local.absolute().parent
-        require_writable(folder, f"{subject}: the folder", create=True)
+        about = subject if kind == "folder" else f"{subject}: the folder"
+        require_writable(folder, about, create=True)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ def convert(
     destination: Annotated[
         str,
         options.path_argument(
-            "New folder for a checkpoint; or, of one, a .pth or .safetensors file, or hf://org/name."
+            "New folder for a checkpoint; or of a checkpoint: .pth or .safetensors file, or "
+            "hf://org/name."
         ),
     ],
     family: Annotated[

@@ -109,23 +109,35 @@ def _data_settings(
         str, options.path_option("File of class names. Default: classes.txt in the root.")
     ] = "",
     masks_hold: Annotated[
-        str, typer.Option(help="Values of masks: ids, colors, binary. Default: auto, looks.")
+        str,
+        typer.Option(
+            help="Pixel values of masks: ids, colors or binary. Default: auto, which looks at "
+            "the masks."
+        ),
     ] = "",
     ignore_label: Annotated[
         int | None, typer.Option(help="Id of the pixels that do not count. Default: 255.")
     ] = None,
     threshold: Annotated[
-        int | None, typer.Option(help="Grey value from which binary masks are foreground: 128.")
+        int | None,
+        typer.Option(help="Grey value from which a pixel of a binary mask is foreground: 128."),
     ] = None,
     mask_name: Annotated[
-        str, typer.Option(help="Name of a mask from its image's, without suffix: {name}_mask.")
+        str,
+        typer.Option(
+            help="File name of a mask without its suffix, such as {name}_mask; {name} stands for "
+            "that of its image. Default: {name}."
+        ),
     ] = "",
     image_pattern: Annotated[
         str,
         typer.Option(help="Paths of images below the root: {split}/{name}.jpg. Default: found."),
     ] = "",
     mask_pattern: Annotated[
-        str, typer.Option(help="Paths of masks, alike: {split}/{name}_mask.png. Default: found.")
+        str,
+        typer.Option(
+            help="Paths of masks below the root: {split}/{name}_mask.png. Default: found."
+        ),
     ] = "",
     channels: Annotated[
         int | None, typer.Option(help="Channels of the images. Default: 3.")

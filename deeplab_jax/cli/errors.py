@@ -42,7 +42,10 @@ def exit_on_user_error() -> Iterator[None]:
         _exit_at_once(end.code)
         raise
     except KeyboardInterrupt:  # also a second one, while a command ends
-        message, code = "interrupted", 128 + signal.SIGINT
+        print("error: interrupted", file=sys.stderr)
+        _finish_writing()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that a shell ends its loop, too
+        signal.raise_signal(signal.SIGINT)
     except UserError as error:
         outputs: Any = sys.modules.get("deeplab_jax.buckets.outputs")
         message = outputs.shown(str(error)) if outputs else str(error)
@@ -75,11 +78,15 @@ def _exit_at_once(code: Any) -> None:
     is_compiling = any(program.running() for program in getattr(compilation, "STARTED", ()))
     if isinstance(code, str) or not (is_compiling or (code or 0) > 128):
         return
+    _finish_writing()
+    os._exit(code or 0)
+
+
+def _finish_writing() -> None:
     for thread in threading.enumerate():
         if thread.name.startswith("images"):  # may still write, after a second Ctrl-C
             thread.join(timeout=5)
     sys.stdout.flush()
-    os._exit(code or 0)
 
 
 def _repeat_interrupt(ignored: sys.UnraisableHookArgs) -> None:

@@ -23,7 +23,8 @@ def export(
         str, typer.Option(help="Platforms that a StableHLO file runs on; must include cpu.")
     ] = "cpu,cuda,tpu",
     layout: Annotated[
-        str, typer.Option(help="Axes of images and probabilities in ONNX: nhwc or nchw.")
+        str,
+        typer.Option(help="Axes of images, probabilities and logits in ONNX: nhwc or nchw."),
     ] = "nhwc",
     precision: Annotated[
         str, typer.Option(help="Of an ONNX file: float32, float16 or int8.")
@@ -31,8 +32,8 @@ def export(
     calibration_images: Annotated[
         str,
         options.path_option(
-            "Folder of images as the model will see, or a split of the run's data: train. int8 "
-            "needs them, float16 is checked on them."
+            "Folder of images like those that the model will see, or a split of the run's data, "
+            "such as train: int8 needs them, float16 is checked on them."
         ),
     ] = "",
     num_calibration: Annotated[
@@ -40,7 +41,9 @@ def export(
     ] = 32,
     max_changed: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Share of pixels whose class the precision may change."),
+        typer.Option(
+            min=0, max=1, help="Share of pixels whose class a lower precision may change."
+        ),
     ] = 0.02,
 ) -> None:
     """Write a model as StableHLO or ONNX, to run without this package.

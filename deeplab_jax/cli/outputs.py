@@ -38,7 +38,8 @@ def check(
         return
     if suffixes and pathlib.Path(path).suffix.lower() not in suffixes:
         raise UserError(f"{option} must be a file that ends in {' or '.join(suffixes)}, got {path}")
-    outputs.check(path, f"{option}: {path}", kind=kind)
+    subject = option if kind == "folder" else f"{option}: {path}"
+    outputs.check(path, subject, kind=kind)
 
 
 def write_json(path: str, value: Any) -> None:

@@ -68,7 +68,7 @@ def _compile(config: Config, architecture: Architecture, topology: Topology) -> 
     """Makes a plan and reports progress on stderr."""
     from deeplab_jax.plan.plan import make_plan
 
-    console = outputs.console(outputs.STDOUT)  # which leaves that to the results
+    console = outputs.console(outputs.STDOUT)  # stderr, because stdout has the results
     title = f"batch {config.train.batch_size} of {architecture.name} for {topology.name}"
 
     def log(message: str) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from deeplab_jax.cli import options, outputs
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.utils.paths import is_bucket
 
 
 def replay(
@@ -44,6 +45,8 @@ def replay(
     from deeplab_jax.training import replay as replay_lib
     from deeplab_jax.utils.progress import track
 
+    if is_bucket(keep_batches):
+        raise UserError(f"--keep-batches must be a folder on this machine, got {keep_batches}")
     outputs.check("--keep-batches", keep_batches, kind="folder")
     console = outputs.console(json_file)
     result = replay_lib.replay(

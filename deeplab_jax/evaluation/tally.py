@@ -94,7 +94,8 @@ BatchResult = tuple[
 class Tally:
     """Adds up the results of batches and checks that each image is counted exactly once.
 
-    `rows` are the rows of each batch on this host; for the others see `Evaluator.evaluate`.
+    `rows` are the rows of each batch on this host; `num_pictures` predictions are kept as pictures;
+    `positive` is the class that has curves; the others are arguments of `Evaluator.evaluate`.
     """
 
     dataset: Dataset

@@ -146,8 +146,11 @@ def read(path: pathlib.Path) -> Results:
     for name, content in _entries(path):
         file = pathlib.PurePosixPath(name)
         kind = _RESULTS.fullmatch(str(file.parent))
-        if kind is None or file.suffix != ".png" or content is None:
-            problems.append(f"{name}: is not expected; expected regular files {_EXPECTED}")
+        if kind is None or file.suffix != ".png":
+            problems.append(f"{name}: is not expected; expected {_EXPECTED}")
+            continue
+        if content is None:
+            problems.append(f"{name}: is not a regular file")
             continue
         contents = files.setdefault((kind[1], kind[2]), {})
         if file.stem in contents:
@@ -221,14 +224,17 @@ def _ids(content: bytes | None, size: tuple[int, ...]) -> UInt8[np.ndarray, "h w
             image.load()
     except Exception as error:  # Pillow raises what its decoder raises
         raise ValueError(f"is not a complete PNG ({type(error).__name__})") from error
+    if image.mode != "P":
+        raise ValueError(f"must be a palette PNG, mode P, got mode {image.mode}")
+    palette = np.asarray(image.getpalette("RGB"), np.uint8).reshape(-1, 3)[: VOC.num_classes]
+    if not np.array_equal(palette, VOC.palette()[: len(palette)]):
+        raise ValueError("its palette is not VOC's")
     ids = np.asarray(image)
-    palette = np.asarray(image.getpalette("RGB") or (), np.uint8).reshape(-1, 3)[: VOC.num_classes]
-    has_colors = np.array_equal(palette, VOC.palette()[: len(palette)])
-    largest = VOC.num_classes - 1
-    if image.mode != "P" or not has_colors or ids.shape != size or ids.max() > largest:
+    if ids.shape != size:
         raise ValueError(
-            f"must be a PNG of mode P of {size[1]} x {size[0]} pixels, VOC's palette and ids 0 to "
-            f"{largest}; is of mode {image.mode}, {ids.shape[1]} x {ids.shape[0]} pixels, has "
-            f"{'this' if has_colors else 'another'} palette and values up to {ids.max()}"
+            f"is {ids.shape[1]} x {ids.shape[0]} pixels (width x height), its image "
+            f"{size[1]} x {size[0]}"
         )
+    if ids.max() >= VOC.num_classes:
+        raise ValueError(f"holds the id {ids.max()}; the classes are 0 to {VOC.num_classes - 1}")
     return ids

@@ -42,8 +42,8 @@ def add_window(
 ) -> Float[Array, "window w classes"]:
     """Moves the band down and adds a window.
 
-    `place` is: which of the `weighted` windows is added; the number of rows that leave the band,
-    for as many rows of zeros below; the window's left column.
+    `place` holds the index of the window in `weighted`; the number of rows to move the band, whose
+    last rows become zeros; and the window's left column.
     """
     index, rows, left = place
     kept = jnp.arange(band.shape[0])[:, None, None] < band.shape[0] - rows

@@ -87,7 +87,16 @@ def overlay(
     return _captioned(panel, draw, size)
 
 
-side_by_side = functools.partial(overlay, beside_image=True)
+def side_by_side(
+    image: UInt8[np.ndarray, "h w c"],
+    ids: UInt8[np.ndarray, "h w"],
+    labels: LabelSet,
+    *,
+    opacity: float = 0.5,
+    unsure: Bool[np.ndarray, "h w"] | None = None,
+) -> Picture:
+    """Draws the image, `overlay` on its right, and the legend below; arguments as there."""
+    return overlay(image, ids, labels, opacity=opacity, unsure=unsure, beside_image=True)
 
 
 def heatmap(

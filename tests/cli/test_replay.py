@@ -63,6 +63,7 @@ def test_replay_says_what_differs(runs, command, tmp_path):
         (["--steps=7"], "--steps must be FIRST:LAST, as 1000:1010 for the steps 1001 to 1010"),
         (["--steps=1:9"], "--steps 1:9 must be two of the steps that"),
         (["--steps=1:99999999999"], "must be two of the steps that"),
+        (["--keep-batches=gs://bucket/kept"], "--keep-batches must be a folder on this machine"),
         (["--root=absent"], "absent"),
     ],
 )

@@ -164,10 +164,14 @@ def test_mistakes_are_one_message(command, model, tmp_path, arguments, message):
         "from deeplab_jax.config import *\n"
         "def get_config(): return Config(model=ModelConfig(output_stride=12))\n"
     )
-    before = sorted(tmp_path.glob("*.*"))  # without __pycache__
+
+    def files():
+        return sorted(path for path in tmp_path.iterdir() if path.name != "__pycache__")
+
+    before = files()
     places = {"MODEL": model, "FOLDER": ROOT / "configs" / "folder.py"}
     code, out, err = command(*(places.get(argument, argument) for argument in arguments))
     assert (code, out) == (2, "")
     assert message in " ".join(err.split())
     assert "Traceback" not in err
-    assert sorted(tmp_path.glob("*.*")) == before
+    assert files() == before
