@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
 import os
 import pathlib
@@ -154,20 +155,23 @@ def find_checkpoint(path: str | os.PathLike[str]) -> pathlib.Path:
         return folder
     if (folder / "checkpoints").is_dir():
         folder = folder / "checkpoints"
-    if not step_folders(folder):
+    steps = step_folders(folder)
+    if not steps:
         raise UserError(
             f"no checkpoint at {path}: expected a workdir of train.py, its folder checkpoints/, "
             "one step's folder in it, or config.json with model.safetensors as on the hub"
         )
-    from orbax.checkpoint import v1 as ocp
+    # Without Orbax's `Checkpointer`, which waits for all processes of a run.
+    evaluated = {step: miou for step in steps if (miou := _miou(step)) is not None}
+    return max(evaluated, key=evaluated.__getitem__) if evaluated else steps[-1]
 
-    with ocp.training.Checkpointer(folder, context=orbax_context("together")) as checkpointer:
-        found = checkpointer.checkpoints
-    if not found:
-        raise UserError(f"no complete checkpoint at {path}")
-    evaluated = [each for each in found if each.metrics]
-    best = max(evaluated, key=lambda each: each.metrics[METRIC]) if evaluated else found[-1]
-    return folder / str(best.step)
+
+def _miou(folder: pathlib.Path) -> float | None:
+    """Returns the mIoU of a checkpoint, which is where Orbax keeps metrics, if it has one."""
+    try:
+        return float(json.loads((folder / "metrics" / "metrics").read_bytes())[METRIC])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def step_folders(folder: pathlib.Path) -> list[pathlib.Path]:

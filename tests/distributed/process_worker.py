@@ -33,6 +33,7 @@ from deeplab_jax.training.checkpoint import Checkpoints
 from deeplab_jax.training.state import TrainState
 from deeplab_jax.training.train import load_parts
 from deeplab_jax.utils.errors import UserError
+from deeplab_jax.weights import saved_model
 
 
 def report(name, action):
@@ -136,6 +137,8 @@ def restore_copies(number, folder):
     if number == 1:
         shutil.copytree(folder / "copy-0", folder / "copy-1", dirs_exist_ok=True)
     report("restore a copy", lambda: open_copy(restore))
+    if number == 0:  # alone, as who claims a workdir does
+        report("find a copy", lambda: saved_model.find_checkpoint(folder / "copy-0").name)
     if number == 1:
         shutil.rmtree(folder / "copy-1" / "checkpoints" / "2" / "model")
     report("restore a damaged copy", lambda: open_copy(restore))

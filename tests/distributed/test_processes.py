@@ -222,6 +222,16 @@ def test_two_processes_give_the_curve_of_one_and_resume_after_one_is_killed(
     assert_same_end(workdir, unbroken)
 
 
+def test_two_processes_start_the_second_stage_from_the_first(tmp_path):
+    flags = ("--config.train.steps=2", "--config.second_stage.steps=1")
+    command = training(tmp_path / "run", 2, *flags)
+    with job(tmp_path / "job", command, 2) as two:
+        assert two.codes() == [0, 0], two.err(0) + two.err(1)
+        assert f"model from {tmp_path}/run/stage1/checkpoints/2" in two.err(0)
+    inputs = json.loads((tmp_path / "run" / "inputs.json").read_text())
+    assert len(inputs["config.init.path"]) == 16  # a digest of the first's parameters
+
+
 def test_different_configs_end_all_processes_with_one_message(tmp_path):
     same = training(tmp_path / "run", 2)
 
@@ -364,6 +374,7 @@ def test_all_processes_see_a_signal_to_one_at_the_same_call(agreed):
 
 def test_each_process_reads_its_own_copy_of_a_checkpoint(agreed):
     assert agreed[0][0]["save a copy"] > 10
+    assert agreed[0][0]["find a copy"] == "2"
     assert [each["restore a copy"] for each in agreed[0]] == [[2, [0.0, 1.0, 2.0]]] * 2
     for outcomes in agreed[0]:  # none waits for the other
         assert "no checkpoint under" in outcomes["restore a damaged copy"]
