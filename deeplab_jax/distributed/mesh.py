@@ -63,6 +63,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if num_slices == 1:
         return jax.make_mesh(shape, (DATA, SPACE), axis_types=types, devices=devices[:count])
+    if count < len(devices) or shape[0] % num_slices:
+        raise UserError(
+            f"config.mesh.data = {config.data} with mesh.space = {config.space} does not divide "
+            f"{len(devices)} devices into {num_slices} slices; mesh.data = -1 takes all of them"
+        )
     # The network between TPU slices is slow: they lie along `data`, which a step sums over once.
     from jax.experimental import mesh_utils
 
