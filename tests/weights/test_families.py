@@ -344,6 +344,25 @@ def test_a_model_that_the_family_has_not_is_refused(tmp_path):
     assert not (tmp_path / "b.pth").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "rates", "family", "words"),
+    [
+        ("torchvision_resnet18", (12, 24), "torchvision",
+         "(atrous_rates=(12, 24) here, (12, 24, 36) there)"),
+        ("vainfplus_resnet50", (6, 12, 18), "mmseg", "; decoder=plus here, bilinear there"),
+        ("tf_mobilenet_v2", (), "mmseg", "(backbone=mobilenet_v2)"),
+    ],
+)  # fmt: skip
+def test_what_a_family_has_not_is_named(name, rates, family, words, tmp_path):
+    chosen = dataclasses.replace(ARCHITECTURES[name], atrous_rates=rates)
+    info = saved_model.describe(
+        chosen, labels.VOC, mean=(0,) * 3, std=(1,) * 3, resize="", size=(1, 1)
+    )
+    with pytest.raises(UserError, match=f"{name} cannot be written as {family}: ") as caught:
+        families.loading_notes(saved_model.SavedModel(tmp_path, info, dict), family)
+    assert words in str(caught.value)
+
+
 def test_what_the_file_does_not_say_is_noted_on_writing(tmp_path):
     torch_file.write(tmp_path / "a.pth", narrow("mmseg_resnet18")[2])
     settings = ["model.output_stride=16", "model.multi_grid=1,2,4", "data.std=1,1,1"]

@@ -97,19 +97,25 @@ def loading_notes(saved: SavedModel, family: str = "") -> tuple[str, ...]:
     target = FAMILIES[family or _family_name(chosen)]
     if target.name == "timm":
         return ()
-    plus = "plus" if chosen.decoder == "plus" else ""
-    theirs = ARCHITECTURES.get(f"{target.name}{plus}_{chosen.backbone}")
+    plus = chosen.decoder == "plus" and f"{target.name}plus_resnet50" in ARCHITECTURES
+    theirs = ARCHITECTURES.get(f"{target.name}{'plus' if plus else ''}_{chosen.backbone}")
     ignored = {*_ARGUMENTS, *_OF_TRAINING, *target.optional}
     values = {
         field: getattr(chosen, field)
         for field in Architecture.__dataclass_fields__
         if field not in ignored and getattr(chosen, field) != getattr(theirs, field, None)
     }
-    if theirs is None or not values.keys() <= set(UNSEEN):
-        seen = [f"{field}={value}" for field, value in values.items() if field not in UNSEEN]
-        if theirs is None:
-            seen = [f"backbone={chosen.backbone}"]
-        problem = f"{target.title} has no such model ({listed(seen)})"
+    seen = [f"backbone={chosen.backbone}"]
+    if theirs:
+        same_number = len(chosen.atrous_rates) == len(theirs.atrous_rates)  # shapes tell it
+        unseen = [field for field in UNSEEN if field != "atrous_rates" or same_number]
+        seen = [
+            f"{field}={value} here, {getattr(theirs, field)} there"
+            for field, value in values.items()
+            if field not in unseen
+        ]
+    if seen:
+        problem = f"{target.title} has no such model ({listed(seen, '; ')})"
         if family:
             raise UserError(f"{chosen.name} cannot be written as {target.name}: {problem}")
         return (f"Only this package reads the file: {problem}",)
