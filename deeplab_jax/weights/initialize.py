@@ -111,13 +111,26 @@ def from_checkpoint(
     allow_missing: str = "",
     backbone_only: bool = False,
 ) -> Converted:
-    """Returns those of a checkpoint's variables that a model uses; otherwise as `fill`."""
-    prefix = BACKBONE if backbone_only else ""
-    arrays = saved.params | saved.batch_stats
+    """Returns a model's variables, filled from a checkpoint of this package.
+
+    Args:
+      saved: The checkpoint's variables.
+      model: The model to fill.
+      allow_missing: Regular expression. Variables in whose name it is found may be missing.
+      backbone_only: Whether to fill only the backbone, and to ignore all other variables of the
+        checkpoint, such as a cascade's.
+
+    Raises:
+      UserError: See `fill`.
+    """
+    slots, arrays = own_slots(model), saved.params | saved.batch_stats
+    if backbone_only:
+        slots = {name: slot for name, slot in slots.items() if name.startswith(BACKBONE)}
+        arrays = {name: array for name, array in arrays.items() if name in slots}
     return fill(
         model,
-        {name: slot for name, slot in own_slots(model).items() if name.startswith(prefix)},
-        {name: array for name, array in arrays.items() if name.startswith(prefix)},
+        slots,
+        arrays,
         source="the checkpoint",
         allow_missing=allow_missing,
     )

@@ -86,6 +86,18 @@ def test_a_checkpoint_may_lack_allowed_arrays(source):
     assert taken.params.keys() == saved.params.keys() - {name}
 
 
+def test_the_backbone_of_a_cascade_is_one_without_it():
+    cascade = model_with(name="paper_resnet18", atrous_rates=(), cascade=1)
+    saved = jax.device_get(jax.jit(cascade.init)(jax.random.key(7)))
+    assert any(name.startswith("backbone.layer5.") for name in saved.params)
+    model = model_with(name="paper_resnet18")
+    taken, _ = initialize.from_checkpoint(saved, model, backbone_only=True)
+    backbone = {name for name in model.abstract.params if name.startswith("backbone.")}
+    assert taken.params.keys() == backbone
+    for name in backbone:
+        np.testing.assert_array_equal(taken.params[name], saved.params[name])
+
+
 def test_extra_arrays_and_other_shapes_are_errors(source):
     _, saved = source
     with pytest.raises(UserError, match=r"not in the model: .*head_conv\.conv\.kernel"):
