@@ -173,8 +173,8 @@ def _open(
         found = families.recognise(
             file.arrays, file.config, family=reading.family, notes=file.notes
         )
-        names = found.said.classes
-        if "num_classes" not in of_model and found.shown.fields["num_classes"] == 1:
+        names = found.config_fields.classes
+        if "num_classes" not in of_model and found.shape_fields.fields["num_classes"] == 1:
             found = found.with_background(of_model)
             names = ("background", *(names or ("foreground",)))
             of_model["num_classes"] = 2

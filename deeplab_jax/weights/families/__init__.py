@@ -43,10 +43,12 @@ def to_model(
     backbone_only: bool = False,
     notes: Sequence[str] = (),
 ) -> Converted:
-    """Converts the arrays of a file of any family to a model's variables.
+    """Recognises the family of a file's arrays, and converts them to a model's variables.
+
+    The arguments are those of `recognise` and `Recognised.to_model`.
 
     Raises:
-      UserError: As `recognise` and `Recognised.to_model`.
+      UserError: See these functions.
     """
     found = recognise(arrays, backbone_only=backbone_only, notes=notes)
     return found.to_model(model, allow_missing=allow_missing, backbone_only=backbone_only)

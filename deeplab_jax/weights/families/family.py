@@ -51,16 +51,13 @@ _DROPPED = (
 )
 
 
-class Said(NamedTuple):
-    """What a config says of a model: fields of `Architecture`, names of classes, normalization.
+class ConfigFields(NamedTuple):
+    """A model's settings in a config. Empty: the config does not have them."""
 
-    `mean` and `std` are of the channels, 0..1. Empty: the config does not say it.
-    """
-
-    fields: dict[str, Any]
-    classes: tuple[str, ...] = ()
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
+    fields: dict[str, Any]  # of `Architecture`
+    classes: tuple[str, ...] = ()  # names
+    mean: tuple[float, ...] = ()  # of the channels, 0..1
+    std: tuple[float, ...] = ()  # of the channels, 0..1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +73,8 @@ class Family:
       assumed: Fields of `Architecture` that shapes never tell, for a report.
       backbone: Beginning of the names of a backbone's arrays.
       architectures: The first part of the names of its architectures; empty: `name`.
-      read_config: Returns what a config (see `WeightsFile.config`) says. May raise UserError, also
-        for what only the shapes of arrays tell.
+      read_config: Returns the model's settings in a file's config, see `WeightsFile.config`. It
+        raises UserError if the config or the shapes are those of an unsupported model.
       leaves: Arrays of a layer. "depthwise_kernel" and "norm_bias" go before "kernel" and "bias".
       dropped: (regular expression for a name, reason) of arrays without a counterpart.
       first_channels: Returns for a variable the number of its first input channels that are the
@@ -101,7 +98,7 @@ class Family:
     assumed: tuple[str, ...]
     backbone: str
     architectures: str = ""
-    read_config: Callable[[Mapping[str, Any], Shapes], Said] = lambda *_: Said({})
+    read_config: Callable[[Mapping[str, Any], Shapes], ConfigFields] = lambda *_: ConfigFields({})
     leaves: tuple[Leaf, ...] = TORCH_LEAVES
     dropped: tuple[tuple[str, str], ...] = ()
     first_channels: Callable[[str, tuple[int, ...], Architecture], int] = lambda *_: 0

@@ -13,8 +13,8 @@ from typing import Any
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.utils.errors import UserError
 from deeplab_jax.weights.families.family import (
+    ConfigFields,
     Family,
-    Said,
     Shapes,
     Table,
     any_begins,
@@ -41,7 +41,7 @@ def _modules(architecture: Architecture) -> Table:
     )
 
 
-def _read_config(config: Mapping[str, Any], shapes: Shapes) -> Said:
+def _read_config(config: Mapping[str, Any], shapes: Shapes) -> ConfigFields:
     if len(shapes.get(_POOLED_SHORTCUT, ())) == 4:
         raise UserError(
             "the file has a backbone ResNetV1d of mmsegmentation, which is not supported: where a "
@@ -52,7 +52,7 @@ def _read_config(config: Mapping[str, Any], shapes: Shapes) -> Said:
     mean, std = _normalization(values)
     classes = meta.get("CLASSES") or section(meta, "dataset_meta").get("classes")
     names = classes if isinstance(classes, list | tuple) else ()
-    return Said(
+    return ConfigFields(
         _settings(section(values, "model"), has_bottlenecks=_BOTTLENECK in shapes),
         tuple(name for name in names if isinstance(name, str)),
         mean,

@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights.families.family import Family, Leaf, Said, Shapes, Table, pool_first
+from deeplab_jax.weights.families.family import (
+    ConfigFields,
+    Family,
+    Leaf,
+    Shapes,
+    Table,
+    pool_first,
+)
 from deeplab_jax.weights.families.reading import numbers, section
 
 _EPSILON = 1e-3  # of batch norm in the backbone; 1e-5 in the head
@@ -47,7 +54,7 @@ _TF_ROWS: Table = [
 ]
 
 
-def _read_hf_config(config: Mapping[str, Any], shapes: Shapes) -> Said:
+def _read_hf_config(config: Mapping[str, Any], shapes: Shapes) -> ConfigFields:
     fields: dict[str, Any] = {}
     if config.get("output_stride") in (8, 16, 32):
         fields["output_stride"] = int(config["output_stride"])  # JSON's may be 8.0
@@ -63,13 +70,13 @@ def _read_hf_config(config: Mapping[str, Any], shapes: Shapes) -> Said:
     num_classes = next(iter(shapes.get("segmentation_head.classifier.convolution.weight", ())), 21)
     ordered = [names.get(str(index)) for index in range(num_classes)]
     classes = tuple(name for name in ordered if isinstance(name, str))
-    return Said(fields, classes, mean, std)
+    return ConfigFields(fields, classes, mean, std)
 
 
-def _read_tf_config(config: Mapping[str, Any], shapes: Shapes) -> Said:
+def _read_tf_config(config: Mapping[str, Any], shapes: Shapes) -> ConfigFields:
     stride = config.get("output_stride")
     fields = {"output_stride": stride} if stride else {}
-    return Said(fields, (), config.get("mean", ()), config.get("std", ()))
+    return ConfigFields(fields, (), config.get("mean", ()), config.get("std", ()))
 
 
 def _unfold_batch_norm(

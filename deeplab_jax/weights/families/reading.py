@@ -28,8 +28,8 @@ _MAX_BRANCHES = 100  # of ASPP
 _WIDTHS = [step / 20 for step in range(1, 61)]  # of MobileNets
 
 
-class Shown(NamedTuple):
-    """What shapes tell of a model.
+class ShapeFields(NamedTuple):
+    """What the shapes of a file's arrays tell of its model.
 
     Attributes:
       name: A key of `ARCHITECTURES`, which gives the fields that shapes do not tell.
@@ -42,16 +42,20 @@ class Shown(NamedTuple):
     num_rates: int | None
 
 
-def read_shapes(family: Family, shapes: Shapes) -> Shown:
-    """Returns what the shapes of arrays, by the names in the family's table, tell of their model.
+def read_shapes(family: Family, shapes: Shapes) -> ShapeFields:
+    """Returns what the shapes of a file's arrays tell of its model.
+
+    Args:
+      family: The file's family.
+      shapes: Shapes by the names in the family's table.
 
     Raises:
-      UserError: The backbone is another network, or the family has none such.
+      UserError: The backbone is unknown, or the family has no model with it.
     """
     prefix = family.architectures or family.name
 
     def kernels(backbone: str = "", **fields: Any) -> Kernel:
-        """Returns the function `Kernel` where the table is that of a model with these fields."""
+        """Returns a `Kernel` that finds names as in a model with these fields."""
         names = [name for name in ARCHITECTURES if name.startswith(f"{prefix}_{backbone}")]
         if not names:
             return lambda module: ()
@@ -91,11 +95,11 @@ def read_shapes(family: Family, shapes: Shapes) -> Shown:
     if name not in ARCHITECTURES:
         raise UserError(f"{family.title} has no model with the backbone {fields['backbone']} here")
     del fields["decoder"]  # the name has it
-    return Shown(name, fields, num_branches - 1 if num_branches else None)
+    return ShapeFields(name, fields, num_branches - 1 if num_branches else None)
 
 
 def _read_backbone(shapes: Shapes, kernels: Callable[..., Kernel]) -> dict[str, Any]:
-    """Returns the fields of the backbone; `kernels` returns `Kernel` for some of them."""
+    """Returns the fields of the backbone; `kernels` is the function in `read_shapes`."""
     for backbone, (last, published) in _MOBILENETS.items():
         kernel = kernels(backbone=backbone)
         if found := kernel(last):

@@ -18,10 +18,10 @@ import numpy as np
 from deeplab_jax.models.architecture import Architecture, architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.utils.errors import UserError, did_you_mean, listed
-from deeplab_jax.weights.families.family import Family, Said, Shapes, any_begins
+from deeplab_jax.weights.families.family import ConfigFields, Family, Shapes, any_begins
 from deeplab_jax.weights.families.mmseg import MMSEG
 from deeplab_jax.weights.families.mobilenet_v2 import HF, TF
-from deeplab_jax.weights.families.reading import Shown, read_shapes
+from deeplab_jax.weights.families.reading import ShapeFields, read_shapes
 from deeplab_jax.weights.families.smp import SMP
 from deeplab_jax.weights.families.torchvision import TIMM, TORCHVISION
 from deeplab_jax.weights.families.vainf import VAINF
@@ -88,13 +88,13 @@ class Recognised:
         return {name: array.shape for name, array in self.arrays.items()}
 
     @functools.cached_property
-    def shown(self) -> Shown:
-        """What shapes tell of the model; may raise UserError."""
+    def shape_fields(self) -> ShapeFields:
+        """What the shapes of the arrays tell of the model; see `read_shapes`."""
         return read_shapes(self.family, self._shapes)
 
     @functools.cached_property
-    def said(self) -> Said:
-        """What the config says of the model; may raise UserError."""
+    def config_fields(self) -> ConfigFields:
+        """The model's settings in `config`; see `Family.read_config`."""
         return self.family.read_config(self.config, self._shapes)
 
     def architecture(self, settings: Mapping[str, Any] | None = None) -> Architecture:
@@ -103,10 +103,11 @@ class Recognised:
         Raises:
           UserError: There is no such architecture, or a setting is invalid.
         """
-        said = self.said.fields  # first: a config can name a backbone that shapes only miss
-        fields = {**self.family.defaults, **self.shown.fields, **said, **(settings or {})}
-        chosen = architecture(self.shown.name, **fields)
-        num_rates = self.shown.num_rates
+        # Before the shapes: a config's error names a backbone that shapes only miss.
+        config = self.config_fields.fields
+        fields = {**self.family.defaults, **self.shape_fields.fields, **config, **(settings or {})}
+        chosen = architecture(self.shape_fields.name, **fields)
+        num_rates = self.shape_fields.num_rates
         if num_rates not in (None, len(chosen.atrous_rates)):
             raise UserError(
                 f"the file's ASPP has {num_rates} atrous branches, and the rates of "
@@ -117,7 +118,10 @@ class Recognised:
 
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Returns the mean and std of the channels, 0..1: the config's, else the family's."""
-        return self.said.mean or self.family.mean, self.said.std or self.family.std
+        return (
+            self.config_fields.mean or self.family.mean,
+            self.config_fields.std or self.family.std,
+        )
 
     def assumptions(self, settings: Mapping[str, Any]) -> dict[str, str]:
         """Returns the values of fields of a config that nothing in the file says."""
@@ -125,10 +129,10 @@ class Recognised:
         values = {
             f"model.{field}": getattr(chosen, field)
             for field in self.family.assumed
-            if field not in {*self.said.fields, *settings}
+            if field not in {*self.config_fields.fields, *settings}
         }
         for field in ("mean", "std"):
-            if not getattr(self.said, field):
+            if not getattr(self.config_fields, field):
                 values[f"data.{field}"] = getattr(self.family, field)
         return {field: _spelled(value) for field, value in values.items()}
 
@@ -154,7 +158,17 @@ class Recognised:
         backbone_only: bool = False,
         allow_nonfinite: bool = False,
     ) -> Converted:
-        """Converts the arrays to a model's variables, as `fill`; errors say what would fit."""
+        """Converts the arrays to a model's variables.
+
+        Args:
+          model: The model whose variables are returned.
+          allow_missing: See `fill`.
+          backbone_only: Whether to convert only the backbone.
+          allow_nonfinite: See `fill`.
+
+        Raises:
+          UserError: See `fill`. The message says also which architecture or settings would fit.
+        """
         why = {name: self.family.why_dropped(name, model, backbone_only) for name in self.arrays}
         variables, report = fill(
             model,

@@ -12,7 +12,7 @@ from typing import Any
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.backbones.resnet import RESNETS
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights.families.family import Family, Said, Shapes, Table, any_begins
+from deeplab_jax.weights.families.family import ConfigFields, Family, Shapes, Table, any_begins
 from deeplab_jax.weights.families.reading import list_of_rates
 from deeplab_jax.weights.families.resnets import aspp_rows, resnet_rows
 
@@ -55,7 +55,7 @@ def _separable(ours: str, conv: str, bn: str) -> Table:
     )
 
 
-def _read_config(config: Mapping[str, Any], shapes: Shapes) -> Said:
+def _read_config(config: Mapping[str, Any], shapes: Shapes) -> ConfigFields:
     """Reads the keyword arguments of the model, which a folder of the hub has."""
     encoder, depth = str(config.get("encoder_name", "resnet50")), config.get("encoder_depth", 5)
     if encoder not in RESNETS or depth != 5:
@@ -68,7 +68,7 @@ def _read_config(config: Mapping[str, Any], shapes: Shapes) -> Said:
         fields["output_stride"] = int(config["encoder_output_stride"])  # JSON's may be 8.0
     if rates := list_of_rates(config.get("decoder_atrous_rates")):
         fields["atrous_rates"] = rates
-    return Said(fields)
+    return ConfigFields(fields)
 
 
 def _rename(names: Sequence[str]) -> list[str]:

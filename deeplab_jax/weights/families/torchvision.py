@@ -13,7 +13,7 @@ from typing import Any
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.backbones.mobilenet import MobileNet, MobileNetV2, MobileNetV3
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.weights.families.family import Family, Said, Shapes, Table, any_begins
+from deeplab_jax.weights.families.family import ConfigFields, Family, Shapes, Table, any_begins
 from deeplab_jax.weights.families.reading import numbers, section
 from deeplab_jax.weights.families.resnets import head_rows, resnet_rows
 
@@ -56,13 +56,13 @@ def _mobilenet_rows(architecture: Architecture) -> Table:
     return [*rows, *((rf"backbone\.last\.{layer}", f"{last}.{i}") for layer, i in layers)]
 
 
-def _read_config(config: Mapping[str, Any], shapes: Shapes) -> Said:
+def _read_config(config: Mapping[str, Any], shapes: Shapes) -> ConfigFields:
     """Reads timm's config, whose variants of ResNets may have the same arrays."""
     published = str(config.get("architecture", "resnet50"))
     if not re.fullmatch(r"resnet\d+[cdst]?|mobilenet\w*", published):
         raise UserError(f"the file is a {published} of timm, which is not supported")
     pretrained = section(config, "pretrained_cfg")
-    return Said({}, (), numbers(pretrained.get("mean")), numbers(pretrained.get("std")))
+    return ConfigFields({}, (), numbers(pretrained.get("mean")), numbers(pretrained.get("std")))
 
 
 def _rename(names: Sequence[str]) -> list[str]:
