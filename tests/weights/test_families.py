@@ -457,7 +457,7 @@ def test_one_class_with_a_sigmoid_becomes_two(tmp_path):
     np.testing.assert_allclose(segmenter.probabilities(image)[..., 1], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("names", [["a", "a", "b", "c", "d"], ["a", " ", "b\n", "c", "d"]])
+@pytest.mark.parametrize("names", [list("aabcd"), ["a", " ", "b\n", "c", "d"], [*"abcde", None]])
 def test_odd_names_of_classes_become_numbers(tmp_path, names):
     arrays = {k: torch.tensor(v) for k, v in narrow("mmseg_resnet18")[2].items()}
     torch.save({"state_dict": arrays, "meta": {"CLASSES": names}}, tmp_path / "a.pth")

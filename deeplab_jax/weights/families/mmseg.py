@@ -51,10 +51,10 @@ def _read_config(config: Mapping[str, Any], shapes: Shapes) -> ConfigFields:
     values = values_of_config(meta.get("cfg") or meta.get("config"))
     mean, std = _normalization(values)
     classes = meta.get("CLASSES") or section(meta, "dataset_meta").get("classes")
-    names = classes if isinstance(classes, list | tuple) else ()
+    names = tuple(classes) if isinstance(classes, list | tuple) else ()
     return ConfigFields(
         _settings(section(values, "model"), has_bottlenecks=_BOTTLENECK in shapes),
-        tuple(name for name in names if isinstance(name, str)),
+        names if all(isinstance(name, str) for name in names) else (),
         mean,
         std,
     )
