@@ -25,6 +25,7 @@ from deeplab_jax.weights.torch_format.pickle_reader import Unreadable
 
 # What a damaged file makes the functions here raise.
 _DAMAGE = (struct.error, ValueError, TypeError, LookupError, ArithmeticError)
+_MAX_TABLES = 100_000  # in a list; DeepLab has about 190 tensors and 75 operators
 _NO_TENSOR = 2**32 - 1  # of an operator without one of its inputs
 
 # Operators by their code.
@@ -109,6 +110,8 @@ class _Table(NamedTuple):
 
     def tables(self, field: int) -> list[_Table]:
         target, offsets = self.table(field), self.vector(field, "<u4").tolist()
+        if len(offsets) > _MAX_TABLES:
+            raise ValueError(f"it has {len(offsets)} tensors or operators")
         start = target.position + 4 if target else 0
         return [_Table(self.data, start + 4 * i + offset) for i, offset in enumerate(offsets)]
 
