@@ -349,6 +349,19 @@ def published(tmp_path, monkeypatch):
     return package, tmp_path / "cache" / "deeplab_jax"
 
 
+def test_a_read_only_cache_is_enough_if_it_has_the_runtime(published, tmp_path, monkeypatch):
+    def refuse(folder, **options):
+        raise UserError(f"{folder} cannot be written to")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(runtime_lib, "require_writable", refuse)
+        with pytest.raises(UserError, match="cannot be written to"):
+            runtime_lib.copy_runtime(tmp_path)
+    runtime_lib.copy_runtime(tmp_path)
+    monkeypatch.setattr(runtime_lib, "require_writable", refuse)
+    runtime_lib.copy_runtime(tmp_path)
+
+
 def test_the_runtime_is_downloaded_once_and_again_if_damaged(published, tmp_path):
     package, cache = published
     runtime_lib.copy_runtime(tmp_path)

@@ -39,8 +39,8 @@ def copy_runtime(folder: pathlib.Path, local: str = "") -> None:
             f"onnxruntime-web {VERSION} (npm pack onnxruntime-web@{VERSION})"
         )
     archive = user_cache() / "deeplab_jax" / URL.rpartition("/")[2]
-    require_writable(archive.parent, create=True)
     if not archive.is_file() or file_digest(archive, "sha256") != SHA256:
+        require_writable(archive.parent, create=True)
         advice = f"Fetch {URL} by other means, unpack it, and name its folder by --runtime"
         download_file([URL], archive, algorithm="sha256", digest=SHA256, advice=advice)
     with tarfile.open(archive) as package:
