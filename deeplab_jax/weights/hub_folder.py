@@ -137,9 +137,14 @@ def to_saved_model(folder: pathlib.Path, file: WeightsFile) -> SavedModel:
         )
 
     def read_variables() -> Variables:
-        return fill(
-            model, own_slots(model), file.arrays, source=f"{folder}", allow_nonfinite=True
-        ).variables
+        slots = own_slots(model)
+        if other := [
+            f"{name} is {array.dtype}, not {slots[name].dtype}"
+            for name, array in file.arrays.items()
+            if name in slots and array.dtype != slots[name].dtype
+        ]:
+            raise UserError(f"the arrays of {folder} do not fit its {CONFIG}: {listed(other)}")
+        return fill(model, slots, file.arrays, source=f"{folder}", allow_nonfinite=True).variables
 
     try:
         info: dict[str, Any] = file.config["info"]

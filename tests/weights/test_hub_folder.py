@@ -156,6 +156,12 @@ def test_a_damaged_config_of_this_package(ours, damage, message):
         ),
         (
             lambda arrays: arrays.update(
+                {"classifier.logits.bias": np.zeros(3, np.float16)},
+            ),
+            "do not fit its config.json: classifier.logits.bias is float16, not float32",
+        ),
+        (
+            lambda arrays: arrays.update(
                 {"classifier.logits.bias": np.full(3, np.nan, np.float32)},
             ),
             "classifier.logits.bias .3 of 3 float32 values.",
