@@ -21,7 +21,7 @@ from deeplab_jax.data.labels import LabelSet
 from deeplab_jax.models.architecture import Architecture
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError
-from deeplab_jax.utils.files import require_writable
+from deeplab_jax.utils.files import atomic_folder, require_writable
 from deeplab_jax.utils.paths import is_bucket, required_path
 from deeplab_jax.weights import families, hub, hub_folder, hugging_face, saved_model, torch_file
 from deeplab_jax.weights.families.family import BACKBONE
@@ -270,8 +270,11 @@ def _to_folder(path: pathlib.Path, target: pathlib.Path, reading: Reading) -> Co
         )
     saved, read, _ = _open(path, reading)
     variables, report = read()
-    folder = saved_model.write_model(target, variables, saved.info)
-    saved_model.copy_calibration(saved, folder)
+    with atomic_folder(target) as partial:
+        partial.rmdir()  # Orbax makes it
+        saved_model.write_model(partial, variables, saved.info)
+        hub_folder.copy_calibration(saved, partial)
+    folder = target.absolute()
     return Conversion(path, folder, saved.architecture, report.used, report.dropped, report.notes)
 
 

@@ -17,7 +17,7 @@ from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError, listed
 from deeplab_jax.weights import saved_model, torch_file
 from deeplab_jax.weights.matching import fill, own_slots
-from deeplab_jax.weights.saved_model import SavedModel, copy_calibration
+from deeplab_jax.weights.saved_model import SavedModel
 from deeplab_jax.weights.torch_file import WeightsFile
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -178,6 +178,16 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     return value
+
+
+def copy_calibration(saved: SavedModel, folder: pathlib.Path) -> None:
+    """Copies the calibration of a model of this package, if it has one, to a folder of its weights.
+
+    Weights of another codebase may have been calibrated with other settings.
+    """
+    config = saved.path / CONFIG
+    if is_checkpoint(saved.path) or (config.is_file() and is_ours(read_json(config))):
+        saved_model.copy_calibration(saved, folder)
 
 
 def write(saved: SavedModel, folder: pathlib.Path) -> None:

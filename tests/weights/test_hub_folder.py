@@ -176,6 +176,31 @@ def test_arrays_that_do_not_fit_the_config(ours, damage, message):
         _ = read_model(ours).variables
 
 
+def test_a_calibration_is_published_with_the_weights_or_not_at_all(ours, tmp_path, monkeypatch):
+    (ours / "calibration.json").write_text("its")
+
+    def fail(*paths):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(saved_model.shutil, "copyfile", fail)
+        with pytest.raises(OSError, match="no space left"):
+            deeplab_jax.convert(ours, tmp_path / "to")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+    deeplab_jax.convert(ours, tmp_path / "to")
+    assert (tmp_path / "to" / "calibration.json").read_text() == "its"
+
+
+def test_a_calibration_beside_weights_of_others_stays_there(model, tmp_path):
+    deeplab_jax.convert(model, tmp_path / "a.safetensors")
+    folder = write_folder(tmp_path / "others", arrays=torch_file.read(tmp_path / "a.safetensors"))
+    (folder / "calibration.json").write_text("its")
+    deeplab_jax.convert(folder, tmp_path / "to", settings=["model.output_stride=8"])
+    hub_folder.write(read_model(folder), tmp_path / "pushed")
+    for name in ("to", "pushed"):
+        assert not (tmp_path / name / "calibration.json").exists()
+
+
 def test_settings_and_nonfinite_weights_of_this_packages_folders(ours, tmp_path):
     for options in ({"settings": ["model.output_stride=16"]}, {"classes": "names.txt"}):
         for target in ("to", "to.pth"):
