@@ -25,7 +25,7 @@ class Tensor:
     # tensor of rank 4 come second.
     shape: tuple[Any, ...]
     scope: str  # module that computes it, such as `backbone.layer4.0.conv2`
-    index: int = 0  # position of the node that computes it
+    index: int = 0  # number of the node that computes it, from 1; 0 for the images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,10 @@ class Graph:
 
         It can if the convolution has no bias, and this one is one number per channel.
         """
+        if tensor.index == 0:
+            return False
         node = self._nodes[tensor.index - 1]
-        if tensor.index == 0 or node.op_type != "Conv" or len(node.input) != 2:
+        if node.op_type != "Conv" or len(node.input) != 2:
             return False
         if bias.value.size != tensor.shape[3] or bias.value.shape[-1] != bias.value.size:
             return False

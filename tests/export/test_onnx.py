@@ -225,6 +225,14 @@ def test_a_bias_is_not_put_into_a_convolution_that_others_read():
     assert_near(y.transpose(0, 2, 3, 1), np.asarray(jax.jit(twice)(variables, x)))
 
 
+def test_a_bias_is_not_put_into_the_images():
+    graph, images = onnx_graph.Graph(), onnx_graph.Tensor("images", (1, 5, 6, 3), "")
+    bias = onnx_graph.Constant(np.ones((1, 1, 1, 3), np.float32), "a.bias")
+    assert not graph.add_bias(images, bias)
+    graph.add("Conv", ["images", "kernel"], (1, 5, 6, 3), "a")
+    assert not graph.add_bias(images, bias)
+
+
 def test_an_unsupported_operation_is_reported_with_its_module():
     location = r"in or after classifier\.logits, at .*decoders\.py.*TransposedDecoder.*stablehlo"
     with pytest.raises(UserError, match=rf"no rule for '\w+', {location}"):
