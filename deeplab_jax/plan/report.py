@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from deeplab_jax.plan.plan import Plan
@@ -67,9 +68,14 @@ def roofline(plan: Plan) -> dict[str, Any]:
         "fastest_step_seconds": max(seconds["compute"], seconds["interconnect"]),
         # If all three overlap, and all traffic reaches the HBM.
         "step_seconds": seconds[slowest],
-        "images_per_second": plan.batch_size / seconds[slowest],
+        "images_per_second": _images_per_second(plan, seconds[slowest]),
         "bound_by": slowest,
     }
+
+
+def _images_per_second(plan: Plan, step_seconds: float) -> float | None:
+    """Returns the images that steps of this time process, or None if a step takes no time."""
+    return plan.batch_size / step_seconds if step_seconds else None
 
 
 def summary_rows(plan: Plan) -> list[tuple[str, str]]:
@@ -111,9 +117,9 @@ def summary_rows(plan: Plan) -> list[tuple[str, str]]:
         (
             "a step, estimated",
             f"{_ms(bounds['step'])}, bound by {bounds['bound_by']}: "
-            f"{plan.batch_size / bounds['step']:.0f} images/s; at most "
-            f"{plan.batch_size / bounds['fastest_step']:.0f} if all memory traffic stayed in the "
-            "chips",
+            f"{bounds['images_per_second'] or math.inf:.0f} images/s; at most "
+            f"{_images_per_second(plan, bounds['fastest_step']) or math.inf:.0f} if all memory "
+            "traffic stayed in the chips",
         ),
         ("", f"(from published peaks, all three overlapped; not a measurement. {chip.source})"),
     ]

@@ -15,7 +15,7 @@ from deeplab_jax.distributed import mesh as mesh_lib
 from deeplab_jax.models.architecture import architecture
 from deeplab_jax.models.functional import FunctionalModel
 from deeplab_jax.models.ops.convolution import XLA
-from deeplab_jax.plan import chips, plan
+from deeplab_jax.plan import chips, plan, report
 from deeplab_jax.plan.collectives import Collective
 from deeplab_jax.plan.plan import Memory, Plan
 from deeplab_jax.plan.report import roofline
@@ -294,8 +294,11 @@ def test_the_network_between_slices_is_separate():
 
 def test_a_single_chip_sends_nothing():
     one = Collective("all-reduce", 1, 4, 1000)
-    found = roofline(planned(topology=chips.parse("v5e:1x1"), collectives=(one,), flops=1e12))
-    assert found["interconnect_seconds"] == 0
+    idle = planned(topology=chips.parse("v5e:1x1"), collectives=(one,))
+    found = roofline(idle)
+    assert (found["step_seconds"], found["images_per_second"]) == (0, None)
+    (step,) = (text for name, text in report.summary_rows(idle) if name == "a step, estimated")
+    assert "inf images/s; at most inf if" in step
 
 
 def test_all_reduce_equals_a_simulated_ring():
