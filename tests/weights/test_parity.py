@@ -76,16 +76,18 @@ def logit_differences(reference, name, dtype, shape):
 
 
 def test_logits_of_resnet50(resnet50, dtype):
-    """Features are 65 wide, so that each of ASPP's rates makes a difference."""
-    differences = logit_differences(resnet50, "torchvision_resnet50", dtype, (1, 65, 513))
+    """Features are 65 long on one side, so that each of ASPP's rates makes a difference there."""
+    sides = (65, 513) if dtype == "float64" else (513, 65)
+    differences = logit_differences(resnet50, "torchvision_resnet50", dtype, (1, *sides))
     assert max(differences.values()) <= LIMITS[dtype], differences
     assert differences.keys() == {"out", "aux"}
 
 
-def test_logits_of_resnet101_without_aux():
+@pytest.mark.parametrize("dtype", ["float64"], indirect=True)
+def test_logits_of_resnet101_without_aux(dtype):
     reference = torch_reference.segmentation_model("deeplabv3_resnet101", seed=1)
-    differences = logit_differences(reference, "torchvision_resnet101", "float32", (1, 33, 65))
-    assert differences["out"] <= LIMITS["float32"]
+    differences = logit_differences(reference, "torchvision_resnet101", dtype, (1, 33, 65))
+    assert differences["out"] <= LIMITS[dtype]
     assert differences.keys() == {"out"}
 
 
@@ -150,9 +152,10 @@ def test_stages_of_resnet50(resnet50, dtype):
     assert max(differences.values()) <= LIMITS[dtype], differences
 
 
-def test_stages_of_classifiers(dtype):
-    reference = torch_reference.classifier("resnet18").to(TORCH_TYPES[dtype])
-    ours = architecture("torchvision_resnet18", num_classes=2, dtype=dtype, output_stride=32)
+@pytest.mark.parametrize("depth", [18, 34])
+def test_stages_of_classifiers(depth, dtype):
+    reference = torch_reference.classifier(f"resnet{depth}").to(TORCH_TYPES[dtype])
+    ours = architecture(f"torchvision_resnet{depth}", num_classes=2, dtype=dtype, output_stride=32)
     variables = converted(reference, FunctionalModel(ours), backbone_only=True)
     assert all(name.startswith("backbone.") for group in variables for name in group)
     backbone = module_with(variables, ours).backbone
