@@ -172,10 +172,11 @@ def _zip_entries(path: pathlib.Path, file_size: int) -> dict[str, zipfile.ZipInf
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         raise Unreadable(f"is a damaged or truncated zip archive ({error})") from error
     entries = {info.filename.partition("/")[2]: info for info in infos}
-    if "data.pkl" not in entries or "constants.pkl" in entries:
+    if "data.pkl" not in entries:
+        raise Unreadable("is a zip archive but not PyTorch's: it has no entry data.pkl")
+    if "constants.pkl" in entries:
         raise Unreadable(
-            "is a zip archive without a state dict of PyTorch; if it is a TorchScript program, "
-            "load it with `torch.jit.load` and save its state dict"
+            "is a TorchScript program: load it with `torch.jit.load` and save its state dict"
         )
     if len(entries) != len(infos):
         raise Unreadable("is damaged: two entries of the archive have the same name")

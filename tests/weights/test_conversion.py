@@ -55,7 +55,7 @@ FILES = {
     ),
     "a complex tensor": (
         lambda path: torch.save({"a": torch.ones(1, dtype=torch.complex64)}, path),
-        "ComplexFloatStorage",
+        "complex64",
     ),
 }
 

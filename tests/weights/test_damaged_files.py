@@ -62,7 +62,7 @@ def test_damaged_archives(tmp_path):
 
     assert torch_file.read(write_zip(tmp_path / "good.pth", good))["a"].tolist() == [1, 1, 1]
     without = {name: content for name, content in good.items() if name != "a/data.pkl"}
-    refused("without a state dict", without)
+    refused("has no entry data.pkl", without)
     refused("lacks the entry data/0", {k: v for k, v in good.items() if k != "a/data/0"})
     refused("has the byte order b'big'", good | {"a/byteorder": b"big"})
     refused("TorchScript", good | {"a/constants.pkl": b""})

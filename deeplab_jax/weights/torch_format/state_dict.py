@@ -2,8 +2,8 @@
 
 `pickle_reader` turns the pickle into plain data. This module gives the names in it their meaning
 and turns tensors into NumPy views that stay inside the bytes stored for them. A few names make
-tensors and dictionaries (`_CALLS`). Every other one, of what training scripts save beside the state
-dict, becomes `Opaque` and is never imported or called.
+tensors and dictionaries (`_CALLS`, `_UNSUPPORTED`). Every other one, of what training scripts save
+beside the state dict, becomes `Opaque` and is never imported or called.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Callable
 from typing import IO, Any
 
@@ -33,6 +34,15 @@ STORAGE_TYPES: dict[str, np.dtype[Any]] = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
+# Those of tensors that are refused; a file of PyTorch before 1.6 is read by the sizes of all.
+_REFUSED_STORAGE_TYPES: dict[str, np.dtype[Any]] = {
+    "ComplexFloatStorage": np.dtype("<c8"),
+    "ComplexDoubleStorage": np.dtype("<c16"),
+    "QInt8Storage": np.dtype("i1"),
+    "QUInt8Storage": np.dtype("u1"),
+    "QInt32Storage": np.dtype("<i4"),
+    "storage.UntypedStorage": np.dtype("u1"),
+}
 
 # Keys under which training scripts save the state dict, in the order of preference; torchvision's
 # scripts use "model". The last ones hold averaged parameters.
@@ -42,6 +52,15 @@ _ENTRIES = (
 )
 _MAX_NESTED = 2  # dictionaries around a state dict
 _MAX_DIMENSIONS = 64  # NumPy's limit
+# Names of models' classes: PyTorch's layers, and what neither PyTorch nor Python nor NumPy has.
+_MODEL = re.compile(
+    r"torch\.nn\.(parallel|modules)\.(?!loss\.)"
+    rf"|(?!({'|'.join(sys.stdlib_module_names)}|__builtin__|copy_reg|numpy|torch)\.)\w+\."
+)
+# Types of which the name in a pickle is that of a function.
+_TYPE_NAMES = dict.fromkeys(
+    (f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")), "numpy.ndarray"
+)
 _HOW = 'save only the state dict: `torch.save(model.state_dict(), "weights.pth")`'
 
 # Names that no training script saves but attacks do. A file with one is refused as a warning, even
@@ -71,6 +90,13 @@ class Tensor:
     stride: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Unsupported:
+    """A tensor that no array represents; `kind` continues "it is ..."."""
+
+    kind: str
+
+
 # From the pickle to tensors
 
 
@@ -93,6 +119,8 @@ def _find_global(name: str) -> Any:
             f"asks for {name[:200]}, which no state dict needs, and was refused; nothing in the "
             f"file was run. If the file is yours, {_HOW}. If it is not, do not trust it"
         )
+    if name in _UNSUPPORTED:
+        return lambda *arguments: Unsupported(_UNSUPPORTED[name])
     return _CALLS.get(name) or Opaque(name)
 
 
@@ -104,7 +132,7 @@ def storage(persistent_id: Any) -> Storage | Opaque:
     if view and view[0] is not None:
         raise Unreadable(f"has storages of PyTorch before 0.4: load it there and {_HOW}")
     name = _checked(storage_type, Opaque).name
-    dtype = STORAGE_TYPES.get(name.removeprefix("torch."))
+    dtype = (STORAGE_TYPES | _REFUSED_STORAGE_TYPES).get(name.removeprefix("torch."))
     return storage_type if dtype is None else Storage(dtype, _checked(key, str), _count(numel))
 
 
@@ -129,15 +157,16 @@ def _tensor(
     requires_grad: Any = False,
     hooks: Any = None,
     metadata: Any = None,
-) -> Tensor | Opaque:
+) -> Tensor | Unsupported:
     if type(storage) is Opaque:
-        return storage
+        return Unsupported(f"stored as {storage.name}")
+    if _checked(storage, Storage).dtype.kind == "c":
+        return Unsupported(f"complex ({storage.dtype.name})")
     if metadata:  # set only for these and for views of complex tensors
-        return Opaque("tensor (negated lazily)")
+        return Unsupported("negated lazily")
     if len(_checked(size, tuple)) != len(_checked(stride, tuple)) or len(size) > _MAX_DIMENSIONS:
         raise Unreadable("is damaged: a tensor has different numbers of sizes and strides")
-    counts = _count(offset), tuple(map(_count, size)), tuple(map(_count, stride))
-    return Tensor(_checked(storage, Storage), *counts)
+    return Tensor(storage, _count(offset), tuple(map(_count, size)), tuple(map(_count, stride)))
 
 
 def _parameter(data: Any, *rest: Any) -> Any:
@@ -158,6 +187,16 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch.nn.parameter.Parameter": _parameter,
+}
+# Names that make tensors that no array represents, and what these are.
+_UNSUPPORTED = {
+    "torch._utils._rebuild_tensor_v3": (
+        "of a type that PyTorch has no storage class for (uint16, float8, ...)"
+    ),
+    "torch._utils._rebuild_qtensor": "quantised",
+    "torch._utils._rebuild_sparse_tensor": "sparse",
+    "torch._utils._rebuild_nested_tensor": "nested",
+    "torch._tensor._rebuild_from_type_v2": "of a class of its own, or has attributes",
 }
 
 
@@ -198,19 +237,32 @@ def find_state_dict(root: Any) -> tuple[tuple[str, ...], dict[Any, Any]]:
     if found:
         keys = [f"{'/'.join(path)!r} ({count} tensors)" for path, count in found.items()]
         raise Unreadable(f"holds {len(found)} state dicts, under {listed(keys)}: {_HOW}")
+    if model := _model_class(root):
+        raise Unreadable(
+            f"holds a whole pickled model of the class {model[:200]}, which only that class's own "
+            f"code can rebuild; nothing in the file was run. Where that code is available, {_HOW}"
+        )
     content = f"one {_type_name(root)[:200]}"
     if root and isinstance(root, dict):
         content += f" of {listed([f'{k!r} ({_type_name(v)})' for k, v in root.items()])}"
     raise Unreadable(f"holds {content}, but no state dict. Where its code can load it, {_HOW}")
 
 
+def _model_class(root: Any) -> str:
+    """Returns the class of a model that is pickled as an object, by itself or under an entry."""
+    values = [root, *(root.get(key) for key in _ENTRIES)] if isinstance(root, dict) else [root]
+    names = (value.name for value in values if isinstance(value, Opaque))
+    return next((name for name in names if _MODEL.match(name)), "")
+
+
 def _type_name(value: Any) -> str:
-    return value.name if isinstance(value, Opaque) else type(value).__name__
+    name = value.name if isinstance(value, Opaque) else type(value).__name__
+    return _TYPE_NAMES.get(name, name)
 
 
 def _num_tensors(value: Any) -> int:
     items = value.values() if isinstance(value, dict) else ()
-    return sum(isinstance(item, Tensor) for item in items)
+    return sum(isinstance(item, Tensor | Unsupported) for item in items)
 
 
 def arrays(
@@ -222,7 +274,9 @@ def arrays(
       Unreadable: An entry is not a tensor, is of an unsupported kind, or exceeds its storage.
     """
     problems = [
-        f"{name} is of type {_type_name(value)}"
+        f"{name} is {value.kind}"
+        if isinstance(value, Unsupported)
+        else f"{name} is not a tensor but of type {_type_name(value)}"
         for name, value in state_dict.items()
         if not (isinstance(value, Tensor) and isinstance(name, str))
     ]
