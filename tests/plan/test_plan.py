@@ -119,7 +119,7 @@ def test_weights_of_classes_need_no_data(arch, monkeypatch):
     ("field", "value", "message"),
     [
         (("train", "batch_size"), 12, "not divisible by 8 .* nearest that works: 8 or 16"),
-        (("mesh", "space"), 3, "mesh.space does not divide the 8 devices"),
+        (("mesh", "space"), 3, "mesh.space = 3 does not divide the 8 devices"),
         (("mesh", "space"), 4, "3 rows of features at output stride 16, fewer than"),
     ],
 )
