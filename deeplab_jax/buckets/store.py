@@ -83,6 +83,8 @@ class Store:
         self.scheme, _, self._root = self.url.partition("://")
         self.bucket = self._root.partition("/")[0]
         self._fs = _open_filesystem(self.scheme)
+        # Of what a server stored; the library for S3 sends a checksum.
+        self._checks = {"consistency": "md5"} if self.scheme == "gs" else {}
 
     def __reduce__(self) -> Any:  # file systems hold threads
         return Store, (self.url,)
@@ -124,21 +126,14 @@ class Store:
 
     def write(self, name: str, content: bytes) -> None:
         """Writes an object, at once as a whole."""
-        options: dict[str, Any] = {}
-        if self.scheme == "gs":  # S3's library sends a checksum
-            options["consistency"] = "md5"
-            # `gcsfs` frames contents by newlines; a server takes a "\r" before one as part of it.
-            # A content of one chunk or more is sent without a frame.
-            if content.endswith(b"\r"):
-                options["chunksize"] = len(content)
         with self._errors("write", name):
-            self._fs.pipe_file(self._path(name), content, **options)
+            self._pipe(name, content)
 
     def create(self, name: str, content: bytes) -> bool:
         """Writes an object unless it exists, as one action; returns whether it did not exist."""
         with self._errors("write", name):
             try:
-                self._fs.pipe_file(self._path(name), content, mode="create")
+                self._pipe(name, content, mode="create")
             except FileExistsError:
                 return False
         return True
@@ -148,9 +143,8 @@ class Store:
         if self.scheme == "gs" and path.stat().st_size < _SMALL:
             self.write(name, path.read_bytes())
             return
-        options = {"consistency": "md5"} if self.scheme == "gs" else {}
         with self._errors("write", name):
-            self._fs.put_file(str(path), self._path(name), **options)
+            self._fs.put_file(str(path), self._path(name), **self._checks)
 
     def download(self, name: str, path: pathlib.Path, entry: Entry) -> None:
         """Reads an object into a file, and compares its size and MD5.
@@ -188,6 +182,13 @@ class Store:
             self._fs.pipe_file(probe, b"")
         with self._errors("delete", ""):
             self._fs.rm_file(probe)
+
+    def _pipe(self, name: str, content: bytes, **options: Any) -> None:
+        # `gcsfs` frames contents by newlines; a server takes a "\r" before one as part of it. A
+        # content of one chunk or more is sent without a frame.
+        if self.scheme == "gs" and content.endswith(b"\r"):
+            options["chunksize"] = len(content)
+        self._fs.pipe_file(self._path(name), content, **self._checks, **options)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root

@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from deeplab_jax.config import LossConfig
 from deeplab_jax.data.dataset import Dataset, Example, read_example
-from deeplab_jax.data.labels import IGNORE
+from deeplab_jax.data.labels import IGNORE, class_counts
 from deeplab_jax.utils.errors import UserError, listed
 from deeplab_jax.utils.progress import parallel_map
 
@@ -50,11 +50,9 @@ def class_pixels(
 ) -> Iterator[Int[np.ndarray, " classes"]]:
     """Yields the number of pixels of each class in each image; see `map_examples`."""
     num_classes = dataset.labels.num_classes
-
-    def count(example: Example) -> np.ndarray:
-        return np.bincount(example["label"].ravel(), minlength=IGNORE + 1)[:num_classes]
-
-    return map_examples(count, dataset, title, quiet=quiet)
+    return map_examples(
+        lambda example: class_counts(example["label"], num_classes), dataset, title, quiet=quiet
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +102,7 @@ def summarize_sample(dataset: Dataset, crop_shape: tuple[int, int] | None) -> Sa
         return (
             hashlib.sha256(about + np.ascontiguousarray(label).tobytes()).digest(),
             hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest(),
-            np.bincount(label.ravel(), minlength=IGNORE + 1)[: len(pixels)],
+            class_counts(label, len(pixels)),
             _empty_crop_ratio(label, crop_shape),
         )
 

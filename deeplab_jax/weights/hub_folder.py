@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from deeplab_jax.config.rules import type_problems
 from deeplab_jax.data.labels import LabelSet
 from deeplab_jax.models.functional import FunctionalModel, Variables
 from deeplab_jax.utils.errors import UserError, listed
+from deeplab_jax.utils.paths import CALIBRATION
 from deeplab_jax.weights import saved_model, torch_file
 from deeplab_jax.weights.matching import fill, own_slots
 from deeplab_jax.weights.saved_model import SavedModel
@@ -185,9 +187,10 @@ def copy_calibration(saved: SavedModel, folder: pathlib.Path) -> None:
 
     Weights of another codebase may have been calibrated with other settings.
     """
-    config = saved.path / CONFIG
-    if is_checkpoint(saved.path) or (config.is_file() and is_ours(read_json(config))):
-        saved_model.copy_calibration(saved, folder)
+    config, calibration = saved.path / CONFIG, saved.path / CALIBRATION
+    is_own = is_checkpoint(saved.path) or (config.is_file() and is_ours(read_json(config)))
+    if is_own and calibration.is_file():
+        shutil.copyfile(calibration, folder / CALIBRATION)
 
 
 def write(saved: SavedModel, folder: pathlib.Path) -> None:

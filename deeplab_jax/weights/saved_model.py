@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import pathlib
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -24,7 +23,6 @@ from deeplab_jax.data.labels import LabelSet
 from deeplab_jax.models.architecture import BACKBONES, HEADS, Architecture
 from deeplab_jax.models.functional import Variables
 from deeplab_jax.utils.errors import UserError, first_line
-from deeplab_jax.utils.paths import CALIBRATION
 from deeplab_jax.utils.registry import module_of
 
 METRIC = "miou"
@@ -136,12 +134,6 @@ def write_model(
     return folder
 
 
-def copy_calibration(saved: SavedModel, folder: pathlib.Path) -> None:
-    """Copies the calibration of these weights, if there is one, to another folder of them."""
-    if (beside := saved.path / CALIBRATION).is_file():
-        shutil.copyfile(beside, folder / CALIBRATION)
-
-
 def find_checkpoint(path: str | os.PathLike[str]) -> pathlib.Path:
     """Returns the folder of a checkpoint, given that folder, its parent or a workdir.
 
@@ -167,7 +159,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _miou(folder: pathlib.Path) -> float | None:
-    """Returns the mIoU of a checkpoint, which is where Orbax keeps metrics, if it has one."""
+    """Returns the mIoU in Orbax's file of a checkpoint's metrics, if there is one."""
     try:
         return float(json.loads((folder / "metrics" / "metrics").read_bytes())[METRIC])
     except (OSError, ValueError, LookupError, TypeError):

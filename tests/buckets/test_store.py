@@ -62,6 +62,8 @@ def test_what_a_server_stores_otherwise_counts_as_not_written(servers, gs_bucket
         run.upload(tmp_path / "file", "a")
     with pytest.raises(Unreachable, match="MD5"):
         run.write("a", bytes(size))
+    with pytest.raises(Unreachable, match="MD5"):
+        run.create(f"new {size}", bytes(size))
 
 
 def test_a_download_that_differs_is_refused(bucket, tmp_path):

@@ -183,7 +183,7 @@ def test_a_calibration_is_published_with_the_weights_or_not_at_all(ours, tmp_pat
         raise OSError("no space left")
 
     with monkeypatch.context() as patches:
-        patches.setattr(saved_model.shutil, "copyfile", fail)
+        patches.setattr(hub_folder.shutil, "copyfile", fail)
         with pytest.raises(OSError, match="no space left"):
             deeplab_jax.convert(ours, tmp_path / "to")
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
